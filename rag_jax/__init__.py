@@ -1,0 +1,3 @@
+"""Retrieval-augmented generation in JAX and Flax."""
+
+__version__ = "0.1.0"

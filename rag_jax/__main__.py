@@ -1,0 +1,95 @@
+"""The command line: a table of commands, each a module with `configure(parser)` and `run(args)`.
+
+A module is imported only when its command is named, so that help comes at once.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rag_jax import __version__
+from rag_jax.errors import InputError
+
+COMMANDS = {
+    "world": ("rag_jax.data.world", "write the built-in fictional world: passages and questions as JSONL"),
+    "corpus": ("rag_jax.retrieval.corpus", "read passages and tokenise them once, into a corpus directory"),
+    "index": ("rag_jax.build_index", "embed every passage of a corpus, into an index directory"),
+    "train": ("rag_jax.train", "train question encoder, context encoder and generator together"),
+    "evaluate": ("rag_jax.evaluate", "answer a file of questions and score the answers and the retrieval"),
+    "ask": ("rag_jax.ask", "answer one question and show the passages the answer came from"),
+    "bench": ("rag_jax.bench", "time the steps of training and search against the limits of the machine"),
+}
+
+
+def help_text() -> str:
+    """What `rag-jax` alone prints."""
+    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    head = ["usage: rag-jax COMMAND [options]", "       rag-jax COMMAND --help", "       rag-jax --version"]
+    example = "example: rag-jax world --out data/world --entities 1000 --seed 0"
+    return "\n".join([*head, "", "Retrieval-augmented generation in JAX and Flax.", "", *lines, "", example])
+
+
+def parse(name: str, argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
+    """The module of a command and its parsed arguments; exits with 2 on bad usage."""
+    module_name, text = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"rag-jax {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on standard output")
+    module = importlib.import_module(module_name)
+    module.configure(parser)
+    return module, parser.parse_args(argv)
+
+
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinities as None: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def render(result: dict[str, Any], as_json: bool) -> str:
+    if as_json:
+        return json.dumps(finite(result))
+    return result["text"] if "text" in result else "\n".join(f"{key}: {value}" for key, value in result.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 2 for bad usage or input, 130 when interrupted, 141 when the reader of our output left."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            output = help_text()
+        elif argv[0] == "--version":
+            output = f"rag-jax {__version__}"
+        elif argv[0] not in COMMANDS:
+            print(f"rag-jax: unknown command {argv[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+            return 2
+        else:
+            module, args = parse(argv[0], argv[1:])
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
+                result = module.run(args)
+            output = render(result, args.json)
+        print(output, flush=True)
+    except InputError as error:
+        print(f"rag-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rag-jax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        return 141
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

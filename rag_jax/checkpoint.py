@@ -1,0 +1,100 @@
+"""Checkpoints of everything a run needs to go on: parameters, optimiser, data position, index. The only file that imports Orbax."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from rag_jax.errors import InputError
+
+Tree = Any
+
+
+class Checkpoints:
+    """Numbered checkpoints in a directory; the newest `keep` stay. A save is atomic: killed, it leaves the one before."""
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        self.directory = directory.resolve()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, arrays: Tree, position: dict[str, Any]) -> None:
+        """Write arrays (a pytree) and a JSON-able position as checkpoint `step`; an existing one of that step is kept."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), position=ocp.args.JsonSave(position))
+        )
+        self._manager.wait_until_finished()
+
+    def position(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
+
+    def restore(self, step: int, like: Tree) -> Tree:
+        """The arrays of a checkpoint, in the shapes, types and shardings of `like` (arrays or ShapeDtypeStructs)."""
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target)))
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise InputError(
+                f"{self.directory}/{step}: does not fit the configuration ({error}); train into a new run directory, or restore "
+                "the configuration that the run was started with"
+            ) from error
+        return restored["arrays"]
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def save_params(directory: Path, params: Tree) -> None:
+    """Parameters alone, for evaluation and sharing; replaces an older copy by rename."""
+    target = directory.resolve()
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(temporary, params)
+        checkpointer.wait_until_finished()
+    shapes = {jax.tree_util.keystr(k): [list(v.shape), str(v.dtype)] for k, v in jax.tree.leaves_with_path(params)}
+    (temporary / "shapes.json").write_text(json.dumps(shapes, indent=1))
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_params(directory: Path, like: Tree) -> Tree:
+    """Parameters written by `save_params`, checked against the shapes of `like`."""
+    if not (directory / "shapes.json").is_file():
+        raise InputError(
+            f"{directory}: no parameters here; finish `rag-jax train` first, or name another run directory"
+        )
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    saved = json.loads((directory / "shapes.json").read_text())
+    wanted = {jax.tree_util.keystr(k): [list(v.shape), str(v.dtype)] for k, v in jax.tree.leaves_with_path(target)}
+    for name in sorted(set(saved) | set(wanted)):
+        if saved.get(name) != wanted.get(name):
+            raise InputError(
+                f"{directory}: parameter {name} is {saved.get(name)} there, the model has {wanted.get(name)}"
+            )
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(directory.resolve(), target)
+
+
+def tree_hash(params: Tree) -> str:
+    """sha256 over names, shapes and bytes: which encoder made an index."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,231 @@
+"""Questions -> batches of arrays: tokenised once, then shuffled, windowed and batched by grain.
+
+A batch is a pure function of (seed, stage, step), so the step number is the whole data position and resuming is exact.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import grain
+import numpy as np
+
+from rag_jax.data.formats import Question
+from rag_jax.data.tokenizers import Tokenizer, pad_rows, wrap
+from rag_jax.errors import InputError
+from rag_jax.retrieval.joining import join_tail
+
+Batch = Mapping[str, np.ndarray]
+
+
+class PassageTable(Protocol):
+    """What the pipeline needs of a corpus."""
+
+    generator_ids: np.ndarray
+    generator_length: np.ndarray
+    encoder_tokenizer: Tokenizer
+    generator_tokenizer: Tokenizer
+
+    def __len__(self) -> int: ...
+    def rows(self, ids: Sequence[str]) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised (question, answer) pairs. N pairs, Q question length, T target length, G gold passages; -1 and pad fill up.
+
+    `labels_NT` are `<s> answer </s>`; `answer_N2` is where the answer's tokens stand in the first gold passage, or (0, 0).
+    """
+
+    question_ids_NQ: np.ndarray
+    question_length_N: np.ndarray
+    tail_ids_NQ: np.ndarray
+    tail_length_N: np.ndarray
+    labels_NT: np.ndarray
+    gold_NG: np.ndarray
+    answer_N2: np.ndarray
+    source_N: np.ndarray  # which question the pair was made from
+
+    def __len__(self) -> int:
+        return len(self.labels_NT)
+
+    def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name)[rows] for name in self.__dataclass_fields__}
+
+    def where(self, keep: np.ndarray) -> "Examples":
+        return Examples(**self.take(np.flatnonzero(keep)))
+
+    def fingerprint(self) -> str:
+        """Hash of every array: a checkpoint's data position means nothing for other data."""
+        digest = hashlib.sha256()
+        for value in self.take(np.arange(len(self))).values():
+            digest.update(str(value.shape).encode() + np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()
+
+
+def tail(tokenizer: Tokenizer, questions: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The generator's side of a question: ids of " // question" and the suffix, [N, max_length] and lengths."""
+    keep = max_length - len(tokenizer.suffix_ids)
+    rows = join_tail(tokenizer, questions)
+    rows = [ids if len(ids) <= max_length else [*ids[:keep], *tokenizer.suffix_ids] for ids in rows]
+    return pad_rows(rows, max_length, tokenizer.pad_id, np.int32)
+
+
+def encode_questions(
+    questions: Sequence[str], encoder: Tokenizer, generator: Tokenizer, length: int
+) -> dict[str, np.ndarray]:
+    """Both sides of each question, as the keys of a batch. Questions longer than `length` keep their beginning."""
+    ids, lengths = pad_rows(
+        wrap(encoder, encoder.encode_batch(list(questions)), length), length, encoder.pad_id, np.int32
+    )
+    tail_ids, tail_lengths = tail(generator, questions, length)
+    return {
+        "question_ids_NQ": ids,
+        "question_length_N": lengths,
+        "tail_ids_NQ": tail_ids,
+        "tail_length_N": tail_lengths,
+    }
+
+
+def find(needle: Sequence[int], haystack: np.ndarray) -> int:
+    """First position of the ids `needle` in `haystack`, or -1."""
+    wanted, row = np.asarray(needle, np.int32).tobytes(), np.asarray(haystack, np.int32).tobytes()
+    at = row.find(wanted)
+    while at % 4 and at >= 0:
+        at = row.find(wanted, at + 1)
+    return at // 4 if at >= 0 and needle else -1
+
+
+def tokenise(
+    questions: Sequence[Question],
+    corpus: PassageTable,
+    *,
+    question_length: int,
+    target_length: int,
+    every_answer: bool = False,
+) -> Examples:
+    """Examples for training: one pair per question (its target or first answer), or one per answer as the paper does for NQ.
+
+    Questions with no answer are left out. InputError names a gold passage that the corpus does not have.
+    """
+    encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
+    pairs = []
+    for source, question in enumerate(questions):
+        wanted = [question.target] if question.target else list(question.answers)
+        pairs += [(source, answer) for answer in (wanted if every_answer else wanted[:1])]
+    if not pairs:
+        raise InputError("no question has an answer or a target; training needs at least one")
+    source_N = np.asarray([source for source, _ in pairs], np.int32)
+    both = encode_questions([q.question for q in questions], encoder, generator, question_length)
+    # the answer in the middle of a text follows a space; labels made of the same tokens can be copied
+    answers = generator.encode_batch([" " + answer.strip() for _, answer in pairs])
+    room = target_length - len(generator.prefix_ids) - len(generator.suffix_ids)
+    labels = [[*generator.prefix_ids, *ids[:room], *generator.suffix_ids] for ids in answers]
+    labels_NT, _ = pad_rows(labels, target_length, generator.pad_id, np.int32)
+    width = max(1, *(len(q.positive_passage_ids) for q in questions)) if questions else 1
+    gold = np.full((len(questions), width), -1, np.int32)
+    for i, question in enumerate(questions):
+        if question.positive_passage_ids:
+            gold[i, : len(question.positive_passage_ids)] = corpus.rows(question.positive_passage_ids)
+    gold_NG = gold[source_N]
+    answer_N2 = np.zeros((len(pairs), 2), np.int32)
+    for i, ids in enumerate(answers):
+        row = gold_NG[i, 0]
+        at = find(ids, corpus.generator_ids[row][: corpus.generator_length[row]]) if row >= 0 else -1
+        if at >= 0:
+            answer_N2[i] = at, at + len(ids)
+    picked = {name: value[source_N] for name, value in both.items()}
+    return Examples(**picked, labels_NT=labels_NT, gold_NG=gold_NG, answer_N2=answer_N2, source_N=source_N)
+
+
+def window_around(answer_B2: np.ndarray, length_B: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:
+    """A random window [B, 2] of `width` tokens of each passage that holds the answer (the answer's start, if it is longer)."""
+    lowest = np.clip(answer_B2[:, 1] - width, 0, None)
+    highest = np.minimum(answer_B2[:, 0], np.maximum(length_B - width, 0))
+    start = rng.integers(np.minimum(lowest, highest), highest + 1)
+    return np.stack([start, start + width], axis=1).astype(np.int32)
+
+
+def question_batches(
+    examples: Examples, passage_lengths: np.ndarray, *, batch: int, seed: int, window: int = 0
+) -> grain.MapDataset:
+    """Endless shuffled batches of questions; `batches[step]` is one. With `window` > 0 each has `window_B2`, a part of its first
+    gold passage that holds the answer: the reading curriculum."""
+    if len(examples) < batch:
+        raise InputError(
+            f"{len(examples)} training examples are fewer than one batch of {batch}; give more or a smaller batch"
+        )
+
+    def assemble(rows: np.ndarray, rng: np.random.Generator) -> Batch:
+        taken = examples.take(rows)
+        if window:
+            lengths = passage_lengths[np.maximum(taken["gold_NG"][:, 0], 0)].astype(np.int32)
+            taken["window_B2"] = window_around(taken["answer_N2"], lengths, window, rng)
+        return {
+            name[: name.rindex("_")]: value for name, value in taken.items() if name not in ("answer_N2", "source_N")
+        }
+
+    return (
+        grain.MapDataset.range(len(examples))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .batch(batch, drop_remainder=True)
+        .random_map(assemble)
+    )
+
+
+def corrupt(
+    ids: np.ndarray, mask_id: int, rng: np.random.Generator, share: float = 0.3, mean_span: float = 3.0
+) -> np.ndarray:
+    """BART's text infilling (Lewis et al. 2019, section 2.2): spans of Poisson length, together about `share` of the tokens, each
+    replaced by one mask token."""
+    keep = np.ones(len(ids), bool)
+    out = ids.copy()
+    budget = round(share * len(ids))
+    while budget > 0 and len(ids):
+        span = max(1, min(int(rng.poisson(mean_span)), budget, len(ids)))
+        at = int(rng.integers(0, len(ids) - span + 1))
+        keep[at : at + span] = False
+        keep[at], out[at] = True, mask_id
+        budget -= span
+    return out[keep]
+
+
+def denoise_batches(
+    corpus: PassageTable, *, batch: int, seed: int, length: int, share: float = 0.3
+) -> grain.MapDataset:
+    """Endless batches of corrupted passages (`tail`, a whole generator input less the prefix) and `labels`, the passage itself."""
+    tokenizer = corpus.generator_tokenizer
+    if tokenizer.mask_id is None:
+        raise InputError("the generator's tokenizer has no mask token, which the denoise stage needs")
+    room = length - len(tokenizer.prefix_ids) - len(tokenizer.suffix_ids)
+
+    def assemble(rows: np.ndarray, rng: np.random.Generator) -> Batch:
+        sources, labels = [], []
+        for row in rows:
+            total = int(corpus.generator_length[row])
+            start = int(rng.integers(0, max(total - room, 0) + 1))
+            ids = np.asarray(corpus.generator_ids[row][start : min(start + room, total)], np.int32)
+            sources.append([*corrupt(ids, tokenizer.mask_id, rng, share), *tokenizer.suffix_ids])
+            labels.append([*tokenizer.prefix_ids, *ids, *tokenizer.suffix_ids])
+        tail_ids, tail_length = pad_rows(sources, length - len(tokenizer.prefix_ids), tokenizer.pad_id, np.int32)
+        label_ids, _ = pad_rows(labels, length, tokenizer.pad_id, np.int32)
+        return {"tail_ids": tail_ids, "tail_length": tail_length, "labels": label_ids}
+
+    return (
+        grain.MapDataset.range(len(corpus))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .batch(batch, drop_remainder=True)
+        .random_map(assemble)
+    )
+
+
+def iterate(batches: grain.MapDataset, start: int) -> "grain.DatasetIterator":
+    """Batches from step `start` on, prepared ahead in a thread."""
+    iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+    iterator.set_state({"next_index": start})
+    return iterator

@@ -1,0 +1,270 @@
+"""Tokenizers: any Hugging Face fast tokenizer, or trained here; ids without specials, and what specials wrap them."""
+
+import hashlib
+import json
+import re
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
+
+from rag_jax.errors import InputError
+
+WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BPE_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+HUB_SECONDS = 10.0
+TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+# Classes for which tokenizer.json is the whole truth; others may rebuild it from vocabulary files.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A fast tokenizer. A sentence is wrapped as prefix + ids + suffix, a pair as prefix + a + middle + b + suffix."""
+
+    backend: Backend
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    mask_id: int | None
+    prefix_ids: tuple[int, ...]
+    middle_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+    vocab_size: int
+    hash: str
+    specials: dict[str, str]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids without specials, on all cores."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids, specials left out."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, as Hugging Face lays them out."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / TOKENIZER_FILE).write_text(_canonical(self.backend), encoding="utf-8")
+        config = {"tokenizer_class": _PLAIN_CLASSES[0], "clean_up_tokenization_spaces": False} | self.specials
+        text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def wrap(tokenizer: Tokenizer, ids_list: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
+    """prefix + ids + suffix, the ids cut so that each row has at most `max_length`: [CLS] question [SEP]."""
+    prefix, suffix = list(tokenizer.prefix_ids), list(tokenizer.suffix_ids)
+    room = max_length - len(prefix) - len(suffix)
+    if room < 1:
+        raise InputError(f"length {max_length} leaves no room beside {len(prefix) + len(suffix)} special tokens")
+    return [[*prefix, *ids[:room], *suffix] for ids in ids_list]
+
+
+def pad_rows(
+    ids_list: Sequence[Sequence[int]], length: int, pad_id: int, dtype: Any = np.int32
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids_NL right-padded and cut to L = length, length_N int32)."""
+    full_N = np.fromiter(map(len, ids_list), np.int64, len(ids_list))
+    length_N = np.minimum(full_N, length)
+    flat = np.fromiter(chain.from_iterable(ids_list), dtype, int(full_N.sum()))
+    position_L = np.arange(length)
+    ids_NL = np.full((len(ids_list), length), pad_id, dtype)
+    filled_NL = position_L < length_N[:, None]
+    starts_N = np.cumsum(full_N) - full_N
+    ids_NL[filled_NL] = flat[(starts_N[:, None] + position_L)[filled_NL]]
+    return ids_NL, length_N.astype(np.int32)
+
+
+def load(name_or_dir: str | Path) -> Tokenizer:
+    """A tokenizer from a local directory, else from the hub (or its cache). One that is not there raises InputError."""
+    directory = Path(name_or_dir)
+    config = directory / CONFIG_FILE
+    if config.is_file() and (directory / TOKENIZER_FILE).is_file():
+        settings = _read_json(config)
+        if settings.get("tokenizer_class") in _PLAIN_CLASSES:
+            return _load_plain(directory, settings)
+    return _load_transformers(str(name_or_dir), directory.is_dir())
+
+
+def _load_plain(directory: Path, settings: dict[str, Any]) -> Tokenizer:
+    path = directory / TOKENIZER_FILE
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{path}: not a tokenizer file ({error})") from error
+    named = {key: value for key, value in settings.items() if key.endswith("_token")}
+    specials = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+    return _make(backend, {key: value for key, value in specials.items() if isinstance(value, str)}, str(directory))
+
+
+def _load_transformers(name: str, local: bool) -> Tokenizer:
+    if not local and not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):
+        raise InputError(f"{name}: no such tokenizer directory")
+    from transformers import AutoTokenizer
+
+    try:
+        try:
+            loaded = AutoTokenizer.from_pretrained(name, local_files_only=True)
+        except OSError:
+            if local:
+                raise
+            _check_hub(name)
+            loaded = AutoTokenizer.from_pretrained(name)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name}: no tokenizer there ({reason}); name a directory with {TOKENIZER_FILE}") from error
+    if not loaded.is_fast:
+        raise InputError(f"{name}: not a fast tokenizer; one with a {TOKENIZER_FILE} is needed")
+    specials = {key: value for key, value in loaded.special_tokens_map.items() if isinstance(value, str)}
+    return _make(loaded.backend_tokenizer, specials, name)
+
+
+def _check_hub(name: str) -> None:
+    """Raises at once where the hub cannot be asked: the hub's own client tries for minutes."""
+    from huggingface_hub import constants
+
+    advice = "no local directory or cached copy of this name; give a directory, or download it first"
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(f"{name}: {advice} (the hub is switched off by HF_HUB_OFFLINE)")
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # it answers, that is enough
+    except OSError as error:
+        raise InputError(f"{name}: {advice} (the hub cannot be reached: {error})") from error
+
+
+def _make(backend: Backend, specials: dict[str, str], name: str) -> Tokenizer:
+    """The dataclass around a backend: how it wraps a sentence is read off an encoded one."""
+    backend.no_truncation()
+    backend.no_padding()
+
+    def ids(text: str, pair: str | None = None, special: bool = True) -> list[int]:
+        return backend.encode(text, pair, add_special_tokens=special).ids
+
+    sentence = "a"
+    bare, wrapped = ids(sentence, special=False), ids(sentence)
+    start = next((i for i in range(len(wrapped)) if wrapped[i : i + len(bare)] == bare), None)
+    if not bare or start is None:
+        raise InputError(f"{name}: cannot tell how this tokenizer wraps a sentence")
+    prefix, suffix = wrapped[:start], wrapped[start + len(bare) :]
+    pair = ids(sentence, sentence)
+    middle = pair[len(prefix) + len(bare) : len(pair) - len(bare) - len(suffix)]
+
+    def special_id(*keys: str) -> int | None:
+        found = (backend.token_to_id(specials[key]) for key in keys if key in specials)
+        return next((i for i in found if i is not None), None)
+
+    pad, eos = special_id("pad_token"), special_id("eos_token", "sep_token")
+    if pad is None or eos is None:
+        missing = "pad_token" if pad is None else "eos_token"
+        raise InputError(f"{name}: the tokenizer has no {missing}; name one in its {CONFIG_FILE}")
+    bos = special_id("bos_token", "cls_token")
+    return Tokenizer(
+        backend=backend,
+        pad_id=pad,
+        bos_id=pad if bos is None else bos,  # T5 has none and starts decoding from pad
+        eos_id=eos,
+        mask_id=special_id("mask_token"),
+        prefix_ids=tuple(prefix),
+        middle_ids=tuple(middle),
+        suffix_ids=tuple(suffix),
+        vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        hash=hashlib.sha256(_canonical(backend).encode("utf-8")).hexdigest(),
+        specials=dict(sorted(specials.items())),
+    )
+
+
+def _canonical(backend: Backend) -> str:
+    return json.dumps(json.loads(backend.to_str()), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return settings
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Lower-casing WordPiece (BERT), [PAD] [UNK] [CLS] [SEP] [MASK] first; the same texts give the same bytes.
+
+    Holds the texts in memory: give a sample.
+    """
+    texts = list(texts)
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+
+    def train(size: int, named: Sequence[str], alphabet: Sequence[str]) -> dict[str, int]:
+        backend = Backend(models.WordPiece(unk_token="[UNK]"))
+        backend.normalizer, backend.pre_tokenizer = normalizer, splitter
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size,
+            special_tokens=list(named),
+            initial_alphabet=list(alphabet),
+            limit_alphabet=len(alphabet),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return backend.get_vocab()
+
+    # The trainer breaks ties by token id, and gives ids to "##x" pieces and drops rare characters in the order of a
+    # hash table. So both sets are found by a first run that merges nothing, and are named, sorted, in the second.
+    alphabet = _alphabet((normalizer.normalize_str(text) for text in texts), vocab_size // 3)
+    pieces = train(1, WORDPIECE_SPECIALS, alphabet)
+    continued = sorted(piece for piece in pieces if len(piece) == 3 and piece.startswith("##"))
+    learnt = train(vocab_size, [*WORDPIECE_SPECIALS, *alphabet, *continued], alphabet)
+    vocab = {token: i for i, token in enumerate(sorted(learnt, key=learnt.__getitem__))}
+    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizer, splitter
+    backend.add_special_tokens(list(WORDPIECE_SPECIALS))
+    cls, sep = ("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[cls, sep]
+    )
+    backend.decoder = decoders.WordPiece(prefix="##")
+    keys = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return _make(backend, dict(zip(keys, WORDPIECE_SPECIALS, strict=True)), "trained WordPiece")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (BART), <s> <pad> </s> <unk> <mask> first, no prefix space; the same texts give the same bytes."""
+    backend = Backend(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    specials = [AddedToken(token, special=True, normalized=False) for token in BPE_SPECIALS[:-1]]
+    specials.append(AddedToken(BPE_SPECIALS[-1], special=True, normalized=False, lstrip=True))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    bos, eos = ("<s>", backend.token_to_id("<s>")), ("</s>", backend.token_to_id("</s>"))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B:1 </s>:1", special_tokens=[bos, eos]
+    )
+    backend.decoder = decoders.ByteLevel()
+    keys = ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token")
+    return _make(backend, dict(zip(keys, BPE_SPECIALS, strict=True)), "trained BPE")
+
+
+def _alphabet(texts: Iterable[str], limit: int) -> list[str]:
+    """The most frequent characters, at most `limit`, without those rarer than one in a million; sorted."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    total = counts.total()
+    frequent = [char for char, count in counts.items() if count * 1_000_000 >= total and not char.isspace()]
+    return sorted(sorted(frequent, key=lambda char: (-counts[char], char))[:limit])

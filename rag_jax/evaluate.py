@@ -1,0 +1,135 @@
+"""`rag-jax evaluate`: answer a file of questions; score the answers and the retrieval; write predictions.jsonl and report.json."""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rag_jax import answer, metrics
+from rag_jax import run as runs
+from rag_jax.answer import Answer, AnswerConfig, Pipeline
+from rag_jax.data import formats
+from rag_jax.data.formats import Question
+from rag_jax.errors import InputError
+
+
+def prediction_rows(questions: Sequence[Question], answers: Sequence[Answer], corpus: Any) -> list[dict[str, Any]]:
+    """One row a question: what predictions.jsonl holds and metrics.summarize reads."""
+    rows = []
+    for question, found in zip(questions, answers, strict=True):
+        golds = list(question.answers) or ([question.target] if question.target else [])
+        texts = [corpus[corpus.row(passage)] for passage in found.retrieved]
+        rows.append(
+            {
+                "id": question.id,
+                "question": question.question,
+                "prediction": found.text,
+                "answers": golds,
+                "score": found.score,
+                "gold": list(question.positive_passage_ids),
+                "retrieved": list(found.retrieved),
+                "prior": [passage.prior for passage in found.passages],
+                "posterior": [passage.posterior for passage in found.passages],
+                "retrieved_has_answer": [metrics.has_answer(f"{p.title} {p.text}", golds) for p in texts],
+            }
+        )
+    return rows
+
+
+def predict(
+    loaded: runs.Loaded, params: Any, index: Any, questions: Sequence[Question], cfg: AnswerConfig, program: Any = None
+) -> list[dict[str, Any]]:
+    """Prediction rows of the questions."""
+    texts = [question.question for question in questions]
+    return prediction_rows(
+        questions, answer.answer_questions(loaded, params, index, texts, cfg, program), loaded.corpus
+    )
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """JSON lines, by rename."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.rename(path)
+
+
+def select(questions: Sequence[Question], where: str, limit: int) -> list[Question]:
+    """The first `limit` questions (0: all) whose field equals the value in `where`, such as changed=true."""
+    chosen = list(questions)
+    if where:
+        name, separator, value = where.partition("=")
+        if not separator:
+            raise InputError(f"--where {where}: expected FIELD=VALUE, such as changed=true")
+        chosen = [q for q in chosen if json.dumps(q.extra.get(name)) == value or q.extra.get(name) == value]
+        if not chosen:
+            raise InputError(f"--where {where}: no question has this; write values as in the file (true, 3, text)")
+    return chosen[:limit] if limit else chosen
+
+
+def evaluate(
+    directory: Path,
+    questions: Path | None,
+    out: Path,
+    index: Path | None = None,
+    where: str = "",
+    limit: int = 0,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Score a run on a question file (its own dev questions by default) and write the two files into `out`."""
+    begun = time.perf_counter()
+    pipeline = Pipeline.from_run(directory, index)
+    file = questions or Path(pipeline.config.dev)
+    asked = select(formats.read_questions(file), where, limit)
+    cfg = pipeline.answer_config(**changes)
+    if (cfg.n_docs or 1) > len(pipeline.loaded.corpus):
+        raise InputError(f"--n-docs {cfg.n_docs}, but the corpus has {len(pipeline.loaded.corpus)} passages")
+    rows = prediction_rows(asked, pipeline.answer([q.question for q in asked], cfg), pipeline.loaded.corpus)
+    out.mkdir(parents=True, exist_ok=True)
+    write_lines(out / "predictions.jsonl", rows)
+    manifest = pipeline.snapshot.manifest
+    report = {
+        **metrics.summarize(rows),
+        "run": str(directory),
+        "questions": str(file),
+        "where": where,
+        "corpus": manifest.corpus,
+        "index": str(pipeline.snapshot.directory),
+        "index_step": manifest.step,
+        "corpus_hash": manifest.corpus_hash,
+        "variant": pipeline.loaded.rag.variant,
+        "n_docs": cfg.n_docs,
+        "num_beams": cfg.num_beams,
+        "closed_book": cfg.closed_book,
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+    temporary = out / "report.json.tmp"
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    temporary.rename(out / "report.json")
+    return report
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of rag-jax train")
+    parser.add_argument(
+        "--questions", type=Path, help="question file (default: the dev questions of the configuration)"
+    )
+    parser.add_argument("--out", type=Path, help="directory for predictions.jsonl and report.json (default: RUN)")
+    parser.add_argument("--index", type=Path, help="another index, made by rag-jax index: hot swap, no retraining")
+    parser.add_argument("--closed-book", action="store_true", help="no passages: what the generator knows by itself")
+    parser.add_argument("--n-docs", type=int, default=0, help="passages read per question (default: as trained)")
+    parser.add_argument("--n-retrieved", type=int, default=100, help="passages retrieved, for recall@k")
+    parser.add_argument("--num-beams", type=int, default=1)
+    parser.add_argument("--mode", choices=("thorough", "fast"), default="thorough", help="decoding of RAG-Sequence")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--where", default="", metavar="FIELD=VALUE", help="only questions with this, as changed=true")
+    parser.add_argument("--limit", type=int, default=0, help="only the first questions of the file")
+    parser.epilog = "example: rag-jax evaluate runs/world --questions data/world/test.jsonl"
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    changes = {name: getattr(args, name) for name in ("n_retrieved", "num_beams", "mode", "batch", "closed_book")}
+    if args.n_docs:
+        changes["n_docs"] = args.n_docs
+    return evaluate(args.run, args.questions, args.out or args.run, args.index, args.where, args.limit, **changes)

@@ -1,0 +1,156 @@
+"""Directories that are whole or not there: written under a temporary name, synced, renamed."""
+
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rag_jax.errors import InputError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def new_directory(out: str | Path, kind: str, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary sibling of `out` to fill; renamed to `out` if the block ends well, else removed.
+
+    What a killed run left beside `out` is removed first. A finished `out` is refused unless `overwrite`, and even then
+    anything but an artifact of this `kind` (see `write_manifest`). Two runs at once for the same `out`: the second is
+    refused (the first holds a lock that the kernel gives back when it dies).
+    """
+    out = Path(os.path.abspath(out))
+    temporary = out.with_name(f".{out.name}.building-{secrets.token_hex(4)}")
+    _check_out(out, kind, overwrite)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made ({error}); choose another --out") from error
+    lock = _lock(temporary)
+    try:
+        yield temporary
+        sync_tree(temporary)
+        if out.exists() and any(out.iterdir()):
+            _check_out(out, kind, overwrite)
+            old = out.with_name(f".{out.name}.old-{secrets.token_hex(4)}")
+            out.rename(old)
+            temporary.rename(out)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(out)
+        _sync(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _check_out(out: Path, kind: str, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        ours = json.loads((out / MANIFEST).read_bytes()).get("kind") == kind
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise InputError(f"{out}: exists and is not a {kind}; choose another --out")
+    if not overwrite:
+        raise InputError(f"{out}: a finished {kind} is already there; pass --overwrite or choose another --out")
+
+
+def _remove_stale(out: Path) -> None:
+    for mark in ("building", "old"):
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.{mark}-*"):
+            lock = _lock(stale)
+            if lock is None:
+                raise InputError(f"{out}: another process is building it now; wait for it or choose another --out")
+            shutil.rmtree(stale)
+            os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def sync_tree(directory: Path) -> None:
+    """Everything below, and the directory itself, is on disk when this returns."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def canonical_sha256(value: Any) -> str:
+    """Hex digest of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def write_manifest(directory: Path, kind: str, version: int, fields: dict[str, Any]) -> None:
+    """Writes manifest.json: kind, format version, `fields`, and size and hash of every file below `directory`."""
+    files = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    manifest = {"kind": kind, "format_version": version, **fields, "files": files}
+    manifest["manifest_hash"] = canonical_sha256(manifest)
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def read_manifest(directory: Path, kind: str, version: int, verify: bool = False) -> dict[str, Any]:
+    """The manifest, after checking kind, version, its own hash and the size (with `verify` the hash) of every file."""
+    path = directory / MANIFEST
+    again = f"build the {kind} again"
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such {kind} directory")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{directory}: not a finished {kind} (no {MANIFEST}); {again}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: unreadable ({error}); {again}") from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        raise InputError(f"{path}: not the manifest of a {kind}")
+    if manifest.get("format_version") != version:
+        found = manifest.get("format_version")
+        raise InputError(f"{path}: format version {found}, this program reads {version}; {again}")
+    if manifest.pop("manifest_hash", None) != canonical_sha256(manifest):
+        raise InputError(f"{path}: altered after it was written; {again}")
+    for name, expected in manifest["files"].items():
+        file = directory / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected["bytes"]:
+            raise InputError(f"{file}: {size} bytes, the manifest says {expected['bytes']}; {again}")
+        if verify and file_sha256(file) != expected["sha256"]:
+            raise InputError(f"{file}: its content is not what the manifest says; {again}")
+    return manifest

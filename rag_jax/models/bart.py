@@ -1,0 +1,232 @@
+"""BART as the generator (Lewis et al. 2019): encode, project for cross-attention once, decode with a cache."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rag_jax.models.layers import (
+    Attention,
+    Embed,
+    FeedForward,
+    Init,
+    LayerNorm,
+    NormPlacement,
+    embedding_init,
+    position_init,
+    residual,
+)
+
+POSITION_OFFSET = 2  # rows 0 and 1 of the position tables are unused, a leftover of fairseq that checkpoints keep
+
+
+@dataclass(frozen=True)
+class BartConfig:
+    """Shape of the generator. The defaults are BART-large; norm="pre" is mBART's form (LayerNorm after each stack)."""
+
+    vocab_size: int = 50265
+    width: int = 1024
+    encoder_layers: int = 12
+    decoder_layers: int = 12
+    heads: int = 16
+    hidden: int = 4096
+    positions: int = 1024
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    eps: float = 1e-5
+    norm: NormPlacement = "post"
+    init: Init = "hf"
+    embedding_scale: float = 1.0  # sqrt(width) where Hugging Face says scale_embedding
+    logit_scale: float = 1.0  # width ** -0.5 with the unit-scale embeddings of init="copy"
+    bos_id: int = 0
+    pad_id: int = 1
+    eos_id: int = 2
+    dtype: str = "float32"
+    remat: bool = False
+
+
+def check_length(length: int, config: BartConfig) -> None:
+    if length > config.positions:
+        raise ValueError(f"input of length {length}, but the generator has {config.positions} positions")
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of all decoder layers, each a list of [B, L, H, C]."""
+
+    key: list[jax.Array]
+    value: list[jax.Array]
+
+
+class Layer(nn.Module):
+    """One encoder or decoder layer.
+
+    `cross` is what the decoder attends to: ((keys, values), mask). Returns the new hidden states and, given a cache
+    (keys, values, position), its keys and values with this call's entries written.
+    """
+
+    config: BartConfig
+    decoder: bool
+
+    def setup(self) -> None:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+
+        def attention() -> Attention:
+            return Attention(c.heads, c.width, c.init, c.attention_dropout, dtype)
+
+        self.self_attention, self.self_norm = attention(), LayerNorm(c.eps, dtype)
+        if self.decoder:
+            self.cross_attention, self.cross_norm = attention(), LayerNorm(c.eps, dtype)
+        self.feed_forward = FeedForward(c.width, c.hidden, c.init, 0.0, dtype)
+        self.feed_forward_norm = LayerNorm(c.eps, dtype)
+        self.drop = nn.Dropout(c.dropout)
+
+    def project_cross(self, source_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.cross_attention.project(source_BLD)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        mask: jax.Array,
+        cross: tuple[tuple[jax.Array, jax.Array], jax.Array] | None,
+        cache: tuple[jax.Array, jax.Array, jax.Array | int] | None,
+        deterministic: bool,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        written = None
+
+        def self_attention(h: jax.Array) -> jax.Array:
+            nonlocal written
+            kv = self.self_attention.project(h)
+            if cache is not None:
+                key, value, position = cache
+                kv = written = (
+                    jax.lax.dynamic_update_slice_in_dim(key, kv[0].astype(key.dtype), position, axis=1),
+                    jax.lax.dynamic_update_slice_in_dim(value, kv[1].astype(value.dtype), position, axis=1),
+                )
+            return self.drop(self.self_attention(h, kv, mask, deterministic), deterministic=deterministic)
+
+        place = self.config.norm
+        x_BTD = residual(self.self_norm, place, x_BTD, self_attention)
+        if cross is not None:
+            kv, cross_mask = cross
+
+            def cross_attention(h: jax.Array) -> jax.Array:
+                return self.drop(self.cross_attention(h, kv, cross_mask, deterministic), deterministic=deterministic)
+
+            x_BTD = residual(self.cross_norm, place, x_BTD, cross_attention)
+
+        def feed_forward(h: jax.Array) -> jax.Array:
+            return self.drop(self.feed_forward(h, deterministic), deterministic=deterministic)
+
+        return residual(self.feed_forward_norm, place, x_BTD, feed_forward), written
+
+
+class Stack(nn.Module):
+    """Embedded tokens -> hidden states, through one side's layers."""
+
+    config: BartConfig
+    decoder: bool
+
+    def setup(self) -> None:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        rows = c.positions + POSITION_OFFSET
+        init = position_init(c.init, POSITION_OFFSET)
+        self.position = Embed(rows, c.width, ("position", "embed"), init, dtype)
+        self.embedding_norm = LayerNorm(c.eps, dtype)
+        layer = nn.remat(Layer, static_argnums=(5,), methods=["__call__"]) if c.remat else Layer
+        count = c.decoder_layers if self.decoder else c.encoder_layers
+        self.layer = [layer(c, self.decoder) for _ in range(count)]
+        if c.norm == "pre":
+            self.final_norm = LayerNorm(c.eps, dtype)
+        self.drop = nn.Dropout(c.dropout)
+
+    def project_cross(self, source_BLD: jax.Array) -> KeyValues:
+        pairs = [layer.project_cross(source_BLD) for layer in self.layer]
+        return KeyValues([k for k, _ in pairs], [v for _, v in pairs])
+
+    def __call__(
+        self,
+        tokens_BTD: jax.Array,
+        mask: jax.Array,
+        cross: tuple[KeyValues, jax.Array] | None = None,
+        cache: KeyValues | None = None,
+        position: jax.Array | int = 0,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        length = tokens_BTD.shape[1]
+        check_length(length, self.config)
+        x = tokens_BTD + self.position(jnp.arange(length) + position + POSITION_OFFSET)
+        x = self.drop(self.embedding_norm(x), deterministic=deterministic)
+        new = KeyValues([], [])
+        for i, layer in enumerate(self.layer):
+            layer_cross = None if cross is None else ((cross[0].key[i], cross[0].value[i]), cross[1])
+            layer_cache = None if cache is None else (cache.key[i], cache.value[i], position)
+            x, written = layer(x, mask, layer_cross, layer_cache, deterministic)
+            if written is not None:
+                new.key.append(written[0])
+                new.value.append(written[1])
+        x = self.final_norm(x) if self.config.norm == "pre" else x
+        return x, (new if cache is not None else None)
+
+
+class Bart(nn.Module):
+    """The generator interface: `encode`, `cross`, `decode`, `init_cache`; calling it is teacher forcing end to end."""
+
+    config: BartConfig
+
+    def setup(self) -> None:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        self.shared = Embed(c.vocab_size, c.width, ("vocab", "embed"), embedding_init(c.init), dtype)
+        self.encoder, self.decoder = Stack(c, decoder=False), Stack(c, decoder=True)
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("vocab",))
+        self.logits_bias = self.param("logits_bias", zeros, (c.vocab_size,))
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        return self.shared(ids) * self.config.embedding_scale
+
+    def encode(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Source ids and mask (True on real tokens) -> hidden states [B, L, D]."""
+        mask = mask_BL.astype(bool)[:, None, None, :]
+        return self.encoder(self.embed(ids_BL), mask, deterministic=deterministic)[0]
+
+    def cross(self, hidden_BLD: jax.Array) -> KeyValues:
+        """Cross-attention keys and values of every decoder layer, computed once per source."""
+        return self.decoder.project_cross(hidden_BLD)
+
+    def init_cache(self, batch: int, length: int) -> KeyValues:
+        """Empty self-attention cache for `length` target positions; ValueError if the generator has fewer."""
+        c = self.config
+        check_length(length, c)
+        shape = (batch, length, c.heads, c.width // c.heads)
+        empty = [jnp.zeros(shape, jnp.dtype(c.dtype)) for _ in range(c.decoder_layers)]
+        return KeyValues(empty, list(empty))
+
+    def decode(
+        self,
+        ids_BT: jax.Array,
+        cross: KeyValues,
+        mask_BL: jax.Array,
+        cache: KeyValues | None = None,
+        position: jax.Array | int = 0,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        """Logits [B, T, V] float32 for the tokens after ids_BT, which stand from `position` on.
+
+        With a cache, also the cache to go on with. Nothing is masked but the future, so right-pad ids_BT.
+        """
+        queries = jnp.arange(ids_BT.shape[1]) + position
+        keys = jnp.arange(ids_BT.shape[1] if cache is None else cache.key[0].shape[1])
+        causal_11TL = (keys[None, :] <= queries[:, None])[None, None]
+        source = (cross, mask_BL.astype(bool)[:, None, None, :])
+        x, cache = self.decoder(self.embed(ids_BT), causal_11TL, source, cache, position, deterministic)
+        logits = self.shared.attend(x).astype(jnp.float32) * self.config.logit_scale
+        return logits + self.logits_bias, cache
+
+    def __call__(
+        self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
+        """Teacher forcing: logits [B, T, V]; logits at t are for the token after target_BT[:, t]."""
+        cross = self.cross(self.encode(ids_BL, mask_BL, deterministic))
+        return self.decode(target_BT, cross, mask_BL, deterministic=deterministic)[0]

@@ -1,0 +1,118 @@
+"""BERT as a question or context encoder (Devlin et al. 2019; DPR, Karpukhin et al. 2020): token ids -> one vector."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rag_jax.models.layers import (
+    Attention,
+    Dense,
+    Dtype,
+    Embed,
+    FeedForward,
+    Init,
+    LayerNorm,
+    NormPlacement,
+    embedding_init,
+    position_init,
+    residual,
+)
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Shape of one encoder. The defaults are BERT-base as DPR uses it: CLS vector, no pooler, no projection."""
+
+    vocab_size: int = 30522
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    positions: int = 512
+    token_types: int = 2
+    dropout: float = 0.1
+    eps: float = 1e-12
+    norm: NormPlacement = "post"
+    init: Init = "hf"
+    pooling: Literal["cls", "mean"] = "cls"
+    projection: int = 0  # width of a linear layer on the pooled vector; 0: none
+    dtype: str = "float32"
+    remat: bool = False
+
+    @property
+    def output_width(self) -> int:
+        """E, the retrieval width."""
+        return self.projection or self.width
+
+
+class BertLayer(nn.Module):
+    """Self-attention and feed-forward, each with residual and LayerNorm."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, mask_B11L: jax.Array, deterministic: bool) -> jax.Array:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        drop = nn.Dropout(c.dropout)
+        attend = Attention(c.heads, c.width, c.init, c.dropout, dtype, name="attention")
+
+        def attention(h: jax.Array) -> jax.Array:
+            return drop(attend(h, attend.project(h), mask_B11L, deterministic), deterministic=deterministic)
+
+        feed = FeedForward(c.width, c.hidden, c.init, 0.0, dtype, name="feed_forward")
+        x_BLD = residual(LayerNorm(c.eps, dtype, name="attention_norm"), c.norm, x_BLD, attention)
+        return residual(
+            LayerNorm(c.eps, dtype, name="feed_forward_norm"),
+            c.norm,
+            x_BLD,
+            lambda h: drop(feed(h, deterministic), deterministic=deterministic),
+        )
+
+
+def pool(hidden_BLD: jax.Array, mask_BL: jax.Array, how: str) -> jax.Array:
+    """The first token's vector, or the mean over the tokens that are not padding; [B, D] float32."""
+    hidden_BLD = hidden_BLD.astype(jnp.float32)
+    if how == "cls":
+        return hidden_BLD[:, 0]
+    weights_BL1 = mask_BL.astype(jnp.float32)[..., None]
+    return (hidden_BLD * weights_BL1).sum(1) / jnp.maximum(weights_BL1.sum(1), 1.0)
+
+
+class Bert(nn.Module):
+    """`hidden` gives [B, L, D], calling it gives the pooled (and projected) vector [B, E] in float32."""
+
+    config: BertConfig
+
+    def setup(self) -> None:
+        c = self.config
+        dtype: Dtype = jnp.dtype(c.dtype)
+        self.word = Embed(c.vocab_size, c.width, ("vocab", "embed"), embedding_init(c.init), dtype)
+        self.position = Embed(c.positions, c.width, ("position", "embed"), position_init(c.init), dtype)
+        self.token_type = Embed(c.token_types, c.width, ("position", "embed"), nn.initializers.normal(0.02), dtype)
+        self.embedding_norm = LayerNorm(c.eps, dtype)
+        layer = nn.remat(BertLayer, static_argnums=(3,)) if c.remat else BertLayer
+        self.layer = [layer(c) for _ in range(c.layers)]
+        if c.norm == "pre":
+            self.final_norm = LayerNorm(c.eps, dtype)
+        if c.projection:
+            self.projection = Dense(c.projection, ("embed", "heads"), c.init, jnp.float32)
+        self.drop = nn.Dropout(c.dropout)
+
+    def hidden(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Last hidden states [B, L, D]; mask is True on real tokens; token types are all 0."""
+        length = ids_BL.shape[1]
+        if length > self.config.positions:
+            raise ValueError(f"input of length {length}, but the encoder has {self.config.positions} positions")
+        x_BLD = self.word(ids_BL) + self.position(jnp.arange(length)) + self.token_type(jnp.zeros_like(ids_BL))
+        x_BLD = self.drop(self.embedding_norm(x_BLD), deterministic=deterministic)
+        mask_B11L = mask_BL.astype(bool)[:, None, None, :]
+        for layer in self.layer:
+            x_BLD = layer(x_BLD, mask_B11L, deterministic)
+        return self.final_norm(x_BLD) if self.config.norm == "pre" else x_BLD
+
+    def __call__(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> jax.Array:
+        pooled_BD = pool(self.hidden(ids_BL, mask_BL, deterministic), mask_BL, self.config.pooling)
+        return self.projection(pooled_BD) if self.config.projection else pooled_BD

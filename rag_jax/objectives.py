@@ -1,0 +1,138 @@
+"""Arrays -> scalars: the marginal likelihoods of RAG (Lewis et al. 2020, section 2) and the losses of the retriever.
+
+Knows no model. Letters: B questions, K documents per question, T target length, V vocabulary, E retrieval width,
+P passages of a batch. `mask_BT` is True where a target token counts. Everything is natural-log, float32.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_softmax, logsumexp
+
+Prior = Literal["paper", "hf_compat"]
+
+
+def prior_logp(scores_BK: jax.Array) -> jax.Array:
+    """log p(z_k|x): softmax of the raw inner products over the K retrieved documents only (section 2.2)."""
+    return log_softmax(scores_BK.astype(jnp.float32), axis=-1)
+
+
+def target_logp(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """log p(y_t|...) [...]: logits [..., V] normalised over V and read at targets [...]."""
+    logits = logits.astype(jnp.float32)
+    return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - logsumexp(logits, axis=-1)
+
+
+def _check(token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array) -> None:
+    shape = token_logp_BKT.shape
+    if len(shape) != 3 or prior_BK.shape != shape[:2] or mask_BT.shape != (shape[0], shape[2]):
+        raise ValueError(
+            "token log-probabilities [B, K, T], prior [B, K] and mask [B, T] do not fit together: "
+            f"{shape}, {prior_BK.shape} and {mask_BT.shape}"
+        )
+
+
+def sequence_joint(
+    token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior = "paper"
+) -> jax.Array:
+    """log p(z_k|x) + log p(y|x,z_k) [B, K].
+
+    `hf_compat` counts the prior at the second scored token alone, as transformers does: it vanishes when that token is
+    padding.
+    """
+    _check(token_logp_BKT, prior_BK, mask_BT)
+    logp_BK = jnp.where(mask_BT[:, None], token_logp_BKT, 0.0).sum(-1)
+    if prior == "paper":
+        return logp_BK + prior_BK
+    counted_B = mask_BT[:, 1] if mask_BT.shape[1] > 1 else jnp.zeros(len(mask_BT), bool)
+    return logp_BK + jnp.where(counted_B[:, None], prior_BK, 0.0)
+
+
+def rag_sequence_logp(
+    token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior = "paper"
+) -> jax.Array:
+    """log p(y|x) [B] = logsumexp_k(log p(z_k|x) + sum_t log p(y_t|x,z_k,y_<t)), RAG-Sequence."""
+    return logsumexp(sequence_joint(token_logp_BKT, prior_BK, mask_BT, prior), axis=-1)
+
+
+def rag_token_logp(
+    token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior = "paper"
+) -> jax.Array:
+    """log p(y|x) [B] = sum_t logsumexp_k(log p(z_k|x) + log p(y_t|x,z_k,y_<t)), RAG-Token. Both priors agree here."""
+    _check(token_logp_BKT, prior_BK, mask_BT)
+    marginal_BT = logsumexp(token_logp_BKT + prior_BK[..., None], axis=1)
+    return jnp.where(mask_BT, marginal_BT, 0.0).sum(-1)
+
+
+def posterior_logp(token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """log p(z_k|x,y) [B, K]: which document explains the whole answer."""
+    return log_softmax(sequence_joint(token_logp_BKT, prior_BK, mask_BT), axis=-1)
+
+
+def _sequence_smooth(logits_BKTV: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior) -> jax.Array:
+    """logsumexp_k of the sum over t and V of log p, the smoothing term of RAG-Sequence [B].
+
+    transformers adds the prior to all V log-probabilities of the second token, so there it counts V times.
+    """
+    vocabulary = logits_BKTV.shape[-1]
+    smooth_BKT = log_softmax(logits_BKTV.astype(jnp.float32), axis=-1).sum(-1)
+    return logsumexp(sequence_joint(smooth_BKT, prior_BK * vocabulary, mask_BT, prior), axis=-1)
+
+
+def _token_smooth(logits_BKTV: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior) -> jax.Array:
+    """Sum over t and V of the marginal log-probabilities [B]."""
+    logp_BKTV = log_softmax(logits_BKTV.astype(jnp.float32), axis=-1)
+    marginal_BTV = logsumexp(logp_BKTV + prior_BK[..., None, None], axis=1)
+    return jnp.where(mask_BT, marginal_BTV.sum(-1), 0.0).sum(-1)
+
+
+OBJECTIVES = {"rag_sequence": (rag_sequence_logp, _sequence_smooth), "rag_token": (rag_token_logp, _token_smooth)}
+
+
+def rag_nll(
+    objective: str,
+    logits_BKTV: jax.Array,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    scores_BK: jax.Array,
+    *,
+    prior: Prior = "paper",
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Negative log marginal likelihood nll_B, summed over tokens (no mean), and token_logp_BKT.
+
+    With label smoothing e: (1-e) * nll - (e/V) * smooth, as in transformers. Raises KeyError for an unknown objective
+    and ValueError for shapes that do not fit together.
+    """
+    logp, smooth = OBJECTIVES[objective]
+    B, K, T, _ = logits_BKTV.shape
+    if targets_BT.shape != (B, T) or scores_BK.shape != (B, K):
+        raise ValueError(
+            f"logits [B, K, T, V] {logits_BKTV.shape} need targets [B, T] = {(B, T)} and scores [B, K] = {(B, K)}; "
+            f"got {targets_BT.shape} and {scores_BK.shape}"
+        )
+    token_logp_BKT = target_logp(logits_BKTV, jnp.broadcast_to(targets_BT[:, None], (B, K, T)))
+    prior_BK = prior_logp(scores_BK)
+    nll_B = -logp(token_logp_BKT, prior_BK, mask_BT, prior)
+    if label_smoothing:
+        smooth_B = smooth(logits_BKTV, prior_BK, mask_BT, prior)
+        nll_B = (1 - label_smoothing) * nll_B - label_smoothing / logits_BKTV.shape[-1] * smooth_B
+    return nll_B, token_logp_BKT
+
+
+def in_batch_contrastive(
+    queries_BE: jax.Array, passages_PE: jax.Array, positive_BP: jax.Array, ignore_BP: jax.Array | None = None
+) -> jax.Array:
+    """DPR's loss [B] (Karpukhin et al. 2020, equation 2): -log softmax of the positive among all passages of the batch.
+
+    `positive_BP` is one-hot, the passage that counts; `ignore_BP` is True for passages left out of the softmax of that
+    question: its other right passages, which are no negatives, and padding. ValueError for shapes that do not fit.
+    """
+    scores_BP = jnp.einsum("be,pe->bp", queries_BE, passages_PE).astype(jnp.float32)
+    for name, mask in (("positive", positive_BP), ("ignore", ignore_BP)):
+        if mask is not None and mask.shape != scores_BP.shape:
+            raise ValueError(f"{name} passages {mask.shape} must be [B, P] = {scores_BP.shape}")
+    if ignore_BP is not None:
+        scores_BP = jnp.where(ignore_BP & ~positive_BP, -jnp.inf, scores_BP)
+    return logsumexp(scores_BP, axis=-1) - jnp.where(positive_BP, scores_BP, 0.0).sum(-1)

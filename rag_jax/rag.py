@@ -1,0 +1,343 @@
+"""The paper in one file: the Rag model, its loss, how it answers (Lewis et al. 2020, arXiv 2005.11401).
+
+    p(y|x) = sum over z in top-k of p(z|x) p(y|x,z)
+
+A question is embedded, the K passages with the largest inner product are found, each is joined with the question as
+ids, the generator scores or writes the answer under each, and the K are marginalised. Everything here is a pure
+function of `params`, {"question_encoder", "context_encoder" (absent if tied), "generator"}, and of arrays; nothing
+visits the host.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rag_jax import decoding, objectives
+from rag_jax.models.bart import Bart, BartConfig, KeyValues
+from rag_jax.models.bert import Bert, BertConfig
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RagConfig:
+    """The model. `variant` decides the marginalisation; `source_length` is the longest joined input, in tokens."""
+
+    variant: Literal["sequence", "token"] = "sequence"
+    encoder: BertConfig = field(default_factory=BertConfig)
+    generator: BartConfig = field(default_factory=BartConfig)
+    tie_encoders: bool = False
+    n_docs: int = 5
+    source_length: int = 300
+    question_length: int = 64
+
+    @property
+    def objective(self) -> str:
+        return f"rag_{self.variant}"
+
+
+class Passages(NamedTuple):
+    """The token table on device: every passage tokenised once for each side, right-padded, with its lengths."""
+
+    encoder_ids_NL: jax.Array
+    encoder_length_N: jax.Array
+    generator_ids_NL: jax.Array
+    generator_length_N: jax.Array
+
+
+class Generation(NamedTuple):
+    """sequences [B, T]: bos, the answer, eos, pad; scores [B]: log p(y|x); doc_posterior [B, K]: p(z_k|x,y)."""
+
+    sequences: jax.Array
+    scores: jax.Array
+    doc_posterior: jax.Array
+
+
+class Contexts(NamedTuple):
+    """What the decoder looks at: keys and values of every joined input and its mask; row b*K + k is document k of b."""
+
+    cross: KeyValues
+    mask_RL: jax.Array
+
+
+def join(
+    prefix_ids: tuple[int, ...],
+    passage_XL: jax.Array,
+    passage_length_X: jax.Array,
+    tail_XQ: jax.Array,
+    tail_length_X: jax.Array,
+    length: int,
+    pad_id: int,
+    start_X: jax.Array | None = None,
+    stop_X: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """prefix + passage[start:stop] + tail, as ids [X, length] and a mask.
+
+    The passage is cut to fit, the tail (question and suffix) never; ValueError if Q + len(prefix) > length.
+    """
+    head = len(prefix_ids)
+    if tail_XQ.shape[1] + head > length:
+        raise ValueError(
+            f"questions of up to {tail_XQ.shape[1]} tokens after {head} prefix ids do not fit {length} positions"
+        )
+    start_X = jnp.zeros_like(tail_length_X) if start_X is None else start_X
+    stop_X = passage_length_X if stop_X is None else jnp.minimum(stop_X, passage_length_X)
+    body_X = jnp.clip(stop_X - start_X, 0, length - head - tail_length_X)
+    at_1L = jnp.arange(length)[None]
+    in_passage = at_1L - head
+    in_tail = in_passage - body_X[:, None]
+    passage = jnp.take_along_axis(passage_XL, jnp.clip(in_passage + start_X[:, None], 0, passage_XL.shape[1] - 1), 1)
+    tail = jnp.take_along_axis(tail_XQ, jnp.clip(in_tail, 0, tail_XQ.shape[1] - 1), 1)
+    ids = jnp.where(in_tail < 0, passage.astype(jnp.int32), tail.astype(jnp.int32))
+    prefix = jnp.asarray((*prefix_ids, *([pad_id] * (length - head))), jnp.int32)
+    ids = jnp.where(at_1L < head, prefix[None], ids)
+    mask = at_1L < (head + body_X + tail_length_X)[:, None]
+    return jnp.where(mask, ids, pad_id), mask
+
+
+def shift_left(labels_BT: jax.Array, pad_id: int) -> tuple[jax.Array, jax.Array]:
+    """Targets and mask for labels `<s> y </s>` as decoder input: position t predicts labels[t+1], the last one pad."""
+    targets_BT = jnp.concatenate([labels_BT[:, 1:], jnp.full_like(labels_BT[:, :1], pad_id)], axis=1)
+    return targets_BT, targets_BT != pad_id
+
+
+def spread(x_BX: jax.Array, copies: int) -> jax.Array:
+    """[B, ...] -> [B*K, ...], a question's copies contiguous."""
+    return jnp.repeat(x_BX, copies, axis=0)
+
+
+@dataclass(frozen=True)
+class Rag:
+    """Modules and functions; all state is in the arguments."""
+
+    config: RagConfig
+
+    @property
+    def variant(self) -> str:
+        return self.config.variant
+
+    @property
+    def encoder(self) -> Bert:
+        return Bert(self.config.encoder)
+
+    @property
+    def generator(self) -> Bart:
+        return Bart(self.config.generator)
+
+    def init(self, key: jax.Array) -> Params:
+        """Parameters, boxed with their logical axis names (flax.linen.unbox removes the boxes)."""
+        ids, mask = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)
+        keys = jax.random.split(key, 3)
+        params = {
+            "question_encoder": self.encoder.init(keys[0], ids, mask)["params"],
+            "generator": self.generator.init(keys[2], ids, mask, ids)["params"],
+        }
+        if not self.config.tie_encoders:
+            params["context_encoder"] = self.encoder.init(keys[1], ids, mask)["params"]
+        return params
+
+    def _encode(self, params: Params, ids_BL: jax.Array, mask_BL: jax.Array, dropout: jax.Array | None) -> jax.Array:
+        rngs = None if dropout is None else {"dropout": dropout}
+        return self.encoder.apply({"params": params}, ids_BL, mask_BL, dropout is None, rngs=rngs)
+
+    def embed_questions(
+        self, params: Params, ids_BL: jax.Array, mask_BL: jax.Array, dropout: jax.Array | None = None
+    ) -> jax.Array:
+        """q(x) [B, E]; dropout is a key, or None for evaluation."""
+        return self._encode(params["question_encoder"], ids_BL, mask_BL, dropout)
+
+    def embed_passages(
+        self, params: Params, ids_BL: jax.Array, mask_BL: jax.Array, dropout: jax.Array | None = None
+    ) -> jax.Array:
+        """d(z) [B, E]."""
+        side = "question_encoder" if self.config.tie_encoders else "context_encoder"
+        return self._encode(params[side], ids_BL, mask_BL, dropout)
+
+    def logits(
+        self,
+        params: Params,
+        context_ids_BKL: jax.Array,
+        context_mask_BKL: jax.Array,
+        labels_BT: jax.Array,
+        dropout: jax.Array | None = None,
+    ) -> jax.Array:
+        """Teacher forcing under every document: logits [B, K, T, V], where position t predicts labels[t+1]."""
+        B, K, L = check_contexts(context_ids_BKL, context_mask_BKL, labels_BT=labels_BT)
+        rngs = None if dropout is None else {"dropout": dropout}
+        logits = self.generator.apply(
+            {"params": params["generator"]},
+            context_ids_BKL.reshape(B * K, L),
+            context_mask_BKL.reshape(B * K, L),
+            spread(labels_BT, K),
+            dropout is None,
+            rngs=rngs,
+        )
+        return logits.reshape(B, K, *logits.shape[1:])
+
+    def nll(
+        self,
+        params: Params,
+        context_ids_BKL: jax.Array,
+        context_mask_BKL: jax.Array,
+        scores_BK: jax.Array,
+        labels_BT: jax.Array,
+        hf_compat: bool = False,
+        label_smoothing: float = 0.0,
+        dropout: jax.Array | None = None,
+    ) -> jax.Array:
+        """-log p(y|x) [B], summed over tokens; labels are `<s> y </s>`, right-padded.
+
+        hf_compat: see objectives.sequence_joint.
+        """
+        return self.loss(
+            params, context_ids_BKL, context_mask_BKL, scores_BK, labels_BT, hf_compat, label_smoothing, dropout
+        )[0]
+
+    def loss(
+        self,
+        params: Params,
+        context_ids_BKL: jax.Array,
+        context_mask_BKL: jax.Array,
+        scores_BK: jax.Array,
+        labels_BT: jax.Array,
+        hf_compat: bool = False,
+        label_smoothing: float = 0.0,
+        dropout: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """nll_B and the posterior log p(z_k|x,y) [B, K]."""
+        check_contexts(context_ids_BKL, context_mask_BKL, scores_BK, labels_BT)
+        targets_BT, mask_BT = shift_left(labels_BT, self.config.generator.pad_id)
+        logits_BKTV = self.logits(params, context_ids_BKL, context_mask_BKL, labels_BT, dropout)
+        prior: objectives.Prior = "hf_compat" if hf_compat else "paper"
+        nll_B, token_logp_BKT = objectives.rag_nll(
+            self.config.objective,
+            logits_BKTV,
+            targets_BT,
+            mask_BT,
+            scores_BK,
+            prior=prior,
+            label_smoothing=label_smoothing,
+        )
+        return nll_B, objectives.posterior_logp(token_logp_BKT, objectives.prior_logp(scores_BK), mask_BT)
+
+    def generate(
+        self,
+        params: Params,
+        context_ids_BKL: jax.Array,
+        context_mask_BKL: jax.Array,
+        scores_BK: jax.Array,
+        num_beams: int = 4,
+        max_length: int = 32,
+        mode: Literal["thorough", "fast"] = "thorough",
+    ) -> Generation:
+        """The answers; max_length counts bos and eos.
+
+        RAG-Token: one beam search over the marginal next-token distribution. RAG-Sequence: a beam search per document
+        gives the candidates; `thorough` scores every candidate under every document, `fast` takes p(y|x,z) as 0 where
+        the beam of z did not produce y (section 2.5).
+        """
+        check_contexts(context_ids_BKL, context_mask_BKL, scores_BK)
+        if num_beams < 1 or max_length < 2:
+            raise ValueError(f"num_beams must be 1 or more and max_length 2 or more, got {num_beams} and {max_length}")
+        if mode not in ("thorough", "fast"):
+            raise ValueError(f"mode must be 'thorough' or 'fast', got {mode!r}")
+        contexts = self._read(params, context_ids_BKL, context_mask_BKL)
+        prior_BK = objectives.prior_logp(scores_BK)
+        if self.variant == "token":
+            return self._generate_token(params, contexts, prior_BK, num_beams, max_length)
+        return self._generate_sequence(params, contexts, prior_BK, num_beams, max_length, mode)
+
+    def _generate_token(self, params: Params, contexts: Contexts, prior_BK: jax.Array, M: int, T: int) -> Generation:
+        best_BT = self._search(params, contexts, M, T, prior_BK).sequences[:, 0]
+        logp_BKT = self._candidate_logp(params, contexts, best_BT[:, None])[:, 0]
+        _, mask_BT = shift_left(best_BT, self.config.generator.pad_id)
+        score_B = objectives.rag_token_logp(logp_BKT, prior_BK, mask_BT)
+        return Generation(best_BT, score_B, jnp.exp(objectives.posterior_logp(logp_BKT, prior_BK, mask_BT)))
+
+    def _generate_sequence(
+        self, params: Params, contexts: Contexts, prior_BK: jax.Array, M: int, T: int, mode: str
+    ) -> Generation:
+        c, (B, K) = self.config.generator, prior_BK.shape
+        found = self._search(params, contexts, M, T)
+        candidates_BCT, own_BC = found.sequences.reshape(B, K * M, T), found.scores.reshape(B, K * M)
+        real_BC = own_BC > decoding.NEVER
+        if mode == "thorough":
+            _, mask_CT = shift_left(candidates_BCT.reshape(-1, T), c.pad_id)
+            logp_BCKT = self._candidate_logp(params, contexts, candidates_BCT)
+            logp_BCK = jnp.where(mask_CT.reshape(B, K * M, 1, T), logp_BCKT, 0.0).sum(-1)
+        else:  # the same string from the beams of two documents is one candidate
+            logp_BC = own_BC * decoding.lengths(candidates_BCT, c.eos_id)
+            same_BCC = (candidates_BCT[:, :, None] == candidates_BCT[:, None]).all(-1) & real_BC[:, None]
+            logp_BCK = jnp.where(same_BCC, logp_BC[:, None], -jnp.inf).reshape(B, K * M, K, M).max(-1)
+        joint_BCK = logp_BCK + prior_BK[:, None]
+        score_BC = jnp.where(real_BC, jax.nn.logsumexp(joint_BCK, axis=-1), -jnp.inf)
+        best = (jnp.arange(B), score_BC.argmax(-1))
+        return Generation(candidates_BCT[best], score_BC[best], jax.nn.softmax(joint_BCK[best], axis=-1))
+
+    def _read(self, params: Params, ids_BKL: jax.Array, mask_BKL: jax.Array) -> Contexts:
+        """Runs the generator's encoder on every joined (passage, question)."""
+        variables, mask_RL = {"params": params["generator"]}, mask_BKL.reshape(-1, mask_BKL.shape[-1])
+        hidden_RLD = self.generator.apply(variables, ids_BKL.reshape(mask_RL.shape), mask_RL, method="encode")
+        return Contexts(self.generator.apply(variables, hidden_RLD, method="cross"), mask_RL)
+
+    def _search(
+        self, params: Params, contexts: Contexts, M: int, T: int, prior_BK: jax.Array | None = None
+    ) -> decoding.Found:
+        """One search per document [B*K, M, T]; with a prior, one per question [B, M, T] over the marginal next token.
+
+        A marginal search carries its beams in the order [B, M, K], so that the K caches of a beam move together.
+        """
+        c, R = self.config.generator, len(contexts.mask_RL)
+        B, K = (R, 1) if prior_BK is None else prior_BK.shape
+
+        def per_beam(x: jax.Array) -> jax.Array:
+            return spread(x.reshape(B, K, *x.shape[1:]), M).reshape(R * M, *x.shape[1:])
+
+        cross, mask = jax.tree.map(per_beam, contexts)
+
+        def step(tokens_X: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:
+            cache = jax.tree.map(lambda x: x.reshape(R * M, *x.shape[2:]), cache)
+            ids = spread(tokens_X, K)[:, None]
+            variables = {"params": params["generator"]}
+            logits, cache = self.generator.apply(variables, ids, cross, mask, cache, position, method="decode")
+            logp = jax.nn.log_softmax(logits[:, 0], axis=-1).reshape(B, M, K, -1)
+            if prior_BK is not None:
+                logp = logp + prior_BK[:, None, :, None]
+            return jax.nn.logsumexp(logp, axis=2).reshape(B * M, -1), by_document(cache)
+
+        def by_document(cache: Any) -> Any:
+            return jax.tree.map(lambda x: x.reshape(B * M, K, *x.shape[1:]), cache)
+
+        cache = by_document(self.generator.init_cache(R * M, T))
+        return decoding.search(step, cache, B, M, T, c.bos_id, c.eos_id, c.pad_id)
+
+    def _candidate_logp(self, params: Params, contexts: Contexts, candidates_BCT: jax.Array) -> jax.Array:
+        """log p(y_t|x,z_k,y_<t) of every candidate under every document [B, C, K, T], one candidate at a time."""
+        B, K = len(candidates_BCT), len(contexts.mask_RL) // len(candidates_BCT)
+
+        def one(candidate_BT: jax.Array) -> jax.Array:
+            targets_BT, _ = shift_left(candidate_BT, self.config.generator.pad_id)
+            variables, ids = {"params": params["generator"]}, spread(candidate_BT, K)
+            logits, _ = self.generator.apply(variables, ids, *contexts, method="decode")
+            return objectives.target_logp(logits, spread(targets_BT, K)).reshape(B, K, -1)
+
+        return jax.lax.map(one, candidates_BCT.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def check_contexts(
+    ids_BKL: jax.Array,
+    mask_BKL: jax.Array,
+    scores_BK: jax.Array | None = None,
+    labels_BT: jax.Array | None = None,
+) -> tuple[int, int, int]:
+    """(B, K, L), read from the shapes; ValueError with both shapes where they do not fit together."""
+    if ids_BKL.ndim != 3 or mask_BKL.shape != ids_BKL.shape:
+        raise ValueError(f"context ids and mask must both be [B, K, L]; got {ids_BKL.shape} and {mask_BKL.shape}")
+    B, K, L = ids_BKL.shape
+    if scores_BK is not None and scores_BK.shape != (B, K):
+        raise ValueError(f"contexts {ids_BKL.shape} need scores [B, K] = {(B, K)}; got {scores_BK.shape}")
+    if labels_BT is not None and (labels_BT.ndim != 2 or labels_BT.shape[0] != B):
+        raise ValueError(f"contexts {ids_BKL.shape} need labels [B, T] with B = {B}; got {labels_BT.shape}")
+    return B, K, L

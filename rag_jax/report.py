@@ -1,0 +1,161 @@
+"""The one-page report.md of a run: what was run, the figures, the curves, questions answered, how to do it again."""
+
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rag_jax import plots
+from rag_jax.logs import METRICS_FILE, clock
+from rag_jax.metrics import RECALL_KS
+
+REPORT_FILE = "report.md"
+CURVES_FILE = "curves.png"
+
+_SHOWN_PASSAGES = 5
+_SHOWN_LETTERS = 300
+
+_RESULTS = (
+    ("exact_match_unseen", "Exact match, unseen entities"),
+    ("exact_match", "Exact match"),
+    ("f1", "F1"),
+    *((f"recall_at_{k}", f"Recall@{k} of gold passages") for k in RECALL_KS),
+    *((f"answer_recall_at_{k}", f"Answer recall@{k} (the first {k} passages have the answer)") for k in RECALL_KS),
+    ("closed_book_exact_match", "Exact match, closed book (no passages)"),
+    ("hot_swap_exact_match", "Exact match on changed facts, edited corpus swapped in"),
+)  # fmt: skip
+
+
+def write(run_dir: str | Path, report: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes `report.md`, and `curves.png` where the run has a metrics.jsonl, into run_dir; absent keys have no row.
+
+    report: figures by name as in report.json (an interval as NAME_low, NAME_high), n, seconds; of the run: title,
+    config (name or mapping), seed, device, stages [{"name", "steps", "seconds"}], commands [str].
+    examples: {"question", "prediction", "answers", "gold": [passage ids],
+    "passages": [{"id", "title", "text", "prior", "posterior"}]}.
+    """
+    run_dir = Path(run_dir)
+    curves = None
+    if (run_dir / METRICS_FILE).is_file():
+        curves = plots.training_curves(run_dir / METRICS_FILE, run_dir / CURVES_FILE)
+    sections = [
+        [f"# {_inline(report.get('title', f'Report of {run_dir.resolve().name}'))}"],
+        _what_was_run(report),
+        _results(report),
+        ["## Training curves", f"![Training curves]({CURVES_FILE})"] if curves else [],
+        _examples(examples),
+        _commands(report.get("commands", ())),
+    ]
+    path = run_dir / REPORT_FILE
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("\n\n".join(part for section in sections for part in section) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _what_was_run(report: Mapping[str, Any]) -> list[str]:
+    config = report.get("config")
+    lines = []
+    if isinstance(config, str):
+        lines.append(f"- Configuration: {_code(config)}")
+    lines += [
+        f"- {label}: {_inline(report[key])}" for key, label in (("seed", "Seed"), ("device", "Device")) if key in report
+    ]
+    if "seconds" in report:
+        lines.append(f"- Time: {clock(report['seconds'])} ({report['seconds']:,.0f} s)")
+    parts = ["\n".join(lines)] if lines else []
+    if isinstance(config, Mapping):
+        shown = json.dumps(config, indent=2, ensure_ascii=False, default=str)
+        parts.append(f"<details><summary>Configuration</summary>\n\n{_fenced(shown, 'json')}\n\n</details>")
+    stages = report.get("stages")
+    if stages:
+        rows = [(stage.get("name", ""), _count(stage.get("steps")), _count(stage.get("seconds"))) for stage in stages]
+        parts.append(_table(("Stage", "Steps", "Seconds"), rows, "lrr"))
+    return ["## What was run", *parts] if parts else []
+
+
+def _results(report: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for key, label in _RESULTS:
+        if isinstance(report.get(key), int | float):
+            low, high = report.get(f"{key}_low"), report.get(f"{key}_high")
+            interval = "" if low is None or high is None else f"{_percent(low)} to {_percent(high)}"
+            rows.append((label, _percent(report[key]), interval))
+    if not rows:
+        return []
+    if not any(interval for *_, interval in rows):
+        table = _table(("Figure", "%"), [row[:2] for row in rows], "lr")
+    else:
+        table = _table(("Figure", "%", "95% interval (bootstrap)"), rows, "lrr")
+    over = [f"Over {_count(report['n'])} questions."] if "n" in report else []
+    return ["## Results", *over, table]
+
+
+def _examples(examples: Sequence[Mapping[str, Any]]) -> list[str]:
+    parts = ["## Questions and answers"] if examples else []
+    for number, example in enumerate(examples, start=1):
+        parts.append(f"### {number}. {_inline(example['question'])}")
+        answers = example.get("answers") or ()
+        wanted = f" (wanted: {' or '.join(map(_inline, answers))})" if answers else ""
+        parts.append(f"Answer: **{_inline(example['prediction']) or '(nothing)'}**{wanted}")
+        passages = example.get("passages") or ()
+        if passages:
+            parts.append(_passages(passages, example.get("gold") or ()))
+    return parts
+
+
+def _passages(passages: Sequence[Mapping[str, Any]], gold: Iterable[str]) -> str:
+    gold = frozenset(gold)
+    rows = []
+    for rank, passage in enumerate(passages[:_SHOWN_PASSAGES], start=1):
+        title, text = passage.get("title", ""), _shorten(str(passage.get("text", "")))
+        shown = f"**{_inline(title)}** {_inline(text)}" if title else _inline(text)
+        mark = f"{rank} (gold)" if passage.get("id") in gold else str(rank)
+        rows.append((mark, _share(passage.get("prior")), _share(passage.get("posterior")), shown))
+    return _table(("Rank", "Prior", "Posterior", "Passage"), rows, "lrrl", escaped=True)
+
+
+def _commands(commands: Sequence[str]) -> list[str]:
+    return ["## To do it again", _fenced("\n".join(commands), "bash")] if commands else []
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str, *, escaped: bool = False) -> str:
+    rule = ["---:" if side == "r" else "---" for side in align]
+    body = rows if escaped else [[_inline(cell) for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
+
+
+def _inline(value: Any) -> str:
+    """Any value as one line of plain text: nothing in it is taken for markdown, HTML or the end of a table cell."""
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return "".join(f"\\{letter}" if letter in "\\`*_[]|#~$" else letter for letter in text)
+
+
+def _code(text: str) -> str:
+    return f"<code>{_inline(text)}</code>"
+
+
+def _fenced(text: str, language: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= _SHOWN_LETTERS:
+        return text
+    return text[:_SHOWN_LETTERS].rsplit(" ", 1)[0] + " …"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"

@@ -1,0 +1,174 @@
+"""A run directory and what belongs to it: configuration, model, corpus on device.
+
+config.json   the configuration          corpus.json   which corpus and tokenizers it was trained with
+checkpoints/  everything, to go on       params/       the parameters of the last finished stage
+index/        snapshot for those         metrics.jsonl, tensorboard/, report.json, ...
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from rag_jax import checkpoint, config, sharding
+from rag_jax.config import TrainConfig
+from rag_jax.errors import InputError
+from rag_jax.rag import Params, Passages, Rag, RagConfig
+from rag_jax.retrieval import encode, index
+from rag_jax.retrieval.corpus import Corpus
+from rag_jax.steps import Index
+
+
+def resolve(model: RagConfig, corpus: Corpus) -> RagConfig:
+    """The model's vocabularies and special ids as the corpus' tokenizers have them; InputError where they contradict."""
+    encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
+    for side, vocab, tokenizer in (
+        ("encoder", model.encoder.vocab_size, encoder),
+        ("generator", model.generator.vocab_size, generator),
+    ):
+        if vocab and vocab < tokenizer.vocab_size:
+            raise InputError(
+                f"model.{side}.vocab_size is {vocab}, but the corpus was tokenised with {tokenizer.vocab_size} tokens; "
+                "set it to 0 to take the tokenizer's, or build the corpus with the model's tokenizer"
+            )
+    bos, pad, eos = (
+        generator.prefix_ids[0] if generator.prefix_ids else generator.bos_id,
+        generator.pad_id,
+        generator.eos_id,
+    )
+    return dataclasses.replace(
+        model,
+        encoder=dataclasses.replace(model.encoder, vocab_size=model.encoder.vocab_size or encoder.vocab_size),
+        generator=dataclasses.replace(
+            model.generator,
+            vocab_size=model.generator.vocab_size or generator.vocab_size,
+            bos_id=bos,
+            pad_id=pad,
+            eos_id=eos,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its corpus on a mesh; the token table's rows lie over all devices."""
+
+    rag: Rag
+    corpus: Corpus
+    mesh: jax.sharding.Mesh
+    passages: Passages
+
+    @property
+    def encoder_side(self) -> str:
+        return "question_encoder" if self.rag.config.tie_encoders else "context_encoder"
+
+
+def load(model: RagConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> Loaded:
+    encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
+    tables = (
+        (corpus.encoder_ids, encoder.pad_id),
+        (corpus.encoder_length, 1),
+        (corpus.generator_ids, generator.pad_id),
+        (corpus.generator_length, 0),
+    )
+    passages = Passages(*(sharding.shard_rows(mesh, table, fill) for table, fill in tables))
+    rag = Rag(resolve(model, corpus))
+    longest = int(corpus.encoder_ids.shape[1])
+    if longest > rag.config.encoder.positions:
+        raise InputError(
+            f"the corpus holds up to {longest} tokens a passage for the encoder, which has {rag.config.encoder.positions} "
+            "positions; rebuild the corpus with --encoder-length, or raise model.encoder.positions"
+        )
+    return Loaded(rag, corpus, mesh, passages)
+
+
+def abstract_params(rag: Rag) -> Any:
+    """Shapes of the parameters, boxed with their logical axis names."""
+    return jax.eval_shape(rag.init, jax.random.key(0))
+
+
+def embedder(loaded: Loaded) -> Callable[[Params, int], Index]:
+    """A function (params, step) -> a fresh index of all passages, on device; compiled once."""
+    encoder, passages = loaded.rag.encoder, loaded.passages
+    table = encode.embed_table(lambda side, ids, mask: encoder.apply({"params": side}, ids, mask), loaded.mesh)
+    everywhere = sharding.replicated(loaded.mesh)
+
+    def embed(params: Params, step: int) -> Index:
+        side = jax.device_put(params[loaded.encoder_side], everywhere)
+        embeddings = table(side, passages.encoder_ids_NL, passages.encoder_length_N)
+        return Index(embeddings, jax.device_put(np.int32(step), everywhere))
+
+    return embed
+
+
+def identity(corpus: Corpus) -> dict[str, Any]:
+    """What a run must agree with: the corpus and the tokenizers."""
+    return {
+        "corpus_hash": corpus.hash,
+        "encoder_tokenizer": corpus.encoder_tokenizer.hash,
+        "generator_tokenizer": corpus.generator_tokenizer.hash,
+    }
+
+
+def check_tokenizers(run_dir: Path, corpus: Corpus) -> None:
+    """InputError with both hashes where the corpus was tokenised otherwise than the one that the run was trained on."""
+    try:
+        known = json.loads((run_dir / "corpus.json").read_text())
+    except OSError as error:
+        raise InputError(f"{run_dir}: not a run directory (no corpus.json); train one with rag-jax train") from error
+    now = identity(corpus)
+    for name in ("encoder_tokenizer", "generator_tokenizer"):
+        if known[name] != now[name]:
+            raise InputError(
+                f"{corpus.directory}: tokenised with {name} {now[name][:16]}, but {run_dir} was trained with {known[name][:16]}; "
+                f"build the corpus with: rag-jax corpus INPUT --out DIR --tokenizers-from {run_dir / 'tokenizers'}"
+            )
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    return config.read(run_dir / "config.json")
+
+
+def read_params(run_dir: Path, rag: Rag, mesh: jax.sharding.Mesh) -> Params:
+    """The run's parameters on the mesh."""
+    boxed = abstract_params(rag)
+    places = jax.tree.map(
+        lambda box: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype, sharding=sharding.sharding(mesh, box.names)),
+        boxed,
+        is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
+    )
+    return checkpoint.load_params(run_dir / "params", places)
+
+
+def encoder_hash(loaded: Loaded, params: Params) -> str:
+    """Which parameters embed passages."""
+    return checkpoint.tree_hash(params[loaded.encoder_side])
+
+
+def write_index(loaded: Loaded, params: Params, step: int, out: Path, overwrite: bool = False) -> index.Snapshot:
+    """Embed the corpus and write the snapshot."""
+    encoder, side = loaded.rag.encoder, params[loaded.encoder_side]
+    corpus = loaded.corpus
+    manifest = index.Manifest(
+        format_version=index.FORMAT_VERSION,
+        corpus=str(corpus.directory),
+        corpus_hash=corpus.hash,
+        encoder_hash=encoder_hash(loaded, params),
+        step=step,
+        n_passages=len(corpus),
+        width=loaded.rag.config.encoder.output_width,
+        dtype="float32",
+    )
+    writer = index.Writer(out, manifest, overwrite)
+    stream = encode.embed_stream(
+        lambda p, ids, mask: encoder.apply({"params": p}, ids, mask), side, corpus.encoder_ids, corpus.encoder_length
+    )
+    for start, rows in stream:
+        writer.write(start, rows)
+    return writer.finish()

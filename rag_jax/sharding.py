@@ -1,0 +1,142 @@
+"""Where arrays lie: the mesh, the table from logical names to mesh axes, and arrays from host memory.
+
+Parameters and batches name their axes in words (`("embed", "mlp")`); `RULES` is the one place that says which mesh
+axis a word is cut over. A word that is not in the table, or two words on one mesh axis, is an error: nothing is
+replicated by accident.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rag_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "documents": None,
+    "length": None,
+    "width": None,
+    # parameters
+    "embed": "fsdp",
+    "heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "position": None,
+    "norm": None,
+    # the index and the token table: one row a passage, over every device
+    "rows": AXES,
+    "retrieval": None,
+}
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes (data, fsdp, tensor); an axis not named has size 1 and -1 takes the devices that are left.
+
+    Without `shape`, all devices are on `data`. Raises InputError when the sizes do not multiply to their number.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = {"data": -1} if shape is None else dict(shape)
+    unknown = [name for name in shape if name not in AXES]
+    if unknown:
+        raise InputError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(AXES)}")
+    sizes = [shape.get(name, 1) for name in AXES]
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise InputError(f"mesh {shape}: sizes must be positive, and one of them at most may be -1 (the rest)")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
+    if math.prod(sizes) != len(devices):
+        raise InputError(f"mesh {shape} does not fit {len(devices)} devices; write -1 for one axis to give it the rest")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(names: Sequence[str | None]) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes have these logical names (None: not cut).
+
+    Raises ValueError for a name that RULES does not have and for two names on one mesh axis.
+    """
+    entries = []
+    for name in names:
+        if name is not None and name not in RULES:
+            raise ValueError(f"logical axis {name!r} of {tuple(names)} is not in RULES; it has {', '.join(RULES)}")
+        entries.append(None if name is None else RULES[name])
+    used = [axis for entry in entries if entry for axis in ([entry] if isinstance(entry, str) else entry)]
+    twice = sorted({axis for axis in used if used.count(axis) > 1})
+    if twice:
+        raise ValueError(f"{tuple(names)} puts two axes on mesh axis {twice[0]!r}; each may be used once")
+    return PartitionSpec(*entries)
+
+
+def sharding(mesh: Mesh, names: Sequence[str | None]) -> NamedSharding:
+    """`spec(names)` on a mesh."""
+    return NamedSharding(mesh, spec(names))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def init(mesh: Mesh, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` with every array made on its own shards and out of its box of names.
+
+    Arrays are boxed by `nn.with_logical_partitioning`; an optimiser state made from boxed parameters is boxed too.
+    Raises ValueError for an array without names, unless it is a scalar.
+    """
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        names = leaf.names if _boxed(leaf) else ()
+        if len(names) != jax.tree.leaves(leaf)[0].ndim:
+            raise ValueError(f"{jax.tree_util.keystr(path)}: names {names} for {jax.tree.leaves(leaf)[0]}")
+        return sharding(mesh, names)
+
+    def unboxed(*args: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.value if _boxed(leaf) else leaf, function(*args), is_leaf=_boxed)
+
+    places = jax.tree_util.tree_map_with_path(place, jax.eval_shape(function, *args), is_leaf=_boxed)
+    return jax.jit(unboxed, out_shardings=places)(*args)
+
+
+def _boxed(leaf: Any) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def shard_rows(mesh: Mesh, array_NX: Any, fill: Any) -> jax.Array:
+    """Rows over all devices, padded with `fill` to a multiple of their number: [ceil(N/D)*D, ...].
+
+    Only the rows of this process's devices are read, so `array_NX` may be a memory map larger than memory.
+    """
+    n = array_NX.shape[0]
+    n_padded = -(-n // mesh.size) * mesh.size
+    shape = (n_padded, *array_NX.shape[1:])
+
+    def rows(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(n_padded)
+        part = np.full((stop - start, *shape[1:]), fill, array_NX.dtype)
+        found = np.asarray(array_NX[min(start, n) : min(stop, n)])
+        part[: len(found)] = found
+        return part
+
+    return jax.make_array_from_callback(shape, sharding(mesh, ("rows", *[None] * (len(shape) - 1))), rows)
+
+
+def shard_batch(mesh: Mesh, batch: Any) -> Any:
+    """A tree of host arrays, the rows that this process read, as global arrays with rows over `batch`.
+
+    Raises ValueError (from JAX) when the rows do not divide over the devices of the data and fsdp axes.
+    """
+
+    def place(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        names = ("batch", *[None] * (array.ndim - 1)) if array.ndim else ()
+        return jax.make_array_from_process_local_data(sharding(mesh, names), array)
+
+    return jax.tree.map(place, batch)

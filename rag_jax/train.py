@@ -1,0 +1,357 @@
+"""`rag-jax train`: the stages of a configuration one after another, killable at any moment.
+
+    load config, corpus, questions -> for each stage: optimiser, index, batches, one jitted step -> checkpoints, params, index
+
+The same command started again goes on from the last checkpoint and ends with bit-identical parameters.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rag_jax import checkpoint, config, evaluate, logs, metrics, optimizer, sharding
+from rag_jax import run as runs
+from rag_jax.answer import AnswerConfig, AnswerFn, make_answer
+from rag_jax.config import StageConfig, TrainConfig
+from rag_jax.data import formats, pipeline
+from rag_jax.errors import InputError
+from rag_jax.logs import MetricWriter, Progress
+from rag_jax.retrieval.corpus import Corpus
+from rag_jax.steps import Index, Setting, TrainState, make_step
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training examples, and how long each passage is for the reading windows."""
+
+    examples: pipeline.Examples
+    corpus: Corpus
+
+
+def prepare(cfg: TrainConfig, corpus: Corpus) -> Data:
+    questions = formats.read_questions(cfg.train)
+    examples = pipeline.tokenise(
+        questions,
+        corpus,
+        question_length=cfg.model.question_length,
+        target_length=cfg.target_length,
+        every_answer=cfg.every_answer,
+    )
+    return Data(examples, corpus)
+
+
+def batches(stage: StageConfig, cfg: TrainConfig, data: Data, number: int) -> grain.MapDataset:
+    """The batches of stage `number`; InputError where the questions lack what the stage needs."""
+    seed = cfg.seed * len(cfg.stages) + number
+    if stage.objective == "denoise":
+        length = stage.source_length or cfg.model.source_length
+        return pipeline.denoise_batches(data.corpus, batch=stage.batch, seed=seed, length=length)
+    examples = data.examples
+    if stage.objective == "contrastive" or stage.documents == "gold":
+        examples = examples.where(examples.gold_NG[:, 0] >= 0)
+        if not len(examples):
+            raise InputError(f"stage {stage.name}: no training question names a gold passage (positive_passage_ids)")
+    if stage.window:
+        examples = examples.where(examples.answer_N2[:, 1] > 0)
+        if not len(examples):
+            raise InputError(
+                f"stage {stage.name}: no answer occurs in its gold passage, which window={stage.window} needs"
+            )
+    if stage.questions:
+        examples = examples.where(np.arange(len(examples)) < stage.questions)
+    lengths = data.corpus.generator_length
+    return pipeline.question_batches(examples, lengths, batch=stage.batch, seed=seed, window=stage.window)
+
+
+def check(cfg: TrainConfig, corpus: Corpus) -> None:
+    """What would fail late, said early."""
+    if cfg.checkpoint_every % cfg.log_every:
+        raise InputError(f"checkpoint_every={cfg.checkpoint_every} must be a multiple of log_every={cfg.log_every}")
+    if not cfg.stages or len({stage.name for stage in cfg.stages}) < len(cfg.stages):
+        raise InputError(
+            f"stages need different names: {', '.join(stage.name for stage in cfg.stages) or 'there are none'}"
+        )
+    for stage in cfg.stages:
+        if stage.objective == "rag" and stage.documents == "retrieved" and stage.n_docs > len(corpus):
+            raise InputError(f"stage {stage.name}: n_docs={stage.n_docs}, but the corpus has {len(corpus)} passages")
+        if stage.source_length > cfg.model.generator.positions:
+            raise InputError(
+                f"stage {stage.name}: source_length={stage.source_length} is more than the generator's "
+                f"{cfg.model.generator.positions} positions"
+            )
+
+
+def open_run(cfg: TrainConfig, directory: Path, corpus: Corpus) -> None:
+    """Make the run directory, or agree to go on in it; InputError where it holds another configuration or corpus."""
+    wanted, known = config.plain(cfg), directory / "config.json"
+    if known.exists():
+        differing = differences(json.loads(known.read_text()), wanted)
+        if differing:
+            raise InputError(
+                f"{directory} was started with another configuration ({differing}); name another --run directory"
+            )
+        if json.loads((directory / "corpus.json").read_text()) != runs.identity(corpus):
+            raise InputError(
+                f"{directory} was started with another corpus than {corpus.directory} is now; name another --run"
+            )
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "corpus.json").write_text(json.dumps(runs.identity(corpus), indent=2) + "\n")
+    shutil.copytree(corpus.directory / "tokenizers", directory / "tokenizers", dirs_exist_ok=True)
+    temporary = known.with_suffix(".tmp")
+    config.save(cfg, temporary)
+    temporary.rename(known)
+
+
+def differences(old: Any, new: Any, path: str = "") -> str:
+    """The first key in which two plain configurations differ, with both values; "" where they agree."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            found = differences(old.get(name), new.get(name), f"{path}.{name}".strip("."))
+            if found:
+                return found
+        return ""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return next(
+            filter(None, (differences(*pair, f"{path}[{i}]") for i, pair in enumerate(zip(old, new, strict=True)))), ""
+        )
+    return "" if old == new else f"{path}: {old!r} there, {new!r} now"
+
+
+def uses_index(stage: StageConfig) -> bool:
+    return stage.objective == "rag" and stage.documents == "retrieved"
+
+
+def average(rows: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """Mean of every metric over the interval; NaN (nothing to measure) is passed over; the last learning rate."""
+    fetched = jax.device_get(rows)
+    means = {}
+    for name in fetched[0]:
+        values = np.asarray([row[name] for row in fetched], np.float64)
+        values = values[~np.isnan(values)] if name.startswith("recall") else values
+        if len(values):
+            means[name] = float(values.mean())
+    means["learning_rate"] = float(fetched[-1]["learning_rate"])
+    return means
+
+
+class Interval:
+    """Metrics since the last log line, and where the time went."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, jax.Array]] = []
+        self.host_seconds, self.started = 0.0, time.perf_counter()
+
+    def summary(self) -> dict[str, float]:
+        values = average(self.rows)
+        seconds = time.perf_counter() - self.started
+        tokens = values.pop("tokens") * len(self.rows)
+        return values | {
+            "step_seconds": seconds / len(self.rows),
+            "tokens_per_second": tokens / seconds,
+            "host_share": self.host_seconds / seconds,
+        }
+
+
+class Session(NamedTuple):
+    """What stays the same over all stages of a run."""
+
+    cfg: TrainConfig
+    directory: Path
+    data: Data
+    loaded: runs.Loaded
+    embed: Any
+    keeper: checkpoint.Checkpoints
+    writer: MetricWriter
+    fingerprint: str
+    answering: AnswerConfig
+    program: AnswerFn
+
+
+def init_state(loaded: runs.Loaded, stage: StageConfig, params: Any, step: int) -> TrainState:
+    """The state at the start of a stage: a fresh optimiser, sharded as its parameters are."""
+    tx = optimizer.make(stage.optimizer, stage.steps)
+
+    def opt_state() -> Any:
+        return tx.init(optimizer.split(stage.optimizer, loaded.rag.init(jax.random.key(0)))[0])
+
+    place = sharding.replicated(loaded.mesh)
+    return TrainState(jax.device_put(np.int32(step), place), params, sharding.init(loaded.mesh, opt_state))
+
+
+def save(session: Session, stage: StageConfig, state: TrainState, index: Index, seconds: float) -> None:
+    arrays = {"state": state._asdict()} | ({"index": index._asdict()} if uses_index(stage) else {})
+    session.keeper.save(int(state.step), arrays, {"data": session.fingerprint, "seconds": seconds})
+
+
+def restore(
+    session: Session, stage: StageConfig, params: Any, index: Index, step: int
+) -> tuple[TrainState, Index, float]:
+    """State, index and training seconds of the checkpoint of `step`, which lies in this stage."""
+    position = session.keeper.position(step)
+    if position["data"] != session.fingerprint:
+        raise InputError(
+            f"{session.cfg.train}: the questions differ from those of checkpoint {step}; put the old file back"
+        )
+    like = {"state": init_state(session.loaded, stage, params, 0)._asdict()}
+    like |= {"index": index._asdict()} if uses_index(stage) else {}
+    arrays = session.keeper.restore(step, like)
+    logs.info(f"{session.directory}: going on from step {step}")
+    index = Index(**arrays["index"]) if uses_index(stage) else index
+    return TrainState(**arrays["state"]), index, position["seconds"]
+
+
+def run_stage(
+    session: Session, number: int, start: int, state: TrainState, index: Index, seconds: float
+) -> tuple[TrainState, Index, float]:
+    """The steps of one stage that are still to do; returns state, index and the training seconds of the run so far."""
+    cfg, loaded = session.cfg, session.loaded
+    stage, mesh = cfg.stages[number], loaded.mesh
+    begun = time.perf_counter()
+    first, end = int(state.step), start + stage.steps
+    setting = Setting(loaded.rag, stage, mesh, len(loaded.corpus), loaded.corpus.generator_tokenizer.prefix_ids)
+    step_fn = jax.jit(make_step(setting, start), donate_argnums=0)
+    iterator = pipeline.iterate(batches(stage, cfg, session.data, number), first - start)
+    key = jax.random.key(cfg.seed)
+    interval = Interval()
+    with Progress(
+        stage.steps, f"{stage.name} {number + 1}/{len(cfg.stages)}", "step", initial=first - start
+    ) as progress:
+        for step in range(first, end):
+            into = step - start
+            if uses_index(stage) and (into == 0 or (stage.refresh_every and into % stage.refresh_every == 0)):
+                index = session.embed(state.params, step)
+            before = time.perf_counter()
+            batch = sharding.shard_batch(mesh, next(iterator))
+            interval.host_seconds += time.perf_counter() - before
+            state, metrics = step_fn(state, batch, index, loaded.passages, key)
+            interval.rows.append(metrics)
+            jax.block_until_ready(interval.rows[max(-2, -len(interval.rows))])  # at most two steps under way
+            if step == first:  # compilation is not step time
+                logs.info(
+                    f"{stage.name}: first step after {time.perf_counter() - before:.1f} s of compiling and running"
+                )
+                interval.started, interval.host_seconds = time.perf_counter(), 0.0
+            progress.update(1, loss=metrics["loss"])
+            if (into + 1) % cfg.log_every == 0 or step + 1 == end:
+                row = {"stage": stage.name, **interval.summary()}
+                if uses_index(stage):
+                    row["index_age"] = step - int(index.step)
+                if cfg.evaluate_every and ((into + 1) % cfg.evaluate_every == 0 or step + 1 == end):
+                    row |= evaluate_dev(session, state.params, index if uses_index(stage) else None, step)
+                session.writer.write(step + 1, row)
+                interval = Interval()
+            if (into + 1) % cfg.checkpoint_every == 0 or step + 1 == end:
+                save(session, stage, state, index, seconds + time.perf_counter() - begun)
+    return state, index, seconds + time.perf_counter() - begun
+
+
+def evaluate_dev(session: Session, params: Any, index: Index | None, step: int) -> dict[str, float]:
+    """Exact match and recall on the first `evaluate_questions` of the dev questions, as eval/... metrics."""
+    cfg = session.cfg
+    index = session.embed(params, step) if index is None else index
+    questions = formats.read_questions(cfg.dev)[: cfg.evaluate_questions]
+    summary = metrics.summarize(
+        evaluate.predict(session.loaded, params, index, questions, session.answering, session.program)
+    )
+    return {f"eval/{name}": value for name, value in summary.items() if name != "n"}
+
+
+def train(cfg: TrainConfig, directory: Path, init_from: Path | None = None) -> dict[str, Any]:
+    """Run every stage, going on from the run's last checkpoint if there is one; writes params/ and index/ at the end."""
+    corpus = Corpus.open(cfg.corpus)
+    check(cfg, corpus)
+    data = prepare(cfg, corpus)
+    open_run(cfg, directory, corpus)
+    loaded = runs.load(cfg.model, corpus, sharding.make_mesh(cfg.mesh or None))
+    keeper = checkpoint.Checkpoints(directory / "checkpoints", cfg.keep_checkpoints)
+    done = keeper.latest() or 0
+    writer = MetricWriter(directory, resume_step=done or None)
+    answering = AnswerConfig(n_docs=cfg.model.n_docs, n_retrieved=20, max_length=cfg.target_length, batch=64)
+    session = Session(
+        cfg=cfg,
+        directory=directory,
+        data=data,
+        loaded=loaded,
+        embed=runs.embedder(loaded),
+        keeper=keeper,
+        writer=writer,
+        fingerprint=data.examples.fingerprint(),
+        answering=answering,
+        program=make_answer(loaded, answering),
+    )
+    params = init_params(loaded, cfg.seed, init_from)
+    index = empty_index(loaded)
+    seconds, start = 0.0, 0
+    for number, stage in enumerate(cfg.stages):
+        end = start + stage.steps
+        if done < end or number + 1 == len(cfg.stages):
+            resuming = done > start
+            if resuming:
+                state, index, seconds = restore(session, stage, params, index, done)
+            else:
+                state = init_state(loaded, stage, params, start)
+            state, index, seconds = run_stage(session, number, start, state, index, seconds)
+            params, done = state.params, end
+        elif done == end:  # the checkpoint is this stage's last
+            state, _, seconds = restore(session, stage, params, index, done)
+            params = state.params
+        start = end
+    keeper.close()
+    writer.close()
+    checkpoint.save_params(directory / "params", params)
+    logs.info("embedding the corpus for the run's index")
+    runs.write_index(loaded, params, start, directory / "index", overwrite=True)
+    last = logs.read_rows(directory / logs.METRICS_FILE)[-1]
+    return {"run": str(directory), "steps": start, "training_seconds": round(seconds, 1), "last": last}
+
+
+def init_params(loaded: runs.Loaded, seed: int, init_from: Path | None) -> Any:
+    """New parameters, made sharded; or those of another run."""
+    if init_from is not None:
+        return runs.read_params(init_from, loaded.rag, loaded.mesh)
+    return sharding.init(loaded.mesh, loaded.rag.init, jax.random.key(seed))
+
+
+def empty_index(loaded: runs.Loaded) -> Index:
+    """Zeros in the shape of the index, for stages that do not search."""
+    shape = (loaded.passages.encoder_ids_NL.shape[0], loaded.rag.config.encoder.output_width)
+    rows, everywhere = sharding.sharding(loaded.mesh, ("rows", None)), sharding.replicated(loaded.mesh)
+    return Index(jnp.zeros(shape, jnp.float32, device=rows), jax.device_put(np.int32(0), everywhere))
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENT")
+    parser.add_argument(
+        "--run", required=True, type=Path, help="run directory; an unfinished run in it is gone on with"
+    )
+    parser.add_argument("--stage", action="append", default=[], help="train only this stage (may be repeated)")
+    parser.add_argument("--init", type=Path, help="start from the parameters of this run directory")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the configuration"
+    )
+    parser.epilog = (
+        "example: rag-jax train --config configs/world.py --run runs/world --set stages.joint.steps=400\n"
+        "Killed and started again with the same words, it goes on where it was."
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    cfg = config.load(args.config, args.set)
+    if args.stage:
+        known = {stage.name: stage for stage in cfg.stages}
+        missing = [name for name in args.stage if name not in known]
+        if missing:
+            raise InputError(f"--stage {missing[0]}: no such stage; {args.config} has {', '.join(known)}")
+        cfg = dataclasses.replace(cfg, stages=tuple(known[name] for name in args.stage))
+    return train(cfg, args.run, args.init)

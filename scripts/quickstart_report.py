@@ -1,0 +1,93 @@
+"""What the quickstart shows at the end: a few test questions, and report.json and report.md from its three evaluations."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rag_jax import logs, report
+from rag_jax import run as runs
+from rag_jax.retrieval.corpus import Corpus
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def questions(run: Path, count: int) -> list[str]:
+    """The first test questions of different relations."""
+    rows = [json.loads(line) for line in (run / "data/world/test.jsonl").read_text().splitlines()]
+    by_relation = {row["relation"]: row["question"] for row in reversed(rows)}
+    return list(by_relation.values())[:count]
+
+
+def examples(run: Path, count: int) -> list[dict[str, Any]]:
+    """Predictions with the texts of the passages that were read."""
+    corpus = Corpus.open(read(run / "unseen/report.json")["corpus"])
+    found = []
+    for line in (run / "unseen/predictions.jsonl").read_text().splitlines()[:count]:
+        row = json.loads(line)
+        passages = []
+        for passage, prior, posterior in zip(row["retrieved"], row["prior"], row["posterior"], strict=False):
+            text = corpus[corpus.row(passage)]
+            passages.append(
+                {"id": text.id, "title": text.title, "text": text.text, "prior": prior, "posterior": posterior}
+            )
+        found.append({**row, "passages": passages})
+    return found
+
+
+def stages(run: Path) -> list[dict[str, Any]]:
+    """Steps and seconds of every stage, from the log."""
+    config, rows = runs.read_config(run), logs.read_rows(run / logs.METRICS_FILE)
+    found, start = [], 0
+    for stage in config.stages:
+        mine = [row for row in rows if row["stage"] == stage.name]
+        steps = [row["step"] for row in mine]
+        counts = [b - a for a, b in zip([start, *steps], steps, strict=False)]
+        seconds = sum(count * row["step_seconds"] for count, row in zip(counts, mine, strict=True))
+        found.append({"name": stage.name, "steps": stage.steps, "seconds": round(seconds, 1)})
+        start += stage.steps
+    return found
+
+
+def write(run: Path, seconds: float) -> dict[str, Any]:
+    unseen, closed, swapped = (read(run / name / "report.json") for name in ("unseen", "closed_book", "hot_swap"))
+    merged = {
+        "title": "rag_jax quickstart",
+        "config": "configs/world.py",
+        "seed": runs.read_config(run).seed,
+        "exact_match_unseen": unseen["exact_match"],
+        "exact_match_unseen_low": unseen["exact_match_low"],
+        "exact_match_unseen_high": unseen["exact_match_high"],
+        **{name: value for name, value in unseen.items() if name.startswith(("recall", "answer_recall", "f1", "n"))},
+        "closed_book_exact_match": closed["exact_match"],
+        "hot_swap_exact_match": swapped["exact_match"],
+        "hot_swap_n": swapped["n"],
+        "seconds": seconds,
+        "stages": stages(run),
+        "commands": ["scripts/quickstart.sh"],
+    }
+    temporary = run / "report.json.tmp"
+    temporary.write_text(json.dumps(merged, indent=2) + "\n")
+    temporary.rename(run / "report.json")
+    report.write(run, merged, examples(run, 5))
+    return merged
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("questions", "write"))
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--seconds", type=float, default=0.0)
+    args = parser.parse_args()
+    if args.what == "questions":
+        print("\n".join(questions(args.run, 3)))
+        return
+    merged = write(args.run, args.seconds)
+    for name in ("exact_match_unseen", "recall_at_1", "closed_book_exact_match", "hot_swap_exact_match", "seconds"):
+        print(f"{name:<26} {merged[name]:g}")
+
+
+if __name__ == "__main__":
+    main()

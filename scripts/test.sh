@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Everything that must pass: virtual environment, install, ruff, types, tests. From any directory:
+#   scripts/test.sh [arguments of pytest]
+# VENV: where the environment is or will be (default .venv-test).  PYTHON: the interpreter that makes it (default python3).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=${VENV:-.venv-test}
+python=${PYTHON:-python3}
+
+"$python" - <<'CHECK' || exit 1
+import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"rag-jax needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}. Set PYTHON.")
+CHECK
+
+# The stamp is written last, so an install that was interrupted, or is of other requirements, is done again.
+stamp=$(cat pyproject.toml constraints.txt | cksum)
+if [[ ! -x $venv/bin/python || $(cat "$venv/complete" 2>/dev/null) != "$stamp" ]]; then
+    "$python" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet -e '.[test]' -c constraints.txt
+    printf '%s\n' "$stamp" > "$venv/complete"
+fi
+
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+export PATH="$(cd "$venv" && pwd)/bin:$PATH"
+
+ruff check .
+ruff format --check .
+mypy
+pytest "$@"

@@ -1,0 +1,35 @@
+"""Eight fake CPU devices for every test, and the real data where it is there."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before jax is imported: the backend reads these once. Tests that start processes pass them on.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", "64")  # threads of the CPU client: with fewer, collectives of two steps can deadlock
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a look-up without a network takes minutes to fail
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """`shared_data("squad")` is the path of a real data set beside the repository, or the test is skipped."""
+
+    def find(name: str) -> Path:
+        path = ROOT.parent / "shared" / "data" / name
+        if not path.exists():
+            pytest.skip(f"needs real data: {path}")
+        return path
+
+    return find
+
+
+@pytest.fixture(autouse=True)
+def parity_needs_torch(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("parity"):
+        pytest.importorskip("torch")

@@ -1,0 +1,116 @@
+"""The command line: exit codes, what goes to which stream, and help for every command."""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rag_jax import __main__ as cli
+from rag_jax import __version__
+from rag_jax.errors import InputError
+
+SCRIPT = str(Path(sys.executable).with_name("rag-jax"))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], None]:
+    """`command(run)` adds the command `fake`, with one option --n."""
+
+    def add(run: Callable[[argparse.Namespace], dict]) -> None:
+        module = types.ModuleType("fake_command")
+        module.configure = lambda parser: parser.add_argument("--n", type=int, default=3)
+        module.run = run
+        monkeypatch.setitem(sys.modules, "fake_command", module)
+        monkeypatch.setitem(cli.COMMANDS, "fake", ("fake_command", "a fake"))
+
+    return add
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_every_command_has_an_example(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert cli.COMMANDS[name][1] in out and "--json" in out
+    assert f"rag-jax {name} " in out[out.index("--json") :], "the epilog shows an example"
+    assert callable(importlib.import_module(cli.COMMANDS[name][0]).run)
+
+
+@pytest.mark.parametrize("start", [[SCRIPT], [sys.executable, "-m", "rag_jax"]])
+def test_both_ways_to_start(start: list[str]) -> None:
+    version = subprocess.run([*start, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout == f"rag-jax {__version__}\n" and version.stderr == ""
+    alone = subprocess.run(start, capture_output=True, text=True, check=True)
+    assert all(f"  {name} " in alone.stdout for name in cli.COMMANDS)
+    unknown = subprocess.run([*start, "trian"], capture_output=True, text=True, check=False)
+    assert unknown.returncode == 2 and unknown.stdout == ""
+    assert "'trian'" in unknown.stderr and ", ".join(cli.COMMANDS) in unknown.stderr
+
+
+def test_result_as_lines_text_or_json(command: Callable, capsys: pytest.CaptureFixture) -> None:
+    def run(args: argparse.Namespace) -> dict:
+        print("on the way")
+        return {"n": args.n, "loss": float("nan"), "rows": [1.5, float("inf")]}
+
+    command(run)
+    assert cli.main(["fake", "--n", "5"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "n: 5\nloss: nan\nrows: [1.5, inf]\n" and captured.err == "on the way\n"
+    assert cli.main(["fake", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"n": 3, "loss": None, "rows": [1.5, None]}
+    command(lambda args: {"text": "Anna Aska", "score": 1})
+    assert cli.main(["fake"]) == 0
+    assert capsys.readouterr().out == "Anna Aska\n"
+
+
+def test_bad_input_is_2_without_a_traceback(command: Callable, capsys: pytest.CaptureFixture) -> None:
+    def run(args: argparse.Namespace) -> dict:
+        raise InputError("dev.jsonl:3: no field 'id'; add it")
+
+    command(run)
+    assert cli.main(["fake"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "rag-jax: dev.jsonl:3: no field 'id'; add it\n"
+
+
+def test_bad_usage_is_2(command: Callable, capsys: pytest.CaptureFixture) -> None:
+    command(lambda args: {})
+    for argv in (["fake", "--n", "many"], ["fake", "--m"], ["fake", "extra"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(argv)
+        assert stopped.value.code == 2
+        assert "usage: rag-jax fake" in capsys.readouterr().err
+
+
+def test_an_error_of_ours_is_not_hidden(command: Callable) -> None:
+    def run(args: argparse.Namespace) -> dict:
+        raise ValueError("a bug")
+
+    command(run)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["fake"])
+
+
+def test_interrupted_is_130(command: Callable, capsys: pytest.CaptureFixture) -> None:
+    def run(args: argparse.Namespace) -> dict:
+        raise KeyboardInterrupt
+
+    command(run)
+    assert cli.main(["fake"]) == 130
+    assert capsys.readouterr().err == "rag-jax: interrupted\n"
+
+
+def test_reader_gone_is_141_and_silent() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        done = subprocess.run([SCRIPT], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 141 and done.stderr == ""

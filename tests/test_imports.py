@@ -1,0 +1,117 @@
+"""Imports point one way: a module imports only what stands below it here."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "rag_jax"
+
+# From the bottom up. A module may import those of the lines above its own, and, in a package, its neighbours; the
+# packages and the first lines are held to less by ONLY. A new module needs a place here before it is merged.
+LEVELS = [
+    ["rag_jax"],  # the package itself: version, and names imported when asked for
+    ["errors"],
+    ["objectives", "decoding", "metrics", "logs", "sharding", "files", "optimizer"],
+    ["checkpoint", "plots"],
+    ["models"],
+    ["data"],
+    ["retrieval"],
+    ["rag"],
+    ["config", "report"],
+    ["steps"],
+    ["run"],
+    ["answer"],
+    ["evaluate"],
+    ["train"],
+    ["ask", "bench", "build_index"],
+    ["__main__"],
+]
+
+# All that these may import of the package, besides `errors`; the longest matching name decides.
+RETRIEVAL = [
+    "retrieval",
+    "sharding",
+    "logs",
+    "files",
+    "data.formats",
+    "data.tokenizers",
+    "data.cutting",
+    "data.joining",
+]
+ONLY = {
+    **{name: [] for name in LEVELS[2]},
+    "models": ["models", "sharding"],
+    "data": ["data", "sharding", "logs", "files"],
+    "retrieval": RETRIEVAL,
+    "retrieval.encode": [*RETRIEVAL, "models.bert"],
+    "__main__": [],  # imports commands by name, when they are called
+}
+
+FORBIDDEN = {"torch", "pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow"}
+ALONE = {"orbax": "checkpoint", "tensorboardX": "logs", "matplotlib": "plots"}  # library: the one module that has it
+
+
+def inside(name: str, parent: str) -> bool:
+    return name == parent or name.startswith(parent + ".")
+
+
+def module_name(path: Path) -> str:
+    """`rag_jax/models/bert.py` is `models.bert`; the package itself is `rag_jax`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "rag_jax"
+
+
+MODULES = {module_name(path): ast.parse(path.read_text(), path) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Full names of all imports in a module, in functions too; `from a import b` is a.b where that is a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are written in full"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full.removeprefix("rag_jax.") in MODULES else node.module
+
+
+def own(tree: ast.Module) -> set[str]:
+    """Modules of the package that a module imports, without the `rag_jax.`."""
+    return {name.removeprefix("rag_jax.") for name in imported(tree) if inside(name, "rag_jax")}
+
+
+def level(name: str) -> int:
+    for i, names in enumerate(LEVELS):
+        if any(inside(name, parent) for parent in names):
+            return i
+    raise AssertionError(f"{name} has no place in LEVELS of {Path(__file__).name}")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_direction(name: str) -> None:
+    package = name.split(".")[0]
+    for other in own(MODULES[name]) - {"errors", "rag_jax"}:
+        assert inside(other, package) or level(other) < level(name), f"{name} must not import {other}"
+        rules = [rule for rule in ONLY if inside(name, rule)]
+        allowed = ONLY[max(rules, key=len)] if rules else None
+        assert allowed is None or any(inside(other, parent) for parent in allowed), f"{name} must not import {other}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_libraries(name: str) -> None:
+    libraries = {full.split(".")[0] for full in imported(MODULES[name])}
+    assert not libraries & FORBIDDEN
+    assert not {library for library in libraries & set(ALONE) if name != ALONE[library]}
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            assert isinstance(node.value, ast.Constant) and node.value.value is False, f"line {node.value.lineno}"
+
+
+def test_the_command_line_starts_without_jax() -> None:
+    code = "import sys, rag_jax, rag_jax.__main__; assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

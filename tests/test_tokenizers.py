@@ -1,0 +1,190 @@
+"""Tokenizers: trained the same twice, loaded from Hugging Face directories, wrapped, padded."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+
+from rag_jax.data import tokenizers
+from rag_jax.data.formats import read_passages
+from rag_jax.errors import InputError
+
+TEXTS = [
+    "The cat sat on the mat; a Cat sat, on the café's mat. Größe, naïve.",
+    "谁写的这本书？ كتاب جديد من القاهرة. Новая книга вышла вчера.",
+    *(
+        f"Entity number {i} was born in {1900 + i} near the river of {chr(97 + i % 26)}{chr(97 + i // 26)}o."
+        for i in range(300)
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def wordpiece() -> tokenizers.Tokenizer:
+    return tokenizers.train_wordpiece(TEXTS, 700)
+
+
+@pytest.fixture(scope="module")
+def bpe() -> tokenizers.Tokenizer:
+    return tokenizers.train_bpe(TEXTS, 700)
+
+
+def test_wordpiece_layout(wordpiece: tokenizers.Tokenizer) -> None:
+    t = wordpiece
+    assert [t.backend.token_to_id(token) for token in tokenizers.WORDPIECE_SPECIALS] == [0, 1, 2, 3, 4]
+    assert (t.pad_id, t.bos_id, t.eos_id, t.mask_id) == (0, 2, 3, 4)
+    assert (t.prefix_ids, t.middle_ids, t.suffix_ids) == ((2,), (3,), (3,))
+    assert t.vocab_size == t.backend.get_vocab_size() <= 700
+    assert sorted(t.backend.get_vocab().values()) == list(range(t.vocab_size))
+    upper, lower = t.encode_batch(["THE CAT", "the cat"])
+    assert upper == lower and 1 not in upper
+    assert t.decode([2, *upper, 3, 0]) == "the cat"
+    # Letters must not have become special tokens: these would split words and vanish from decoded text.
+    assert {token.content for token in t.backend.get_added_tokens_decoder().values()} == set(
+        tokenizers.WORDPIECE_SPECIALS
+    )
+
+
+def test_bpe_layout(bpe: tokenizers.Tokenizer) -> None:
+    t = bpe
+    assert [t.backend.token_to_id(token) for token in tokenizers.BPE_SPECIALS] == [0, 1, 2, 3, 4]
+    assert (t.pad_id, t.bos_id, t.eos_id, t.mask_id) == (1, 0, 2, 4)
+    assert (t.prefix_ids, t.suffix_ids, t.vocab_size) == ((0,), (2,), 700)
+    for text in [*TEXTS[:3], " leading", "emoji 🙂\n\ttabs", ""]:
+        [ids] = t.encode_batch([text])
+        assert t.decode([0, *ids, 2, 1]) == text
+
+
+@pytest.mark.parametrize("hash_seed_and_threads", [("1", "1"), ("2", "4")])
+def test_training_gives_the_same_bytes_in_every_process(
+    wordpiece: tokenizers.Tokenizer, bpe: tokenizers.Tokenizer, hash_seed_and_threads: tuple[str, str]
+) -> None:
+    seed, threads = hash_seed_and_threads
+    code = (
+        "import json, sys; from rag_jax.data import tokenizers as t; texts = json.load(sys.stdin);"
+        "print(t.train_wordpiece(texts, 700).hash, t.train_bpe(texts, 700).hash)"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(TEXTS),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [wordpiece.hash, bpe.hash]
+
+
+def test_rare_characters_do_not_fill_the_vocabulary(shared_data) -> None:
+    passages = [p.text for p in read_passages([shared_data("xquad_zh") / "passages.jsonl"])]
+    first, second = (tokenizers.train_wordpiece(passages, 1024) for _ in range(2))
+    assert first.hash == second.hash  # more characters than fit: those that stay must not depend on a hash table
+    assert first.vocab_size == 1024
+    alphabet = [token for token in first.backend.get_vocab() if len(token) == 1]
+    assert len(alphabet) == 1024 // 3
+    encoded = first.encode_batch(passages)
+    assert sum(ids.count(1) for ids in encoded) < 0.3 * sum(map(len, encoded))
+
+
+def test_save_and_load(tmp_path: Path, wordpiece: tokenizers.Tokenizer, bpe: tokenizers.Tokenizer) -> None:
+    for name, tokenizer in [("w", wordpiece), ("b", bpe)]:
+        tokenizer.save(tmp_path / name)
+        loaded = tokenizers.load(tmp_path / name)
+        assert replace(loaded, backend=None) == replace(tokenizer, backend=None)
+        assert loaded.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+        loaded.save(tmp_path / "again")
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / name / file).read_bytes()
+
+
+def test_transformers_reads_what_is_saved(tmp_path: Path, bpe: tokenizers.Tokenizer) -> None:
+    from transformers import AutoTokenizer
+
+    bpe.save(tmp_path)
+    other = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert other(TEXTS[:2])["input_ids"] == [[0, *ids, 2] for ids in bpe.encode_batch(TEXTS[:2])]
+    assert (other.pad_token_id, other.mask_token_id, other.bos_token_id) == (1, 4, 0)
+
+
+def test_a_hugging_face_bart_directory(tmp_path: Path, bpe: tokenizers.Tokenizer) -> None:
+    bpe.backend.model.save(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bart"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BartTokenizer", "model_max_length": 16}')
+    loaded = tokenizers.load(tmp_path)
+    assert (loaded.pad_id, loaded.bos_id, loaded.eos_id, loaded.mask_id) == (1, 0, 2, 4)
+    assert (loaded.prefix_ids, loaded.middle_ids, loaded.suffix_ids) == ((0,), (2, 2), (2,))
+    assert loaded.encode_batch(TEXTS) == bpe.encode_batch(TEXTS)  # whole: neither truncated nor padded
+
+
+def test_a_hugging_face_bert_directory(tmp_path: Path, wordpiece: tokenizers.Tokenizer) -> None:
+    vocab = sorted(wordpiece.backend.get_vocab(), key=wordpiece.backend.token_to_id)
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    loaded = tokenizers.load(tmp_path)
+    assert (loaded.prefix_ids, loaded.middle_ids, loaded.suffix_ids, loaded.pad_id) == ((2,), (3,), (3,), 0)
+    assert loaded.encode_batch(TEXTS) == wordpiece.encode_batch(TEXTS)
+
+
+def test_a_tokenizer_that_is_not_there_fails_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    started = time.monotonic()
+    for name in ("no/such-tokenizer", "/no/such/directory", "..", str(tmp_path)):
+        with pytest.raises(InputError, match="tokenizer"):
+            tokenizers.load(name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(InputError, match="cannot be reached"):
+        tokenizers._check_hub("no/such-tokenizer")
+    assert time.monotonic() - started < 20
+
+
+def test_broken_tokenizer_files(tmp_path: Path, bpe: tokenizers.Tokenizer) -> None:
+    bpe.save(tmp_path)
+    whole = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(whole[:1000])
+    with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer file"):
+        tokenizers.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(whole)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}'
+    )
+    with pytest.raises(InputError, match="no pad_token"):
+        tokenizers.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        tokenizers.load(tmp_path)
+
+
+def test_a_tokenizer_with_no_specials_around_a_sentence() -> None:
+    backend = Backend(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = tokenizers._make(backend, {"pad_token": "<pad>", "eos_token": "<eos>"}, "test")
+    assert (made.prefix_ids, made.middle_ids, made.suffix_ids, made.bos_id, made.mask_id) == ((), (), (), 0, None)
+
+
+def test_wrap(wordpiece: tokenizers.Tokenizer) -> None:
+    assert tokenizers.wrap(wordpiece, [[7, 8, 9], [], [7]], 4) == [[2, 7, 8, 3], [2, 3], [2, 7, 3]]
+    with pytest.raises(InputError, match="no room"):
+        tokenizers.wrap(wordpiece, [[7]], 2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 60_000), max_size=12), max_size=9), st.integers(1, 10), st.integers(0, 9))
+def test_pad_rows_equals_a_loop(rows: list[list[int]], length: int, pad: int) -> None:
+    ids_NL, length_N = tokenizers.pad_rows(rows, length, pad, np.uint16)
+    assert ids_NL.shape == (len(rows), length) and ids_NL.dtype == np.uint16
+    assert length_N.tolist() == [min(len(row), length) for row in rows]
+    assert ids_NL.tolist() == [(row + [pad] * length)[:length] for row in rows]
