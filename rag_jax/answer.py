@@ -1,4 +1,6 @@
-"""Questions -> answers with the passages they came from: question encoder, search, join, generate, as one jitted program."""
+"""Questions -> answers with the passages they came from: question encoder, search, join, generate, as one jitted
+program.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -152,7 +154,8 @@ class Pipeline:
 
     @classmethod
     def from_run(cls, path: str | Path, index: str | Path | None = None) -> "Pipeline":
-        """Open a run with its own index, or with another made by `rag-jax index` (hot swap: other passages, no retraining).
+        """Open a run with its own index, or with another made by `rag-jax index` (hot swap: other passages, no
+        retraining).
 
         InputError where the index was made by another encoder, or its corpus with other tokenizers or passages.
         """

@@ -1,4 +1,6 @@
-"""Checkpoints of everything a run needs to go on: parameters, optimiser, data position, index. The only file that imports Orbax."""
+"""Checkpoints of everything a run needs to go on: parameters, optimiser, data position, index. The only file that
+imports Orbax.
+"""
 
 import json
 import os
@@ -16,7 +18,9 @@ Tree = Any
 
 
 class Checkpoints:
-    """Numbered checkpoints in a directory; the newest `keep` stay. A save is atomic: killed, it leaves the one before."""
+    """Numbered checkpoints in a directory; the newest `keep` stay. A save is atomic: killed, it leaves the one
+    before.
+    """
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
         self.directory = directory.resolve()
@@ -27,7 +31,9 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, arrays: Tree, position: dict[str, Any]) -> None:
-        """Write arrays (a pytree) and a JSON-able position as checkpoint `step`; an existing one of that step is kept."""
+        """Write arrays (a pytree) and a JSON-able position as checkpoint `step`; an existing one of that step is
+        kept.
+        """
         if step in self._manager.all_steps():
             return
         self._manager.save(
@@ -45,8 +51,8 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target)))
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise InputError(
-                f"{self.directory}/{step}: does not fit the configuration ({error}); train into a new run directory, or restore "
-                "the configuration that the run was started with"
+                f"{self.directory}/{step}: does not fit the configuration ({error}); train into a new run directory, "
+                "or restore the configuration that the run was started with"
             ) from error
         return restored["arrays"]
 

@@ -1,4 +1,6 @@
-"""Configuration at the edge: `configs/*.py:get_config(arg)` (ml_collections) -> frozen dataclasses, where a typo raises."""
+"""Configuration at the edge: `configs/*.py:get_config(arg)` (ml_collections) -> frozen dataclasses, where a typo
+raises.
+"""
 
 import dataclasses
 import importlib.util
@@ -20,11 +22,11 @@ from rag_jax.rag import RagConfig
 class StageConfig:
     """One stage of training.
 
-    objective: `contrastive` (in-batch, gold passages), `denoise` (masked spans of the corpus) or `rag` (the model's marginal
-    likelihood). documents: `retrieved` searches the index in graph, `gold` reads the first gold passage alone. window: with gold
-    documents, only that many tokens of the passage around the answer, 0 for the whole. refresh_every: steps between
-    re-embeddings of the index, 0 for only at the stage's start. prior_gradient=False stops the gradient to the retriever.
-    questions: train on this many of the questions only, 0 for all.
+    objective: `contrastive` (in-batch, gold passages), `denoise` (masked spans of the corpus) or `rag` (the model's
+    marginal likelihood). documents: `retrieved` searches the index in graph, `gold` reads the first gold passage
+    alone. window: with gold documents, only that many tokens of the passage around the answer, 0 for the whole.
+    refresh_every: steps between re-embeddings of the index, 0 for only at the stage's start. prior_gradient=False
+    stops the gradient to the retriever. questions: train on this many of the questions only, 0 for all.
     """
 
     name: str
@@ -64,7 +66,9 @@ class TrainConfig:
 
 
 def build(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
-    """A frozen dataclass from nested mappings; unknown or missing keys and wrong types raise InputError with their path."""
+    """A frozen dataclass from nested mappings; unknown or missing keys and wrong types raise InputError with their
+    path.
+    """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))

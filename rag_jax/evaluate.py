@@ -1,4 +1,6 @@
-"""`rag-jax evaluate`: answer a file of questions; score the answers and the retrieval; write predictions.jsonl and report.json."""
+"""`rag-jax evaluate`: answer a file of questions; score the answers and the retrieval; write predictions.jsonl and
+report.json.
+"""
 
 import argparse
 import json

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from rag_jax import decoding, objectives
-from rag_jax.models.bart import Bart, BartConfig, KeyValues
+from rag_jax.models import copying
+from rag_jax.models.bart import POSITION_OFFSET, Bart, BartConfig, KeyValues
 from rag_jax.models.bert import Bert, BertConfig
 
 Params = dict[str, Any]
@@ -130,10 +131,10 @@ class Rag:
         """Parameters, boxed with their logical axis names (flax.linen.unbox removes the boxes)."""
         ids, mask = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)
         keys = jax.random.split(key, 3)
-        params = {
-            "question_encoder": self.encoder.init(keys[0], ids, mask)["params"],
-            "generator": self.generator.init(keys[2], ids, mask, ids)["params"],
-        }
+        generator = self.generator.init(keys[2], ids, mask, ids)["params"]
+        if self.config.generator.init == "copy":
+            generator = copying.induction_start(generator, self.config.generator.heads, POSITION_OFFSET)
+        params = {"question_encoder": self.encoder.init(keys[0], ids, mask)["params"], "generator": generator}
         if not self.config.tie_encoders:
             params["context_encoder"] = self.encoder.init(keys[1], ids, mask)["params"]
         return params

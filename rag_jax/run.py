@@ -26,7 +26,7 @@ from rag_jax.steps import Index
 
 
 def resolve(model: RagConfig, corpus: Corpus) -> RagConfig:
-    """The model's vocabularies and special ids as the corpus' tokenizers have them; InputError where they contradict."""
+    """The model with vocabularies and special ids as the corpus' tokenizers have them; InputError on contradiction."""
     encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
     for side, vocab, tokenizer in (
         ("encoder", model.encoder.vocab_size, encoder),
@@ -82,8 +82,9 @@ def load(model: RagConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> Loaded:
     longest = int(corpus.encoder_ids.shape[1])
     if longest > rag.config.encoder.positions:
         raise InputError(
-            f"the corpus holds up to {longest} tokens a passage for the encoder, which has {rag.config.encoder.positions} "
-            "positions; rebuild the corpus with --encoder-length, or raise model.encoder.positions"
+            f"the corpus holds up to {longest} tokens a passage for the encoder, which has "
+            f"{rag.config.encoder.positions} positions; rebuild the corpus with --encoder-length, "
+            "or raise model.encoder.positions"
         )
     return Loaded(rag, corpus, mesh, passages)
 
@@ -126,7 +127,8 @@ def check_tokenizers(run_dir: Path, corpus: Corpus) -> None:
     for name in ("encoder_tokenizer", "generator_tokenizer"):
         if known[name] != now[name]:
             raise InputError(
-                f"{corpus.directory}: tokenised with {name} {now[name][:16]}, but {run_dir} was trained with {known[name][:16]}; "
+                f"{corpus.directory}: tokenised with {name} {now[name][:16]}, but {run_dir} was trained with "
+                f"{known[name][:16]}; "
                 f"build the corpus with: rag-jax corpus INPUT --out DIR --tokenizers-from {run_dir / 'tokenizers'}"
             )
 

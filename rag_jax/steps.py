@@ -1,4 +1,6 @@
-"""One training step as one pure function: retrieve, join, score, marginalise, update; jitted, donated, with no visit to the host."""
+"""One training step as one pure function: retrieve, join, score, marginalise, update; jitted, donated, with no visit
+to the host.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -87,7 +89,9 @@ def is_gold(rows_BK: jax.Array, gold_BG: jax.Array) -> jax.Array:
 def rag_loss(
     s: Setting, params: Params, trains_passages: bool, batch: Batch, index: Index, passages: Passages, key: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """The marginal likelihood of the answers under the retrieved (or gold, or given) passages; mean over the questions."""
+    """The marginal likelihood of the answers under the retrieved (or gold, or given) passages; mean over the
+    questions.
+    """
     question_key, passage_key, generator_key = jax.random.split(key, 3)
     if s.stage.documents == "gold":
         rows_BK = batch["gold"][:, :1]
@@ -127,8 +131,9 @@ def rag_loss(
 
 
 def retrieval_metrics(rows_BK: jax.Array, scores_BK: jax.Array, posterior_BK: jax.Array, gold_BG: jax.Array) -> Metrics:
-    """The signs of health and of collapse: entropy of the prior (nats), share of different documents in the batch, distance
-    from prior to posterior (KL, nats), recall of gold passages where they are known (NaN where none is)."""
+    """The signs of health and of collapse: entropy of the prior (nats), share of different documents in the batch,
+    distance from prior to posterior (KL, nats), recall of gold passages where they are known (NaN where none is).
+    """
     prior_BK = objectives.prior_logp(scores_BK)
     known_B = (gold_BG >= 0).any(-1)
     hit_BK = is_gold(rows_BK, gold_BG)
@@ -146,7 +151,9 @@ def retrieval_metrics(rows_BK: jax.Array, scores_BK: jax.Array, posterior_BK: ja
 def contrastive_loss(
     s: Setting, params: Params, batch: Batch, passages: Passages, key: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """In-batch contrastive loss: each question against the first gold passages of all questions of the (global) batch."""
+    """In-batch contrastive loss: each question against the first gold passages of all questions of the (global)
+    batch.
+    """
     question_key, passage_key = jax.random.split(key)
     q_BE = embed_questions(s, params, batch, question_key)
     rows_P = batch["gold"][:, 0]
@@ -181,7 +188,9 @@ def denoise_loss(s: Setting, params: Params, batch: Batch, key: jax.Array) -> tu
 
 
 def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, Metrics]]:
-    """step(state, batch, index, passages, key) -> (state, metrics), not yet jitted. `steps_before`: those of earlier stages."""
+    """step(state, batch, index, passages, key) -> (state, metrics), not yet jitted. `steps_before`: those of earlier
+    stages.
+    """
     config = s.stage.optimizer
     tx, rate = optimizer.make(config, s.stage.steps), optimizer.schedule(config, s.stage.steps)
 

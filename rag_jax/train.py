@@ -1,6 +1,6 @@
 """`rag-jax train`: the stages of a configuration one after another, killable at any moment.
 
-    load config, corpus, questions -> for each stage: optimiser, index, batches, one jitted step -> checkpoints, params, index
+    config, corpus, questions -> for each stage: optimiser, index, batches, one jitted step -> params/, index/
 
 The same command started again goes on from the last checkpoint and ends with bit-identical parameters.
 """
@@ -268,7 +268,7 @@ def evaluate_dev(session: Session, params: Any, index: Index | None, step: int) 
 
 
 def train(cfg: TrainConfig, directory: Path, init_from: Path | None = None) -> dict[str, Any]:
-    """Run every stage, going on from the run's last checkpoint if there is one; writes params/ and index/ at the end."""
+    """Run every stage, going on from the run's last checkpoint if it has one; writes params/ and index/ at the end."""
     corpus = Corpus.open(cfg.corpus)
     check(cfg, corpus)
     data = prepare(cfg, corpus)

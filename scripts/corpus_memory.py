@@ -3,7 +3,7 @@
     python scripts/corpus_memory.py --out runs/corpus_memory --passages 100000 1000000
 
 Writes the passages of worlds of these sizes, builds a corpus of each in a process of its own (tokenizers trained on
-it) and prints one JSON line each: seconds, also of CPU since the machine may be shared, peak memory, sizes of the files.
+it) and prints one JSON line each: seconds, also of CPU (machines are shared), peak memory, sizes of the files.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""What the quickstart shows at the end: a few test questions, and report.json and report.md from its three evaluations."""
+"""What the quickstart shows at the end: a few test questions, and report.json and report.md from its three
+evaluations.
+"""
 
 import argparse
 import json

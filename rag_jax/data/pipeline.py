@@ -24,18 +24,22 @@ class PassageTable(Protocol):
 
     generator_ids: np.ndarray
     generator_length: np.ndarray
-    encoder_tokenizer: Tokenizer
-    generator_tokenizer: Tokenizer
 
+    @property
+    def encoder_tokenizer(self) -> Tokenizer: ...
+    @property
+    def generator_tokenizer(self) -> Tokenizer: ...
     def __len__(self) -> int: ...
     def rows(self, ids: Sequence[str]) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised (question, answer) pairs. N pairs, Q question length, T target length, G gold passages; -1 and pad fill up.
+    """Tokenised (question, answer) pairs. N pairs, Q question length, T target length, G gold passages; -1 and pad
+    fill up.
 
-    `labels_NT` are `<s> answer </s>`; `answer_N2` is where the answer's tokens stand in the first gold passage, or (0, 0).
+    `labels_NT` are `<s> answer </s>`; `answer_N2` is where the answer's tokens stand in the first gold passage, or
+    (0, 0).
     """
 
     question_ids_NQ: np.ndarray
@@ -105,7 +109,8 @@ def tokenise(
     target_length: int,
     every_answer: bool = False,
 ) -> Examples:
-    """Examples for training: one pair per question (its target or first answer), or one per answer as the paper does for NQ.
+    """Examples for training: one pair per question (its target or first answer), or one per answer as the paper does
+    for NQ.
 
     Questions with no answer are left out. InputError names a gold passage that the corpus does not have.
     """
@@ -140,7 +145,9 @@ def tokenise(
 
 
 def window_around(answer_B2: np.ndarray, length_B: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:
-    """A random window [B, 2] of `width` tokens of each passage that holds the answer (the answer's start, if it is longer)."""
+    """A random window [B, 2] of `width` tokens of each passage that holds the answer (the answer's start, if it is
+    longer).
+    """
     lowest = np.clip(answer_B2[:, 1] - width, 0, None)
     highest = np.minimum(answer_B2[:, 0], np.maximum(length_B - width, 0))
     start = rng.integers(np.minimum(lowest, highest), highest + 1)
@@ -150,8 +157,9 @@ def window_around(answer_B2: np.ndarray, length_B: np.ndarray, width: int, rng: 
 def question_batches(
     examples: Examples, passage_lengths: np.ndarray, *, batch: int, seed: int, window: int = 0
 ) -> grain.MapDataset:
-    """Endless shuffled batches of questions; `batches[step]` is one. With `window` > 0 each has `window_B2`, a part of its first
-    gold passage that holds the answer: the reading curriculum."""
+    """Endless shuffled batches of questions; `batches[step]` is one. With `window` > 0 each has `window_B2`, a part
+    of its first gold passage that holds the answer: the reading curriculum.
+    """
     if len(examples) < batch:
         raise InputError(
             f"{len(examples)} training examples are fewer than one batch of {batch}; give more or a smaller batch"
@@ -179,8 +187,9 @@ def question_batches(
 def corrupt(
     ids: np.ndarray, mask_id: int, rng: np.random.Generator, share: float = 0.3, mean_span: float = 3.0
 ) -> np.ndarray:
-    """BART's text infilling (Lewis et al. 2019, section 2.2): spans of Poisson length, together about `share` of the tokens, each
-    replaced by one mask token."""
+    """BART's text infilling (Lewis et al. 2019, section 2.2): spans of Poisson length, together about `share` of the
+    tokens, each replaced by one mask token.
+    """
     keep = np.ones(len(ids), bool)
     out = ids.copy()
     budget = round(share * len(ids))
@@ -196,9 +205,12 @@ def corrupt(
 def denoise_batches(
     corpus: PassageTable, *, batch: int, seed: int, length: int, share: float = 0.3
 ) -> grain.MapDataset:
-    """Endless batches of corrupted passages (`tail`, a whole generator input less the prefix) and `labels`, the passage itself."""
+    """Endless batches of corrupted passages (`tail`, a whole generator input less the prefix) and `labels`, the
+    passage itself.
+    """
     tokenizer = corpus.generator_tokenizer
-    if tokenizer.mask_id is None:
+    mask_id = tokenizer.mask_id
+    if mask_id is None:
         raise InputError("the generator's tokenizer has no mask token, which the denoise stage needs")
     room = length - len(tokenizer.prefix_ids) - len(tokenizer.suffix_ids)
 
@@ -208,7 +220,7 @@ def denoise_batches(
             total = int(corpus.generator_length[row])
             start = int(rng.integers(0, max(total - room, 0) + 1))
             ids = np.asarray(corpus.generator_ids[row][start : min(start + room, total)], np.int32)
-            sources.append([*corrupt(ids, tokenizer.mask_id, rng, share), *tokenizer.suffix_ids])
+            sources.append([*corrupt(ids, mask_id, rng, share), *tokenizer.suffix_ids])
             labels.append([*tokenizer.prefix_ids, *ids, *tokenizer.suffix_ids])
         tail_ids, tail_length = pad_rows(sources, length - len(tokenizer.prefix_ids), tokenizer.pad_id, np.int32)
         label_ids, _ = pad_rows(labels, length, tokenizer.pad_id, np.int32)

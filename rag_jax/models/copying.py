@@ -1,27 +1,33 @@
-"""A start from which a small generator learns to copy at once: one induction head (Olsson et al. 2022), written into the weights.
+"""A start from which a small generator learns to copy at once: one induction head (Olsson et al. 2022), written into
+the weights.
 
-Copying a name of several tokens takes two attention heads that must find each other: one in the encoder that tells each position
-which token stands before it, and one in the decoder that looks, after writing token y, for the position whose predecessor is y
-and writes what stands there. From random weights, their forming takes thousands of steps. Here they are there at the start:
+Copying a name of several tokens takes two attention heads that must find each other: one in the encoder that tells
+each position which token stands before it, and one in the decoder that looks, after writing token y, for the position
+whose predecessor is y and writes what stands there. From random weights, their forming takes thousands of steps. Here
+they are there at the start:
 
-- tokens and positions live in different dimensions of the embedding: the first C (the width of a head) are the positions';
+- tokens and positions live in different dimensions of the embedding: the first C (the width of a head) are the
+  positions';
 - encoder layer 0, head 0 looks one position back (sinusoids turned by one position) and adds a code of that token;
-- decoder layer 0, all cross-attention heads but the last look for the code of the token just written, and copy.
+- the last decoder layer's cross-attention heads, all but one, look for the code of the token just written, and copy.
+  They stand in the last layer so that what the layers below gather from the question can choose where to begin, with
+  the same heads.
 
-Everything is trained on from there; the architecture is the ordinary one (compare the mimetic initialisation of Trockman and
-Kolter 2023, which starts attention from products near the identity).
+Everything is trained on from there; the architecture is the ordinary one (compare the mimetic initialisation of
+Trockman and Kolter 2023, which starts attention from products near the identity).
 """
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 BASE = 100.0  # slowest sinusoid: about 6 * BASE positions
 SHARPNESS = 3.2  # of the head that looks one back: about 95% of its weight on that position
-MATCH = 0.7  # of the query and the key that look for the code: a match scores about 7 more than any other token
-COPY = 2.0  # how much louder the copied token is than the one just written, which the residual stream carries along
+MATCH = 2.5  # of the query and the key that look for the code, so that a match wins over the other tokens
+COPY = 4.0  # how much louder the copied token is than the one just written, which the residual stream carries along
 
 Tree = dict[str, Any]
 
@@ -38,69 +44,53 @@ def _positions(rows: int, width: int, offset: int) -> tuple[np.ndarray, np.ndarr
     return table, rotation
 
 
-def induction_start(params: Tree, heads: int, offset: int) -> Tree:
-    """The parameters of a Bart with the two heads written in. Arrays only: plain, unboxed; works under jit.
+def induction_start(boxed: Tree, heads: int, offset: int) -> Tree:
+    """The parameters of a Bart, boxed with their names or not, with the two heads written in.
 
-    Needs a head width that is even; with fewer than two heads the last head is used for copying too.
+    ValueError where it cannot be done: fewer than two heads, an odd head width, or no layers.
     """
+    params = nn.unbox(boxed)
     width = params["shared"]["embedding"].shape[1]
     size = width // heads
+    if heads < 2 or size % 2 or "layer_0" not in params["encoder"] or "layer_0" not in params["decoder"]:
+        raise ValueError(
+            f"init='copy' needs 2 heads or more of even width and a layer on each side; got {heads} of {size}"
+        )
     rows = params["encoder"]["position"]["embedding"].shape[0]
     table, rotation = _positions(rows, size, offset)
     position = jnp.zeros((rows, width)).at[:, :size].set(jnp.asarray(table, jnp.float32))
-    before = params["encoder"]["layer_0"]["self_attention"]
-    cross = params["decoder"]["layer_0"]["cross_attention"]
-    # value and output of the head that looks back: a code [D, C] of the token, and where it is written [C, D]
-    code = before["value"]["kernel"][:, :size].at[:size].set(0.0)
-    written = before["out"]["kernel"][:size] * (width / size) ** 0.5  # lecun_normal of [D, D], as if from C inputs
+    back = params["encoder"]["layer_0"]["self_attention"]
+    # the head that looks one back: a code [D, C] of the token there, and where it is written [C, D]
+    code = back["value"]["kernel"][:, :size].at[:size].set(0.0)
+    written = back["out"]["kernel"][:size] * (width / size) ** 0.5  # drawn for D inputs, used with C
     look = jnp.zeros((width, size)).at[:size].set(SHARPNESS * jnp.eye(size))
     turned = jnp.zeros((width, size)).at[:size].set(SHARPNESS * jnp.asarray(rotation, jnp.float32))
-    copying = range(max(heads - 1, 1))
-    query, key = cross["query"]["kernel"], cross["key"]["kernel"]
-    value, out = cross["value"]["kernel"], cross["out"]["kernel"]
-    for head in copying:
-        columns = slice(head * size, (head + 1) * size)
-        query = query.at[:, columns].set(MATCH * code)
-        key = key.at[:, columns].set(MATCH * written.T * size / width)
-        # together the copying heads carry the token's own dimensions, a part each
+    last = f"layer_{sum(name.startswith('layer_') for name in params['decoder']) - 1}"
+    cross = params["decoder"][last]["cross_attention"]
+    kernels = {name: cross[name]["kernel"] for name in ("query", "key", "value", "out")}
+    for head in range(heads - 1):
+        mine = slice(head * size, (head + 1) * size)
+        # together the copying heads carry all dimensions of a token, a part each
         part = jnp.zeros((width, size)).at[(head + 1) * size : (head + 2) * size].set(jnp.eye(size))
-        value = value.at[:, columns].set(part if heads > 1 else value[:, columns])
-        out = out.at[columns].set(COPY * part.T if heads > 1 else COPY * value[:, columns].T)
-    return jax.tree.map(
-        lambda x: x,
-        {
-            **params,
-            "shared": {"embedding": params["shared"]["embedding"].at[:, :size].set(0.0)},
-            "encoder": {
-                **params["encoder"],
-                "position": {"embedding": position},
-                "layer_0": {
-                    **params["encoder"]["layer_0"],
-                    "self_attention": {
-                        **before,
-                        "query": _kernel(before["query"], before["query"]["kernel"].at[:, :size].set(look)),
-                        "key": _kernel(before["key"], before["key"]["kernel"].at[:, :size].set(turned)),
-                        "value": _kernel(before["value"], before["value"]["kernel"].at[:, :size].set(code)),
-                        "out": _kernel(before["out"], before["out"]["kernel"].at[:size].set(written)),
-                    },
-                },
-            },
-            "decoder": {
-                **params["decoder"],
-                "position": {"embedding": jnp.array(position)},
-                "layer_0": {
-                    **params["decoder"]["layer_0"],
-                    "cross_attention": {
-                        "query": _kernel(cross["query"], query),
-                        "key": _kernel(cross["key"], key),
-                        "value": _kernel(cross["value"], value),
-                        "out": _kernel(cross["out"], out),
-                    },
-                },
-            },
-        },
-    )
+        kernels["query"] = kernels["query"].at[:, mine].set(MATCH * code)
+        kernels["key"] = kernels["key"].at[:, mine].set(MATCH * written.T * size / width)
+        kernels["value"] = kernels["value"].at[:, mine].set(part)
+        kernels["out"] = kernels["out"].at[mine].set(COPY * part.T)
+    first, layer = ("encoder", "layer_0", "self_attention"), ("decoder", last, "cross_attention")
+    new: dict[tuple, jax.Array] = {
+        ("shared", "embedding"): params["shared"]["embedding"].at[:, :size].set(0.0),
+        ("encoder", "position", "embedding"): position,
+        ("decoder", "position", "embedding"): jnp.array(position),  # a buffer of its own, to be donated
+        (*first, "query", "kernel"): back["query"]["kernel"].at[:, :size].set(look),
+        (*first, "key", "kernel"): back["key"]["kernel"].at[:, :size].set(turned),
+        (*first, "value", "kernel"): back["value"]["kernel"].at[:, :size].set(code),
+        (*first, "out", "kernel"): back["out"]["kernel"].at[:size].set(written),
+        **{(*layer, name, "kernel"): kernel for name, kernel in kernels.items()},
+    }
 
+    def replace(path: tuple, leaf: Any) -> Any:
+        value = new.get(tuple(key.key for key in path if hasattr(key, "key")))
+        boxed_leaf = isinstance(leaf, nn.meta.AxisMetadata)
+        return leaf if value is None else leaf.replace_boxed(value) if boxed_leaf else jnp.array(value)
 
-def _kernel(dense: Tree, kernel: jax.Array) -> Tree:
-    return {**dense, "kernel": kernel}
+    return jax.tree_util.tree_map_with_path(replace, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))

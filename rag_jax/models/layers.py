@@ -56,7 +56,8 @@ def attention(
     mask_B1TL: jax.Array,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention (Vaswani et al. 2017, equation 1). C is the width of a head; mask is True where to look.
+    """Scaled dot-product attention (Vaswani et al. 2017, equation 1). C is the width of a head; mask is True where to
+    look.
 
     A row whose mask is all False gives the mean of the values, never NaN.
     """
@@ -75,7 +76,9 @@ def _weights(query_BHTC: jax.Array, key_BHLC: jax.Array, mask_B1TL: jax.Array) -
 
 @jax.custom_vjp
 def _attend(query_BHTC: jax.Array, key_BHLC: jax.Array, value_BHLC: jax.Array, mask_B1TL: jax.Array) -> jax.Array:
-    """Attention without dropout. Its own gradient passes over the [B, H, T, L] scores half as often as the derived one."""
+    """Attention without dropout. Its own gradient passes over the [B, H, T, L] scores half as often as the derived
+    one.
+    """
     return _attend_forward(query_BHTC, key_BHLC, value_BHLC, mask_B1TL)[0]
 
 

@@ -1,4 +1,6 @@
-"""Passages -> embeddings: the whole table on device at once (refresh while training), or a corpus into an index snapshot."""
+"""Passages -> embeddings: the whole table on device at once (refresh while training), or a corpus into an index
+snapshot.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +21,8 @@ def _mask(length_B: jax.Array, width: int) -> jax.Array:
 
 
 def embed_table(embed: Embed, mesh: Mesh, batch: int = 64) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """A jitted function (params, ids_NL, length_N) -> embeddings_NE; each device embeds its own rows, `batch` at a time.
+    """A jitted function (params, ids_NL, length_N) -> embeddings_NE; each device embeds its own rows, `batch` at a
+    time.
 
     N must divide over the devices of the mesh (`sharding.shard_rows`); rows come back where they were.
     """
@@ -36,9 +39,7 @@ def embed_table(embed: Embed, mesh: Mesh, batch: int = 64) -> Callable[[Any, jax
 
     # the encoder's parameters are replicated for this, so varying and invariant values mix freely
     return jax.jit(
-        jax.shard_map(
-            on_device, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=rows, check_vma=False
-        )
+        jax.shard_map(on_device, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=rows, check_vma=False)
     )
 
 

@@ -1,4 +1,6 @@
-"""An index snapshot on disk: embeddings [N, E] and a manifest that binds them to a corpus and to the encoder that made them."""
+"""An index snapshot on disk: embeddings [N, E] and a manifest that binds them to a corpus and to the encoder that
+made them.
+"""
 
 import json
 import os
@@ -16,7 +18,9 @@ EMBEDDINGS = "embeddings.npy"
 
 @dataclass(frozen=True)
 class Manifest:
-    """corpus: where the passages are, corpus_hash: what they were; encoder_hash and step: which parameters embedded them."""
+    """corpus: where the passages are, corpus_hash: what they were; encoder_hash and step: which parameters embedded
+    them.
+    """
 
     format_version: int
     corpus: str
@@ -55,7 +59,9 @@ class Writer:
     def write(self, start: int, rows_XE: np.ndarray) -> None:
         if not np.isfinite(rows_XE).all():
             bad = start + int(np.flatnonzero(~np.isfinite(rows_XE).all(1))[0])
-            raise InputError(f"the embedding of passage row {bad} is not finite; the encoder has diverged, use an earlier checkpoint")
+            raise InputError(
+                f"the embedding of passage row {bad} is not finite; the encoder has diverged, use an earlier checkpoint"
+            )
         self.array[start : start + len(rows_XE)] = rows_XE
 
     def finish(self) -> Snapshot:
@@ -79,7 +85,8 @@ def open_snapshot(directory: str | Path) -> Snapshot:
         raise InputError(f"{directory}: not a readable index ({error}); make one with rag-jax index") from error
     if manifest.format_version != FORMAT_VERSION:
         raise InputError(
-            f"{directory}: index format {manifest.format_version}, this version reads {FORMAT_VERSION}; rebuild it with rag-jax index"
+            f"{directory}: index format {manifest.format_version}, this version reads {FORMAT_VERSION}; "
+            "rebuild it with rag-jax index"
         )
     if embeddings.shape != (manifest.n_passages, manifest.width) or str(embeddings.dtype) != manifest.dtype:
         raise InputError(

@@ -1,0 +1,164 @@
+"""`rag-jax bench`: how long the steps of a configuration take, against what the machine's matrix multiplication allows.
+
+The limit is measured in the same run: the best rate of a float32 product among a few sizes. The work is counted from
+the shapes in the program (every matrix product of forward and backward pass), so rematerialised work counts as work.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rag_jax import config, sharding, train
+from rag_jax import run as runs
+from rag_jax.config import StageConfig, TrainConfig
+from rag_jax.data import pipeline
+from rag_jax.errors import InputError
+from rag_jax.logs import Progress
+from rag_jax.retrieval.corpus import Corpus
+from rag_jax.steps import Setting, make_step
+
+
+def matmul_flops(jaxpr: Any) -> float:
+    """Floating-point operations of all matrix products in a jaxpr, 2 per multiply-add; a loop's body times its length.
+
+    A while loop of unknown length counts once.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracting, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            size = math.prod(left[axis] for axis in contracting)
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * size
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        devices = equation.params["mesh"].size if equation.primitive.name == "shard_map" else 1
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    total += times * devices * matmul_flops(inner)
+    return total
+
+
+def timed(function: Any, repeats: int) -> list[float]:
+    """Seconds of each call; the function blocks until its result is there."""
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def matmul_limit(sizes: tuple[int, ...] = (1024, 2048, 3072), repeats: int = 7) -> float:
+    """The machine's best rate of a square float32 matrix product, FLOP/s on one device."""
+    rates = []
+    multiply = jax.jit(lambda a, b: a @ b)
+    for size in sizes:
+        a = jax.random.normal(jax.random.key(size), (size, size))
+        jax.block_until_ready(multiply(a, a))
+        rates.append(2 * size**3 / min(timed(lambda a=a: jax.block_until_ready(multiply(a, a)), repeats)))
+    return max(rates)
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Milliseconds: median, least and most."""
+    return {
+        "median_ms": round(1e3 * statistics.median(seconds), 3),
+        "min_ms": round(1e3 * min(seconds), 3),
+        "max_ms": round(1e3 * max(seconds), 3),
+    }
+
+
+def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, Any]:
+    """One stage's real step on its real batches: compile time, host input work, step time, fraction of the limit."""
+    corpus = Corpus.open(cfg.corpus)
+    train.check(cfg, corpus)
+    data = train.prepare(cfg, corpus)
+    loaded = runs.load(cfg.model, corpus, sharding.make_mesh(cfg.mesh or None))
+    params = train.init_params(loaded, cfg.seed, None)
+    index = runs.embedder(loaded)(params, 0) if train.uses_index(stage) else train.empty_index(loaded)
+    state = train.init_state(loaded, stage, params, 0)
+    number = cfg.stages.index(stage)
+    setting = Setting(loaded.rag, stage, loaded.mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)
+    batches = train.batches(stage, cfg, data, number)
+    key = jax.random.key(cfg.seed)
+    step = make_step(setting, 0)
+    first = sharding.shard_batch(loaded.mesh, batches[0])
+    flops = matmul_flops(jax.make_jaxpr(step)(state, first, index, loaded.passages, key).jaxpr)
+    begun = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, first, index, loaded.passages, key).compile()
+    compile_seconds = time.perf_counter() - begun
+
+    prepare_seconds: list[float] = []
+    for i in range(steps):  # the work itself, in this thread; in training it runs ahead in another
+        prepare_seconds += timed(lambda i=i: sharding.shard_batch(loaded.mesh, batches[i]), 1)
+    iterator = pipeline.iterate(batches, 0)
+    step_seconds, wait_seconds, tokens = [], [], []
+    warmup = 3
+    with Progress(steps + warmup, f"bench {stage.name}", "step") as progress:
+        for i in range(steps + warmup):
+            begun = time.perf_counter()
+            batch = sharding.shard_batch(loaded.mesh, next(iterator))
+            ready = time.perf_counter()
+            state, metrics = compiled(state, batch, index, loaded.passages, key)
+            jax.block_until_ready(state)
+            if i >= warmup:
+                wait_seconds.append(ready - begun)
+                step_seconds.append(time.perf_counter() - begun)
+                tokens.append(float(metrics["tokens"]))
+            progress.update(1)
+    limit = matmul_limit() * loaded.mesh.size
+    median = statistics.median(step_seconds)
+    return {
+        "stage": stage.name,
+        "device": jax.devices()[0].device_kind,
+        "devices": loaded.mesh.size,
+        "jax": jax.__version__,
+        "batch": stage.batch,
+        "steps": steps,
+        "compile_seconds": round(compile_seconds, 2),
+        "step": spread(step_seconds),
+        "host_wait": spread(wait_seconds),
+        "host_share": sum(wait_seconds) / sum(step_seconds),
+        "host_work_share": statistics.median(prepare_seconds) / median,
+        "tokens_per_second": round(float(np.mean(tokens)) / median),
+        "matmul_flops_per_step": flops,
+        "flops_per_second": flops / median,
+        "matmul_limit_flops_per_second": limit,
+        "fraction_of_limit": flops / median / limit,
+    }
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("train",), help="train: the training step of each stage")
+    parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENT")
+    parser.add_argument("--stage", action="append", default=[], help="only this stage (may be repeated)")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps a stage")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a configuration value")
+    parser.epilog = "example: rag-jax bench train --config configs/world.py --stage joint --json"
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.steps < 1:
+        raise InputError(f"--steps {args.steps}: at least 1")
+    cfg = config.load(args.config, args.set)
+    if not Path(cfg.corpus).is_dir():
+        raise InputError(f"{cfg.corpus}: no such corpus; make it as the docstring of {args.config} says")
+    stages = [stage for stage in cfg.stages if not args.stage or stage.name in args.stage]
+    if not stages:
+        raise InputError(f"--stage {args.stage[0]}: {args.config} has {', '.join(stage.name for stage in cfg.stages)}")
+    results = [bench_stage(cfg, stage, args.steps) for stage in stages]
+    lines = ["stage        step (median)   host waits   host works   tokens/s   GFLOP/s   of the matmul limit"]
+    for r in results:
+        lines.append(
+            f"{r['stage']:<12} {r['step']['median_ms']:>10.1f} ms {r['host_share']:>11.1%} "
+            f"{r['host_work_share']:>12.1%} {r['tokens_per_second']:>10,} {r['flops_per_second'] / 1e9:>9.1f} {r['fraction_of_limit']:>15.0%}"
+        )
+    return {"text": "\n".join(lines), "stages": results}

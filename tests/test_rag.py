@@ -1,0 +1,253 @@
+"""The Rag model: joining, the loss put together by hand, and answers against searches without caches."""
+
+import dataclasses
+from functools import cache, partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rag_jax.models.bart import BartConfig
+from rag_jax.models.bert import BertConfig
+from rag_jax.rag import Rag, RagConfig, join, shift_left
+from rag_jax.retrieval import joining
+
+B, K, L, T, V = 2, 3, 6, 5, 7
+BOS, PAD, EOS = 0, 1, 2
+MODEL = RagConfig(
+    encoder=BertConfig(vocab_size=11, width=8, layers=1, heads=2, hidden=8, positions=8),
+    generator=BartConfig(
+        vocab_size=V, width=8, encoder_layers=1, decoder_layers=1, heads=2, hidden=8, positions=8, dropout=0.0
+    ),
+)
+RNG = np.random.default_rng(0)
+MASK = np.arange(L) < RNG.integers(3, L + 1, (B, K, 1))
+IDS = np.where(MASK, RNG.integers(3, V, (B, K, L)), PAD).astype(np.int32)
+SCORES = RNG.normal(0, 1, (B, K)).astype(np.float32)
+LABELS = np.array([[BOS, 4, 5, 3, EOS], [BOS, 6, EOS, PAD, PAD]], np.int32)
+VARIANTS = ("sequence", "token")
+
+
+def rag(variant="sequence", **changes):
+    return Rag(dataclasses.replace(MODEL, variant=variant, **changes))
+
+
+@pytest.fixture(scope="module")
+def params():
+    """At a scale where documents disagree, some answers end and others do not."""
+    shapes = nn.unbox(jax.eval_shape(rag().init, jax.random.key(0)))
+    rng = np.random.default_rng(4)
+
+    def draw(path, x):
+        name = jax.tree_util.keystr(path)
+        centre, spread = (1.0, 0.3) if "scale" in name else (0.0, 0.15 if "bias" in name else 1.0)
+        louder = 3.0 if ("cross" in name or "position" in name) and centre == 0 and spread == 1 else 1.0
+        return jnp.asarray(rng.normal(centre, spread * louder, x.shape), x.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+# --- joining ----------------------------------------------------------------------------------------------------------
+
+PREFIX, WIDTH, TAIL, ROWS = (3, 4), 6, 5, 4
+
+
+@cache
+def jitted_join(length, windowed):
+    def joined(passage, n, tail, m, *window):
+        return join(PREFIX, passage, n, tail, m, length, PAD, *window)
+
+    return jax.jit(joined)
+
+
+@given(st.data(), st.sampled_from([7, 9, 13, 20]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_join_is_that_of_lists(data, length, windowed):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    passage, tail = rng.integers(5, 99, (ROWS, WIDTH)), rng.integers(100, 199, (ROWS, TAIL))
+    n, m = (np.array(data.draw(st.lists(st.integers(0, x), min_size=ROWS, max_size=ROWS))) for x in (WIDTH, TAIL))
+    window = rng.integers(0, WIDTH + 3, (2, ROWS)) if windowed else ()
+    ids, mask = jitted_join(length, windowed)(passage.astype(np.uint16), n, tail, m, *window)
+    for i in range(ROWS):
+        cut = slice(*(w[i] for w in window)) if windowed else slice(None)
+        body = passage[i, : n[i]][cut].tolist()
+        question = tail[i, : m[i]].tolist()
+        expected = [*PREFIX, *body[: length - len(PREFIX) - m[i]], *question]
+        assert ids[i].tolist() == oracles.pad(expected, length, PAD)
+        assert mask[i].tolist() == [j < len(expected) for j in range(length)]
+        if not windowed:
+            assert expected == joining.join(PREFIX, passage[i, : n[i]].tolist(), question, length)
+
+
+def test_join_refuses_questions_that_cannot_fit():
+    with pytest.raises(ValueError, match="5 tokens after 2 prefix ids do not fit 6"):
+        jitted_join(6, False)(*(np.zeros(s, np.int32) for s in ((1, 6), 1, (1, 5), 1)))
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def test_shift_left_predicts_the_next_token():
+    targets, mask = shift_left(LABELS, PAD)
+    assert targets.tolist() == [[4, 5, 3, EOS, PAD], [6, EOS, PAD, PAD, PAD]]
+    assert mask.tolist() == [[True] * 4 + [False], [True] * 2 + [False] * 3]
+
+
+def token_probabilities(params):
+    """[B, K, T, V] from the generator alone, one document at a time."""
+    model = rag().generator
+    one = jax.jit(lambda *args: model.apply({"params": params["generator"]}, *args))
+    logits = [[one(IDS[b, k][None], MASK[b, k][None], LABELS[b][None])[0] for k in range(K)] for b in range(B)]
+    return oracles.softmax(np.array(logits))
+
+
+def test_loss_is_put_together_by_hand(params):
+    p, prior = token_probabilities(params), oracles.softmax(SCORES)
+    targets = [LABELS[0, 1:], LABELS[1, 1:3]]
+    likelihood = {
+        "sequence": [oracles.rag_sequence(p[b], targets[b], prior[b]) for b in range(B)],
+        "token": [oracles.rag_token(p[b], targets[b], prior[b]) for b in range(B)],
+    }
+    assert np.abs(np.log(likelihood["sequence"]) - np.log(likelihood["token"])).max() > 0.05  # documents disagree
+    for variant in VARIANTS:
+        nll, posterior = jax.jit(rag(variant).loss)(params, IDS, MASK, SCORES, LABELS)
+        np.testing.assert_allclose(nll, -np.log(likelihood[variant]), rtol=1e-4)
+        joint = [
+            [oracles.rag_sequence(p[b][k : k + 1], targets[b], prior[b, k : k + 1]) for k in range(K)] for b in range(B)
+        ]
+        np.testing.assert_allclose(np.exp(posterior), joint / np.sum(joint, 1, keepdims=True), rtol=1e-3, atol=1e-6)
+
+
+def test_hf_compat_drops_the_prior_of_a_lone_eos(params):
+    labels = np.array([LABELS[0], [BOS, EOS, PAD, PAD, PAD]], np.int32)
+    p = np.exp(-jax.jit(partial(rag().nll, hf_compat=True))(params, IDS, MASK, SCORES, labels))
+    paper = np.exp(-jax.jit(rag().nll)(params, IDS, MASK, SCORES, labels))
+    first = token_probabilities(params)[1, :, 0, EOS]
+    np.testing.assert_allclose(p, [paper[0], first.sum()], rtol=1e-4)
+    np.testing.assert_allclose(paper[1], first @ oracles.softmax(SCORES)[1], rtol=1e-4)
+
+
+def test_shapes_that_do_not_fit_are_named(params):
+    model = rag()
+    with pytest.raises(ValueError, match=r"\(2, 3, 6\).*\(2, 3, 5\)"):
+        model.nll(params, IDS, MASK[..., :5], SCORES, LABELS)
+    with pytest.raises(ValueError, match=r"\(6, 6\)"):
+        model.nll(params, IDS.reshape(6, 6), MASK.reshape(6, 6), SCORES, LABELS)
+    for call in (partial(model.nll, labels_BT=LABELS), model.generate):
+        with pytest.raises(ValueError, match=r"\(2, 3, 6\).*\(2, 3\).*\(2, 2\)"):
+            call(params, IDS, MASK, SCORES[:, :2])
+    with pytest.raises(ValueError, match=r"\(2, 3, 6\).*\(1, 5\)"):
+        model.nll(params, IDS, MASK, SCORES, LABELS[:1])
+    for wrong in ({"num_beams": 0}, {"max_length": 1}, {"mode": "quick"}, {"max_length": 9}):
+        with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+            jax.eval_shape(partial(model.generate, **wrong), params, IDS, MASK, SCORES)
+
+
+def test_tied_encoders_are_one(params):
+    tied, apart = (rag(tie_encoders=tie) for tie in (True, False))
+    assert set(jax.eval_shape(tied.init, jax.random.key(0))) == {"question_encoder", "generator"}
+    assert set(params) == {"question_encoder", "context_encoder", "generator"}
+    question, same, other = (
+        jax.jit(embed)(params, IDS[0], MASK[0])
+        for embed in (apart.embed_questions, tied.embed_passages, apart.embed_passages)
+    )
+    assert question.shape == (K, MODEL.encoder.output_width)
+    np.testing.assert_array_equal(same, question)
+    assert np.abs(other - question).max() > 0.01
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def naive(params):
+    """(b, tokens so far) -> log p(next | document k) [K, V], by the whole forward pass, no cache."""
+    logits = jax.jit(rag().logits)
+
+    @cache
+    def look_up(b, tokens):
+        labels = np.array([oracles.pad(tokens, T, PAD)] * B, np.int32)
+        return np.log(oracles.softmax(logits(params, IDS, MASK, labels)[b, :, len(tokens) - 1]))
+
+    return look_up
+
+
+def log_likelihood(naive, b, tokens):
+    """log p(y|x,z_k) [K]; tokens that are the padding do not count, as in the loss."""
+    steps = [naive(b, tokens[:t])[:, token] for t, token in enumerate(tokens) if t > 0 and token != PAD]
+    return np.sum(steps, axis=0)
+
+
+def generate(variant, params, beams, mode="thorough", docs=K):
+    run = jax.jit(partial(rag(variant).generate, num_beams=beams, max_length=T, mode=mode))
+    return run(params, IDS[:, :docs], MASK[:, :docs], SCORES[:, :docs])
+
+
+def search(next_logp, beams):
+    """Token tuples and their log-probabilities, as `decoding.search` finds them."""
+    if beams == 1:
+        return [oracles.greedy(next_logp, T, BOS, EOS)]
+    return [(tokens, logp) for tokens, _, logp in oracles.beam_search(next_logp, beams, T, BOS, EOS)]
+
+
+def check(found, b, tokens, joint):
+    """joint [K] = log p(z_k|x) + log p(y|x,z_k)"""
+    np.testing.assert_array_equal(found.sequences[b], oracles.pad(tokens, T, PAD))
+    np.testing.assert_allclose(found.doc_posterior[b], oracles.softmax(joint), atol=1e-4)
+    np.testing.assert_allclose(found.doc_posterior[b].sum(), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rag_token_answers_by_the_marginal_next_token(params, naive, beams):
+    found, prior = generate("token", params, beams), oracles.softmax(SCORES)
+    for b in range(B):
+        tokens, _ = search(lambda y, b=b: np.log(prior[b] @ np.exp(naive(b, y))), beams)[0]
+        check(found, b, tokens, np.log(prior[b]) + log_likelihood(naive, b, tokens))
+        marginal = sum(
+            np.log(prior[b] @ np.exp(naive(b, tokens[:t])[:, token]))
+            for t, token in enumerate(tokens)
+            if t > 0 and token != PAD
+        )
+        np.testing.assert_allclose(found.scores[b], marginal, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("beams", "mode"), [(1, "thorough"), (3, "thorough"), (1, "fast"), (3, "fast")])
+def test_rag_sequence_answers_by_candidates(params, naive, beams, mode):
+    found, prior = generate("sequence", params, beams, mode), oracles.softmax(SCORES)
+    for b in range(B):
+        own = [dict(search(lambda y, k=k, b=b: naive(b, y)[k], beams)) for k in range(K)]
+        joint = {}
+        for tokens in {tokens for beam in own for tokens in beam}:
+            if mode == "thorough":
+                logp = log_likelihood(naive, b, tokens)
+            else:
+                logp = np.array([beam.get(tokens, -np.inf) for beam in own])
+            joint[tokens] = np.log(prior[b]) + logp
+        best = max(joint, key=lambda tokens: np.exp(joint[tokens]).sum())
+        check(found, b, best, joint[best])
+        np.testing.assert_allclose(found.scores[b], np.log(np.exp(joint[best]).sum()), rtol=1e-4)
+
+
+def test_with_one_document_both_are_plain_search(params, naive):
+    for variant in VARIANTS:
+        found = generate(variant, params, 1, docs=1)
+        for b in range(B):
+            tokens, logp = search(lambda y, b=b: naive(b, y)[0], 1)[0]
+            check(found, b, tokens, np.zeros(1))
+            np.testing.assert_allclose(found.scores[b], logp, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["thorough", "fast"])
+def test_beams_that_found_nothing_do_not_answer(params, naive, mode):
+    """More beams than there are sequences: the empty rest must not win with the likelihood of no token at all."""
+    model = rag(generator=dataclasses.replace(MODEL.generator, pad_id=V))  # no token is the padding
+    found = jax.jit(partial(model.generate, num_beams=V + 3, max_length=2, mode=mode))(params, IDS, MASK, SCORES)
+    prior = oracles.softmax(SCORES)
+    marginal = np.array([prior[b] @ np.exp(naive(b, (BOS,))) for b in range(B)])
+    np.testing.assert_array_equal(found.sequences[:, 1], marginal.argmax(-1))
+    np.testing.assert_allclose(found.scores, np.log(marginal.max(-1)), atol=1e-4)
