@@ -203,6 +203,19 @@ def test_attention_is_that_of_loops():
                 np.testing.assert_allclose(found[b, t, h], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_gradient_of_attention_is_the_derived_one():
+    rng = np.random.default_rng(0)
+    query, key, value, weight = (rng.normal(size=(2, n, 2, 4)).astype(np.float32) for n in (3, 5, 5, 3))
+    mask = rng.random((2, 1, 3, 5)) < 0.6
+    mask[..., 0] = True
+
+    def gradients(**dropout):  # with dropout the gradient is derived by jax
+        return jax.grad(lambda *x: (layers.attention(*x, mask, **dropout) * weight).sum(), (0, 1, 2))(query, key, value)
+
+    own, derived = jax.jit(lambda: (gradients(), gradients(dropout=lambda w: w)))()
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), own, derived)
+
+
 def test_layer_norm_is_that_of_numpy():
     x, scale, bias = (RNG.normal(size=s).astype(np.float32) for s in ((3, 8), (8,), (8,)))
     found = layers.LayerNorm(0.1).apply({"params": {"scale": scale, "bias": bias}}, x)

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rag_jax.data import joining
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
 from rag_jax.rag import Rag, RagConfig, join, shift_left
-from rag_jax.retrieval import joining
 
 B, K, L, T, V = 2, 3, 6, 5, 7
 BOS, PAD, EOS = 0, 1, 2
@@ -98,6 +98,7 @@ def test_shift_left_predicts_the_next_token():
     assert mask.tolist() == [[True] * 4 + [False], [True] * 2 + [False] * 3]
 
 
+@pytest.fixture(scope="module")
 def token_probabilities(params):
     """[B, K, T, V] from the generator alone, one document at a time."""
     model = rag().generator
@@ -106,8 +107,8 @@ def token_probabilities(params):
     return oracles.softmax(np.array(logits))
 
 
-def test_loss_is_put_together_by_hand(params):
-    p, prior = token_probabilities(params), oracles.softmax(SCORES)
+def test_loss_is_put_together_by_hand(params, token_probabilities):
+    p, prior = token_probabilities, oracles.softmax(SCORES)
     targets = [LABELS[0, 1:], LABELS[1, 1:3]]
     likelihood = {
         "sequence": [oracles.rag_sequence(p[b], targets[b], prior[b]) for b in range(B)],
@@ -123,11 +124,11 @@ def test_loss_is_put_together_by_hand(params):
         np.testing.assert_allclose(np.exp(posterior), joint / np.sum(joint, 1, keepdims=True), rtol=1e-3, atol=1e-6)
 
 
-def test_hf_compat_drops_the_prior_of_a_lone_eos(params):
+def test_hf_compat_drops_the_prior_of_a_lone_eos(params, token_probabilities):
     labels = np.array([LABELS[0], [BOS, EOS, PAD, PAD, PAD]], np.int32)
-    p = np.exp(-jax.jit(partial(rag().nll, hf_compat=True))(params, IDS, MASK, SCORES, labels))
-    paper = np.exp(-jax.jit(rag().nll)(params, IDS, MASK, SCORES, labels))
-    first = token_probabilities(params)[1, :, 0, EOS]
+    both = jax.jit(lambda *args: [jnp.exp(-rag().nll(*args, hf_compat=hf_compat)) for hf_compat in (True, False)])
+    p, paper = both(params, IDS, MASK, SCORES, labels)
+    first = token_probabilities[1, :, 0, EOS]
     np.testing.assert_allclose(p, [paper[0], first.sum()], rtol=1e-4)
     np.testing.assert_allclose(paper[1], first @ oracles.softmax(SCORES)[1], rtol=1e-4)
 

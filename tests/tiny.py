@@ -1,6 +1,5 @@
 """A world, a corpus, a configuration and a run so small that training takes seconds; shared by the tests of training."""
 
-import os
 from pathlib import Path
 
 from ml_collections import ConfigDict

@@ -12,9 +12,9 @@ import grain
 import numpy as np
 
 from rag_jax.data.formats import Question
+from rag_jax.data.joining import join_tail
 from rag_jax.data.tokenizers import Tokenizer, pad_rows, wrap
 from rag_jax.errors import InputError
-from rag_jax.retrieval.joining import join_tail
 
 Batch = Mapping[str, np.ndarray]
 
@@ -144,14 +144,16 @@ def tokenise(
     return Examples(**picked, labels_NT=labels_NT, gold_NG=gold_NG, answer_N2=answer_N2, source_N=source_N)
 
 
-def window_around(answer_B2: np.ndarray, length_B: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:
-    """A random window [B, 2] of `width` tokens of each passage that holds the answer (the answer's start, if it is
-    longer).
+def window_around(answer_B2: np.ndarray, length_B: np.ndarray, widest: int, rng: np.random.Generator) -> np.ndarray:
+    """Random windows [B, 2] of a third of `widest` to `widest` tokens, each around the answer (or its first tokens).
+
+    The widths differ so that the question after the window does not always stand at the same position.
     """
-    lowest = np.clip(answer_B2[:, 1] - width, 0, None)
-    highest = np.minimum(answer_B2[:, 0], np.maximum(length_B - width, 0))
+    width_B = rng.integers(-(-widest // 3), widest + 1, len(length_B))
+    lowest = np.clip(answer_B2[:, 1] - width_B, 0, None)
+    highest = np.minimum(answer_B2[:, 0], np.maximum(length_B - width_B, 0))
     start = rng.integers(np.minimum(lowest, highest), highest + 1)
-    return np.stack([start, start + width], axis=1).astype(np.int32)
+    return np.stack([start, start + width_B], axis=1).astype(np.int32)
 
 
 def question_batches(

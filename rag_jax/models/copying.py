@@ -26,6 +26,7 @@ import numpy as np
 
 BASE = 100.0  # slowest sinusoid: about 6 * BASE positions
 SHARPNESS = 3.2  # of the head that looks one back: about 95% of its weight on that position
+NEIGHBOURHOODS = ((-3, 1.0), (3, 1.0))  # centre and sharpness of the heads that gather the words before and after
 MATCH = 2.5  # of the query and the key that look for the code, so that a match wins over the other tokens
 COPY = 4.0  # how much louder the copied token is than the one just written, which the residual stream carries along
 
@@ -63,8 +64,15 @@ def induction_start(boxed: Tree, heads: int, offset: int) -> Tree:
     # the head that looks one back: a code [D, C] of the token there, and where it is written [C, D]
     code = back["value"]["kernel"][:, :size].at[:size].set(0.0)
     written = back["out"]["kernel"][:size] * (width / size) ** 0.5  # drawn for D inputs, used with C
-    look = jnp.zeros((width, size)).at[:size].set(SHARPNESS * jnp.eye(size))
-    turned = jnp.zeros((width, size)).at[:size].set(SHARPNESS * jnp.asarray(rotation, jnp.float32))
+    looking = {name: back[name]["kernel"] for name in ("query", "key", "value", "out")}
+    looking["value"] = looking["value"].at[:, :size].set(code)
+    looking["out"] = looking["out"].at[:size].set(written)
+    for head, (shift, sharpness) in enumerate(((-1, SHARPNESS), *NEIGHBOURHOODS)[: heads - 1]):
+        mine = slice(head * size, (head + 1) * size)
+        turned = np.linalg.matrix_power(rotation if shift < 0 else rotation.T, abs(shift))
+        for name, matrix in (("query", np.eye(size)), ("key", turned)):
+            rows_only = jnp.zeros((width, size)).at[:size].set(sharpness * jnp.asarray(matrix, jnp.float32))
+            looking[name] = looking[name].at[:, mine].set(rows_only)
     last = f"layer_{sum(name.startswith('layer_') for name in params['decoder']) - 1}"
     cross = params["decoder"][last]["cross_attention"]
     kernels = {name: cross[name]["kernel"] for name in ("query", "key", "value", "out")}
@@ -81,10 +89,7 @@ def induction_start(boxed: Tree, heads: int, offset: int) -> Tree:
         ("shared", "embedding"): params["shared"]["embedding"].at[:, :size].set(0.0),
         ("encoder", "position", "embedding"): position,
         ("decoder", "position", "embedding"): jnp.array(position),  # a buffer of its own, to be donated
-        (*first, "query", "kernel"): back["query"]["kernel"].at[:, :size].set(look),
-        (*first, "key", "kernel"): back["key"]["kernel"].at[:, :size].set(turned),
-        (*first, "value", "kernel"): back["value"]["kernel"].at[:, :size].set(code),
-        (*first, "out", "kernel"): back["out"]["kernel"].at[:size].set(written),
+        **{(*first, name, "kernel"): kernel for name, kernel in looking.items()},
         **{(*layer, name, "kernel"): kernel for name, kernel in kernels.items()},
     }
 

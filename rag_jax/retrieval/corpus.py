@@ -21,10 +21,10 @@ import numpy as np
 from rag_jax import files
 from rag_jax.data import tokenizers
 from rag_jax.data.formats import Passage
+from rag_jax.data.joining import join, join_tail
 from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
 from rag_jax.retrieval.ids import hash_ids, matches
-from rag_jax.retrieval.joining import join, join_tail
 
 __all__ = ["KIND", "VERSION", "Corpus", "build", "configure", "join", "join_tail", "run"]
 

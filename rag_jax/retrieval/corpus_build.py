@@ -15,10 +15,10 @@ from rag_jax import files, logs
 from rag_jax.data import tokenizers
 from rag_jax.data.cutting import cut
 from rag_jax.data.formats import Located, Passage, Source, expand, read_located
+from rag_jax.data.joining import check_join, normalize_title, passage_text
 from rag_jax.data.tokenizers import Tokenizer, pad_rows
 from rag_jax.errors import InputError
 from rag_jax.retrieval.corpus import KIND, VERSION
-from rag_jax.retrieval.joining import check_join, normalize_title, passage_text
 from rag_jax.retrieval.passage_store import PassageStore
 
 T = TypeVar("T")
