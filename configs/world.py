@@ -13,10 +13,9 @@ from ml_collections import ConfigDict
 WIDTH = 128
 
 
-def adam(learning_rate: float, schedule: str = "linear", warmup: int = 50, **groups: float) -> ConfigDict:
+def adam(learning_rate: float, schedule: str = "cosine", final: float = 0.0, **groups: float) -> ConfigDict:
     """Adam for the named groups; the others are frozen."""
-    config = ConfigDict()
-    config.learning_rate, config.schedule, config.warmup_steps = learning_rate, schedule, warmup
+    config = ConfigDict({"learning_rate": learning_rate, "schedule": schedule, "final": final, "warmup_steps": 20})
     config.b2, config.clip_norm = 0.98, 1.0
     config.groups = dict(groups)
     return config
@@ -26,43 +25,28 @@ def get_config(variant: str = "sequence") -> ConfigDict:
     """`sequence` or `token`."""
     c = ConfigDict()
     c.corpus, c.train, c.dev = "data/world-corpus", "data/world/train.jsonl", "data/world/dev.jsonl"
-    c.seed, c.target_length = 0, 12
+    c.seed, c.target_length = 0, 10
     c.log_every, c.checkpoint_every, c.evaluate_every, c.evaluate_questions = 25, 400, 0, 200
 
     c.model = ConfigDict()
     c.model.variant, c.model.n_docs, c.model.tie_encoders = variant, 4, True
-    c.model.source_length, c.model.question_length = 208, 32
-    shape = {
-        "width": WIDTH,
-        "heads": 4,
-        "hidden": 4 * WIDTH,
-        "dropout": 0.0,
-        "norm": "pre",
-        "init": "copy",
-        "vocab_size": 0,
-    }
-    c.model.encoder = ConfigDict({**shape, "layers": 2, "positions": 160, "pooling": "mean"})
-    c.model.generator = ConfigDict(
-        {**shape, "encoder_layers": 2, "decoder_layers": 2, "positions": 256, "logit_scale": WIDTH**-0.5}
-    )
+    c.model.source_length, c.model.question_length = 164, 28
+    shape = {"width": WIDTH, "heads": 4, "dropout": 0.0, "norm": "pre", "init": "copy", "vocab_size": 0}
+    c.model.encoder = ConfigDict({**shape, "hidden": 4 * WIDTH, "layers": 2, "positions": 160, "pooling": "mean"})
+    c.model.generator = ConfigDict({**shape, "hidden": 2 * WIDTH, "encoder_layers": 2, "decoder_layers": 2})
+    c.model.generator.positions, c.model.generator.logit_scale = 192, WIDTH**-0.5
 
-    def read(name: str, window: int, length: int, steps: int, schedule: str) -> ConfigDict:
-        stage = ConfigDict({"name": name, "objective": "rag", "documents": "gold", "window": window})
-        stage.source_length, stage.steps, stage.batch = length, steps, 32
-        stage.optimizer = adam(1e-3, schedule, generator=1.0)
-        return stage
+    def stage(name: str, steps: int, batch: int, optimizer: ConfigDict, **values: object) -> ConfigDict:
+        config = ConfigDict({"name": name, "steps": steps, "batch": batch, **values})
+        config.optimizer = optimizer
+        return config
 
-    retriever = ConfigDict({"name": "retriever", "objective": "contrastive", "steps": 300, "batch": 64})
-    retriever.optimizer = adam(1e-3, question_encoder=1.0)
-    joint = ConfigDict(
-        {"name": "joint", "objective": "rag", "steps": 200, "batch": 16, "n_docs": 4, "refresh_every": 100}
-    )
-    joint.optimizer = adam(3e-4, question_encoder=0.3, generator=1.0)
+    read = {"objective": "rag", "documents": "gold"}
     c.stages = (
-        retriever,
-        read("read_24", 24, 64, 500, "constant"),
-        read("read_64", 64, 104, 800, "constant"),
-        read("read", 0, 208, 800, "linear"),
-        joint,
+        stage("retriever", 250, 64, adam(1e-3, question_encoder=1.0), objective="contrastive"),
+        stage("read_24", 400, 16, adam(2e-3, "constant", generator=1.0), window=24, source_length=56, **read),
+        stage("read_64", 1200, 16, adam(1.9e-3, final=0.35, generator=1.0), window=64, source_length=96, **read),
+        stage("read", 1000, 16, adam(6.5e-4, final=0.1, generator=1.0), **read),
+        stage("joint", 60, 16, adam(3e-4, question_encoder=0.3, generator=1.0), refresh_every=30),
     )
     return c

@@ -5,6 +5,7 @@ raises.
 import dataclasses
 import importlib.util
 import json
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,8 @@ def build(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
     """A frozen dataclass from nested mappings; unknown or missing keys and wrong types raise InputError with their
     path.
     """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: expected keys and values ({', '.join(typing.get_type_hints(cls))}), got {values!r}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
@@ -87,13 +90,17 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return build(typing.cast(type, hint), value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
+        if not isinstance(value, tuple | list):
+            raise InputError(f"{where}: expected a list, got {value!r}")
         return tuple(convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is Literal:
         if value not in arguments:
             raise InputError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
         return value
     if origin is not None and issubclass(origin, Mapping):
-        return dict(value)
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where}: expected names and values, got {value!r}")
+        return {name: convert(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):
@@ -114,18 +121,28 @@ def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> N
         *parents, last = path.split(".")
         node: Any = config
         for i, name in enumerate(parents):
-            if isinstance(node, tuple | list):
-                found = [stage for stage in node if stage["name"] == name]
-                if not found:
-                    raise InputError(f"--set {path}: no stage {name!r}; stages: {', '.join(s['name'] for s in node)}")
-                node = found[0]
-            else:
-                if name not in node:
-                    raise InputError(f"--set {path}: no key {'.'.join(parents[: i + 1])!r}; known: {', '.join(node)}")
-                node = node[name]
+            node = child(node, name, f"--set {path}: {'.'.join(parents[: i + 1])}")
+        if not isinstance(node, ml_collections.ConfigDict | dict):
+            raise InputError(f"--set {path}: {'.'.join(parents)} has no keys to set")
         if isinstance(node, ml_collections.ConfigDict):
             node.unlock()
-        node[last] = value
+        try:
+            node[last] = value
+        except TypeError as error:  # ml_collections holds a field to the type of its value
+            raise InputError(f"--set {assignment}: {error}") from error
+
+
+def child(node: Any, name: str, where: str) -> Any:
+    """What is under `name`: a key, or in a list of stages the one of that name."""
+    if isinstance(node, tuple | list):
+        stages = {stage["name"]: stage for stage in node}
+        if name not in stages:
+            raise InputError(f"{where}: no stage {name!r}; stages: {', '.join(stages)}")
+        return stages[name]
+    if not isinstance(node, ml_collections.ConfigDict | dict) or name not in node:
+        known = ", ".join(node) if isinstance(node, ml_collections.ConfigDict | dict) else "none"
+        raise InputError(f"{where}: no such key; known: {known}")
+    return node[name]
 
 
 def load(path: str, assignments: Sequence[str] = ()) -> TrainConfig:
@@ -136,7 +153,11 @@ def load(path: str, assignments: Sequence[str] = ()) -> TrainConfig:
     spec = importlib.util.spec_from_file_location("rag_jax_config", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(Path(file).resolve().parent))  # a configuration may build on the one beside it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     if not hasattr(module, "get_config"):
         raise InputError(f"{file}: a configuration file defines get_config(argument) -> ml_collections.ConfigDict")
     config = module.get_config(argument) if argument else module.get_config()
@@ -162,8 +183,11 @@ def save(config: TrainConfig, path: Path) -> None:
 def read(path: Path) -> TrainConfig:
     """The configuration that a run directory keeps."""
     try:
-        return build(TrainConfig, json.loads(path.read_text()), str(path))
+        values = json.loads(path.read_text())
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror}); is this a run directory of rag-jax train?"
+            f"{path}: cannot be read ({error.strerror}); it must be in a run directory, made by rag-jax train"
         ) from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    return build(TrainConfig, values, str(path))

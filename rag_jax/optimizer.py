@@ -18,6 +18,7 @@ class OptimizerConfig:
 
     learning_rate: float = 3e-5
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    final: float = 0.0  # where linear and cosine end, as a share of learning_rate
     warmup_steps: int = 0
     b1: float = 0.9
     b2: float = 0.999
@@ -28,14 +29,14 @@ class OptimizerConfig:
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step within the stage: linear warm-up, then constant, or falling to 0 at `steps`."""
+    """Learning rate by step within the stage: linear warm-up, then constant, or falling to the final rate at `steps`."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if warmup >= steps and warmup > 0:
         raise InputError(f"warmup_steps={warmup} must be fewer than the stage's steps={steps}")
     rest = {
         "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, steps - warmup),
-        "cosine": optax.cosine_decay_schedule(peak, max(steps - warmup, 1)),
+        "linear": optax.linear_schedule(peak, peak * config.final, steps - warmup),
+        "cosine": optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final),
     }[config.schedule]
     if not warmup:
         return rest

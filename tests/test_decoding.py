@@ -157,6 +157,17 @@ def test_length_penalty_prefers_long_answers():
     assert run(table, 2, 1.0).sequences[0, 0].tolist() == [BOS, 3, EOS]
 
 
+def test_search_goes_on_while_a_long_answer_may_still_overtake():
+    """p("eos") = 0.4 has the better mean at first; after "3" (0.1) all tokens are certain, and the mean rises."""
+    length, sure = 6, [np.full((ROWS, 4**t, 4), 1e-9) for t in range(5)]
+    sure[0][..., [EOS, 3]] = 0.4, 0.1
+    for table in sure[1:]:
+        table[..., 3] = 1.0
+    found = run([np.log(table).astype(np.float32) for table in sure], 1)
+    assert found.sequences[0, 0].tolist() == [BOS, 3, 3, 3, 3, 3]
+    np.testing.assert_allclose(found.scores[0, 0], np.log(0.1) / (length - 1), rtol=1e-5)
+
+
 def test_lengths_count_to_the_first_eos():
     sequences = jnp.array([[EOS, 3, EOS, PAD], [BOS, 3, PAD, 3], [BOS, EOS, PAD, PAD], [BOS, 3, 3, EOS]])
     assert decoding.lengths(sequences, EOS).tolist() == [2, 3, 1, 3]

@@ -84,12 +84,7 @@ def encode_questions(
         wrap(encoder, encoder.encode_batch(list(questions)), length), length, encoder.pad_id, np.int32
     )
     tail_ids, tail_lengths = tail(generator, questions, length)
-    return {
-        "question_ids_NQ": ids,
-        "question_length_N": lengths,
-        "tail_ids_NQ": tail_ids,
-        "tail_length_N": tail_lengths,
-    }
+    return {"question_ids": ids, "question_length": lengths, "tail_ids": tail_ids, "tail_length": tail_lengths}
 
 
 def find(needle: Sequence[int], haystack: np.ndarray) -> int:
@@ -118,13 +113,14 @@ def tokenise(
     pairs = []
     for source, question in enumerate(questions):
         wanted = [question.target] if question.target else list(question.answers)
+        wanted = [answer.strip() for answer in wanted if answer.strip()]
         pairs += [(source, answer) for answer in (wanted if every_answer else wanted[:1])]
     if not pairs:
         raise InputError("no question has an answer or a target; training needs at least one")
     source_N = np.asarray([source for source, _ in pairs], np.int32)
     both = encode_questions([q.question for q in questions], encoder, generator, question_length)
     # the answer in the middle of a text follows a space; labels made of the same tokens can be copied
-    answers = generator.encode_batch([" " + answer.strip() for _, answer in pairs])
+    answers = generator.encode_batch([" " + answer for _, answer in pairs])
     room = target_length - len(generator.prefix_ids) - len(generator.suffix_ids)
     labels = [[*generator.prefix_ids, *ids[:room], *generator.suffix_ids] for ids in answers]
     labels_NT, _ = pad_rows(labels, target_length, generator.pad_id, np.int32)
@@ -132,7 +128,10 @@ def tokenise(
     gold = np.full((len(questions), width), -1, np.int32)
     for i, question in enumerate(questions):
         if question.positive_passage_ids:
-            gold[i, : len(question.positive_passage_ids)] = corpus.rows(question.positive_passage_ids)
+            try:
+                gold[i, : len(question.positive_passage_ids)] = corpus.rows(question.positive_passage_ids)
+            except InputError as error:
+                raise InputError(f"question {question.id!r}: {error}") from error
     gold_NG = gold[source_N]
     answer_N2 = np.zeros((len(pairs), 2), np.int32)
     for i, ids in enumerate(answers):
@@ -140,8 +139,16 @@ def tokenise(
         at = find(ids, corpus.generator_ids[row][: corpus.generator_length[row]]) if row >= 0 else -1
         if at >= 0:
             answer_N2[i] = at, at + len(ids)
-    picked = {name: value[source_N] for name, value in both.items()}
-    return Examples(**picked, labels_NT=labels_NT, gold_NG=gold_NG, answer_N2=answer_N2, source_N=source_N)
+    return Examples(
+        question_ids_NQ=both["question_ids"][source_N],
+        question_length_N=both["question_length"][source_N],
+        tail_ids_NQ=both["tail_ids"][source_N],
+        tail_length_N=both["tail_length"][source_N],
+        labels_NT=labels_NT,
+        gold_NG=gold_NG,
+        answer_N2=answer_N2,
+        source_N=source_N,
+    )
 
 
 def window_around(answer_B2: np.ndarray, length_B: np.ndarray, widest: int, rng: np.random.Generator) -> np.ndarray:

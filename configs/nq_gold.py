@@ -1,0 +1,18 @@
+"""Natural Questions with their gold passages as corpus, everything learned from scratch on two CPU cores.
+
+    rag-jax corpus NQ_GOLD/passages.jsonl --out data/nq_gold-corpus --train-tokenizer \\
+        --encoder-vocab 8192 --generator-vocab 8192 --encoder-length 256 --generator-length 256
+    rag-jax train --config configs/nq_gold.py --run runs/nq_gold --set train=NQ_GOLD/train.jsonl --set dev=NQ_GOLD/dev.jsonl
+    rag-jax train --config configs/nq_gold.py:token --run runs/nq_gold-token --stage joint --init runs/nq_gold ...
+
+Stages as in configs/squad.py.
+SCORES
+"""
+
+from ml_collections import ConfigDict
+from squad import text_config  # the file beside this one
+
+
+def get_config(variant: str = "sequence") -> ConfigDict:
+    """`sequence` or `token`."""
+    return text_config("nq_gold", variant)

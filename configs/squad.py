@@ -1,0 +1,63 @@
+"""SQuAD v1.1's development articles as open-domain question answering, everything learned from scratch on two CPU cores.
+
+    rag-jax corpus SQUAD/passages.jsonl --out data/squad-corpus --train-tokenizer \\
+        --encoder-vocab 8192 --generator-vocab 8192 --encoder-length 256 --generator-length 256
+    rag-jax train --config configs/squad.py --run runs/squad --set train=SQUAD/train.jsonl --set dev=SQUAD/dev.jsonl
+    rag-jax train --config configs/squad.py:token --run runs/squad-token --stage joint --init runs/squad ...
+
+SQUAD: a directory with passages.jsonl, train.jsonl and dev.jsonl. Stages: retriever warm-up on gold passages, denoising,
+reading windows around the answer, and joint training through the marginal likelihood with no labels.
+SCORES
+"""
+
+from ml_collections import ConfigDict
+
+WIDTH = 128
+
+
+def adam(learning_rate: float, schedule: str = "cosine", warmup: int = 50, **groups: float) -> ConfigDict:
+    """Adam for the named groups; the others are frozen."""
+    config = ConfigDict({"learning_rate": learning_rate, "schedule": schedule, "warmup_steps": warmup})
+    config.b2, config.clip_norm = 0.98, 1.0
+    config.groups = dict(groups)
+    return config
+
+
+def text_config(name: str, variant: str) -> ConfigDict:
+    """Retriever warm-up, denoising, reading, joint training, for a corpus of a few thousand passages."""
+    c = ConfigDict()
+    c.corpus, c.train, c.dev = f"data/{name}-corpus", f"data/{name}/train.jsonl", f"data/{name}/dev.jsonl"
+    c.seed, c.target_length, c.every_answer = 0, 16, False
+    c.log_every, c.checkpoint_every, c.evaluate_every, c.evaluate_questions = 50, 500, 0, 200
+
+    c.model = ConfigDict()
+    c.model.variant, c.model.n_docs, c.model.tie_encoders = variant, 5, True
+    c.model.source_length, c.model.question_length = 240, 40
+    shape = {"width": WIDTH, "heads": 4, "norm": "pre", "init": "copy", "vocab_size": 0}
+    c.model.encoder = ConfigDict(
+        {**shape, "hidden": 4 * WIDTH, "layers": 2, "positions": 256, "pooling": "mean", "dropout": 0.1}
+    )
+    c.model.generator = ConfigDict(
+        {**shape, "hidden": 2 * WIDTH, "encoder_layers": 2, "decoder_layers": 2, "positions": 320, "dropout": 0.1}
+    )
+    c.model.generator.logit_scale = WIDTH**-0.5
+
+    def stage(name: str, steps: int, batch: int, optimizer: ConfigDict, **values: object) -> ConfigDict:
+        config = ConfigDict({"name": name, "steps": steps, "batch": batch, **values})
+        config.optimizer = optimizer
+        return config
+
+    read = {"objective": "rag", "documents": "gold"}
+    c.stages = (
+        stage("retriever", 1200, 64, adam(1e-3, question_encoder=1.0), objective="contrastive"),
+        stage("denoise", 600, 16, adam(1e-3, generator=1.0), objective="denoise", source_length=96),
+        stage("read_32", 800, 16, adam(1.5e-3, "constant", generator=1.0), window=32, source_length=76, **read),
+        stage("read_96", 1000, 16, adam(1.5e-3, generator=1.0), window=96, source_length=140, **read),
+        stage("joint", 300, 8, adam(5e-4, question_encoder=0.2, generator=1.0), refresh_every=100),
+    )
+    return c
+
+
+def get_config(variant: str = "sequence") -> ConfigDict:
+    """`sequence` or `token`."""
+    return text_config("squad", variant)
