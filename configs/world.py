@@ -43,9 +43,9 @@ def get_config(variant: str = "sequence") -> ConfigDict:
 
     read = {"objective": "rag", "documents": "gold"}
     c.stages = (
-        stage("retriever", 250, 64, adam(1e-3, question_encoder=1.0), objective="contrastive"),
+        stage("retriever", 150, 48, adam(1e-3, question_encoder=1.0), objective="contrastive"),
         stage("read_24", 400, 16, adam(2e-3, "constant", generator=1.0), window=24, source_length=56, **read),
-        stage("read_64", 1200, 16, adam(1.9e-3, final=0.35, generator=1.0), window=64, source_length=96, **read),
+        stage("read_64", 1500, 16, adam(1.9e-3, final=0.35, generator=1.0), window=64, source_length=96, **read),
         stage("read", 1000, 16, adam(6.5e-4, final=0.1, generator=1.0), **read),
         stage("joint", 60, 16, adam(3e-4, question_encoder=0.3, generator=1.0), refresh_every=30),
     )

@@ -1,3 +1,19 @@
 """Retrieval-augmented generation in JAX and Flax."""
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Imported when first asked for, so that the command line and `import rag_jax` start at once.
+_PUBLIC = {"from_pretrained": "rag_jax.run", "Pipeline": "rag_jax.answer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -4,7 +4,7 @@ program.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import objectives, sharding, steps
+from rag_jax import checkpoint, objectives, sharding, steps
 from rag_jax import run as runs
 from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.data import pipeline
@@ -76,6 +76,15 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
     """The program, jitted. Without passages (closed book) the generator sees an empty passage before the question."""
     model, n_passages = loaded.rag.config, len(loaded.corpus)
     n_docs = cfg.n_docs or model.n_docs
+    for name, value, least in (
+        ("n_docs", n_docs, 1),
+        ("n_retrieved", cfg.n_retrieved, 1),
+        ("num_beams", cfg.num_beams, 1),
+        ("max_length", cfg.max_length, 2),
+        ("batch", cfg.batch, 1),
+    ):
+        if value < least:
+            raise InputError(f"{name}={value} must be at least {least}")
     if n_docs > n_passages:
         raise InputError(f"n_docs={n_docs}, but the corpus has {n_passages} passages; ask for at most {n_passages}")
     stage = StageConfig("answer", n_docs=n_docs)
@@ -144,13 +153,14 @@ def collect(corpus: Corpus, out: Any, count: int, closed_book: bool) -> list[Ans
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A trained run, ready to answer: `Pipeline.from_run(path).ask("Who ...?")`."""
+    """A trained run, ready to answer: `Pipeline.from_run(path).ask("Who ...?")`. Programs are compiled once each."""
 
     config: TrainConfig
     loaded: runs.Loaded
     params: Params
     index: Index
     snapshot: snapshots.Snapshot
+    programs: dict[AnswerConfig, AnswerFn] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_run(cls, path: str | Path, index: str | Path | None = None) -> "Pipeline":
@@ -161,6 +171,7 @@ class Pipeline:
         """
         directory = Path(path)
         config = runs.read_config(directory)
+        checkpoint.check_params(directory / "params")
         snapshot = snapshots.open_snapshot(index or directory / "index")
         corpus = Corpus.open(snapshot.manifest.corpus)
         runs.check_tokenizers(directory, corpus)
@@ -177,11 +188,14 @@ class Pipeline:
         return dataclasses.replace(base, **changes)
 
     def answer(self, questions: Sequence[str], cfg: AnswerConfig) -> list[Answer]:
-        return answer_questions(self.loaded, self.params, self.index, questions, cfg)
+        """Answers in the order of the questions; InputError for an empty one."""
+        if not all(question.strip() for question in questions):
+            raise InputError("a question is empty; give some words")
+        if cfg not in self.programs:
+            self.programs[cfg] = make_answer(self.loaded, cfg)
+        return answer_questions(self.loaded, self.params, self.index, questions, cfg, self.programs[cfg])
 
     def ask(self, question: str, n_docs: int = 0, num_beams: int = 1) -> Answer:
         """One answer, with the passages it came from."""
-        if not question.strip():
-            raise InputError("the question is empty")
         changes = {"n_docs": n_docs} if n_docs else {}
         return self.answer([question], self.answer_config(batch=1, n_retrieved=1, num_beams=num_beams, **changes))[0]

@@ -21,7 +21,7 @@ from rag_jax.data import pipeline
 from rag_jax.errors import InputError
 from rag_jax.logs import Progress
 from rag_jax.retrieval.corpus import Corpus
-from rag_jax.steps import Setting, make_step
+from rag_jax.steps import Setting, jit_step, make_step
 
 
 def matmul_flops(jaxpr: Any) -> float:
@@ -79,10 +79,11 @@ def spread(seconds: list[float]) -> dict[str, float]:
 def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, Any]:
     """One stage's real step on its real batches: compile time, host input work, step time, fraction of the limit."""
     corpus = Corpus.open(cfg.corpus)
-    train.check(cfg, corpus)
+    mesh = sharding.make_mesh(cfg.mesh or None)
+    train.check(cfg, corpus, mesh)
     data = train.prepare(cfg, corpus)
-    loaded = runs.load(cfg.model, corpus, sharding.make_mesh(cfg.mesh or None))
-    params = train.init_params(loaded, cfg.seed, None)
+    loaded = runs.load(cfg.model, corpus, mesh)
+    params = train.init_params(loaded, cfg.seed, cfg.init)
     index = runs.embedder(loaded)(params, 0) if train.uses_index(stage) else train.empty_index(loaded)
     state = train.init_state(loaded, stage, params, 0)
     number = cfg.stages.index(stage)
@@ -93,7 +94,7 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
     first = sharding.shard_batch(loaded.mesh, batches[0])
     flops = matmul_flops(jax.make_jaxpr(step)(state, first, index, loaded.passages, key).jaxpr)
     begun = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, first, index, loaded.passages, key).compile()
+    compiled = jit_step(setting, 0, state).lower(state, first, index, loaded.passages, key).compile()
     compile_seconds = time.perf_counter() - begun
 
     prepare_seconds: list[float] = []

@@ -7,7 +7,6 @@ from typing import Any
 
 from rag_jax import run as runs
 from rag_jax import sharding
-from rag_jax.retrieval import index
 from rag_jax.retrieval.corpus import Corpus
 
 
@@ -27,6 +26,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     runs.check_tokenizers(args.run, corpus)
     loaded = runs.load(config.model, corpus, sharding.make_mesh(config.mesh or None))
     params = runs.read_params(args.run, loaded.rag, loaded.mesh)
-    step = index.open_snapshot(args.run / "index").manifest.step
+    step = sum(stage.steps for stage in config.stages)
     snapshot = runs.write_index(loaded, params, step, args.out, args.overwrite)
     return {"index": str(args.out), **asdict(snapshot.manifest)}

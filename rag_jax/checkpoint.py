@@ -2,9 +2,7 @@
 imports Orbax.
 """
 
-import json
-import os
-import shutil
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rag_jax import files
 from rag_jax.errors import InputError
 
 Tree = Any
+KIND, VERSION = "parameters", 1
 
 
 class Checkpoints:
@@ -61,44 +61,42 @@ class Checkpoints:
 
 
 def save_params(directory: Path, params: Tree) -> None:
-    """Parameters alone, for evaluation and sharing; replaces an older copy by rename."""
-    target = directory.resolve()
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(temporary, params)
-        checkpointer.wait_until_finished()
-    shapes = {jax.tree_util.keystr(k): [list(v.shape), str(v.dtype)] for k, v in jax.tree.leaves_with_path(params)}
-    (temporary / "shapes.json").write_text(json.dumps(shapes, indent=1))
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    """Parameters alone, for evaluation and sharing; whole or not at all, in place of an older copy."""
+    with files.new_directory(directory.resolve(), KIND, overwrite=True) as temporary:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(temporary / "arrays", params)
+            checkpointer.wait_until_finished()
+        files.write_manifest(temporary, KIND, VERSION, {"shapes": shapes(params)})
+
+
+def shapes(params: Tree) -> dict[str, list]:
+    """[shape, type] of every array, by its path."""
+    return {jax.tree_util.keystr(k): [list(v.shape), str(v.dtype)] for k, v in jax.tree.leaves_with_path(params)}
+
+
+def check_params(directory: Path) -> dict[str, list]:
+    """The shapes of the parameters in a directory of `save_params`; InputError where it is not a whole one."""
+    if not directory.exists():
+        raise InputError(f"{directory}: no parameters here; finish rag-jax train first, or name another run directory")
+    return files.read_manifest(directory, KIND, VERSION)["shapes"]
 
 
 def load_params(directory: Path, like: Tree) -> Tree:
     """Parameters written by `save_params`, checked against the shapes of `like`."""
-    if not (directory / "shapes.json").is_file():
-        raise InputError(
-            f"{directory}: no parameters here; finish `rag-jax train` first, or name another run directory"
-        )
+    saved = check_params(directory)
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    saved = json.loads((directory / "shapes.json").read_text())
-    wanted = {jax.tree_util.keystr(k): [list(v.shape), str(v.dtype)] for k, v in jax.tree.leaves_with_path(target)}
+    wanted = shapes(target)
     for name in sorted(set(saved) | set(wanted)):
         if saved.get(name) != wanted.get(name):
             raise InputError(
                 f"{directory}: parameter {name} is {saved.get(name)} there, the model has {wanted.get(name)}"
             )
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(directory.resolve(), target)
+        return checkpointer.restore(directory.resolve() / "arrays", target)
 
 
 def tree_hash(params: Tree) -> str:
     """sha256 over names, shapes and bytes: which encoder made an index."""
-    import hashlib
-
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(params):
         array = np.asarray(leaf)

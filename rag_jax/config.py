@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import ml_collections
 
+from rag_jax import optimizer
 from rag_jax.errors import InputError
 from rag_jax.optimizer import OptimizerConfig
 from rag_jax.rag import RagConfig
@@ -48,13 +49,17 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run: data, model and stages. Vocabulary sizes of the model are those of the corpus' tokenizers."""
+    """A whole run: data, model and stages. Vocabulary sizes of the model are those of the corpus' tokenizers.
+
+    init: a run directory whose parameters are the start, "" for new ones.
+    """
 
     corpus: str
     train: str
     dev: str
     stages: tuple[StageConfig, ...]
     model: RagConfig = field(default_factory=RagConfig)
+    init: str = ""
     mesh: Mapping[str, int] = field(default_factory=dict)
     target_length: int = 32
     every_answer: bool = False
@@ -64,6 +69,74 @@ class TrainConfig:
     keep_checkpoints: int = 2
     evaluate_every: int = 0
     evaluate_questions: int = 200
+
+
+def reached(stage: StageConfig) -> set[str]:
+    """Parameter groups that the loss of the stage depends on."""
+    if stage.objective == "contrastive":
+        return {"question_encoder", "context_encoder"}
+    if stage.objective == "denoise" or stage.documents == "gold":
+        return {"generator"}
+    return set(optimizer.GROUPS)
+
+
+def check(cfg: TrainConfig) -> None:
+    """InputError for values that contradict each other or would fail late."""
+    if not cfg.stages or len({stage.name for stage in cfg.stages}) < len(cfg.stages):
+        raise InputError(f"stages need different names: {', '.join(s.name for s in cfg.stages) or 'there are none'}")
+    for name in ("log_every", "checkpoint_every", "keep_checkpoints", "evaluate_questions"):
+        at_least(1, name, getattr(cfg, name))
+    for name in ("checkpoint_every", "evaluate_every"):
+        if getattr(cfg, name) % cfg.log_every:
+            raise InputError(f"{name}={getattr(cfg, name)} must be a multiple of log_every={cfg.log_every}")
+    at_least(3, "target_length", cfg.target_length)
+    for name, length, positions in (
+        ("target_length", cfg.target_length, cfg.model.generator.positions),
+        ("model.source_length", cfg.model.source_length, cfg.model.generator.positions),
+        ("model.question_length", cfg.model.question_length, cfg.model.encoder.positions),
+    ):
+        if length > positions:
+            raise InputError(f"{name}={length} is more than the {positions} positions of the model")
+    for stage in cfg.stages:
+        check_stage(cfg, stage)
+
+
+def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
+    """The same for one stage."""
+    where = f"stage {stage.name}: "
+    for name in ("steps", "batch", "n_docs"):
+        at_least(1, where + name, getattr(stage, name))
+    for name in ("window", "refresh_every", "questions", "source_length"):
+        at_least(0, where + name, getattr(stage, name))
+    reads, retrieves = (stage.objective == "rag" and stage.documents == kind for kind in ("gold", "retrieved"))
+    for name, belongs, place in (
+        ("window", reads, "objective='rag' with documents='gold'"),
+        ("refresh_every", retrieves, "objective='rag' with documents='retrieved'"),
+        ("questions", stage.objective != "denoise", "objectives that have questions"),
+    ):
+        if getattr(stage, name) and not belongs:
+            raise InputError(f"{where}{name}={getattr(stage, name)} is only for {place}")
+    length = stage.source_length or cfg.model.source_length
+    if length > cfg.model.generator.positions:
+        raise InputError(f"{where}source_length={length} is more than the {cfg.model.generator.positions} positions")
+    if stage.objective == "rag" and stage.window + cfg.model.question_length >= length:
+        raise InputError(
+            f"{where}source_length={length} has no room for a window of {stage.window} tokens beside questions of "
+            f"{cfg.model.question_length} and a first token"
+        )
+    optimizer.schedule(stage.optimizer, stage.steps)
+    optimizer.check_groups(stage.optimizer)
+    trained = {group for group in stage.optimizer.groups if not optimizer.is_frozen(stage.optimizer, group)}
+    if not trained or trained - reached(stage):
+        raise InputError(
+            f"{where}optimizer.groups trains {', '.join(sorted(trained)) or 'nothing'}; with objective="
+            f"{stage.objective!r} and documents={stage.documents!r} it may name {', '.join(sorted(reached(stage)))}"
+        )
+
+
+def at_least(least: int, name: str, value: int) -> None:
+    if value < least:
+        raise InputError(f"{name}={value} must be at least {least}")
 
 
 def build(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
@@ -120,28 +193,32 @@ def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> N
             value = text
         *parents, last = path.split(".")
         node: Any = config
-        for i, name in enumerate(parents):
-            node = child(node, name, f"--set {path}: {'.'.join(parents[: i + 1])}")
-        if not isinstance(node, ml_collections.ConfigDict | dict):
-            raise InputError(f"--set {path}: {'.'.join(parents)} has no keys to set")
-        if isinstance(node, ml_collections.ConfigDict):
-            node.unlock()
+        for name in parents:
+            node = section(node, name, f"--set {path}")
+        if not isinstance(node, ml_collections.ConfigDict):
+            raise InputError(f"--set {path}: {'.'.join(parents)} holds no keys, it is {node!r}")
         try:
-            node[last] = value
-        except TypeError as error:  # ml_collections holds a field to the type of its value
+            with node.unlocked():
+                node[last] = value
+        except TypeError as error:  # ml_collections holds a key to the type of its value
             raise InputError(f"--set {assignment}: {error}") from error
 
 
-def child(node: Any, name: str, where: str) -> Any:
-    """What is under `name`: a key, or in a list of stages the one of that name."""
+def section(node: Any, name: str, where: str) -> Any:
+    """What stands under `name`: in a list of stages the one of that name, else a section, a new one if need be.
+
+    A name that no section has is found out when the configuration is built.
+    """
     if isinstance(node, tuple | list):
         stages = {stage["name"]: stage for stage in node}
         if name not in stages:
             raise InputError(f"{where}: no stage {name!r}; stages: {', '.join(stages)}")
         return stages[name]
-    if not isinstance(node, ml_collections.ConfigDict | dict) or name not in node:
-        known = ", ".join(node) if isinstance(node, ml_collections.ConfigDict | dict) else "none"
-        raise InputError(f"{where}: no such key; known: {known}")
+    if not isinstance(node, ml_collections.ConfigDict):
+        raise InputError(f"{where}: nothing stands under {name!r}, since above it is {node!r}")
+    if name not in node:
+        with node.unlocked():
+            node[name] = ml_collections.ConfigDict()
     return node[name]
 
 

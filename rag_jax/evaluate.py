@@ -59,6 +59,8 @@ def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def select(questions: Sequence[Question], where: str, limit: int) -> list[Question]:
     """The first `limit` questions (0: all) whose field equals the value in `where`, such as changed=true."""
+    if limit < 0:
+        raise InputError(f"--limit {limit} must be at least 0 (all)")
     chosen = list(questions)
     if where:
         name, separator, value = where.partition("=")
@@ -85,8 +87,6 @@ def evaluate(
     file = questions or Path(pipeline.config.dev)
     asked = select(formats.read_questions(file), where, limit)
     cfg = pipeline.answer_config(**changes)
-    if (cfg.n_docs or 1) > len(pipeline.loaded.corpus):
-        raise InputError(f"--n-docs {cfg.n_docs}, but the corpus has {len(pipeline.loaded.corpus)} passages")
     rows = prediction_rows(asked, pipeline.answer([q.question for q in asked], cfg), pipeline.loaded.corpus)
     out.mkdir(parents=True, exist_ok=True)
     write_lines(out / "predictions.jsonl", rows)

@@ -29,7 +29,7 @@ class OptimizerConfig:
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step within the stage: linear warm-up, then constant, or falling to the final rate at `steps`."""
+    """Learning rate by step of the stage: linear warm-up, then constant, or falling to the final rate at `steps`."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if warmup >= steps and warmup > 0:
         raise InputError(f"warmup_steps={warmup} must be fewer than the stage's steps={steps}")
@@ -47,11 +47,16 @@ def is_frozen(config: OptimizerConfig, group: str) -> bool:
     return not config.groups.get(group, 0.0)
 
 
-def split(config: OptimizerConfig, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(trainable, frozen) groups of the parameters."""
+def check_groups(config: OptimizerConfig) -> None:
+    """InputError for a group that no model has."""
     unknown = set(config.groups) - set(GROUPS)
     if unknown:
         raise InputError(f"unknown parameter groups {sorted(unknown)}; known: {', '.join(GROUPS)}")
+
+
+def split(config: OptimizerConfig, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(trainable, frozen) groups of the parameters."""
+    check_groups(config)
     frozen = {k: v for k, v in params.items() if is_frozen(config, k)}
     return {k: v for k, v in params.items() if k not in frozen}, frozen
 

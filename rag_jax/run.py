@@ -18,16 +18,19 @@ import numpy as np
 
 from rag_jax import checkpoint, config, sharding
 from rag_jax.config import TrainConfig
+from rag_jax.data import tokenizers
+from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
 from rag_jax.rag import Params, Passages, Rag, RagConfig
 from rag_jax.retrieval import encode, index
 from rag_jax.retrieval.corpus import Corpus
 from rag_jax.steps import Index
 
+IDENTITY = "corpus.json"
 
-def resolve(model: RagConfig, corpus: Corpus) -> RagConfig:
+
+def resolve(model: RagConfig, encoder: Tokenizer, generator: Tokenizer) -> RagConfig:
     """The model with vocabularies and special ids as the corpus' tokenizers have them; InputError on contradiction."""
-    encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
     for side, vocab, tokenizer in (
         ("encoder", model.encoder.vocab_size, encoder),
         ("generator", model.generator.vocab_size, generator),
@@ -78,7 +81,7 @@ def load(model: RagConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> Loaded:
         (corpus.generator_length, 0),
     )
     passages = Passages(*(sharding.shard_rows(mesh, table, fill) for table, fill in tables))
-    rag = Rag(resolve(model, corpus))
+    rag = Rag(resolve(model, encoder, generator))
     longest = int(corpus.encoder_ids.shape[1])
     if longest > rag.config.encoder.positions:
         raise InputError(
@@ -117,13 +120,19 @@ def identity(corpus: Corpus) -> dict[str, Any]:
     }
 
 
+def read_identity(run_dir: Path) -> dict[str, Any]:
+    """What the run was started with."""
+    try:
+        return json.loads((run_dir / IDENTITY).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{run_dir}: not a run directory ({IDENTITY}: {error}); make one with rag-jax train"
+        ) from error
+
+
 def check_tokenizers(run_dir: Path, corpus: Corpus) -> None:
     """InputError with both hashes where the corpus was tokenised otherwise than the one that the run was trained on."""
-    try:
-        known = json.loads((run_dir / "corpus.json").read_text())
-    except OSError as error:
-        raise InputError(f"{run_dir}: not a run directory (no corpus.json); train one with rag-jax train") from error
-    now = identity(corpus)
+    known, now = read_identity(run_dir), identity(corpus)
     for name in ("encoder_tokenizer", "generator_tokenizer"):
         if known[name] != now[name]:
             raise InputError(
@@ -148,6 +157,15 @@ def read_params(run_dir: Path, rag: Rag, mesh: jax.sharding.Mesh) -> Params:
     return checkpoint.load_params(run_dir / "params", places)
 
 
+def from_pretrained(path: str | Path) -> tuple[Rag, Params]:
+    """The model of a run directory and its parameters; InputError for any other directory and for an unfinished run."""
+    directory = Path(path)
+    config = read_config(directory)
+    encoder, generator = (tokenizers.load(directory / "tokenizers" / role) for role in ("encoder", "generator"))
+    rag = Rag(resolve(config.model, encoder, generator))
+    return rag, read_params(directory, rag, sharding.make_mesh(config.mesh or None))
+
+
 def encoder_hash(loaded: Loaded, params: Params) -> str:
     """Which parameters embed passages."""
     return checkpoint.tree_hash(params[loaded.encoder_side])
@@ -158,8 +176,7 @@ def write_index(loaded: Loaded, params: Params, step: int, out: Path, overwrite:
     encoder, side = loaded.rag.encoder, params[loaded.encoder_side]
     corpus = loaded.corpus
     manifest = index.Manifest(
-        format_version=index.FORMAT_VERSION,
-        corpus=str(corpus.directory),
+        corpus=str(corpus.directory.resolve()),
         corpus_hash=corpus.hash,
         encoder_hash=encoder_hash(loaded, params),
         step=step,
@@ -167,10 +184,7 @@ def write_index(loaded: Loaded, params: Params, step: int, out: Path, overwrite:
         width=loaded.rag.config.encoder.output_width,
         dtype="float32",
     )
-    writer = index.Writer(out, manifest, overwrite)
     stream = encode.embed_stream(
         lambda p, ids, mask: encoder.apply({"params": p}, ids, mask), side, corpus.encoder_ids, corpus.encoder_length
     )
-    for start, rows in stream:
-        writer.write(start, rows)
-    return writer.finish()
+    return index.write(out, manifest, stream, overwrite)

@@ -219,3 +219,12 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def jit_step(s: Setting, steps_before: int, state: TrainState) -> Any:
+    """The step, jitted; it takes the memory of the old state, and each array of the new one lies where the old one lay.
+
+    (Left free, the compiler may move them after the first step, and a resumed run would compile another program.)
+    """
+    places = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(make_step(s, steps_before), donate_argnums=0, out_shardings=(places, None))

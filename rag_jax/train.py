@@ -26,8 +26,9 @@ from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.data import formats, pipeline
 from rag_jax.errors import InputError
 from rag_jax.logs import MetricWriter, Progress
+from rag_jax.retrieval import index as snapshots
 from rag_jax.retrieval.corpus import Corpus
-from rag_jax.steps import Index, Setting, TrainState, make_step
+from rag_jax.steps import Index, Setting, TrainState, jit_step
 
 
 @dataclass(frozen=True)
@@ -73,40 +74,39 @@ def batches(stage: StageConfig, cfg: TrainConfig, data: Data, number: int) -> gr
     return pipeline.question_batches(examples, lengths, batch=stage.batch, seed=seed, window=stage.window)
 
 
-def check(cfg: TrainConfig, corpus: Corpus) -> None:
+def check(cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
     """What would fail late, said early."""
-    if cfg.checkpoint_every % cfg.log_every:
-        raise InputError(f"checkpoint_every={cfg.checkpoint_every} must be a multiple of log_every={cfg.log_every}")
-    if not cfg.stages or len({stage.name for stage in cfg.stages}) < len(cfg.stages):
-        raise InputError(
-            f"stages need different names: {', '.join(stage.name for stage in cfg.stages) or 'there are none'}"
-        )
+    config.check(cfg)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for stage in cfg.stages:
-        if stage.objective == "rag" and stage.documents == "retrieved" and stage.n_docs > len(corpus):
+        if uses_index(stage) and stage.n_docs > len(corpus):
             raise InputError(f"stage {stage.name}: n_docs={stage.n_docs}, but the corpus has {len(corpus)} passages")
-        if stage.source_length > cfg.model.generator.positions:
+        if stage.batch % shards:
             raise InputError(
-                f"stage {stage.name}: source_length={stage.source_length} is more than the generator's "
-                f"{cfg.model.generator.positions} positions"
+                f"stage {stage.name}: batch={stage.batch} does not divide over {shards} devices; make it a multiple"
             )
 
 
-def open_run(cfg: TrainConfig, directory: Path, corpus: Corpus) -> None:
-    """Make the run directory, or agree to go on in it; InputError where it holds another configuration or corpus."""
-    wanted, known = config.plain(cfg), directory / "config.json"
+def open_run(cfg: TrainConfig, directory: Path, data: Data) -> None:
+    """Make the run directory, or agree to go on in it; InputError where it was started with something else."""
+    known = directory / "config.json"
+    identity = runs.identity(data.corpus) | {"questions": data.examples.fingerprint()}
     if known.exists():
-        differing = differences(json.loads(known.read_text()), wanted)
+        differing = differences(config.plain(config.read(known)), config.plain(cfg))
         if differing:
             raise InputError(
                 f"{directory} was started with another configuration ({differing}); name another --run directory"
             )
-        if json.loads((directory / "corpus.json").read_text()) != runs.identity(corpus):
+        differing = differences(runs.read_identity(directory), identity)
+        if differing:
             raise InputError(
-                f"{directory} was started with another corpus than {corpus.directory} is now; name another --run"
+                f"{directory} was started with other data ({differing}); put back what {cfg.corpus} and {cfg.train} "
+                "were, or name another --run directory"
             )
         return
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "corpus.json").write_text(json.dumps(runs.identity(corpus), indent=2) + "\n")
+    (directory / runs.IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
+    corpus = data.corpus
     shutil.copytree(corpus.directory / "tokenizers", directory / "tokenizers", dirs_exist_ok=True)
     temporary = known.with_suffix(".tmp")
     config.save(cfg, temporary)
@@ -150,15 +150,21 @@ class Interval:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, jax.Array]] = []
-        self.host_seconds, self.started = 0.0, time.perf_counter()
+        self.begun = time.perf_counter()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves the steps up to now out of the times, unless no other follows: they compiled."""
+        self.host_seconds, self.started, self.untimed = 0.0, time.perf_counter(), len(self.rows)
 
     def summary(self) -> dict[str, float]:
         values = average(self.rows)
-        seconds = time.perf_counter() - self.started
-        tokens = values.pop("tokens") * len(self.rows)
+        timed = len(self.rows) - self.untimed
+        seconds = time.perf_counter() - (self.started if timed else self.begun)
+        steps = timed or len(self.rows)
         return values | {
-            "step_seconds": seconds / len(self.rows),
-            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds / steps,
+            "tokens_per_second": values.pop("tokens") * steps / seconds,
             "host_share": self.host_seconds / seconds,
         }
 
@@ -168,12 +174,12 @@ class Session(NamedTuple):
 
     cfg: TrainConfig
     directory: Path
-    data: Data
     loaded: runs.Loaded
     embed: Any
     keeper: checkpoint.Checkpoints
     writer: MetricWriter
-    fingerprint: str
+    batches: list[grain.MapDataset]
+    dev: list[formats.Question]
     answering: AnswerConfig
     program: AnswerFn
 
@@ -191,24 +197,19 @@ def init_state(loaded: runs.Loaded, stage: StageConfig, params: Any, step: int) 
 
 def save(session: Session, stage: StageConfig, state: TrainState, index: Index, seconds: float) -> None:
     arrays = {"state": state._asdict()} | ({"index": index._asdict()} if uses_index(stage) else {})
-    session.keeper.save(int(state.step), arrays, {"data": session.fingerprint, "seconds": seconds})
+    session.keeper.save(int(state.step), arrays, {"seconds": seconds})
 
 
 def restore(
     session: Session, stage: StageConfig, params: Any, index: Index, step: int
 ) -> tuple[TrainState, Index, float]:
     """State, index and training seconds of the checkpoint of `step`, which lies in this stage."""
-    position = session.keeper.position(step)
-    if position["data"] != session.fingerprint:
-        raise InputError(
-            f"{session.cfg.train}: the questions differ from those of checkpoint {step}; put the old file back"
-        )
     like = {"state": init_state(session.loaded, stage, params, 0)._asdict()}
     like |= {"index": index._asdict()} if uses_index(stage) else {}
     arrays = session.keeper.restore(step, like)
     logs.info(f"{session.directory}: going on from step {step}")
     index = Index(**arrays["index"]) if uses_index(stage) else index
-    return TrainState(**arrays["state"]), index, position["seconds"]
+    return TrainState(**arrays["state"]), index, session.keeper.position(step)["seconds"]
 
 
 def run_stage(
@@ -220,8 +221,8 @@ def run_stage(
     begun = time.perf_counter()
     first, end = int(state.step), start + stage.steps
     setting = Setting(loaded.rag, stage, mesh, len(loaded.corpus), loaded.corpus.generator_tokenizer.prefix_ids)
-    step_fn = jax.jit(make_step(setting, start), donate_argnums=0)
-    iterator = pipeline.iterate(batches(stage, cfg, session.data, number), first - start)
+    step_fn = jit_step(setting, start, state)
+    iterator = pipeline.iterate(session.batches[number], first - start)
     key = jax.random.key(cfg.seed)
     interval = Interval()
     with Progress(
@@ -241,85 +242,102 @@ def run_stage(
                 logs.info(
                     f"{stage.name}: first step after {time.perf_counter() - before:.1f} s of compiling and running"
                 )
-                interval.started, interval.host_seconds = time.perf_counter(), 0.0
+                interval.restart_clock()
             progress.update(1, loss=metrics["loss"])
-            if (into + 1) % cfg.log_every == 0 or step + 1 == end:
+            logged = (into + 1) % cfg.log_every == 0 or step + 1 == end
+            if logged:
                 row = {"stage": stage.name, **interval.summary()}
                 if uses_index(stage):
                     row["index_age"] = step - int(index.step)
                 if cfg.evaluate_every and ((into + 1) % cfg.evaluate_every == 0 or step + 1 == end):
                     row |= evaluate_dev(session, state.params, index if uses_index(stage) else None, step)
                 session.writer.write(step + 1, row)
-                interval = Interval()
             if (into + 1) % cfg.checkpoint_every == 0 or step + 1 == end:
                 save(session, stage, state, index, seconds + time.perf_counter() - begun)
+            if logged:
+                interval = Interval()
     return state, index, seconds + time.perf_counter() - begun
 
 
 def evaluate_dev(session: Session, params: Any, index: Index | None, step: int) -> dict[str, float]:
     """Exact match and recall on the first `evaluate_questions` of the dev questions, as eval/... metrics."""
-    cfg = session.cfg
     index = session.embed(params, step) if index is None else index
-    questions = formats.read_questions(cfg.dev)[: cfg.evaluate_questions]
     summary = metrics.summarize(
-        evaluate.predict(session.loaded, params, index, questions, session.answering, session.program)
+        evaluate.predict(session.loaded, params, index, session.dev, session.answering, session.program)
     )
     return {f"eval/{name}": value for name, value in summary.items() if name != "n"}
 
 
-def train(cfg: TrainConfig, directory: Path, init_from: Path | None = None) -> dict[str, Any]:
+def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
     """Run every stage, going on from the run's last checkpoint if it has one; writes params/ and index/ at the end."""
-    corpus = Corpus.open(cfg.corpus)
-    check(cfg, corpus)
+    corpus, mesh = Corpus.open(cfg.corpus), sharding.make_mesh(cfg.mesh or None)
+    check(cfg, corpus, mesh)
     data = prepare(cfg, corpus)
-    open_run(cfg, directory, corpus)
-    loaded = runs.load(cfg.model, corpus, sharding.make_mesh(cfg.mesh or None))
+    every_batch = [batches(stage, cfg, data, number) for number, stage in enumerate(cfg.stages)]
+    dev = formats.read_questions(cfg.dev)[: cfg.evaluate_questions] if cfg.evaluate_every else []
+    open_run(cfg, directory, data)
     keeper = checkpoint.Checkpoints(directory / "checkpoints", cfg.keep_checkpoints)
-    done = keeper.latest() or 0
-    writer = MetricWriter(directory, resume_step=done or None)
+    done, total = keeper.latest() or 0, sum(stage.steps for stage in cfg.stages)
+    if done == total and finished(directory, total):
+        logs.info(f"{directory}: all {total} steps are done")
+        seconds = keeper.position(done)["seconds"]
+        keeper.close()
+        return result(directory, total, seconds)
+    loaded = runs.load(cfg.model, corpus, mesh)
     answering = AnswerConfig(n_docs=cfg.model.n_docs, n_retrieved=20, max_length=cfg.target_length, batch=64)
     session = Session(
         cfg=cfg,
         directory=directory,
-        data=data,
         loaded=loaded,
         embed=runs.embedder(loaded),
         keeper=keeper,
-        writer=writer,
-        fingerprint=data.examples.fingerprint(),
+        writer=MetricWriter(directory, resume_step=done),
+        batches=every_batch,
+        dev=dev,
         answering=answering,
         program=make_answer(loaded, answering),
     )
-    params = init_params(loaded, cfg.seed, init_from)
+    params = init_params(loaded, cfg.seed, cfg.init if not done else "")
     index = empty_index(loaded)
     seconds, start = 0.0, 0
     for number, stage in enumerate(cfg.stages):
         end = start + stage.steps
-        if done < end or number + 1 == len(cfg.stages):
-            resuming = done > start
-            if resuming:
+        if done <= end:
+            if start < done:
                 state, index, seconds = restore(session, stage, params, index, done)
             else:
                 state = init_state(loaded, stage, params, start)
-            state, index, seconds = run_stage(session, number, start, state, index, seconds)
-            params, done = state.params, end
-        elif done == end:  # the checkpoint is this stage's last
-            state, _, seconds = restore(session, stage, params, index, done)
+            if done < end:
+                state, index, seconds = run_stage(session, number, start, state, index, seconds)
             params = state.params
         start = end
-    keeper.close()
-    writer.close()
+    session.writer.close()
     checkpoint.save_params(directory / "params", params)
     logs.info("embedding the corpus for the run's index")
-    runs.write_index(loaded, params, start, directory / "index", overwrite=True)
+    runs.write_index(loaded, params, total, directory / "index", overwrite=True)
+    keeper.close()
+    return result(directory, total, seconds)
+
+
+def finished(directory: Path, total: int) -> bool:
+    """Whether everything that a run writes at its end is there."""
+    try:
+        checkpoint.check_params(directory / "params")
+        return snapshots.open_snapshot(directory / "index").manifest.step == total
+    except InputError:
+        return False
+
+
+def result(directory: Path, total: int, seconds: float) -> dict[str, Any]:
     last = logs.read_rows(directory / logs.METRICS_FILE)[-1]
-    return {"run": str(directory), "steps": start, "training_seconds": round(seconds, 1), "last": last}
+    return {"run": str(directory), "steps": total, "training_seconds": round(seconds, 1), "last": last}
 
 
-def init_params(loaded: runs.Loaded, seed: int, init_from: Path | None) -> Any:
-    """New parameters, made sharded; or those of another run."""
-    if init_from is not None:
-        return runs.read_params(init_from, loaded.rag, loaded.mesh)
+def init_params(loaded: runs.Loaded, seed: int, init_from: str) -> Any:
+    """New parameters, made sharded; or those of another run, which must have had the same tokenizers."""
+    if init_from:
+        runs.check_tokenizers(Path(init_from), loaded.corpus)
+        return runs.read_params(Path(init_from), loaded.rag, loaded.mesh)
     return sharding.init(loaded.mesh, loaded.rag.init, jax.random.key(seed))
 
 
@@ -349,9 +367,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     cfg = config.load(args.config, args.set)
     if args.stage:
-        known = {stage.name: stage for stage in cfg.stages}
+        known = [stage.name for stage in cfg.stages]
         missing = [name for name in args.stage if name not in known]
         if missing:
             raise InputError(f"--stage {missing[0]}: no such stage; {args.config} has {', '.join(known)}")
-        cfg = dataclasses.replace(cfg, stages=tuple(known[name] for name in args.stage))
-    return train(cfg, args.run, args.init)
+        cfg = dataclasses.replace(cfg, stages=tuple(stage for stage in cfg.stages if stage.name in args.stage))
+    if args.init:
+        cfg = dataclasses.replace(cfg, init=str(args.init))
+    return train(cfg, args.run)

@@ -35,3 +35,11 @@ def shared_data() -> Callable[[str], Path]:
 def parity_needs_torch(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("parity"):
         pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Worlds and corpora of `tiny.make_data`."""
+    import tiny
+
+    return tiny.make_data(tmp_path_factory.mktemp("tiny"))

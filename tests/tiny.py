@@ -1,4 +1,4 @@
-"""A world, a corpus, a configuration and a run so small that training takes seconds; shared by the tests of training."""
+"""A world, a corpus, a configuration and a run so small that training takes seconds, for the tests of training."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from rag_jax import __main__ as cli
 
 ENTITIES = 40
-STEPS = {"retriever": 20, "read": 10, "denoise": 10, "joint": 10}
+STEPS = 100  # of the whole run
 
 
 def stage(name: str, steps: int, **values) -> ConfigDict:
@@ -21,7 +21,7 @@ def get_config(data: str) -> ConfigDict:
     """`data` is a directory made by `make_data`."""
     c = ConfigDict()
     c.corpus, c.train, c.dev = f"{data}/corpus", f"{data}/world/train.jsonl", f"{data}/world/dev.jsonl"
-    c.seed, c.target_length, c.log_every, c.checkpoint_every = 0, 10, 5, 5
+    c.seed, c.target_length, c.log_every, c.checkpoint_every = 0, 12, 5, 10
     shape = {"width": 32, "heads": 2, "hidden": 64, "norm": "pre", "init": "copy", "vocab_size": 0, "dropout": 0.1}
     c.model = ConfigDict({"n_docs": 3, "tie_encoders": True, "source_length": 144, "question_length": 32})
     c.model.encoder = ConfigDict({**shape, "layers": 1, "positions": 96, "pooling": "mean"})
@@ -30,8 +30,8 @@ def get_config(data: str) -> ConfigDict:
     )
     encoder, generator = {"question_encoder": 1.0}, {"generator": 1.0}
     c.stages = (
-        stage("retriever", 20, objective="contrastive", groups=encoder),
-        stage("read", 10, documents="gold", window=16, source_length=64, groups=generator),
+        stage("retriever", 60, objective="contrastive", groups=encoder),
+        stage("read", 20, documents="gold", window=16, source_length=64, groups=generator),
         stage("denoise", 10, objective="denoise", source_length=64, groups=generator),
         stage("joint", 10, n_docs=3, refresh_every=4, groups={**encoder, **generator}),
     )
@@ -47,7 +47,7 @@ def make_data(out: Path) -> Path:
     """world, the same edited, and a corpus of each with one pair of tokenizers."""
     for name, options in (("world", []), ("edited", ["--edit"])):
         assert rag_jax("world", "--out", out / name, "--entities", ENTITIES, "--workers", 1, *options) == 0
-    train = ["--train-tokenizer", "--encoder-vocab", 400, "--generator-vocab", 400]
+    train = ["--train-tokenizer", "--encoder-vocab", 400, "--generator-vocab", 600]
     lengths = ["--encoder-length", 96, "--generator-length", 128]
     assert rag_jax("corpus", out / "world/passages.jsonl", "--out", out / "corpus", *train, *lengths) == 0
     same = ["--tokenizers-from", out / "corpus"]

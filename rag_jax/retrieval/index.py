@@ -1,18 +1,15 @@
-"""An index snapshot on disk: embeddings [N, E] and a manifest that binds them to a corpus and to the encoder that
-made them.
-"""
+"""An index snapshot on disk: embeddings [N, E], bound to a corpus and to the encoder that made them."""
 
-import json
-import os
-import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from rag_jax import files
 from rag_jax.errors import InputError
 
-FORMAT_VERSION = 1
+KIND, VERSION = "index", 1
 EMBEDDINGS = "embeddings.npy"
 
 
@@ -22,7 +19,6 @@ class Manifest:
     them.
     """
 
-    format_version: int
     corpus: str
     corpus_hash: str
     encoder_hash: str
@@ -41,57 +37,43 @@ class Snapshot:
     embeddings_NE: np.ndarray
 
 
-class Writer:
-    """Embeddings row block by row block into a temporary directory, renamed to `directory` by `finish`."""
+def write(
+    directory: str | Path, manifest: Manifest, blocks: Iterable[tuple[int, np.ndarray]], overwrite: bool = False
+) -> Snapshot:
+    """Write the blocks (first row, embeddings) and open the result; it appears whole or not at all.
 
-    def __init__(self, directory: Path, manifest: Manifest, overwrite: bool = False) -> None:
-        self.directory, self.manifest, self.overwrite = directory.absolute(), manifest, overwrite
-        if self.directory.exists() and not overwrite:
-            raise InputError(f"{directory}: exists already; name another directory, or give --overwrite")
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        for stale in self.directory.parent.glob(f".{self.directory.name}.tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        self.temporary = self.directory.with_name(f".{self.directory.name}.tmp-{os.getpid()}")
-        self.temporary.mkdir()
-        shape = (manifest.n_passages, manifest.width)
-        self.array = np.lib.format.open_memmap(self.temporary / EMBEDDINGS, "w+", np.dtype(manifest.dtype), shape)
-
-    def write(self, start: int, rows_XE: np.ndarray) -> None:
-        if not np.isfinite(rows_XE).all():
-            bad = start + int(np.flatnonzero(~np.isfinite(rows_XE).all(1))[0])
-            raise InputError(
-                f"the embedding of passage row {bad} is not finite; the encoder has diverged, use an earlier checkpoint"
-            )
-        self.array[start : start + len(rows_XE)] = rows_XE
-
-    def finish(self) -> Snapshot:
-        self.array.flush()
-        (self.temporary / "manifest.json").write_text(json.dumps(asdict(self.manifest), indent=2) + "\n")
-        old = self.directory.with_name(f".{self.directory.name}.old-{os.getpid()}")
-        if self.directory.exists():
-            self.directory.rename(old)
-        self.temporary.rename(self.directory)
-        shutil.rmtree(old, ignore_errors=True)
-        return open_snapshot(self.directory)
+    InputError for an embedding that is not finite, and for a directory that is there and is no index (or without
+    `overwrite`); ValueError where the blocks are not n_passages rows together.
+    """
+    with files.new_directory(directory, KIND, overwrite) as temporary:
+        shape, written = (manifest.n_passages, manifest.width), 0
+        array = np.lib.format.open_memmap(temporary / EMBEDDINGS, "w+", np.dtype(manifest.dtype), shape)
+        for start, rows_XE in blocks:
+            if not np.isfinite(rows_XE).all():
+                bad = start + int(np.flatnonzero(~np.isfinite(rows_XE).all(1))[0])
+                raise InputError(f"passage row {bad}: its embedding is not finite; the encoder has diverged")
+            array[start : start + len(rows_XE)] = rows_XE
+            written += len(rows_XE)
+        if written != manifest.n_passages:
+            raise ValueError(f"{written} embeddings were written, the manifest says {manifest.n_passages}")
+        array.flush()
+        files.write_manifest(temporary, KIND, VERSION, asdict(manifest))
+    return open_snapshot(directory)
 
 
 def open_snapshot(directory: str | Path) -> Snapshot:
     """InputError where the directory is no snapshot, is of another format, or does not match its own manifest."""
     directory = Path(directory)
+    found = files.read_manifest(directory, KIND, VERSION)
+    manifest = Manifest(**{field.name: found[field.name] for field in fields(Manifest)})
     try:
-        manifest = Manifest(**json.loads((directory / "manifest.json").read_text()))
-        embeddings = np.load(directory / EMBEDDINGS, mmap_mode="r")
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{directory}: not a readable index ({error}); make one with rag-jax index") from error
-    if manifest.format_version != FORMAT_VERSION:
-        raise InputError(
-            f"{directory}: index format {manifest.format_version}, this version reads {FORMAT_VERSION}; "
-            "rebuild it with rag-jax index"
-        )
+        embeddings = np.load(directory / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory / EMBEDDINGS}: unreadable ({error}); build the index again") from error
     if embeddings.shape != (manifest.n_passages, manifest.width) or str(embeddings.dtype) != manifest.dtype:
         raise InputError(
             f"{directory}: embeddings are {embeddings.shape} {embeddings.dtype}, the manifest says "
-            f"{(manifest.n_passages, manifest.width)} {manifest.dtype}; rebuild it with rag-jax index"
+            f"{(manifest.n_passages, manifest.width)} {manifest.dtype}; build the index again"
         )
     return Snapshot(directory, manifest, embeddings)
 
@@ -99,12 +81,12 @@ def open_snapshot(directory: str | Path) -> Snapshot:
 def check(snapshot: Snapshot, corpus_hash: str, encoder_hash: str) -> None:
     """InputError with both hashes where the snapshot is of another corpus or encoder."""
     found = snapshot.manifest
-    for what, have, want in (
-        ("corpus", found.corpus_hash, corpus_hash),
-        ("encoder", found.encoder_hash, encoder_hash),
+    for have, want, now in (
+        (found.corpus_hash, corpus_hash, f"the corpus {found.corpus}, which is now"),
+        (found.encoder_hash, encoder_hash, "an encoder other than the run's, which is"),
     ):
         if have != want:
             raise InputError(
-                f"{snapshot.directory}: made with {what} {have[:16]}, but this run's {what} is {want[:16]}; "
-                "make a new one with: rag-jax index RUN --corpus CORPUS --out DIR"
+                f"{snapshot.directory}: made with {now} {want[:16]} and was {have[:16]}; "
+                f"make a new one with: rag-jax index RUN --corpus {found.corpus} --out DIR"
             )

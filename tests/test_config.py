@@ -1,0 +1,221 @@
+"""Configuration files to frozen dataclasses: what is misspelt, mistyped or contradictory raises, with its path."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import tiny
+from conftest import ROOT
+
+from rag_jax import config
+from rag_jax.config import StageConfig, TrainConfig
+from rag_jax.errors import InputError
+
+TINY = f"{ROOT}/tests/tiny.py:data"
+SHIPPED = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.fixture
+def base():
+    return config.load(TINY)
+
+
+def write(tmp_path, body):
+    file = tmp_path / "some.py"
+    file.write_text("from ml_collections import ConfigDict\n" + body)
+    return str(file)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [f"{file}{argument}" for file in SHIPPED for argument in ("", ":sequence", ":token")])
+def test_shipped_configurations_load_and_hold_together(path):
+    cfg = config.load(path)
+    config.check(cfg)
+    assert cfg.model.variant == ("token" if path.endswith(":token") else "sequence")
+
+
+def test_there_are_shipped_configurations():
+    assert {"world", "squad", "nq_gold"} <= {file.stem for file in SHIPPED}
+
+
+def test_values_arrive_in_their_dataclasses(base):
+    assert isinstance(base, TrainConfig) and base.corpus == "data/corpus"
+    assert [stage.name for stage in base.stages] == ["retriever", "read", "denoise", "joint"]
+    assert all(isinstance(stage, StageConfig) for stage in base.stages)
+    joint = base.stages[3]
+    assert joint.objective == "rag" and joint.documents == "retrieved" and joint.refresh_every == 4
+    assert joint.optimizer.groups == {"question_encoder": 1.0, "generator": 1.0} and joint.optimizer.b2 == 0.98
+    assert base.model.encoder.pooling == "mean" and base.model.generator.logit_scale == 32**-0.5
+    assert base.keep_checkpoints == TrainConfig.keep_checkpoints  # not in the file: the default
+    config.check(base)
+
+
+def test_everything_is_frozen(base):
+    for part in (base, base.model, base.model.encoder, base.stages[0], base.stages[0].optimizer):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, dataclasses.fields(part)[0].name, None)
+    assert isinstance(base.stages, tuple)
+
+
+def test_saved_and_read_is_the_same(base, tmp_path):
+    config.save(base, tmp_path / "config.json")
+    assert config.read(tmp_path / "config.json") == base
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (None, "no such configuration file"),
+        ("config = 3\n", "defines get_config"),
+        ("def get_config():\n  return ConfigDict({'corpus': 'a', 'train': 'b', 'dev': 'c'})\n", "missing key 'stages'"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, body, message):
+    file = str(tmp_path / "none.py") if body is None else write(tmp_path, body)
+    with pytest.raises(InputError, match=message):
+        config.load(file)
+
+
+def test_run_directories_that_are_none(tmp_path):
+    with pytest.raises(InputError, match="must be in a run directory"):
+        config.read(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json: not JSON"):
+        config.read(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config\.json: expected keys and values"):
+        config.read(tmp_path / "config.json")
+
+
+# --- overrides --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("assignment", "path", "value"),
+    [
+        ("seed=7", "seed", 7),
+        ("corpus=other=corpus", "corpus", "other=corpus"),
+        ("train=2024.jsonl", "train", "2024.jsonl"),
+        ("evaluate_every=10", "evaluate_every", 10),  # not in the file
+        ("mesh={'data': 2}".replace("'", '"'), "mesh", {"data": 2}),
+        ("mesh.fsdp=4", "mesh", {"fsdp": 4}),
+        ("model.encoder.dropout=0", "model.encoder.dropout", 0.0),
+        ("model.encoder.dtype=bfloat16", "model.encoder.dtype", "bfloat16"),
+        ("stages.joint.steps=3", "stages.3.steps", 3),
+        ("stages.joint.prior_gradient=false", "stages.3.prior_gradient", False),
+        ("stages.read.optimizer.learning_rate=1", "stages.1.optimizer.learning_rate", 1.0),
+        ("stages.read.optimizer.clip_norm=0.5", "stages.1.optimizer.clip_norm", 0.5),
+        ("stages.joint.optimizer.groups.generator=0.1", "stages.3.optimizer.groups.generator", 0.1),
+    ],
+)
+def test_override(base, assignment, path, value):
+    found = config.plain(config.load(TINY, [assignment]))
+    expected = config.plain(base)
+    node, wanted = found, expected
+    *parents, last = path.split(".")
+    for name in parents:
+        node, wanted = (x[int(name) if isinstance(x, list) else name] for x in (node, wanted))
+    assert node[last] == value and type(node[last]) is type(value)
+    assert wanted.get(last) != value
+    wanted[last] = value
+    assert found == expected  # and nothing else has changed
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("seed", "--set seed: expected key=value"),
+        ("sede=1", "config: unknown key 'sede'; known keys: corpus"),
+        ("model.encodr.width=8", "config.model: unknown key 'encodr'; known keys: variant"),
+        ("model.encoder.widht=8", "config.model.encoder: unknown key 'widht'"),
+        ("stages.jiont.steps=1", "no stage 'jiont'; stages: retriever, read, denoise, joint"),
+        ("stages.joint.step=1", "config.stages[3]: unknown key 'step'"),
+        ("stages.joint=1", "--set stages.joint: stages holds no keys"),
+        ("seed.low=1", "--set seed.low: seed holds no keys, it is 0"),
+        ("seed.low.high=1", "--set seed.low.high: nothing stands under 'low', since above it is 0"),
+        ("seed=1.5", "--set seed=1.5: "),
+        ("seed=seven", "--set seed=seven: "),
+        ("evaluate_every=1.5", "config.evaluate_every: expected int, got 1.5"),
+        ("evaluate_every=true", "config.evaluate_every: expected int, got True"),
+        ("every_answer=1", "config.every_answer: expected bool, got 1"),
+        ("init=3", "config.init: expected str, got 3"),
+        ("model.variant=tokn", "config.model.variant: 'tokn' is not one of 'sequence', 'token'"),
+        ("model.generator.dropout=low", "--set model.generator.dropout=low: "),
+        ("model.generator.embedding_scale=low", "config.model.generator.embedding_scale: expected float, got 'low'"),
+        ("stages.read.optimizer.groups=1", "--set stages.read.optimizer.groups=1: "),
+        ("stages.read.optimizer.groups.generator=fast", "--set stages.read.optimizer.groups.generator=fast: "),
+        ('mesh={"data":"all"}', "config.mesh.data: expected int, got 'all'"),
+        ("mesh=8", "config.mesh: expected names and values, got 8"),
+        ("stages=3", "--set stages=3: "),
+    ],
+)
+def test_overrides_that_cannot_be(assignment, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        config.load(TINY, [assignment])
+
+
+def test_a_list_of_stages_and_a_section_must_be_that(tmp_path):
+    body = "def get_config():\n  return ConfigDict({'corpus': 'a', 'train': 'b', 'dev': 'c', 'stages': "
+    for stages, message in (
+        ("'joint'", "config.stages: expected a list, got 'joint'"),
+        ("(3,)", "config.stages[0]: expected keys and values (name, objective"),
+        ("({'steps': 3},)", "config.stages[0]: missing key 'name'"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            config.load(write(tmp_path, f"{body}{stages}}})\n"))
+
+
+# --- contradictions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["checkpoint_every=7"], "checkpoint_every=7 must be a multiple of log_every=5"),
+        (["evaluate_every=7"], "evaluate_every=7 must be a multiple of log_every=5"),
+        (["log_every=0"], "log_every=0 must be at least 1"),
+        (["keep_checkpoints=0"], "keep_checkpoints=0 must be at least 1"),
+        (["target_length=2"], "target_length=2 must be at least 3"),
+        (["target_length=161"], "target_length=161 is more than the 160 positions"),
+        (["model.source_length=161"], "model.source_length=161 is more than the 160 positions"),
+        (["model.question_length=97"], "model.question_length=97 is more than the 96 positions"),
+        (["stages.read.name=joint"], "stages need different names: retriever, joint, denoise, joint"),
+        (["stages.read.steps=0"], "stage read: steps=0 must be at least 1"),
+        (["stages.read.batch=0"], "stage read: batch=0 must be at least 1"),
+        (["stages.joint.n_docs=0"], "stage joint: n_docs=0 must be at least 1"),
+        (["stages.joint.refresh_every=-1"], "stage joint: refresh_every=-1 must be at least 0"),
+        (["stages.joint.window=8"], "stage joint: window=8 is only for objective='rag' with documents='gold'"),
+        (["stages.retriever.window=8"], "stage retriever: window=8 is only for"),
+        (["stages.read.refresh_every=8"], "stage read: refresh_every=8 is only for objective='rag' with documents='ret"),
+        (["stages.denoise.questions=8"], "stage denoise: questions=8 is only for"),
+        (["stages.read.source_length=161"], "stage read: source_length=161 is more than the 160 positions"),
+        (["stages.read.window=32"], "stage read: source_length=64 has no room for a window of 32 tokens"),
+        (["stages.joint.source_length=32"], "stage joint: source_length=32 has no room for a window of 0 tokens"),
+        (["stages.joint.optimizer.warmup_steps=10"], "warmup_steps=10 must be fewer than the stage's steps=10"),
+        (["stages.joint.optimizer.groups.reader=1.0"], "unknown parameter groups ['reader']"),
+        (["stages.read.optimizer.groups.generator=0.0"], "stage read: optimizer.groups trains nothing"),
+        (
+            ["stages.read.optimizer.groups.question_encoder=1.0"],
+            "stage read: optimizer.groups trains generator, question_encoder; with objective='rag' and "
+            "documents='gold' it may name generator",
+        ),
+        (["stages.retriever.optimizer.groups.generator=1.0"], "it may name context_encoder, question_encoder"),
+        (["stages.denoise.optimizer.groups.question_encoder=1.0"], "it may name generator"),
+    ],
+)
+def test_contradictions(assignments, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        config.check(config.load(TINY, assignments))
+
+
+def test_no_stages(base):
+    with pytest.raises(InputError, match="there are none"):
+        config.check(dataclasses.replace(base, stages=()))
+
+
+def test_tiny_says_how_many_steps_it_has(base):
+    assert sum(stage.steps for stage in base.stages) == tiny.STEPS
+    assert json.loads(json.dumps(config.plain(base)))["stages"][0]["name"] == "retriever"
