@@ -2,8 +2,15 @@
 
     rag-jax corpus NQ_GOLD/passages.jsonl --out data/nq_gold-corpus --train-tokenizer \\
         --encoder-vocab 8192 --generator-vocab 8192 --encoder-length 256 --generator-length 256
-    rag-jax train --config configs/nq_gold.py --run runs/nq_gold --set train=NQ_GOLD/train.jsonl --set dev=NQ_GOLD/dev.jsonl
-    rag-jax train --config configs/nq_gold.py:token --run runs/nq_gold-token --stage joint --init runs/nq_gold ...
+    DATA="--set train=NQ_GOLD/train.jsonl --set dev=NQ_GOLD/dev.jsonl"
+    rag-jax train --config configs/nq_gold.py --run runs/nq_gold $DATA
+    rag-jax evaluate runs/nq_gold --batch 64
+
+Both objectives from the same start:
+
+    rag-jax train --config configs/nq_gold.py --run runs/nq_gold-base $DATA \\
+        --stage retriever --stage denoise --stage read_32 --stage read_96
+    rag-jax train --config configs/nq_gold.py:token --run runs/nq_gold-token $DATA --stage joint --init runs/nq_gold-base
 
 Stages as in configs/squad.py.
 SCORES

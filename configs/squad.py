@@ -1,12 +1,19 @@
-"""SQuAD v1.1's development articles as open-domain question answering, everything learned from scratch on two CPU cores.
+"""SQuAD v1.1's development articles as open-domain question answering, learned from scratch on two CPU cores.
 
     rag-jax corpus SQUAD/passages.jsonl --out data/squad-corpus --train-tokenizer \\
         --encoder-vocab 8192 --generator-vocab 8192 --encoder-length 256 --generator-length 256
-    rag-jax train --config configs/squad.py --run runs/squad --set train=SQUAD/train.jsonl --set dev=SQUAD/dev.jsonl
-    rag-jax train --config configs/squad.py:token --run runs/squad-token --stage joint --init runs/squad ...
+    DATA="--set train=SQUAD/train.jsonl --set dev=SQUAD/dev.jsonl"
+    rag-jax train --config configs/squad.py --run runs/squad $DATA
+    rag-jax evaluate runs/squad --batch 64
 
-SQUAD: a directory with passages.jsonl, train.jsonl and dev.jsonl. Stages: retriever warm-up on gold passages, denoising,
-reading windows around the answer, and joint training through the marginal likelihood with no labels.
+Both objectives from the same start:
+
+    rag-jax train --config configs/squad.py --run runs/squad-base $DATA \\
+        --stage retriever --stage denoise --stage read_32 --stage read_96
+    rag-jax train --config configs/squad.py:token --run runs/squad-token $DATA --stage joint --init runs/squad-base
+
+SQUAD: a directory with passages.jsonl, train.jsonl and dev.jsonl. Stages: retriever warm-up on gold passages,
+denoising, reading windows around the answer, and joint training through the marginal likelihood with no labels.
 SCORES
 """
 
@@ -49,11 +56,11 @@ def text_config(name: str, variant: str) -> ConfigDict:
 
     read = {"objective": "rag", "documents": "gold"}
     c.stages = (
-        stage("retriever", 1200, 64, adam(1e-3, question_encoder=1.0), objective="contrastive"),
-        stage("denoise", 600, 16, adam(1e-3, generator=1.0), objective="denoise", source_length=96),
-        stage("read_32", 800, 16, adam(1.5e-3, "constant", generator=1.0), window=32, source_length=76, **read),
-        stage("read_96", 1000, 16, adam(1.5e-3, generator=1.0), window=96, source_length=140, **read),
-        stage("joint", 300, 8, adam(5e-4, question_encoder=0.2, generator=1.0), refresh_every=100),
+        stage("retriever", 450, 32, adam(1e-3, question_encoder=1.0), objective="contrastive"),
+        stage("denoise", 150, 16, adam(1e-3, generator=1.0), objective="denoise", source_length=64),
+        stage("read_32", 500, 16, adam(1.5e-3, "constant", generator=1.0), window=32, source_length=76, **read),
+        stage("read_96", 900, 16, adam(1.5e-3, generator=1.0), window=96, source_length=140, **read),
+        stage("joint", 100, 8, adam(5e-4, question_encoder=0.2, generator=1.0), refresh_every=50),
     )
     return c
 

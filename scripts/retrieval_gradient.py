@@ -1,11 +1,11 @@
-"""Is the gradient to the retriever real? Joint training without retrieval labels, with and without the prior's gradient.
+"""Is the gradient to the retriever real? Joint training without retrieval labels, with and without that gradient.
 
     python scripts/retrieval_gradient.py --reader runs/quickstart --out runs/retrieval_gradient
 
 Takes the generator of a trained run (configs/world.py), gives it a weak retriever (a few contrastive steps from random
-weights), and trains both jointly on questions and answers alone: RAG-Sequence and RAG-Token, each once as it is and once with
-the gradient through the prior p(z|x) stopped. Prints recall@1 of the gold passage on the test questions before and after, and
-writes OUT/report.json. Killed and started again, it goes on.
+weights), and trains both jointly on questions and answers alone: RAG-Sequence and RAG-Token, each once as it is and
+once with the gradient through the prior p(z|x) stopped. Prints recall@1 of the gold passage on the test questions
+before and after, and writes OUT/report.json. Killed and started again, it goes on.
 """
 
 import argparse

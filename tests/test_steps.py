@@ -1,0 +1,455 @@
+"""The training step: each loss restated on the host with lists and loops, its gradients, and one device against eight."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from rag_jax import objectives, sharding, steps
+from rag_jax import run as runs
+from rag_jax.config import StageConfig
+from rag_jax.data import formats, pipeline
+from rag_jax.models.bart import BartConfig
+from rag_jax.models.bert import BertConfig
+from rag_jax.optimizer import OptimizerConfig
+from rag_jax.rag import Passages, Rag, RagConfig
+from rag_jax.data import joining
+from rag_jax.retrieval.corpus import Corpus
+from rag_jax.steps import Index, Setting, TrainState
+
+B, K, E, LENGTH = 8, 3, 6, 152
+
+
+@dataclasses.dataclass(frozen=True)
+class Bags(Rag):
+    """A Rag whose encoders and generator are bags of words: the step around it can be done by hand."""
+
+    def embed_questions(self, params, ids, mask, dropout=None):
+        return mean(params["question_encoder"][ids], mask)
+
+    def embed_passages(self, params, ids, mask, dropout=None):
+        return mean(params["question_encoder" if self.config.tie_encoders else "context_encoder"][ids], mask)
+
+    def logits(self, params, ids, mask, labels, dropout=None):
+        table = params["generator"]
+        hidden = mean(table[ids], mask)[:, :, None] + table[labels][:, None]
+        return hidden @ table.T
+
+
+def mean(vectors, mask):
+    return (vectors * mask[..., None]).sum(-2) / mask.sum(-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny_data):
+    return Corpus.open(tiny_data / "corpus")
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_data, corpus):
+    questions = formats.read_questions(tiny_data / "world/train.jsonl")
+    return pipeline.tokenise(questions, corpus, question_length=24, target_length=14)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh()
+
+
+@pytest.fixture(scope="module")
+def passages(corpus, mesh):
+    return runs.load(RagConfig(encoder=BertConfig(vocab_size=0, positions=96)), corpus, mesh).passages
+
+
+def bags(corpus, **changes):
+    special = {"bos_id": 0, "pad_id": 1, "eos_id": 2}
+    base = RagConfig(generator=BartConfig(**special), source_length=LENGTH)
+    return Bags(dataclasses.replace(base, **changes))
+
+
+@pytest.fixture(scope="module")
+def params(corpus):
+    rng = np.random.default_rng(0)
+    encoder, generator = corpus.encoder_tokenizer.vocab_size, corpus.generator_tokenizer.vocab_size
+    sizes = {"question_encoder": encoder, "context_encoder": encoder, "generator": generator}
+    return {name: rng.normal(0, 2.0, (size, E)).astype(np.float32) for name, size in sizes.items()}
+
+
+@pytest.fixture(scope="module")
+def batch(examples):
+    """Eight questions, one of them without a known gold passage, one with two."""
+    data = pipeline.question_batches(examples, np.zeros(1), batch=B, seed=0)[0]
+    gold = np.concatenate([data["gold"], np.full((B, 1), -1, np.int32)], 1)
+    gold[2], gold[5, 1] = -1, (gold[5, 0] + 1) % 40
+    return {**data, "gold": gold}
+
+
+@pytest.fixture(scope="module")
+def index(params, corpus, mesh):
+    """Of an older encoder, so that searching in it and scoring with fresh embeddings differ."""
+    older = params["context_encoder"] + np.random.default_rng(1).normal(0, 0.5, params["context_encoder"].shape)
+    return Index(sharding.shard_rows(mesh, embed_all(older, corpus).astype(np.float32), 0), jnp.int32(0))
+
+
+def setting(rag, stage, mesh, corpus):
+    return Setting(rag, stage, mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)
+
+
+def embed_all(table, corpus):
+    rows = zip(corpus.encoder_ids, corpus.encoder_length, strict=True)
+    return np.stack([np.asarray(table, np.float64)[ids[:n]].mean(0) for ids, n in rows])
+
+
+# --- the joint loss on the host ---------------------------------------------------------------------------------------
+
+
+def by_hand(params, batch, corpus, variant, stored, fresh, rows=None):
+    """(mean loss, metrics, prior, posterior, rows), in float64. stored, fresh: embeddings to search and to score with."""
+    table = np.asarray(params["generator"], np.float64)
+    losses, priors, posteriors, found, tokens, counted = [], [], [], [], 0, 0
+    for b in range(B):
+        question = batch["question_ids"][b, : batch["question_length"][b]]
+        q = np.asarray(params["question_encoder"], np.float64)[question].mean(0)
+        mine = np.argsort(-(stored @ q), kind="stable")[:K] if rows is None else rows[b]
+        prior = oracles.softmax(fresh[mine] @ q)
+        label = batch["labels"][b][batch["labels"][b] != 1]
+        p_next = []
+        for row in mine:
+            ids = corpus.generator_ids[row][: corpus.generator_length[row]].tolist()
+            tail = batch["tail_ids"][b, : batch["tail_length"][b]].tolist()
+            source = joining.join((0,), ids, tail, LENGTH)
+            p_next.append(oracles.softmax((table[source].mean(0) + table[label[:-1]]) @ table.T))
+            tokens += len(source) + len(label) - 1
+        counted += len(label) - 1
+        likelihood = {"sequence": oracles.rag_sequence, "token": oracles.rag_token}[variant]
+        losses.append(-math.log(likelihood(p_next, label[1:], prior)))
+        joint = np.array([prior[k] * np.prod(p_next[k][range(len(label) - 1), label[1:]]) for k in range(K)])
+        priors.append(prior)
+        posteriors.append(joint / joint.sum())
+        found.append(mine)
+    hits = [[row in batch["gold"][b] for row in found[b]] for b in range(B) if (batch["gold"][b] >= 0).any()]
+    first = [
+        found[b][np.argmax(priors[b])] in batch["gold"][b] for b in range(B) if (batch["gold"][b] >= 0).any()
+    ]
+    metrics = {
+        "nll_per_token": sum(losses) / counted,
+        "tokens": tokens,
+        "prior_entropy": np.mean([-(p * np.log(p)).sum() for p in priors]),
+        "posterior_prior_gap": np.mean([(t * np.log(t / p)).sum() for p, t in zip(priors, posteriors, strict=True)]),
+        "unique_documents": len({int(row) for rows in found for row in rows}) / (B * K),
+        "recall_at_1": np.mean(first),
+        "recall_at_3": np.mean([any(hit) for hit in hits]),
+    }
+    return np.mean(losses), metrics, np.array(priors), np.array(posteriors), np.array(found)
+
+
+def joint_loss(corpus, mesh, passages, index, trains_passages=False, variant="sequence", **stage):
+    """Jitted (params, batch) -> ((loss, metrics), gradients)."""
+    s = setting(bags(corpus, variant=variant), StageConfig("joint", n_docs=K, **stage), mesh, corpus)
+
+    def loss(params, batch):
+        return steps.rag_loss(s, params, trains_passages, batch, index, passages, jax.random.key(0))
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def assert_metrics(found, expected):
+    assert set(found) == set(expected)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("variant", ["sequence", "token"])
+def test_in_graph_is_on_host(params, batch, corpus, mesh, passages, index, variant):
+    step = joint_loss(corpus, mesh, passages, index, variant=variant)
+    (value, metrics), _ = step(params, sharding.shard_batch(mesh, batch))
+    stored = np.asarray(index.embeddings_NE, np.float64)[: len(corpus)]
+    loss, expected, *_ = by_hand(params, batch, corpus, variant, stored, stored)
+    np.testing.assert_allclose(value, loss, rtol=1e-4)
+    assert_metrics(metrics, expected)
+    assert 0 < expected["recall_at_3"] < 1 and expected["unique_documents"] < 1  # or the comparison says little
+
+
+def test_passages_that_train_are_embedded_afresh(params, batch, corpus, mesh, passages, index):
+    """The search goes by the stored embeddings, the prior by those of the encoder as it is now."""
+    (value, metrics), gradients = joint_loss(corpus, mesh, passages, index, trains_passages=True)(params, batch)
+    stored = np.asarray(index.embeddings_NE, np.float64)[: len(corpus)]
+    fresh = embed_all(params["context_encoder"], corpus)
+    loss, expected, *_ = by_hand(params, batch, corpus, "sequence", stored, fresh)
+    np.testing.assert_allclose(value, loss, rtol=1e-4)
+    assert_metrics(metrics, expected)
+    stale, *_ = by_hand(params, batch, corpus, "sequence", stored, stored)
+    assert abs(stale - loss) > 1e-2
+    assert np.abs(gradients["context_encoder"]).max() > 1e-3
+    _, frozen = joint_loss(corpus, mesh, passages, index)(params, batch)
+    assert (np.asarray(frozen["context_encoder"]) == 0).all()
+
+
+def test_documents_from_outside(params, batch, corpus, mesh, passages, index):
+    step = joint_loss(corpus, mesh, passages, index)
+    stored = np.asarray(index.embeddings_NE, np.float64)[: len(corpus)]
+    retrieved, *_, rows = by_hand(params, batch, corpus, "sequence", stored, stored)
+    (given, _), gradients = step(params, {**batch, "documents": rows.astype(np.int32)})
+    (own, _), own_gradients = step(params, batch)
+    np.testing.assert_allclose(given, own, rtol=1e-6)
+    np.testing.assert_allclose(gradients["generator"], own_gradients["generator"], atol=1e-6)
+    others = (rows + 7) % len(corpus)
+    (value, metrics), _ = step(params, {**batch, "documents": others.astype(np.int32)})
+    loss, expected, *_ = by_hand(params, batch, corpus, "sequence", stored, stored, others)
+    np.testing.assert_allclose(value, loss, rtol=1e-4)
+    assert_metrics(metrics, expected)
+    assert abs(loss - retrieved) > 0.1
+
+
+def test_the_questions_gradient_is_prior_minus_posterior(params, batch, corpus, mesh, passages, index):
+    """Nothing else reaches the question encoder: d loss / d q = sum over k of (prior - posterior) d_k, equation by hand."""
+    _, gradients = joint_loss(corpus, mesh, passages, index)(params, batch)
+    stored = np.asarray(index.embeddings_NE, np.float64)[: len(corpus)]
+    _, _, prior, posterior, rows = by_hand(params, batch, corpus, "sequence", stored, stored)
+    expected = np.zeros(params["question_encoder"].shape)
+    for b in range(B):
+        q = ((prior[b] - posterior[b])[:, None] * stored[rows[b]]).sum(0)
+        ids = batch["question_ids"][b, : batch["question_length"][b]]
+        np.add.at(expected, ids, q / len(ids) / B)
+    np.testing.assert_allclose(gradients["question_encoder"], expected, atol=1e-5)
+    assert np.abs(expected).max() > 1e-2
+    (value, _), stopped = joint_loss(corpus, mesh, passages, index, prior_gradient=False)(params, batch)
+    assert (np.asarray(stopped["question_encoder"]) == 0).all()
+    np.testing.assert_allclose(stopped["generator"], gradients["generator"], atol=1e-6)
+    assert np.isfinite(value)
+
+
+def test_gold_reading_through_a_window(params, batch, corpus, mesh, passages, index):
+    """One document, the first gold one, of which only the window is read."""
+    rng = np.random.default_rng(0)
+    gold = rng.integers(0, 40, (B, 2)).astype(np.int32)
+    gold[3, 1] = -1
+    start = rng.integers(0, 100, B)
+    window = np.stack([start, start + 30], 1).astype(np.int32)
+    s = setting(bags(corpus), StageConfig("read", documents="gold", window=30, source_length=72), mesh, corpus)
+
+    @jax.jit
+    def loss(params, batch):
+        return steps.rag_loss(s, params, False, batch, index, passages, jax.random.key(0))
+
+    value, metrics = loss(params, {**batch, "gold": gold, "window": window})
+    table, losses, tokens, counted = np.asarray(params["generator"], np.float64), [], 0, 0
+    for b in range(B):
+        row = gold[b, 0]
+        ids = corpus.generator_ids[row][: corpus.generator_length[row]][slice(*window[b])].tolist()
+        source = joining.join((0,), ids, batch["tail_ids"][b, : batch["tail_length"][b]].tolist(), 72)
+        label = batch["labels"][b][batch["labels"][b] != 1]
+        p = oracles.softmax((table[source].mean(0) + table[label[:-1]]) @ table.T)
+        losses.append(-np.log(p[range(len(label) - 1), label[1:]]).sum())
+        tokens += len(source) + len(label) - 1
+        counted += len(label) - 1
+    np.testing.assert_allclose(value, np.mean(losses), rtol=1e-4)
+    assert_metrics(metrics, {"nll_per_token": sum(losses) / counted, "tokens": tokens})
+
+
+# --- the other losses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_contrastive_on_host(params, batch, corpus, mesh, passages, tied):
+    """The same passage twice in the batch, and a second gold passage of a question, are no negatives."""
+    rag = bags(corpus, tie_encoders=tied)
+    gold = batch["gold"].copy()
+    gold[2, 0], gold[3] = 4, gold[0]
+    gold[6, 1] = gold[7, 0]
+    s = setting(rag, StageConfig("retriever", objective="contrastive"), mesh, corpus)
+
+    @jax.jit
+    def loss(params, batch):
+        return steps.contrastive_loss(s, params, batch, passages, jax.random.key(0))
+
+    value, metrics = loss(params, sharding.shard_batch(mesh, {**batch, "gold": gold}))
+    d = embed_all(params["question_encoder" if tied else "context_encoder"], corpus)
+    losses, right = [], []
+    for b in range(B):
+        q = params["question_encoder"][batch["question_ids"][b, : batch["question_length"][b]]].mean(0)
+        mine = set(gold[b].tolist()) - {-1}
+        scores = [d[gold[j, 0]] @ q for j in range(B)]
+        others = [scores[j] for j in range(B) if gold[j, 0] not in mine]
+        losses.append(np.log(np.exp([scores[b], *others]).sum()) - scores[b])
+        right.append(gold[int(np.argmax(scores)), 0] in mine)
+    np.testing.assert_allclose(value, np.mean(losses), rtol=1e-4)
+    tokens = batch["question_length"].sum() + corpus.encoder_length[gold[:, 0]].sum()
+    assert_metrics(metrics, {"in_batch_accuracy": np.mean(right), "tokens": tokens})
+
+
+def test_denoise_on_host(params, corpus, mesh):
+    s = setting(bags(corpus), StageConfig("denoise", objective="denoise", source_length=48), mesh, corpus)
+    batch = pipeline.denoise_batches(corpus, batch=B, seed=0, length=48)[0]
+    batch["labels"] = np.where(np.arange(48) < 20 + np.arange(B)[:, None], batch["labels"], 1)  # of different lengths
+    value, metrics = jax.jit(lambda p, x: steps.denoise_loss(s, p, x, jax.random.key(0)))(params, batch)
+    table, logp, right, tokens = np.asarray(params["generator"], np.float64), [], [], 0
+    for tail, n, label in zip(batch["tail_ids"], batch["tail_length"], batch["labels"], strict=True):
+        source, label = [0, *tail[:n]], label[label != 1]
+        p = oracles.softmax((table[source].mean(0) + table[label[:-1]]) @ table.T)
+        logp += np.log(p[range(len(label) - 1), label[1:]]).tolist()
+        right += (p.argmax(-1) == label[1:]).tolist()
+        tokens += len(source) + len(label) - 1
+    np.testing.assert_allclose(value, -np.mean(logp), rtol=1e-4)
+    assert_metrics(metrics, {"token_accuracy": np.mean(right), "tokens": tokens})
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_retrieval_metrics_of_hand_made_values():
+    rows = jnp.array([[1, 2], [2, 3], [7, 1]])
+    scores = jnp.log(jnp.array([[0.5, 0.5], [0.2, 0.8], [0.9, 0.1]]))
+    posterior = jnp.log(jnp.array([[0.25, 0.75], [0.2, 0.8], [0.5, 0.5]]))
+    gold = jnp.array([[2, -1], [3, 9], [-1, -1]])
+    found = steps.retrieval_metrics(rows, scores, posterior, gold)
+    entropy = [math.log(2), -0.2 * math.log(0.2) - 0.8 * math.log(0.8), -0.9 * math.log(0.9) - 0.1 * math.log(0.1)]
+    gap = [
+        0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5),
+        0.0,
+        0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1),
+    ]
+    expected = {
+        "prior_entropy": sum(entropy) / 3,
+        "posterior_prior_gap": sum(gap) / 3,
+        "unique_documents": 4 / 6,
+        "recall_at_1": 1 / 2,  # of the two questions whose gold passage is known; the best is the one of highest prior
+        "recall_at_2": 1.0,
+    }
+    assert_metrics(found, expected)
+
+
+def test_recall_is_nan_where_no_gold_passage_is_known():
+    zeros = jnp.zeros((2, 2))
+    found = steps.retrieval_metrics(jnp.array([[0, 1], [2, -1]]), zeros, zeros, jnp.full((2, 3), -1))
+    assert math.isnan(found["recall_at_1"]) and math.isnan(found["recall_at_2"])
+
+
+def test_is_gold_takes_no_padding_for_a_passage():
+    gold = jnp.array([[3, -1], [-1, -1]])
+    assert steps.is_gold(jnp.array([[3, -1, 0], [3, -1, 0]]), gold).tolist() == [[True, False, False], [False] * 3]
+
+
+# --- the whole step ---------------------------------------------------------------------------------------------------
+
+
+def test_the_index_is_never_gathered(corpus, mesh):
+    """On eight devices, no array of the compiled step has all rows of the index or of the token table."""
+    n, rng = 8 * 512, np.random.default_rng(0)
+    tables = rng.integers(0, 400, (2, n, 16)).astype(np.uint16)
+    lengths = np.full(n, 16, np.uint16)
+    table = Passages(*(sharding.shard_rows(mesh, x, 0) for x in (tables[0], lengths, tables[1], lengths)))
+    index = Index(sharding.shard_rows(mesh, rng.normal(size=(n, E)).astype(np.float32), 0), jnp.int32(0))
+    stage = StageConfig("joint", n_docs=K, optimizer=OptimizerConfig(groups={"question_encoder": 1.0}))
+    s = Setting(bags(corpus), stage, mesh, n, (0,))
+    params = {name: jnp.ones((400, E)) for name in ("question_encoder", "context_encoder", "generator")}
+    state = TrainState(jnp.int32(0), params, steps.optimizer.make(stage.optimizer, 1).init({"question_encoder": 0.0}))
+    batch = {
+        "question_ids": np.ones((B, 8), np.int32),
+        "question_length": np.full(B, 8),
+        "tail_ids": np.ones((B, 8), np.int32),
+        "tail_length": np.full(B, 8),
+        "labels": np.ones((B, 4), np.int32),
+        "gold": np.ones((B, 1), np.int32),
+    }
+    state = state._replace(opt_state=steps.optimizer.make(stage.optimizer, 1).init({"question_encoder": params["question_encoder"]}))
+    args = (state, sharding.shard_batch(mesh, batch), index, table, jax.random.key(0))
+    text = jax.jit(steps.make_step(s, 0)).lower(*args).compile().as_text()
+    assert f"[{n // 8},{E}]" in text and f"u16[{n // 8},16]" in text  # the rows of one device
+    assert not re.findall(rf"\[(?:\d+,)*{n}(?:,\d+)*\]", text)
+
+
+ENCODER = BertConfig(
+    vocab_size=0, width=16, layers=1, heads=2, hidden=16, positions=96, norm="pre", init="copy", pooling="mean"
+)
+GENERATOR = BartConfig(
+    vocab_size=0, width=16, encoder_layers=1, decoder_layers=1, heads=2, hidden=16, positions=160, dropout=0.0,
+    norm="pre", init="copy", logit_scale=0.25,
+)  # fmt: skip
+# A large eps: with Adam's usual one, gradients that are zero but for rounding would move their parameters at full rate.
+ADAM = OptimizerConfig(learning_rate=0.05, schedule="linear", eps=0.1, weight_decay=0.01)
+ENCODERS = dataclasses.replace(ADAM, groups={"question_encoder": 1.0, "context_encoder": 0.5})
+READER = dataclasses.replace(ADAM, groups={"generator": 1.0})
+ALL_MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8})
+STAGES = {
+    "contrastive": (StageConfig("a", "contrastive", optimizer=ENCODERS), "sequence", ALL_MESHES[0]),
+    "denoise": (StageConfig("b", "denoise", source_length=48, optimizer=READER), "sequence", ALL_MESHES[0]),
+    "read": (StageConfig("c", "rag", "gold", window=30, source_length=72, optimizer=READER), "sequence", ALL_MESHES[1]),
+    "rag_sequence": (StageConfig("d", n_docs=K, label_smoothing=0.1, optimizer=ADAM), "sequence", ALL_MESHES[0]),
+    "rag_token": (StageConfig("e", n_docs=K, optimizer=ADAM), "token", ALL_MESHES[1]),
+}
+
+
+def two_steps(stage, variant, corpus, examples, mesh):
+    """Metrics of two steps and the parameters after them, with real models."""
+    stage = dataclasses.replace(stage, steps=4)
+    model = RagConfig(variant, ENCODER, GENERATOR, source_length=LENGTH, question_length=24)
+    loaded = runs.load(model, corpus, mesh)
+    params = sharding.init(mesh, loaded.rag.init, jax.random.key(0))
+    tx = steps.optimizer.make(stage.optimizer, stage.steps)
+    trainable, _ = steps.optimizer.split(stage.optimizer, params)
+    state = TrainState(jax.device_put(np.int32(5), sharding.replicated(mesh)), params, jax.jit(tx.init)(trainable))
+    index = Index(runs.embedder(loaded)(params, 0).embeddings_NE, jnp.int32(0))
+    if stage.objective == "denoise":
+        data = pipeline.denoise_batches(corpus, batch=B, seed=0, length=48)
+    else:
+        examples = examples.where(examples.answer_N2[:, 1] > 0)
+        data = pipeline.question_batches(examples, corpus.generator_length, batch=B, seed=0, window=stage.window)
+    before = jax.device_get(params)
+    places = jax.tree.map(lambda x: x.sharding, state.params)
+    step = steps.jit_step(setting(loaded.rag, stage, mesh, corpus), 4, state)
+    metrics = []
+    for i in range(2):
+        state, found = step(state, sharding.shard_batch(mesh, data[i]), index, loaded.passages, jax.random.key(1))
+        metrics.append(jax.device_get(found))
+    assert int(state.step) == 7
+    assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding == place, state.params, places))
+    return before, metrics, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_one_device_is_eight(name, corpus, examples):
+    stage, variant, shape = STAGES[name]
+    before, one, params = two_steps(stage, variant, corpus, examples, sharding.make_mesh(None, jax.devices()[:1]))
+    _, eight, sharded = two_steps(stage, variant, corpus, examples, sharding.make_mesh(shape))
+    for a, b in zip(one, eight, strict=True):
+        assert set(a) == set(b)
+        for metric in a:
+            np.testing.assert_allclose(a[metric], b[metric], rtol=1e-5, atol=1e-5, err_msg=metric)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), params, sharded)
+    moved = {
+        group: max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (before[group], params[group])), strict=True))
+        for group in params
+    }
+    for group, rate in stage.optimizer.groups.items():
+        assert moved.pop(group) > 1e-3 if rate else True
+    assert set(moved.values()) <= {0.0}  # frozen
+    np.testing.assert_allclose([m["learning_rate"] for m in one], [0.05 * 0.75, 0.05 * 0.5], rtol=1e-6)
+
+
+def test_dropout_goes_by_the_step_and_the_key(corpus, examples):
+    """The same state and batch: another step number or another key gives another loss, the same ones the same."""
+    mesh = sharding.make_mesh(None, jax.devices()[:1])
+    loaded = runs.load(RagConfig(encoder=ENCODER, generator=GENERATOR, question_length=24), corpus, mesh)
+    s = setting(loaded.rag, StageConfig("a", "contrastive", optimizer=ENCODERS), mesh, corpus)
+    params = sharding.init(mesh, loaded.rag.init, jax.random.key(0))
+    tx = steps.optimizer.make(ENCODERS, 1000)
+    state = TrainState(jnp.int32(3), params, tx.init(steps.optimizer.split(ENCODERS, params)[0]))
+    batch = pipeline.question_batches(examples, corpus.generator_length, batch=B, seed=0)[0]
+    step = jax.jit(steps.make_step(s, 0))
+
+    def loss(at, key):
+        _, metrics = step(state._replace(step=jnp.int32(at)), batch, None, loaded.passages, jax.random.key(key))
+        return float(metrics["loss"])
+
+    assert loss(3, 0) == loss(3, 0)
+    assert len({loss(3, 0), loss(4, 0), loss(3, 1)}) == 3
+
+
+def test_objectives_are_all_there():
+    assert {f"rag_{v}" for v in ("sequence", "token")} == set(objectives.OBJECTIVES)
