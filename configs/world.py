@@ -32,7 +32,7 @@ def get_config(variant: str = "sequence") -> ConfigDict:
     c.model.variant, c.model.n_docs, c.model.tie_encoders = variant, 4, True
     c.model.source_length, c.model.question_length = 164, 28
     shape = {"width": WIDTH, "heads": 4, "dropout": 0.0, "norm": "pre", "init": "copy", "vocab_size": 0}
-    c.model.encoder = ConfigDict({**shape, "hidden": 4 * WIDTH, "layers": 2, "positions": 160, "pooling": "mean"})
+    c.model.encoder = ConfigDict({**shape, "hidden": 2 * WIDTH, "layers": 2, "positions": 160, "pooling": "mean"})
     c.model.generator = ConfigDict({**shape, "hidden": 2 * WIDTH, "encoder_layers": 2, "decoder_layers": 2})
     c.model.generator.positions, c.model.generator.logit_scale = 192, WIDTH**-0.5
 
@@ -42,11 +42,13 @@ def get_config(variant: str = "sequence") -> ConfigDict:
         return config
 
     read = {"objective": "rag", "documents": "gold"}
+    find = {"objective": "contrastive"}
     c.stages = (
-        stage("retriever", 150, 48, adam(1e-3, question_encoder=1.0), objective="contrastive"),
+        stage("retriever", 80, 48, adam(1e-3, final=0.3, question_encoder=1.0), **find),
+        stage("retriever_hard", 80, 24, adam(5e-4, question_encoder=1.0), hard_negatives=1, **find),
         stage("read_24", 400, 16, adam(2e-3, "constant", generator=1.0), window=24, source_length=56, **read),
         stage("read_64", 1500, 16, adam(1.9e-3, final=0.35, generator=1.0), window=64, source_length=96, **read),
-        stage("read", 1000, 16, adam(6.5e-4, final=0.1, generator=1.0), **read),
-        stage("joint", 60, 16, adam(3e-4, question_encoder=0.3, generator=1.0), refresh_every=30),
+        stage("read", 1100, 16, adam(6.5e-4, final=0.1, generator=1.0), **read),
+        stage("joint", 50, 12, adam(3e-4, question_encoder=0.3, generator=1.0), n_docs=3),
     )
     return c

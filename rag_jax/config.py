@@ -26,7 +26,8 @@ class StageConfig:
 
     objective: `contrastive` (in-batch, gold passages), `denoise` (masked spans of the corpus) or `rag` (the model's
     marginal likelihood). documents: `retrieved` searches the index in graph, `gold` reads the first gold passage
-    alone. window: with gold documents, only that many tokens of the passage around the answer, 0 for the whole.
+    alone. hard_negatives: in the contrastive loss, that many of the passages found for each question are
+    negatives too. window: with gold documents, only that many tokens of the passage around the answer, 0 for the whole.
     refresh_every: steps between re-embeddings of the index, 0 for only at the stage's start. prior_gradient=False
     stops the gradient to the retriever. questions: train on this many of the questions only, 0 for all.
     """
@@ -37,6 +38,7 @@ class StageConfig:
     steps: int = 1000
     batch: int = 16
     n_docs: int = 5
+    hard_negatives: int = 0
     source_length: int = 0  # 0: the model's
     window: int = 0
     refresh_every: int = 0

@@ -134,9 +134,8 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
     Raises ValueError (from JAX) when the rows do not divide over the devices of the data and fsdp axes.
     """
 
-    def place(array: Any) -> jax.Array:
-        array = np.asarray(array)
-        names = ("batch", *[None] * (array.ndim - 1)) if array.ndim else ()
-        return jax.make_array_from_process_local_data(sharding(mesh, names), array)
-
-    return jax.tree.map(place, batch)
+    arrays = jax.tree.map(np.asarray, batch)
+    places = jax.tree.map(lambda x: sharding(mesh, ("batch", *[None] * (x.ndim - 1)) if x.ndim else ()), arrays)
+    if jax.process_count() == 1:  # one call for the whole tree: most of the cost is per call
+        return jax.device_put(arrays, places)
+    return jax.tree.map(lambda x, place: jax.make_array_from_process_local_data(place, x), arrays, places)

@@ -149,18 +149,23 @@ def retrieval_metrics(rows_BK: jax.Array, scores_BK: jax.Array, posterior_BK: ja
 
 
 def contrastive_loss(
-    s: Setting, params: Params, batch: Batch, passages: Passages, key: jax.Array
+    s: Setting, params: Params, batch: Batch, index: Index, passages: Passages, key: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """In-batch contrastive loss: each question against the first gold passages of all questions of the (global)
-    batch.
+    """Contrastive loss of each question against the first gold passages of all questions of the (global) batch.
+
+    With `hard_negatives`, also against the passages that the index now ranks highest for any of them (as ANCE, Xiong et
+    al. 2021, section 4); right ones among those are left out.
     """
     question_key, passage_key = jax.random.split(key)
     q_BE = embed_questions(s, params, batch, question_key)
-    rows_P = batch["gold"][:, 0]
+    B, rows_P = len(q_BE), batch["gold"][:, 0]
+    if s.stage.hard_negatives:
+        _, hard = mips.search(q_BE, index.embeddings_NE, s.stage.hard_negatives, mesh=s.mesh, n_valid=s.n_passages)
+        rows_P = jnp.concatenate([rows_P, hard.reshape(-1)])
     d_PE = embed_rows(s, params, passages, rows_P, passage_key)
-    also_right_BP = is_gold(jnp.broadcast_to(rows_P[None], (len(rows_P),) * 2), batch["gold"])
-    loss_B = objectives.in_batch_contrastive(q_BE, d_PE, jnp.eye(len(rows_P), dtype=bool), also_right_BP)
-    right_B = also_right_BP[jnp.arange(len(rows_P)), (q_BE @ d_PE.T).argmax(-1)]
+    also_right_BP = is_gold(jnp.broadcast_to(rows_P[None], (B, len(rows_P))), batch["gold"])
+    loss_B = objectives.in_batch_contrastive(q_BE, d_PE, jnp.eye(B, len(rows_P), dtype=bool), also_right_BP)
+    right_B = also_right_BP[jnp.arange(B), (q_BE @ d_PE.T).argmax(-1)]
     tokens = batch["question_length"].sum() + passages.encoder_length_N[rows_P].astype(jnp.int32).sum()
     return loss_B.mean(), {"in_batch_accuracy": right_B.mean(), "tokens": tokens}
 
@@ -197,7 +202,7 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
     def loss(trainable: Params, frozen: Params, batch: Batch, index: Index, passages: Passages, key: jax.Array) -> Any:
         params = {**frozen, **trainable}
         if s.stage.objective == "contrastive":
-            return contrastive_loss(s, params, batch, passages, key)
+            return contrastive_loss(s, params, batch, index, passages, key)
         if s.stage.objective == "denoise":
             return denoise_loss(s, params, batch, key)
         side = "question_encoder" if s.rag.config.tie_encoders else "context_encoder"

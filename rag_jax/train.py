@@ -79,8 +79,10 @@ def check(cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
     config.check(cfg)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for stage in cfg.stages:
-        if uses_index(stage) and stage.n_docs > len(corpus):
-            raise InputError(f"stage {stage.name}: n_docs={stage.n_docs}, but the corpus has {len(corpus)} passages")
+        wanted = "n_docs" if stage.objective == "rag" else "hard_negatives"
+        if uses_index(stage) and getattr(stage, wanted) > len(corpus):
+            asked = f"{wanted}={getattr(stage, wanted)}"
+            raise InputError(f"stage {stage.name}: {asked}, but the corpus has {len(corpus)} passages")
         if stage.batch % shards:
             raise InputError(
                 f"stage {stage.name}: batch={stage.batch} does not divide over {shards} devices; make it a multiple"
@@ -129,6 +131,8 @@ def differences(old: Any, new: Any, path: str = "") -> str:
 
 
 def uses_index(stage: StageConfig) -> bool:
+    if stage.objective == "contrastive":
+        return stage.hard_negatives > 0
     return stage.objective == "rag" and stage.documents == "retrieved"
 
 

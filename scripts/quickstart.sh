@@ -21,9 +21,9 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 # a step on CPU allocates tens of megabytes; with huge pages (glibc 2.35 and later) it spends a quarter less time
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
-say "a fictional world of 5,000 entities, and the same world with half of its facts changed"
-[[ -d $data/world ]] || show rag-jax world --out "$data/world" --entities 5000 --seed 0
-[[ -d $data/edited ]] || show rag-jax world --out "$data/edited" --entities 5000 --seed 0 --edit
+say "a fictional world of 3,000 entities, and the same world with half of its facts changed"
+[[ -d $data/world ]] || show rag-jax world --out "$data/world" --entities 3000 --relations 6 --wordings 3
+[[ -d $data/edited ]] || show rag-jax world --out "$data/edited" --entities 3000 --relations 6 --wordings 3 --edit
 
 say "corpus: passages tokenised once, with tokenizers trained on them"
 [[ -d $data/world-corpus ]] || show rag-jax corpus "$data/world/passages.jsonl" --out "$data/world-corpus" \
@@ -36,17 +36,17 @@ show rag-jax train --config configs/world.py --run "$run" --set corpus="$data/wo
     --set train="$data/world/train.jsonl" --set dev="$data/world/dev.jsonl"
 
 say "questions about entities that no training question mentions"
-show rag-jax evaluate "$run" --questions "$data/world/test.jsonl" --limit 1000 \
+show rag-jax evaluate "$run" --questions "$data/world/test.jsonl" --limit 600 \
     --out "$run/unseen" --batch 64
 
 say "the same questions without passages: nothing can be guessed"
-show rag-jax evaluate "$run" --questions "$data/world/test.jsonl" --limit 1000 \
+show rag-jax evaluate "$run" --questions "$data/world/test.jsonl" --limit 600 \
     --out "$run/closed_book" --batch 64 --closed-book
 
 say "hot swap: the edited corpus, no retraining; only questions whose answer changed"
 [[ -d $run/edited-index ]] || show rag-jax index "$run" --corpus "$data/edited-corpus" --out "$run/edited-index"
 show rag-jax evaluate "$run" --index "$run/edited-index" --questions "$data/edited/test.jsonl" --where changed=true \
-    --limit 1000 --out "$run/hot_swap" --batch 64
+    --limit 600 --out "$run/hot_swap" --batch 64
 
 say "a few questions"
 python scripts/quickstart_report.py questions "$run" | while IFS= read -r question; do printf '%s\0' "$question"; done |

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 
-from rag_jax import objectives, sharding, steps
+from rag_jax import optimizer, sharding, steps, train
 from rag_jax import run as runs
 from rag_jax.config import StageConfig
 from rag_jax.data import formats, pipeline
@@ -133,9 +133,7 @@ def by_hand(params, batch, corpus, variant, stored, fresh, rows=None):
         posteriors.append(joint / joint.sum())
         found.append(mine)
     hits = [[row in batch["gold"][b] for row in found[b]] for b in range(B) if (batch["gold"][b] >= 0).any()]
-    first = [
-        found[b][np.argmax(priors[b])] in batch["gold"][b] for b in range(B) if (batch["gold"][b] >= 0).any()
-    ]
+    first = [found[b][np.argmax(priors[b])] in batch["gold"][b] for b in range(B) if (batch["gold"][b] >= 0).any()]
     metrics = {
         "nll_per_token": sum(losses) / counted,
         "tokens": tokens,
@@ -348,7 +346,8 @@ def test_the_index_is_never_gathered(corpus, mesh):
     stage = StageConfig("joint", n_docs=K, optimizer=OptimizerConfig(groups={"question_encoder": 1.0}))
     s = Setting(bags(corpus), stage, mesh, n, (0,))
     params = {name: jnp.ones((400, E)) for name in ("question_encoder", "context_encoder", "generator")}
-    state = TrainState(jnp.int32(0), params, steps.optimizer.make(stage.optimizer, 1).init({"question_encoder": 0.0}))
+    trained = {"question_encoder": params["question_encoder"]}
+    state = TrainState(jnp.int32(0), params, optimizer.make(stage.optimizer, 1).init(trained))
     batch = {
         "question_ids": np.ones((B, 8), np.int32),
         "question_length": np.full(B, 8),
@@ -357,7 +356,6 @@ def test_the_index_is_never_gathered(corpus, mesh):
         "labels": np.ones((B, 4), np.int32),
         "gold": np.ones((B, 1), np.int32),
     }
-    state = state._replace(opt_state=steps.optimizer.make(stage.optimizer, 1).init({"question_encoder": params["question_encoder"]}))
     args = (state, sharding.shard_batch(mesh, batch), index, table, jax.random.key(0))
     text = jax.jit(steps.make_step(s, 0)).lower(*args).compile().as_text()
     assert f"[{n // 8},{E}]" in text and f"u16[{n // 8},16]" in text  # the rows of one device
@@ -391,9 +389,7 @@ def two_steps(stage, variant, corpus, examples, mesh):
     model = RagConfig(variant, ENCODER, GENERATOR, source_length=LENGTH, question_length=24)
     loaded = runs.load(model, corpus, mesh)
     params = sharding.init(mesh, loaded.rag.init, jax.random.key(0))
-    tx = steps.optimizer.make(stage.optimizer, stage.steps)
-    trainable, _ = steps.optimizer.split(stage.optimizer, params)
-    state = TrainState(jax.device_put(np.int32(5), sharding.replicated(mesh)), params, jax.jit(tx.init)(trainable))
+    state = train.init_state(loaded, stage, params, 5)
     index = Index(runs.embedder(loaded)(params, 0).embeddings_NE, jnp.int32(0))
     if stage.objective == "denoise":
         data = pipeline.denoise_batches(corpus, batch=B, seed=0, length=48)
@@ -401,14 +397,14 @@ def two_steps(stage, variant, corpus, examples, mesh):
         examples = examples.where(examples.answer_N2[:, 1] > 0)
         data = pipeline.question_batches(examples, corpus.generator_length, batch=B, seed=0, window=stage.window)
     before = jax.device_get(params)
-    places = jax.tree.map(lambda x: x.sharding, state.params)
+    places = jax.tree.map(lambda x: x.sharding, state)
     step = steps.jit_step(setting(loaded.rag, stage, mesh, corpus), 4, state)
     metrics = []
     for i in range(2):
         state, found = step(state, sharding.shard_batch(mesh, data[i]), index, loaded.passages, jax.random.key(1))
         metrics.append(jax.device_get(found))
     assert int(state.step) == 7
-    assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding == place, state.params, places))
+    assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding == place, state, places))
     return before, metrics, jax.device_get(state.params)
 
 
@@ -423,7 +419,9 @@ def test_one_device_is_eight(name, corpus, examples):
             np.testing.assert_allclose(a[metric], b[metric], rtol=1e-5, atol=1e-5, err_msg=metric)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), params, sharded)
     moved = {
-        group: max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (before[group], params[group])), strict=True))
+        group: max(
+            np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (before[group], params[group])), strict=True)
+        )
         for group in params
     }
     for group, rate in stage.optimizer.groups.items():
@@ -438,8 +436,8 @@ def test_dropout_goes_by_the_step_and_the_key(corpus, examples):
     loaded = runs.load(RagConfig(encoder=ENCODER, generator=GENERATOR, question_length=24), corpus, mesh)
     s = setting(loaded.rag, StageConfig("a", "contrastive", optimizer=ENCODERS), mesh, corpus)
     params = sharding.init(mesh, loaded.rag.init, jax.random.key(0))
-    tx = steps.optimizer.make(ENCODERS, 1000)
-    state = TrainState(jnp.int32(3), params, tx.init(steps.optimizer.split(ENCODERS, params)[0]))
+    tx = optimizer.make(ENCODERS, 1000)
+    state = TrainState(jnp.int32(3), params, tx.init(optimizer.split(ENCODERS, params)[0]))
     batch = pipeline.question_batches(examples, corpus.generator_length, batch=B, seed=0)[0]
     step = jax.jit(steps.make_step(s, 0))
 
@@ -449,7 +447,3 @@ def test_dropout_goes_by_the_step_and_the_key(corpus, examples):
 
     assert loss(3, 0) == loss(3, 0)
     assert len({loss(3, 0), loss(4, 0), loss(3, 1)}) == 3
-
-
-def test_objectives_are_all_there():
-    assert {f"rag_{v}" for v in ("sequence", "token")} == set(objectives.OBJECTIVES)

@@ -51,6 +51,7 @@ _NAMES = {  # how many names each kind has
 _CYCLE = ("person", "person", "place", "organisation", "work")  # the kind of entity i is _CYCLE[i % 5]
 MAX_ENTITIES = 10_000_000
 MIN_ENTITIES = 20
+MIN_RELATIONS = 6  # an entity has up to six facts
 
 _BLOCK = 1000  # distractors name entities of the same block, so that any block can be generated without the others
 _SPLIT_BLOCK = 20  # of which 2 are test and 1 is dev
@@ -207,17 +208,27 @@ class Entity:
 
 @dataclass(frozen=True)
 class World:
-    """The world of `entities` entities from `seed`; with `edit`, half of every entity's facts are changed."""
+    """The world of `entities` entities from `seed`; with `edit`, half of every entity's facts are changed.
+
+    How hard it is to read: the first `relations` kinds of fact of each kind of entity (at least 6), each in the first
+    `wordings` statements and questions; 0 for all that there are.
+    """
 
     entities: int
     seed: int
     edit: bool = False
+    relations: int = 0
+    wordings: int = 0
 
     def __post_init__(self) -> None:
         if not MIN_ENTITIES <= self.entities <= MAX_ENTITIES:
             raise InputError(f"entities: {self.entities} is not between {MIN_ENTITIES} and {MAX_ENTITIES}")
         if not 0 <= self.seed < 1 << 64:
             raise InputError(f"seed: {self.seed} is not between 0 and 2**64 - 1")
+        if self.relations and self.relations < MIN_RELATIONS:
+            raise InputError(f"relations: {self.relations}; at least {MIN_RELATIONS}, or 0 for all")
+        if self.wordings < 0:
+            raise InputError(f"wordings: {self.wordings}; at least 1, or 0 for all")
 
     def __len__(self) -> int:
         return self.entities
@@ -255,7 +266,8 @@ class World:
                     used.add(value)
                     return value
 
-        relations: list[Relation] = [RELATIONS[kind][r] for r in rng.pick(len(RELATIONS[kind]), 4 + rng.below(3))]
+        known = RELATIONS[kind][: self.relations or None]
+        relations: list[Relation] = [known[r] for r in rng.pick(len(known), 4 + rng.below(3))]
         changed = set(rng.pick(len(relations), (len(relations) + rng.below(2)) // 2))
         subject = f"the {name}" if kind == "organisation" else name
         pronouns = {
@@ -273,8 +285,9 @@ class World:
             before, after = draw(relation.answer, True), draw(relation.answer, True)
             edited = self.edit and j in changed
             answer = self._value(*(after if edited else before))
-            statement = rng.below(len(relation.statements))
-            question = relation.questions[rng.below(len(relation.questions))].replace("{n}", subject)
+            statement = rng.below(len(relation.statements[: self.wordings or None]))
+            questions = relation.questions[: self.wordings or None]
+            question = questions[rng.below(len(questions))].replace("{n}", subject)
             facts.append(Fact(relation.name, question, answer, self._value(*before) if edited else None))
             plan.append((relation.statements[statement], {"a": answer}, relation.name, relation.answer == kind))
             words += _STATEMENT_WORDS[kind, relation.name][statement]
@@ -366,12 +379,20 @@ def _chunks(world: World, workers: int) -> Iterator[tuple[str, int, bytes]]:
             yield pending.popleft().result()
 
 
-def write(out: str | Path, entities: int, seed: int, edit: bool = False, workers: int = 1) -> dict[str, Any]:
+def write(
+    out: str | Path,
+    entities: int,
+    seed: int,
+    edit: bool = False,
+    workers: int = 1,
+    relations: int = 0,
+    wordings: int = 0,
+) -> dict[str, Any]:
     """Writes passages.jsonl, train.jsonl, dev.jsonl, test.jsonl and the manifest world.json, which it returns.
 
     The bytes do not depend on `workers`. `out` must not exist or be empty; it appears whole or not at all.
     """
-    world = World(entities, seed, edit)
+    world = World(entities, seed, edit, relations, wordings)
     out = Path(out).absolute()
     if workers < 1:
         raise InputError(f"workers: {workers} is less than 1")
@@ -396,6 +417,8 @@ def write(out: str | Path, entities: int, seed: int, edit: bool = False, workers
             "seed": seed,
             "entities": entities,
             "edit": edit,
+            "relations": relations,
+            "wordings": wordings,
             "counts": counts,
             "sha256": {f"{name}.jsonl": h.hexdigest() for name, h in hashes.items()},
         }
@@ -416,6 +439,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--entities", type=int, default=2000, help="entities, one passage each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world (default: %(default)s)")
     parser.add_argument("--edit", action="store_true", help="the same world with half of its facts changed")
+    parser.add_argument(
+        "--relations", type=int, default=0, help="kinds of fact a kind of entity, 6 or more (default: all)"
+    )
+    parser.add_argument(
+        "--wordings", type=int, default=0, help="wordings of each statement and question (default: all)"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.epilog = "example: rag-jax world --out world --entities 2000 --seed 0"
 
@@ -423,7 +452,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the world and returns its manifest with the rate."""
     start = time.perf_counter()
-    manifest = write(args.out, args.entities, args.seed, args.edit, args.workers)
+    manifest = write(
+        args.out, args.entities, args.seed, args.edit, args.workers, relations=args.relations, wordings=args.wordings
+    )
     return {
         "out": str(args.out),
         **manifest,

@@ -21,10 +21,17 @@ class WorldConfig(tfds.core.BuilderConfig):
     entities: int = 2000
     seed: int = 0
     edit: bool = False
+    relations: int = 0
+    wordings: int = 0
+
+    def world(self) -> World:
+        """The world; InputError where it cannot be built."""
+        return World(self.entities, self.seed, self.edit, self.relations, self.wordings)
 
     def __post_init__(self) -> None:
-        World(self.entities, self.seed, self.edit)  # refuses what cannot be built
-        self.name = f"entities{self.entities}_seed{self.seed}" + ("_edit" if self.edit else "")
+        self.world()
+        easier = f"_r{self.relations}_w{self.wordings}" if self.relations or self.wordings else ""
+        self.name = f"entities{self.entities}_seed{self.seed}{easier}" + ("_edit" if self.edit else "")
 
 
 class WorldBuilder(tfds.core.GeneratorBasedBuilder):
@@ -57,7 +64,7 @@ class WorldBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         config: Any = self.builder_config  # a WorldConfig
-        world = World(config.entities, config.seed, config.edit)
+        world = config.world()
         empty: dict[str, Any] = {**dict.fromkeys(_TEXTS, ""), **dict.fromkeys(_LISTS, ()), "changed": False}
         for key, row in enumerate(world.rows(split)):
             yield key, empty | row
