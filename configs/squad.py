@@ -56,11 +56,11 @@ def text_config(name: str, variant: str) -> ConfigDict:
 
     read = {"objective": "rag", "documents": "gold"}
     c.stages = (
-        stage("retriever", 450, 32, adam(1e-3, question_encoder=1.0), objective="contrastive"),
-        stage("denoise", 150, 16, adam(1e-3, generator=1.0), objective="denoise", source_length=64),
+        stage("retriever", 300, 32, adam(1e-3, question_encoder=1.0), objective="contrastive"),
+        stage("denoise", 100, 16, adam(1e-3, generator=1.0), objective="denoise", source_length=64),
         stage("read_32", 500, 16, adam(1.5e-3, "constant", generator=1.0), window=32, source_length=76, **read),
-        stage("read_96", 900, 16, adam(1.5e-3, generator=1.0), window=96, source_length=140, **read),
-        stage("joint", 100, 8, adam(5e-4, question_encoder=0.2, generator=1.0), refresh_every=50),
+        stage("read_96", 700, 16, adam(1.5e-3, generator=1.0), window=96, source_length=140, **read),
+        stage("joint", 60, 8, adam(5e-4, question_encoder=0.2, generator=1.0), refresh_every=30),
     )
     return c
 

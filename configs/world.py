@@ -2,10 +2,9 @@
 
     rag-jax train --config configs/world.py --run runs/world
 
-Stages: the retriever is warmed up on gold passages; the generator learns to read, from windows of a passage around
-the answer that grow to the whole passage (without this curriculum it does not learn which name belongs to the
-question, see CONTRIBUTING.md); then both are trained together through the marginal likelihood, on retrieved passages
-and no labels. `configs/world.py:token` trains RAG-Token. Paths: data/world and data/world-corpus, changed with --set.
+Stages: the retriever is warmed up on gold passages, then against what it confuses them with; the generator learns to read,
+from windows around the answer that grow to the whole passage; then both are trained together through the marginal
+likelihood, on retrieved passages and no labels. `configs/world.py:token` trains RAG-Token. Paths: data/world and data/world-corpus, changed with --set.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +31,8 @@ def get_config(variant: str = "sequence") -> ConfigDict:
     c.model.variant, c.model.n_docs, c.model.tie_encoders = variant, 4, True
     c.model.source_length, c.model.question_length = 164, 28
     shape = {"width": WIDTH, "heads": 4, "dropout": 0.0, "norm": "pre", "init": "copy", "vocab_size": 0}
-    c.model.encoder = ConfigDict({**shape, "hidden": 2 * WIDTH, "layers": 2, "positions": 160, "pooling": "mean"})
+    c.model.encoder = ConfigDict({**shape, "hidden": 2 * WIDTH, "layers": 1, "positions": 160, "pooling": "mean"})
+    c.model.encoder.dropout = 0.1
     c.model.generator = ConfigDict({**shape, "hidden": 2 * WIDTH, "encoder_layers": 2, "decoder_layers": 2})
     c.model.generator.positions, c.model.generator.logit_scale = 192, WIDTH**-0.5
 
@@ -44,11 +44,11 @@ def get_config(variant: str = "sequence") -> ConfigDict:
     read = {"objective": "rag", "documents": "gold"}
     find = {"objective": "contrastive"}
     c.stages = (
-        stage("retriever", 80, 48, adam(1e-3, final=0.3, question_encoder=1.0), **find),
-        stage("retriever_hard", 80, 24, adam(5e-4, question_encoder=1.0), hard_negatives=1, **find),
+        stage("retriever", 160, 48, adam(3e-3, question_encoder=1.0), **find),
+        stage("retriever_hard", 160, 24, adam(1e-3, question_encoder=1.0), hard_negatives=1, refresh_every=40, **find),
         stage("read_24", 400, 16, adam(2e-3, "constant", generator=1.0), window=24, source_length=56, **read),
         stage("read_64", 1500, 16, adam(1.9e-3, final=0.35, generator=1.0), window=64, source_length=96, **read),
-        stage("read", 1100, 16, adam(6.5e-4, final=0.1, generator=1.0), **read),
+        stage("read", 1400, 16, adam(6.5e-4, final=0.1, generator=1.0), **read),
         stage("joint", 50, 12, adam(3e-4, question_encoder=0.3, generator=1.0), n_docs=3),
     )
     return c

@@ -84,7 +84,7 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
     data = train.prepare(cfg, corpus)
     loaded = runs.load(cfg.model, corpus, mesh)
     params = train.init_params(loaded, cfg.seed, cfg.init)
-    index = runs.embedder(loaded)(params, 0) if train.uses_index(stage) else train.empty_index(loaded)
+    index = runs.embedder(loaded)(params, 0) if config.searches(stage) else train.empty_index(loaded)
     state = train.init_state(loaded, stage, params, 0)
     number = cfg.stages.index(stage)
     setting = Setting(loaded.rag, stage, loaded.mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)

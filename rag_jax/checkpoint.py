@@ -74,23 +74,23 @@ def shapes(params: Tree) -> dict[str, list]:
     return {jax.tree_util.keystr(k): [list(v.shape), str(v.dtype)] for k, v in jax.tree.leaves_with_path(params)}
 
 
-def check_params(directory: Path) -> dict[str, list]:
-    """The shapes of the parameters in a directory of `save_params`; InputError where it is not a whole one."""
+def check_params(directory: Path, like: Tree | None = None) -> None:
+    """InputError where the directory does not hold whole parameters, or not in the shapes of `like`."""
     if not directory.exists():
         raise InputError(f"{directory}: no parameters here; finish rag-jax train first, or name another run directory")
-    return files.read_manifest(directory, KIND, VERSION)["shapes"]
-
-
-def load_params(directory: Path, like: Tree) -> Tree:
-    """Parameters written by `save_params`, checked against the shapes of `like`."""
-    saved = check_params(directory)
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    wanted = shapes(target)
+    saved = files.read_manifest(directory, KIND, VERSION)["shapes"]
+    wanted = saved if like is None else shapes(like)
     for name in sorted(set(saved) | set(wanted)):
         if saved.get(name) != wanted.get(name):
             raise InputError(
                 f"{directory}: parameter {name} is {saved.get(name)} there, the model has {wanted.get(name)}"
             )
+
+
+def load_params(directory: Path, like: Tree) -> Tree:
+    """Parameters written by `save_params`, checked against the shapes of `like`."""
+    check_params(directory, like)
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(directory.resolve() / "arrays", target)
 

@@ -73,6 +73,13 @@ class TrainConfig:
     evaluate_questions: int = 200
 
 
+def searches(stage: StageConfig) -> bool:
+    """Whether the stage's step searches the index."""
+    if stage.objective == "contrastive":
+        return stage.hard_negatives > 0
+    return stage.objective == "rag" and stage.documents == "retrieved"
+
+
 def reached(stage: StageConfig) -> set[str]:
     """Parameter groups that the loss of the stage depends on."""
     if stage.objective == "contrastive":
@@ -108,12 +115,13 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
     where = f"stage {stage.name}: "
     for name in ("steps", "batch", "n_docs"):
         at_least(1, where + name, getattr(stage, name))
-    for name in ("window", "refresh_every", "questions", "source_length"):
+    for name in ("hard_negatives", "window", "refresh_every", "questions", "source_length"):
         at_least(0, where + name, getattr(stage, name))
-    reads, retrieves = (stage.objective == "rag" and stage.documents == kind for kind in ("gold", "retrieved"))
+    contrasts, reads = stage.objective == "contrastive", stage.objective == "rag" and stage.documents == "gold"
     for name, belongs, place in (
+        ("hard_negatives", contrasts, "objective='contrastive'"),
         ("window", reads, "objective='rag' with documents='gold'"),
-        ("refresh_every", retrieves, "objective='rag' with documents='retrieved'"),
+        ("refresh_every", searches(stage), "stages that search: documents='retrieved', or hard_negatives"),
         ("questions", stage.objective != "denoise", "objectives that have questions"),
     ):
         if getattr(stage, name) and not belongs:

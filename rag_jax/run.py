@@ -146,15 +146,25 @@ def read_config(run_dir: Path) -> TrainConfig:
     return config.read(run_dir / "config.json")
 
 
-def read_params(run_dir: Path, rag: Rag, mesh: jax.sharding.Mesh) -> Params:
-    """The run's parameters on the mesh."""
-    boxed = abstract_params(rag)
-    places = jax.tree.map(
+def param_places(rag: Rag, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes, types and shardings of the parameters."""
+    return jax.tree.map(
         lambda box: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype, sharding=sharding.sharding(mesh, box.names)),
-        boxed,
+        abstract_params(rag),
         is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
     )
-    return checkpoint.load_params(run_dir / "params", places)
+
+
+def read_params(run_dir: Path, rag: Rag, mesh: jax.sharding.Mesh) -> Params:
+    """The run's parameters on the mesh."""
+    return checkpoint.load_params(run_dir / "params", param_places(rag, mesh))
+
+
+def check_init(run_dir: Path, model: RagConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
+    """InputError where the parameters of a run cannot be the start of this model on this corpus."""
+    check_tokenizers(run_dir, corpus)
+    rag = Rag(resolve(model, corpus.encoder_tokenizer, corpus.generator_tokenizer))
+    checkpoint.check_params(run_dir / "params", param_places(rag, mesh))
 
 
 def from_pretrained(path: str | Path) -> tuple[Rag, Params]:

@@ -218,7 +218,7 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
         params = {**frozen, **optax.apply_updates(trainable, updates)}
         metrics |= {
             "loss": value,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": rate(state.step - steps_before),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -80,7 +80,7 @@ def check(cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for stage in cfg.stages:
         wanted = "n_docs" if stage.objective == "rag" else "hard_negatives"
-        if uses_index(stage) and getattr(stage, wanted) > len(corpus):
+        if config.searches(stage) and getattr(stage, wanted) > len(corpus):
             asked = f"{wanted}={getattr(stage, wanted)}"
             raise InputError(f"stage {stage.name}: {asked}, but the corpus has {len(corpus)} passages")
         if stage.batch % shards:
@@ -128,12 +128,6 @@ def differences(old: Any, new: Any, path: str = "") -> str:
             filter(None, (differences(*pair, f"{path}[{i}]") for i, pair in enumerate(zip(old, new, strict=True)))), ""
         )
     return "" if old == new else f"{path}: {old!r} there, {new!r} now"
-
-
-def uses_index(stage: StageConfig) -> bool:
-    if stage.objective == "contrastive":
-        return stage.hard_negatives > 0
-    return stage.objective == "rag" and stage.documents == "retrieved"
 
 
 def average(rows: list[dict[str, jax.Array]]) -> dict[str, float]:
@@ -200,7 +194,7 @@ def init_state(loaded: runs.Loaded, stage: StageConfig, params: Any, step: int) 
 
 
 def save(session: Session, stage: StageConfig, state: TrainState, index: Index, seconds: float) -> None:
-    arrays = {"state": state._asdict()} | ({"index": index._asdict()} if uses_index(stage) else {})
+    arrays = {"state": state._asdict()} | ({"index": index._asdict()} if config.searches(stage) else {})
     session.keeper.save(int(state.step), arrays, {"seconds": seconds})
 
 
@@ -209,10 +203,10 @@ def restore(
 ) -> tuple[TrainState, Index, float]:
     """State, index and training seconds of the checkpoint of `step`, which lies in this stage."""
     like = {"state": init_state(session.loaded, stage, params, 0)._asdict()}
-    like |= {"index": index._asdict()} if uses_index(stage) else {}
+    like |= {"index": index._asdict()} if config.searches(stage) else {}
     arrays = session.keeper.restore(step, like)
     logs.info(f"{session.directory}: going on from step {step}")
-    index = Index(**arrays["index"]) if uses_index(stage) else index
+    index = Index(**arrays["index"]) if config.searches(stage) else index
     return TrainState(**arrays["state"]), index, session.keeper.position(step)["seconds"]
 
 
@@ -234,7 +228,7 @@ def run_stage(
     ) as progress:
         for step in range(first, end):
             into = step - start
-            if uses_index(stage) and (into == 0 or (stage.refresh_every and into % stage.refresh_every == 0)):
+            if config.searches(stage) and (into == 0 or (stage.refresh_every and into % stage.refresh_every == 0)):
                 index = session.embed(state.params, step)
             before = time.perf_counter()
             batch = sharding.shard_batch(mesh, next(iterator))
@@ -251,10 +245,10 @@ def run_stage(
             logged = (into + 1) % cfg.log_every == 0 or step + 1 == end
             if logged:
                 row = {"stage": stage.name, **interval.summary()}
-                if uses_index(stage):
+                if config.searches(stage):
                     row["index_age"] = step - int(index.step)
                 if cfg.evaluate_every and ((into + 1) % cfg.evaluate_every == 0 or step + 1 == end):
-                    row |= evaluate_dev(session, state.params, index if uses_index(stage) else None, step)
+                    row |= evaluate_dev(session, state.params, index if config.searches(stage) else None, step)
                 session.writer.write(step + 1, row)
             if (into + 1) % cfg.checkpoint_every == 0 or step + 1 == end:
                 save(session, stage, state, index, seconds + time.perf_counter() - begun)
@@ -279,6 +273,8 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
     data = prepare(cfg, corpus)
     every_batch = [batches(stage, cfg, data, number) for number, stage in enumerate(cfg.stages)]
     dev = formats.read_questions(cfg.dev)[: cfg.evaluate_questions] if cfg.evaluate_every else []
+    if cfg.init and not (directory / "config.json").exists():
+        runs.check_init(Path(cfg.init), cfg.model, corpus, mesh)
     open_run(cfg, directory, data)
     keeper = checkpoint.Checkpoints(directory / "checkpoints", cfg.keep_checkpoints)
     done, total = keeper.latest() or 0, sum(stage.steps for stage in cfg.stages)
@@ -338,9 +334,8 @@ def result(directory: Path, total: int, seconds: float) -> dict[str, Any]:
 
 
 def init_params(loaded: runs.Loaded, seed: int, init_from: str) -> Any:
-    """New parameters, made sharded; or those of another run, which must have had the same tokenizers."""
+    """New parameters, made sharded; or those of another run."""
     if init_from:
-        runs.check_tokenizers(Path(init_from), loaded.corpus)
         return runs.read_params(Path(init_from), loaded.rag, loaded.mesh)
     return sharding.init(loaded.mesh, loaded.rag.init, jax.random.key(seed))
 

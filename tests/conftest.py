@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test, and the real data where it is there."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -43,3 +44,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.make_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data: Path) -> Path:
+    """A run directory of `tiny.get_config`, trained to its end, with the printed result beside it in result.json."""
+    import tiny
+
+    run = tiny_data / "run"
+    (tiny_data / "result.json").write_text(json.dumps(tiny.train(tiny_data, run)))
+    return run

@@ -189,7 +189,9 @@ def test_a_list_of_stages_and_a_section_must_be_that(tmp_path):
         (["stages.joint.refresh_every=-1"], "stage joint: refresh_every=-1 must be at least 0"),
         (["stages.joint.window=8"], "stage joint: window=8 is only for objective='rag' with documents='gold'"),
         (["stages.retriever.window=8"], "stage retriever: window=8 is only for"),
-        (["stages.read.refresh_every=8"], "stage read: refresh_every=8 is only for objective='rag' with documents='ret"),
+        (["stages.read.refresh_every=8"], "stage read: refresh_every=8 is only for stages that search"),
+        (["stages.retriever.refresh_every=8"], "stage retriever: refresh_every=8 is only for stages that search"),
+        (["stages.joint.hard_negatives=1"], "stage joint: hard_negatives=1 is only for objective='contrastive'"),
         (["stages.denoise.questions=8"], "stage denoise: questions=8 is only for"),
         (["stages.read.source_length=161"], "stage read: source_length=161 is more than the 160 positions"),
         (["stages.read.window=32"], "stage read: source_length=64 has no room for a window of 32 tokens"),
@@ -209,6 +211,10 @@ def test_a_list_of_stages_and_a_section_must_be_that(tmp_path):
 def test_contradictions(assignments, message):
     with pytest.raises(InputError, match=re.escape(message)):
         config.check(config.load(TINY, assignments))
+
+
+def test_what_belongs_together_passes():
+    config.check(config.load(TINY, ["stages.retriever.hard_negatives=2", "stages.retriever.refresh_every=5"]))
 
 
 def test_no_stages(base):

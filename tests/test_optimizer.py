@@ -62,9 +62,7 @@ def test_adamw_by_hand_with_a_rate_for_each_group(params, decay):
     found, _ = train(config, params)
     for group in GROUPS:
         for name in ("kernel", "bias"):
-            np.testing.assert_allclose(
-                found[group][name], adam(config, params, group, name, [0.1] * STEPS), atol=1e-5
-            )
+            np.testing.assert_allclose(found[group][name], adam(config, params, group, name, [0.1] * STEPS), atol=1e-5)
 
 
 def test_decay_alone_moves_matrices_and_nothing_else(params):

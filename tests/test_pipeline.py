@@ -1,5 +1,7 @@
 """Questions to batches: what each array holds, read back through the tokenizers, and the order of the examples."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -217,7 +219,7 @@ def test_corrupt_keeps_order_and_masks_spans(n, share, seed):
     assert (out == 4).any() == (round(share * n) > 0)
     # between two kept tokens there is a mask just where some are missing
     edges = np.concatenate([[9], np.where(out == 4, -1, out), [10 + n]])
-    for left, right in zip(edges[:-1], edges[1:], strict=True):
+    for left, right in itertools.pairwise(edges):
         assert -1 in (left, right) or right == left + 1
 
 

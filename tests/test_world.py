@@ -207,7 +207,8 @@ def test_files(plain: World, written: Path) -> None:
     manifest = json.loads((written / "world.json").read_text())
     counts = {n: len(rows(written / f"{n}.jsonl")) for n in FILES}
     sha256 = manifest.pop("sha256")
-    assert manifest == {"version": world.VERSION, "seed": 0, "entities": N, "edit": False, "counts": counts}
+    easier = {"relations": 0, "wordings": 0}
+    assert manifest == {"version": world.VERSION, "seed": 0, "entities": N, "edit": False, "counts": counts, **easier}
     assert sha256 == {f"{n}.jsonl": hashlib.sha256((written / f"{n}.jsonl").read_bytes()).hexdigest() for n in FILES}
 
 
@@ -338,3 +339,20 @@ def test_tensorflow_datasets_builder(tmp_path: Path) -> None:
     assert len(again.as_data_source("passages")) == 60
     with pytest.raises(InputError, match="entities"):
         WorldConfig(entities=1)
+
+
+def test_fewer_relations_and_wordings_are_a_part_of_the_world() -> None:
+    easy, full = World(200, 0, relations=6, wordings=2), World(200, 0)
+    asked = {(i % 5, row["relation"]) for i in range(200) for row in easy.questions(i)}
+    assert len({relation for kind, relation in asked if kind == 2}) == 6
+    assert asked < {(i % 5, row["relation"]) for i in range(200) for row in full.questions(i)}
+    for i in range(200):
+        entity = easy.entity(i)
+        known = {r.name: r for r in RELATIONS[entity.kind][:6]}
+        for fact in entity.facts:
+            assert fact.answer in easy.passage(i)["text"]
+            subject = f"the {entity.name}" if entity.kind == "organisation" else entity.name
+            wordings = [q.replace("{n}", subject) for q in known[fact.relation].questions[:2]]
+            assert fact.question in wordings
+    with pytest.raises(InputError, match="at least 6"):
+        World(200, 0, relations=5)

@@ -1,6 +1,11 @@
 """A world, a corpus, a configuration and a run so small that training takes seconds, for the tests of training."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -22,6 +27,7 @@ def get_config(data: str) -> ConfigDict:
     c = ConfigDict()
     c.corpus, c.train, c.dev = f"{data}/corpus", f"{data}/world/train.jsonl", f"{data}/world/dev.jsonl"
     c.seed, c.target_length, c.log_every, c.checkpoint_every = 0, 12, 5, 10
+    c.evaluate_every, c.evaluate_questions = 60, 8
     shape = {"width": 32, "heads": 2, "hidden": 64, "norm": "pre", "init": "copy", "vocab_size": 0, "dropout": 0.1}
     c.model = ConfigDict({"n_docs": 3, "tie_encoders": True, "source_length": 144, "question_length": 32})
     c.model.encoder = ConfigDict({**shape, "layers": 1, "positions": 96, "pooling": "mean"})
@@ -53,3 +59,22 @@ def make_data(out: Path) -> Path:
     same = ["--tokenizers-from", out / "corpus"]
     assert rag_jax("corpus", out / "edited/passages.jsonl", "--out", out / "edited-corpus", *same) == 0
     return out
+
+
+def start(data: Path, *words: object) -> subprocess.Popen[str]:
+    """The command line in a process of its own, on one device; what it compiles is kept beside the data."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        "JAX_COMPILATION_CACHE_DIR": str(data / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "rag_jax", *map(str, words)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def train(data: Path, run: Path, *words: object) -> dict[str, Any]:
+    """Trains in a process of its own; the printed result, and as "stderr" what it said on the way."""
+    process = start(data, "train", "--json", "--config", f"{__file__}:{data}", "--run", run, *words)
+    out, said = process.communicate()
+    assert process.returncode == 0, said
+    return {**json.loads(out), "stderr": said}
