@@ -2,9 +2,10 @@
 
     rag-jax train --config configs/world.py --run runs/world
 
-Stages: the retriever is warmed up on gold passages, then against what it confuses them with; the generator learns to read,
-from windows around the answer that grow to the whole passage; then both are trained together through the marginal
-likelihood, on retrieved passages and no labels. `configs/world.py:token` trains RAG-Token. Paths: data/world and data/world-corpus, changed with --set.
+Stages: the retriever is warmed up on gold passages, then against what it confuses them with; the generator learns to
+read, from windows around the answer that grow to the whole passage; then both are trained together through the
+marginal likelihood, on retrieved passages and no labels. `configs/world.py:token` trains RAG-Token. Paths: data/world
+and data/world-corpus, changed with --set.
 """
 
 from ml_collections import ConfigDict
