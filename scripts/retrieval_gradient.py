@@ -68,27 +68,27 @@ def main() -> None:
     parser.add_argument(
         "--questions", type=Path, help="test questions (default: test.jsonl beside the training questions)"
     )
-    parser.add_argument("--weak-steps", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--weak-steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=120)
     args = parser.parse_args()
 
     base = runs.read_config(args.reader)
     questions = args.questions or Path(base.train).with_name("test.jsonl")
-    adam = OptimizerConfig(learning_rate=1e-3, b2=0.98, warmup_steps=5, groups={"question_encoder": 1.0})
+    adam = OptimizerConfig(learning_rate=2e-3, b2=0.98, warmup_steps=5, groups={"question_encoder": 1.0})
     weak = StageConfig("weak", objective="contrastive", steps=args.weak_steps, batch=32, optimizer=adam)
     train.train(dataclasses.replace(base, stages=(weak,)), args.out / "weak")
     with_reader(base, args.reader, args.out / "weak", args.out / "start")
     result: dict[str, Any] = {"before": recall_at_1(args.out / "weak", questions), "steps": args.steps}
     # the reader trains too, slowly, so that there is something to learn where the prior's gradient is stopped
-    both = dataclasses.replace(adam, groups={"question_encoder": 1.0, "generator": 0.05})
+    both = dataclasses.replace(adam, groups={"question_encoder": 1.0, "generator": 0.02})
     for variant in ("sequence", "token"):
         for gradient in (True, False):
             joint = StageConfig(
                 "joint",
                 steps=args.steps,
-                batch=16,
-                n_docs=6,
-                refresh_every=20,
+                batch=12,
+                n_docs=5,
+                refresh_every=15,
                 prior_gradient=gradient,
                 optimizer=both,
             )

@@ -1,0 +1,457 @@
+"""Answers, evaluation, asking and hot swap with a trained run, on eight devices (it was trained on one)."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import oracles
+import pytest
+import tiny
+
+import rag_jax
+from rag_jax import answer, ask, metrics
+from rag_jax import evaluate as evaluation
+from rag_jax import run as runs
+from rag_jax.answer import Pipeline
+from rag_jax.data import formats, pipeline
+from rag_jax.errors import InputError
+from rag_jax.retrieval import index as snapshots
+from rag_jax.retrieval.corpus import Corpus
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_run):
+    return Pipeline.from_run(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def questions(tiny_data):
+    return formats.read_questions(tiny_data / "world/train.jsonl")[:20]
+
+
+@pytest.fixture(scope="module")
+def cfg(opened):
+    """The only way of answering here but for closed book: what is compiled serves all tests."""
+    return opened.answer_config(batch=8)
+
+
+@pytest.fixture(scope="module")
+def answers(opened, questions, cfg):
+    return opened.answer([q.question for q in questions], cfg)
+
+
+@pytest.fixture(scope="module")
+def edited_index(tiny_data, tiny_run):
+    """`rag-jax index` on the edited corpus."""
+    out = tiny_data / "edited-index"
+    assert tiny.rag_jax("index", tiny_run, "--corpus", tiny_data / "edited-corpus", "--out", out) == 0
+    return out
+
+
+@pytest.fixture
+def reuse(monkeypatch, opened):
+    """Commands open a run without compiling its program again."""
+    from_run = Pipeline.from_run
+
+    def with_programs(path, index=None):
+        return dataclasses.replace(from_run(path, index), programs=opened.programs)
+
+    monkeypatch.setattr(Pipeline, "from_run", staticmethod(with_programs))
+
+
+def refused(capsys, *words):
+    capsys.readouterr()
+    assert tiny.rag_jax(*words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_passages_are_those_of_the_largest_inner_products(opened, questions, answers):
+    corpus, rag = opened.loaded.corpus, opened.loaded.rag
+    tables = pipeline.encode_questions(
+        [q.question for q in questions],
+        corpus.encoder_tokenizer,
+        corpus.generator_tokenizer,
+        rag.config.question_length,
+    )
+    mask = np.arange(rag.config.question_length) < tables["question_length"][:, None]
+    q_BE = np.asarray(jax.jit(rag.embed_questions)(opened.params, tables["question_ids"], mask), np.float64)
+    embeddings = np.asarray(snapshots.open_snapshot(opened.snapshot.directory).embeddings_NE, np.float64)
+    for q, found in zip(q_BE, answers, strict=True):
+        order = np.argsort(-(embeddings @ q), kind="stable")
+        assert found.retrieved == tuple(corpus[row].id for row in order)  # all 40: as many as there are
+        assert [p.id for p in found.passages] == list(found.retrieved[:3])
+        prior = oracles.softmax((embeddings @ q)[order[:3]])
+        np.testing.assert_allclose([p.prior for p in found.passages], prior, atol=1e-5)
+        np.testing.assert_allclose(sum(p.posterior for p in found.passages), 1, atol=1e-5)
+        for p in found.passages:
+            assert (p.title, p.text) == (corpus[corpus.row(p.id)].title, corpus[corpus.row(p.id)].text)
+    assert max(np.abs(p.prior - p.posterior) for found in answers for p in found.passages) > 1e-3
+
+
+def test_the_index_on_disk_is_that_of_training(opened):
+    step = runs.embedder(opened.loaded)(opened.params, 7)
+    np.testing.assert_allclose(step.embeddings_NE, opened.index.embeddings_NE, atol=1e-5)
+    assert int(step.step) == 7 and int(opened.index.step) == tiny.STEPS
+
+
+def test_answers_and_scores_are_those_of_the_model(opened, questions, answers, cfg):
+    """The first question again, by the public names alone: join on the host, then generate."""
+    model, params = rag_jax.from_pretrained(opened.snapshot.directory.parent)
+    assert model == opened.loaded.rag and model.variant == "sequence"
+    corpus, found = opened.loaded.corpus, answers[0]
+    tokenizer, length = corpus.generator_tokenizer, model.config.source_length
+    sources = []
+    for passage in found.passages:
+        row = corpus.row(passage.id)
+        ids = corpus.generator_ids[row][: corpus.generator_length[row]].tolist()
+        tail = pipeline.join_tail(tokenizer, [questions[0].question])[0]
+        room = length - 1 - len(tail)
+        sources.append(oracles.pad([tokenizer.bos_id, *ids[:room], *tail], length, tokenizer.pad_id))
+    ids = np.array([sources])
+    scores = np.log([[p.prior for p in found.passages]])
+    made = model.generate(params, ids, ids != tokenizer.pad_id, scores, 1, cfg.max_length)
+    assert tokenizer.decode(made.sequences[0]).strip() == found.text
+    np.testing.assert_allclose(made.scores[0], found.score, atol=1e-4)
+    np.testing.assert_allclose(made.doc_posterior[0], [p.posterior for p in found.passages], atol=1e-4)
+    nll = model.nll(params, ids, ids != tokenizer.pad_id, scores, made.sequences)
+    np.testing.assert_allclose(-nll[0], found.score, atol=1e-4)
+
+
+def test_questions_do_not_depend_on_their_batch(opened, questions, answers, cfg):
+    again = opened.answer([q.question for q in questions[3:6]], cfg)  # the rest of the batch is filled up
+    assert [a.text for a in again] == [a.text for a in answers[3:6]]
+    assert [a.retrieved for a in again] == [a.retrieved for a in answers[3:6]]
+    assert opened.answer([], cfg) == []
+    assert len(opened.programs) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_docs": 41}, "n_docs=41, but the corpus has 40 passages; ask for at most 40"),
+        ({"n_docs": -1}, "n_docs=-1 must be at least 1"),
+        ({"num_beams": 0}, "num_beams=0 must be at least 1"),
+        ({"max_length": 1}, "max_length=1 must be at least 2"),
+        ({"batch": 0}, "batch=0 must be at least 1"),
+        ({"n_retrieved": 0}, "n_retrieved=0 must be at least 1"),
+    ],
+)
+def test_ways_of_answering_that_cannot_be(opened, changes, message):
+    with pytest.raises(InputError, match=message):
+        opened.answer(["who?"], opened.answer_config(**changes))
+
+
+def test_a_question_must_have_words(opened):
+    with pytest.raises(InputError, match="a question is empty"):
+        opened.ask(" \n")
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def test_report_is_what_the_predictions_say(tiny_data, tiny_run, questions, answers, reuse, tmp_path, capsys):
+    """Questions whose answers and gold passages are made so that every figure is neither 0 nor 1."""
+    corpus = Corpus.open(tiny_data / "corpus")
+    rows = []
+    for i, (q, found) in enumerate(zip(questions, answers, strict=True)):
+        gold = found.retrieved[0 if i % 4 == 0 else 3 if i % 4 == 1 else 30]
+        title = corpus[corpus.row(found.retrieved[i])].title
+        rows.append(
+            {
+                "id": q.id,
+                "question": q.question,
+                "answers": [found.text if i % 2 and found.text else "no such thing", title],
+                "positive_passage_ids": [gold],
+                "group": i % 5,
+            }
+        )
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    assert tiny.rag_jax("evaluate", tiny_run, "--questions", file, "--out", out, "--batch", 8, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((out / "report.json").read_text())
+    predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    for row, made, found in zip(rows, predictions, answers, strict=True):
+        assert {name: made[name] for name in ("id", "question", "answers")} == {
+            name: row[name] for name in ("id", "question", "answers")
+        }
+        assert made["prediction"] == found.text and made["gold"] == row["positive_passage_ids"]
+        assert made["retrieved"] == list(found.retrieved) and len(made["retrieved"]) == 40
+        np.testing.assert_allclose([sum(made["prior"]), sum(made["posterior"])], 1, atol=1e-5)
+        assert len(made["prior"]) == len(made["posterior"]) == 3
+        texts = [corpus[corpus.row(p)] for p in made["retrieved"]]
+        assert made["retrieved_has_answer"] == [
+            any(f" {a} " in f" {t.title} {t.text} ".replace(".", " ").replace(",", " ").replace("'", " ") for a in row["answers"])
+            for t in texts
+        ]  # fmt: skip
+    matches = [metrics.exact_match(p["prediction"], p["answers"]) for p in predictions]
+    assert 0 < sum(matches) < len(matches)
+    for name, value in (
+        ("n", 20),
+        ("exact_match", np.mean(matches)),
+        ("f1", np.mean([metrics.f1(p["prediction"], p["answers"]) for p in predictions])),
+        ("recall_at_1", 5 / 20),
+        ("recall_at_5", 10 / 20),
+        ("recall_at_20", 10 / 20),
+        ("answer_recall_at_5", np.mean([any(p["retrieved_has_answer"][:5]) for p in predictions])),
+        ("answer_recall_at_20", np.mean([any(p["retrieved_has_answer"][:20]) for p in predictions])),
+    ):
+        assert report[name] == pytest.approx(value), name
+    assert report["exact_match_low"] <= report["exact_match"] <= report["exact_match_high"]
+    assert "recall_at_100" not in report  # there are 40
+    assert report["run"] == str(tiny_run) and report["n_docs"] == 3 and report["closed_book"] is False
+    assert report["index_step"] == tiny.STEPS and report["corpus_hash"] == corpus.hash
+    assert report["variant"] == "sequence" and report["seconds"] >= 0
+
+    words = ["--questions", file, "--out", tmp_path / "few", "--batch", 8]
+    assert tiny.rag_jax("evaluate", tiny_run, *words, "--where", "group=3", "--limit", 2) == 0
+    few = [json.loads(line) for line in (tmp_path / "few/predictions.jsonl").read_text().splitlines()]
+    assert few == [predictions[3], predictions[8]]
+    assert "exact_match: " in capsys.readouterr().out
+
+
+def test_closed_book_has_no_passages(tiny_data, tiny_run, tmp_path, capsys):
+    words = ["--out", tmp_path, "--closed-book", "--limit", 8, "--batch", 8, "--json"]
+    assert tiny.rag_jax("evaluate", tiny_run, *words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["closed_book"] is True and report["n"] == 8 and "exact_match" in report
+    assert not [name for name in report if "recall" in name]
+    assert report["questions"] == str(tiny_data / "world/dev.jsonl")  # the configuration's
+    for line in (tmp_path / "predictions.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["retrieved"] == row["prior"] == row["posterior"] == row["retrieved_has_answer"] == []
+
+
+def test_closed_book_reads_the_question_alone(opened, questions):
+    """As the generator answers `<s> // question </s>`."""
+    cfg = opened.answer_config(batch=8, closed_book=True)
+    found = opened.answer([q.question for q in questions[:8]], cfg)
+    corpus, model = opened.loaded.corpus, opened.loaded.rag
+    tokenizer = corpus.generator_tokenizer
+    tails = pipeline.join_tail(tokenizer, [q.question for q in questions[:8]])
+    ids = np.array([[oracles.pad([tokenizer.bos_id, *tail], 64, tokenizer.pad_id)] for tail in tails])
+    generate = jax.jit(lambda p, ids: model.generate(p, ids, ids != 1, np.zeros((8, 1)), 1, cfg.max_length))
+    made = generate(opened.params, ids)
+    assert [a.text for a in found] == [tokenizer.decode(row).strip() for row in np.asarray(made.sequences)]
+    np.testing.assert_allclose([a.score for a in found], made.scores, atol=1e-4)
+    assert all(a.passages == a.retrieved == () for a in found)
+
+
+def test_select(questions):
+    marked = [
+        dataclasses.replace(q, extra={"changed": i % 2 == 0, "n": i, "kind": "true" if i == 3 else "x"})
+        for i, q in enumerate(questions)
+    ]
+    assert evaluation.select(marked, "", 0) == marked
+    assert evaluation.select(marked, "", 3) == marked[:3]
+    assert evaluation.select(marked, "changed=true", 2) == [marked[0], marked[2]]
+    assert evaluation.select(marked, "changed=false", 0) == marked[1::2]
+    assert evaluation.select(marked, "n=7", 0) == [marked[7]]
+    assert evaluation.select(marked, "kind=true", 0) == [marked[3]]
+    for where, limit, message in (
+        ("changed", 0, "expected FIELD=VALUE"),
+        ("changed=maybe", 0, "no question has this"),
+        ("colour=red", 0, "no question has this"),
+        ("", -1, "--limit -1 must be at least 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluation.select(marked, where, limit)
+
+
+def test_bad_input_of_evaluate_writes_nothing(tiny_data, tiny_run, tmp_path, capsys):
+    (tmp_path / "broken.jsonl").write_text('{"id": "1", "question": "who?"\n')
+    for words, message in (
+        (["--n-docs", 41], "n_docs=41, but the corpus has 40 passages"),
+        (["--num-beams", 0], "num_beams=0"),
+        (["--limit", -2], "--limit -2"),
+        (["--where", "relation=none"], "no question has this"),
+        (["--questions", tmp_path / "none.jsonl"], "none.jsonl"),
+        (["--questions", tmp_path / "broken.jsonl"], "broken.jsonl:1"),
+        (["--index", tmp_path / "none"], "none: no such index directory"),
+    ):
+        assert message in refused(capsys, "evaluate", tiny_run, "--out", tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+# --- hot swap ---------------------------------------------------------------------------------------------------------
+
+
+def test_hot_swap_reads_the_edited_passages(tiny_data, tiny_run, edited_index, reuse, tmp_path, capsys):
+    edited = Corpus.open(tiny_data / "edited-corpus")
+    words = ["--questions", tiny_data / "edited/train.jsonl", "--where", "changed=true", "--limit", 8, "--batch", 8]
+    assert tiny.rag_jax("evaluate", tiny_run, "--index", edited_index, "--out", tmp_path, *words, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["corpus"] == str(tiny_data / "edited-corpus") and report["corpus_hash"] == edited.hash
+    assert report["index"] == str(edited_index) and report["n"] == 8 and report["where"] == "changed=true"
+    swapped = Pipeline.from_run(tiny_run, edited_index)
+    found = swapped.answer(["Who?"], swapped.answer_config(batch=8))[0]
+    changed = [p for p in found.passages if p.text != Corpus.open(tiny_data / "corpus")[edited.row(p.id)].text]
+    assert changed and all(p.text == edited[edited.row(p.id)].text for p in found.passages)
+
+
+def test_the_edited_index_is_of_the_edited_passages(opened, tiny_run, edited_index):
+    own, other = snapshots.open_snapshot(tiny_run / "index"), snapshots.open_snapshot(edited_index)
+    assert own.manifest.encoder_hash == other.manifest.encoder_hash and other.manifest.step == tiny.STEPS
+    assert own.manifest.corpus_hash != other.manifest.corpus_hash
+    differs = np.abs(own.embeddings_NE - other.embeddings_NE).max(1)
+    assert (differs > 1e-3).mean() > 0.5
+
+
+def test_a_corpus_tokenised_otherwise_is_refused_with_the_command_that_mends_it(tiny_data, tiny_run, tmp_path, capsys):
+    other, out = tmp_path / "other", tmp_path / "index"
+    passages = tiny_data / "edited/passages.jsonl"
+    sizes = ["--train-tokenizer", "--encoder-vocab", 300, "--generator-vocab", 600]
+    lengths = ["--encoder-length", 96, "--generator-length", 128]
+    assert tiny.rag_jax("corpus", passages, "--out", other, *sizes, *lengths) == 0
+    said = refused(capsys, "index", tiny_run, "--corpus", other, "--out", out)
+    trained = runs.read_identity(tiny_run)["encoder_tokenizer"]
+    assert Corpus.open(other).encoder_tokenizer.hash[:16] in said and trained[:16] in said
+    command = said[said.index("rag-jax corpus INPUT") :].split()
+    words = [str({"INPUT": passages, "DIR": tmp_path / "mended"}.get(word, word)) for word in command[1:]]
+    assert tiny.rag_jax(*words, *lengths) == 0
+    assert tiny.rag_jax("index", tiny_run, "--corpus", tmp_path / "mended", "--out", out) == 0
+    assert snapshots.open_snapshot(out).manifest.n_passages == tiny.ENTITIES
+
+
+def copied(run, tmp_path):
+    """A run directory of its own, but with the same checkpoints."""
+    out = tmp_path / "run"
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    return out
+
+
+def altered(index, out, **changes):
+    """A copy of an index with another manifest."""
+    snapshot = snapshots.open_snapshot(index)
+    manifest = dataclasses.replace(snapshot.manifest, **changes)
+    snapshots.write(out, manifest, [(0, np.asarray(snapshot.embeddings_NE))])
+    return out
+
+
+def test_an_index_of_another_encoder_or_corpus_is_refused(tiny_data, tiny_run, edited_index, tmp_path, capsys):
+    words = ["ask", "who?", "--run", tiny_run, "--index"]
+    other = altered(edited_index, tmp_path / "encoder", encoder_hash="0" * 64)
+    said = refused(capsys, *words, other)
+    assert "made with an encoder other than the run's" in said and "0000000000000000" in said
+    own = snapshots.open_snapshot(edited_index).manifest
+    assert own.encoder_hash[:16] in said and "rag-jax index RUN --corpus" in said
+    other = altered(edited_index, tmp_path / "corpus", corpus=str(tiny_data / "corpus"))
+    said = refused(capsys, *words, other)
+    assert own.corpus_hash[:16] in said and Corpus.open(tiny_data / "corpus").hash[:16] in said
+    other = altered(edited_index, tmp_path / "gone", corpus=str(tmp_path / "nowhere"))
+    assert "nowhere: no such corpus directory" in refused(capsys, *words, other)
+
+
+def test_damaged_indexes_are_refused(tiny_run, tmp_path, capsys):
+    run = copied(tiny_run, tmp_path)
+    manifest, embeddings = run / "index/manifest.json", run / "index/embeddings.npy"
+    whole, text = embeddings.read_bytes(), manifest.read_text()
+    for damage, message in (
+        (lambda: embeddings.write_bytes(whole[:-4]), f"{len(whole) - 4} bytes, the manifest says {len(whole)}"),
+        (lambda: embeddings.unlink(), "None bytes, the manifest says"),
+        (lambda: manifest.unlink(), "not a finished index (no manifest.json)"),
+        (lambda: manifest.write_text(text[:50]), "unreadable"),
+        (lambda: manifest.write_text(text.replace('"step": 100', '"step": 101')), "altered after it was written"),
+        (lambda: manifest.write_text(text.replace('"format_version": 1', '"format_version": 2')), "format version 2"),
+    ):
+        damage()
+        said = refused(capsys, "ask", "who?", "--run", run)
+        assert message in said and str(run / "index") in said
+        embeddings.write_bytes(whole)
+        manifest.write_text(text)
+
+
+def test_an_index_is_written_whole_or_not_at_all(tiny_run, tmp_path):
+    manifest = snapshots.open_snapshot(tiny_run / "index").manifest
+    blocks = np.zeros((tiny.ENTITIES, manifest.width), np.float32)
+    with pytest.raises(ValueError, match="30 embeddings were written, the manifest says 40"):
+        snapshots.write(tmp_path / "out", manifest, [(0, blocks[:30])])
+    blocks[33, 2] = np.nan
+    with pytest.raises(InputError, match="passage row 33: its embedding is not finite"):
+        snapshots.write(tmp_path / "out", manifest, [(0, blocks[:30]), (30, blocks[30:])])
+    assert list(tmp_path.iterdir()) == []
+    blocks[33, 2] = 0
+    snapshots.write(tmp_path / "out", manifest, [(0, blocks)])
+    with pytest.raises(InputError, match="already there; pass --overwrite"):
+        snapshots.write(tmp_path / "out", manifest, [(0, blocks)])
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("all my work")
+    with pytest.raises(InputError, match="is not a index|is not an index"):
+        snapshots.write(precious, manifest, [(0, blocks)], overwrite=True)
+    assert (precious / "thesis.txt").exists()
+
+
+# --- opening runs -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_finished_run_is_refused(tiny_data, tiny_run, tmp_path, capsys):
+    for open_it in (rag_jax.from_pretrained, rag_jax.Pipeline.from_run):
+        for directory in (tmp_path, tiny_data / "corpus", tiny_data / "nowhere"):
+            with pytest.raises(InputError, match="must be in a run directory"):
+                open_it(directory)
+    run = copied(tiny_run, tmp_path)
+    shutil.rmtree(run / "params")
+    for open_it in (rag_jax.from_pretrained, rag_jax.Pipeline.from_run):
+        with pytest.raises(InputError, match="finish rag-jax train first"):
+            open_it(run)
+    for words in (["evaluate", run], ["ask", "who?", "--run", run]):
+        assert "finish rag-jax train first" in refused(capsys, *words)
+    words = ["index", run, "--corpus", tiny_data / "corpus", "--out", tmp_path / "out"]
+    assert "finish rag-jax train first" in refused(capsys, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_package_is_light_until_asked(tiny_run):
+    code = (
+        "import sys, rag_jax; assert {'from_pretrained', 'Pipeline'} <= set(dir(rag_jax)); assert 'jax' not in sys.modules;"
+        "assert not hasattr(rag_jax, 'pipeline_of_dreams'); rag_jax.Pipeline; assert 'jax' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert rag_jax.Pipeline is Pipeline and rag_jax.from_pretrained is runs.from_pretrained
+
+
+# --- ask --------------------------------------------------------------------------------------------------------------
+
+
+def test_ask_prints_answer_and_passages(tiny_run, opened, questions, answers, reuse, capsys):
+    asked = [questions[0].question, questions[1].question]
+    assert tiny.rag_jax("ask", *asked, "--run", tiny_run, "--batch", 8) == 0
+    text = capsys.readouterr().out
+    assert text == "\n\n".join(ask.render(q, a) for q, a in zip(asked, answers[:2], strict=True)) + "\n"
+    for found in answers[:2]:
+        assert all(p.id in text and p.title in text and f"{p.prior:5.2f}" in text for p in found.passages)
+    assert tiny.rag_jax("ask", *asked, "--run", tiny_run, "--batch", 8, "--json") == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert [a["question"] for a in result["answers"]] == asked
+    for found, made in zip(result["answers"], answers[:2], strict=True):
+        assert found["text"] == made.text and len(found["passages"]) == 3
+        np.testing.assert_allclose(sum(p["prior"] for p in found["passages"]), 1, atol=1e-5)
+        np.testing.assert_allclose(sum(p["posterior"] for p in found["passages"]), 1, atol=1e-5)
+    assert len(opened.programs) <= 2
+
+
+def test_ask_from_python(opened, questions, answers):
+    found = opened.ask(questions[0].question)
+    assert found.text == answers[0].text and found.passages == answers[0].passages
+    assert {"id", "title", "text", "prior", "posterior"} == {f.name for f in dataclasses.fields(answer.Passage)}
+
+
+def test_bad_questions_and_settings_of_ask(tiny_run, capsys):
+    for words, message in (
+        ([" "], "a question is empty"),
+        (["who?", "--n-docs", 41], "n_docs=41, but the corpus has 40 passages"),
+        (["who?", "--num-beams", -1], "num_beams=-1 must be at least 1"),
+    ):
+        assert message in refused(capsys, "ask", *words, "--run", tiny_run)
