@@ -138,7 +138,7 @@ def test_override(base, assignment, path, value):
         ("seed.low.high=1", "--set seed.low.high: nothing stands under 'low', since above it is 0"),
         ("seed=1.5", "--set seed=1.5: "),
         ("seed=seven", "--set seed=seven: "),
-        ("evaluate_every=1.5", "config.evaluate_every: expected int, got 1.5"),
+        ("evaluate_every=1.5", "--set evaluate_every=1.5: "),
         ("evaluate_every=true", "config.evaluate_every: expected int, got True"),
         ("every_answer=1", "config.every_answer: expected bool, got 1"),
         ("init=3", "config.init: expected str, got 3"),
