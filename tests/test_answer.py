@@ -190,10 +190,8 @@ def test_report_is_what_the_predictions_say(tiny_data, tiny_run, questions, answ
         np.testing.assert_allclose([sum(made["prior"]), sum(made["posterior"])], 1, atol=1e-5)
         assert len(made["prior"]) == len(made["posterior"]) == 3
         texts = [corpus[corpus.row(p)] for p in made["retrieved"]]
-        assert made["retrieved_has_answer"] == [
-            any(f" {a} " in f" {t.title} {t.text} ".replace(".", " ").replace(",", " ").replace("'", " ") for a in row["answers"])
-            for t in texts
-        ]  # fmt: skip
+        plain = ["".join(c if c.isalnum() else " " for c in f" {t.title} {t.text} ") for t in texts]
+        assert made["retrieved_has_answer"] == [any(f" {a} " in text for a in row["answers"]) for text in plain]
     matches = [metrics.exact_match(p["prediction"], p["answers"]) for p in predictions]
     assert 0 < sum(matches) < len(matches)
     for name, value in (
@@ -387,7 +385,7 @@ def test_an_index_is_written_whole_or_not_at_all(tiny_run, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("all my work")
-    with pytest.raises(InputError, match="is not a index|is not an index"):
+    with pytest.raises(InputError, match=r"is not a index|is not an index"):
         snapshots.write(precious, manifest, [(0, blocks)], overwrite=True)
     assert (precious / "thesis.txt").exists()
 
@@ -414,7 +412,8 @@ def test_what_is_no_finished_run_is_refused(tiny_data, tiny_run, tmp_path, capsy
 
 def test_the_package_is_light_until_asked(tiny_run):
     code = (
-        "import sys, rag_jax; assert {'from_pretrained', 'Pipeline'} <= set(dir(rag_jax)); assert 'jax' not in sys.modules;"
+        "import sys, rag_jax; assert {'from_pretrained', 'Pipeline'} <= set(dir(rag_jax));"
+        "assert 'jax' not in sys.modules;"
         "assert not hasattr(rag_jax, 'pipeline_of_dreams'); rag_jax.Pipeline; assert 'jax' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
