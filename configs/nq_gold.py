@@ -14,7 +14,6 @@ Both objectives from the same start:
         --stage joint --init runs/nq_gold-base
 
 Stages as in configs/squad.py.
-SCORES
 """
 
 from ml_collections import ConfigDict

@@ -14,7 +14,6 @@ Both objectives from the same start:
 
 SQUAD: a directory with passages.jsonl, train.jsonl and dev.jsonl. Stages: retriever warm-up on gold passages,
 denoising, reading windows around the answer, and joint training through the marginal likelihood with no labels.
-SCORES
 """
 
 from ml_collections import ConfigDict

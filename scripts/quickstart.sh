@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole of rag_jax on a fictional world, in under ten minutes on two CPU cores and with no download but the packages:
+# The whole of rag_jax on a fictional world, in about ten minutes on two CPU cores and with no download but the packages:
 # a retriever and a generator learn from scratch to find and to read, answer questions about things no training question
 # mentioned, and answer from an edited corpus with no retraining. Everything it shows lands in runs/quickstart.
 # Killed and started again it goes on where it was. VENV, RUN and PYTHON may be set.

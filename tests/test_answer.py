@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import tiny
 
 import rag_jax
-from rag_jax import answer, ask, metrics
+from rag_jax import answer, ask, checkpoint, metrics
 from rag_jax import evaluate as evaluation
 from rag_jax import run as runs
 from rag_jax.answer import Pipeline
@@ -23,9 +24,26 @@ from rag_jax.retrieval import index as snapshots
 from rag_jax.retrieval.corpus import Corpus
 
 
+def copied(run, out):
+    """A run directory of its own, but without what is for training alone."""
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    return out
+
+
 @pytest.fixture(scope="module")
-def opened(tiny_run):
-    return Pipeline.from_run(tiny_run)
+def run(tiny_data, tiny_run):
+    """The trained run, with a generator that ends its answers later: trained so little it would say nothing at all."""
+    run = copied(tiny_run, tiny_data / "talking")
+    params = rag_jax.from_pretrained(run)[1]
+    eos = Corpus.open(tiny_data / "corpus").generator_tokenizer.eos_id
+    bias = params["generator"]["logits_bias"].at[eos].add(-1.0)
+    checkpoint.save_params(run / "params", {**params, "generator": {**params["generator"], "logits_bias": bias}})
+    return run
+
+
+@pytest.fixture(scope="module")
+def opened(run):
+    return Pipeline.from_run(run)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +63,10 @@ def answers(opened, questions, cfg):
 
 
 @pytest.fixture(scope="module")
-def edited_index(tiny_data, tiny_run):
+def edited_index(tiny_data, run):
     """`rag-jax index` on the edited corpus."""
     out = tiny_data / "edited-index"
-    assert tiny.rag_jax("index", tiny_run, "--corpus", tiny_data / "edited-corpus", "--out", out) == 0
+    assert tiny.rag_jax("index", run, "--corpus", tiny_data / "edited-corpus", "--out", out) == 0
     return out
 
 
@@ -94,6 +112,7 @@ def test_passages_are_those_of_the_largest_inner_products(opened, questions, ans
         np.testing.assert_allclose(sum(p.posterior for p in found.passages), 1, atol=1e-5)
         for p in found.passages:
             assert (p.title, p.text) == (corpus[corpus.row(p.id)].title, corpus[corpus.row(p.id)].text)
+    assert len({found.text for found in answers} - {""}) >= 2  # or the tests below say little
     assert max(np.abs(p.prior - p.posterior) for found in answers for p in found.passages) > 1e-3
 
 
@@ -118,11 +137,12 @@ def test_answers_and_scores_are_those_of_the_model(opened, questions, answers, c
         sources.append(oracles.pad([tokenizer.bos_id, *ids[:room], *tail], length, tokenizer.pad_id))
     ids = np.array([sources])
     scores = np.log([[p.prior for p in found.passages]])
-    made = model.generate(params, ids, ids != tokenizer.pad_id, scores, 1, cfg.max_length)
+    mask = ids != tokenizer.pad_id
+    made = jax.jit(lambda p: model.generate(p, ids, mask, scores, 1, cfg.max_length))(params)
     assert tokenizer.decode(made.sequences[0]).strip() == found.text
     np.testing.assert_allclose(made.scores[0], found.score, atol=1e-4)
     np.testing.assert_allclose(made.doc_posterior[0], [p.posterior for p in found.passages], atol=1e-4)
-    nll = model.nll(params, ids, ids != tokenizer.pad_id, scores, made.sequences)
+    nll = jax.jit(lambda p, labels: model.nll(p, ids, mask, scores, labels))(params, made.sequences)
     np.testing.assert_allclose(-nll[0], found.score, atol=1e-4)
 
 
@@ -158,7 +178,7 @@ def test_a_question_must_have_words(opened):
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
 
-def test_report_is_what_the_predictions_say(tiny_data, tiny_run, questions, answers, reuse, tmp_path, capsys):
+def test_report_is_what_the_predictions_say(tiny_data, run, questions, answers, reuse, tmp_path, capsys):
     """Questions whose answers and gold passages are made so that every figure is neither 0 nor 1."""
     corpus = Corpus.open(tiny_data / "corpus")
     rows = []
@@ -169,7 +189,7 @@ def test_report_is_what_the_predictions_say(tiny_data, tiny_run, questions, answ
             {
                 "id": q.id,
                 "question": q.question,
-                "answers": [found.text if i % 2 and found.text else "no such thing", title],
+                "answers": [found.text if i % 2 else "no such thing", title],
                 "positive_passage_ids": [gold],
                 "group": i % 5,
             }
@@ -177,7 +197,7 @@ def test_report_is_what_the_predictions_say(tiny_data, tiny_run, questions, answ
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
-    assert tiny.rag_jax("evaluate", tiny_run, "--questions", file, "--out", out, "--batch", 8, "--json") == 0
+    assert tiny.rag_jax("evaluate", run, "--questions", file, "--out", out, "--batch", 8, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((out / "report.json").read_text())
     predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
@@ -190,12 +210,11 @@ def test_report_is_what_the_predictions_say(tiny_data, tiny_run, questions, answ
         np.testing.assert_allclose([sum(made["prior"]), sum(made["posterior"])], 1, atol=1e-5)
         assert len(made["prior"]) == len(made["posterior"]) == 3
         texts = [corpus[corpus.row(p)] for p in made["retrieved"]]
-        plain = ["".join(c if c.isalnum() else " " for c in f" {t.title} {t.text} ") for t in texts]
-        assert made["retrieved_has_answer"] == [any(f" {a} " in text for a in row["answers"]) for text in plain]
+        words = [f" {re.sub('[^a-z0-9]+', ' ', f'{t.title} {t.text}'.lower())} " for t in texts]
+        wanted = [f" {a.lower()} " for a in row["answers"] if a]
+        assert made["retrieved_has_answer"] == [any(a in text for a in wanted) for text in words]
     matches = [metrics.exact_match(p["prediction"], p["answers"]) for p in predictions]
-    given = [i % 2 == 1 and bool(found.text) for i, found in enumerate(answers)]
-    assert [match for match, known in zip(matches, given, strict=True) if known] == [1.0] * sum(given)
-    assert sum(matches) < len(matches)
+    assert matches == [i % 2 for i in range(20)]
     for name, value in (
         ("n", 20),
         ("exact_match", np.mean(matches)),
@@ -209,20 +228,20 @@ def test_report_is_what_the_predictions_say(tiny_data, tiny_run, questions, answ
         assert report[name] == pytest.approx(value), name
     assert report["exact_match_low"] <= report["exact_match"] <= report["exact_match_high"]
     assert "recall_at_100" not in report  # there are 40
-    assert report["run"] == str(tiny_run) and report["n_docs"] == 3 and report["closed_book"] is False
+    assert report["run"] == str(run) and report["n_docs"] == 3 and report["closed_book"] is False
     assert report["index_step"] == tiny.STEPS and report["corpus_hash"] == corpus.hash
     assert report["variant"] == "sequence" and report["seconds"] >= 0
 
     words = ["--questions", file, "--out", tmp_path / "few", "--batch", 8]
-    assert tiny.rag_jax("evaluate", tiny_run, *words, "--where", "group=3", "--limit", 2) == 0
+    assert tiny.rag_jax("evaluate", run, *words, "--where", "group=3", "--limit", 2) == 0
     few = [json.loads(line) for line in (tmp_path / "few/predictions.jsonl").read_text().splitlines()]
     assert few == [predictions[3], predictions[8]]
     assert "exact_match: " in capsys.readouterr().out
 
 
-def test_closed_book_has_no_passages(tiny_data, tiny_run, tmp_path, capsys):
+def test_closed_book_has_no_passages(tiny_data, run, reuse, tmp_path, capsys):
     words = ["--out", tmp_path, "--closed-book", "--limit", 8, "--batch", 8, "--json"]
-    assert tiny.rag_jax("evaluate", tiny_run, *words) == 0
+    assert tiny.rag_jax("evaluate", run, *words) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["closed_book"] is True and report["n"] == 8 and "exact_match" in report
     assert not [name for name in report if "recall" in name]
@@ -268,7 +287,7 @@ def test_select(questions):
             evaluation.select(marked, where, limit)
 
 
-def test_bad_input_of_evaluate_writes_nothing(tiny_data, tiny_run, tmp_path, capsys):
+def test_bad_input_of_evaluate_writes_nothing(tiny_data, run, tmp_path, capsys):
     (tmp_path / "broken.jsonl").write_text('{"id": "1", "question": "who?"\n')
     for words, message in (
         (["--n-docs", 41], "n_docs=41, but the corpus has 40 passages"),
@@ -279,55 +298,48 @@ def test_bad_input_of_evaluate_writes_nothing(tiny_data, tiny_run, tmp_path, cap
         (["--questions", tmp_path / "broken.jsonl"], "broken.jsonl:1"),
         (["--index", tmp_path / "none"], "none: no such index directory"),
     ):
-        assert message in refused(capsys, "evaluate", tiny_run, "--out", tmp_path / "out", *words)
+        assert message in refused(capsys, "evaluate", run, "--out", tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
 
 
 # --- hot swap ---------------------------------------------------------------------------------------------------------
 
 
-def test_hot_swap_reads_the_edited_passages(tiny_data, tiny_run, edited_index, reuse, tmp_path, capsys):
+def test_hot_swap_reads_the_edited_passages(tiny_data, run, edited_index, reuse, tmp_path, capsys):
     edited = Corpus.open(tiny_data / "edited-corpus")
     words = ["--questions", tiny_data / "edited/train.jsonl", "--where", "changed=true", "--limit", 8, "--batch", 8]
-    assert tiny.rag_jax("evaluate", tiny_run, "--index", edited_index, "--out", tmp_path, *words, "--json") == 0
+    assert tiny.rag_jax("evaluate", run, "--index", edited_index, "--out", tmp_path, *words, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["corpus"] == str(tiny_data / "edited-corpus") and report["corpus_hash"] == edited.hash
     assert report["index"] == str(edited_index) and report["n"] == 8 and report["where"] == "changed=true"
-    swapped = Pipeline.from_run(tiny_run, edited_index)
+    swapped = Pipeline.from_run(run, edited_index)
     found = swapped.answer(["Who?"], swapped.answer_config(batch=8))[0]
     changed = [p for p in found.passages if p.text != Corpus.open(tiny_data / "corpus")[edited.row(p.id)].text]
     assert changed and all(p.text == edited[edited.row(p.id)].text for p in found.passages)
 
 
-def test_the_edited_index_is_of_the_edited_passages(opened, tiny_run, edited_index):
-    own, other = snapshots.open_snapshot(tiny_run / "index"), snapshots.open_snapshot(edited_index)
+def test_the_edited_index_is_of_the_edited_passages(opened, run, edited_index):
+    own, other = snapshots.open_snapshot(run / "index"), snapshots.open_snapshot(edited_index)
     assert own.manifest.encoder_hash == other.manifest.encoder_hash and other.manifest.step == tiny.STEPS
     assert own.manifest.corpus_hash != other.manifest.corpus_hash
     differs = np.abs(own.embeddings_NE - other.embeddings_NE).max(1)
     assert (differs > 1e-3).mean() > 0.5
 
 
-def test_a_corpus_tokenised_otherwise_is_refused_with_the_command_that_mends_it(tiny_data, tiny_run, tmp_path, capsys):
+def test_a_corpus_tokenised_otherwise_is_refused_with_the_command_that_mends_it(tiny_data, run, tmp_path, capsys):
     other, out = tmp_path / "other", tmp_path / "index"
     passages = tiny_data / "edited/passages.jsonl"
     sizes = ["--train-tokenizer", "--encoder-vocab", 300, "--generator-vocab", 600]
     lengths = ["--encoder-length", 96, "--generator-length", 128]
     assert tiny.rag_jax("corpus", passages, "--out", other, *sizes, *lengths) == 0
-    said = refused(capsys, "index", tiny_run, "--corpus", other, "--out", out)
-    trained = runs.read_identity(tiny_run)["encoder_tokenizer"]
+    said = refused(capsys, "index", run, "--corpus", other, "--out", out)
+    trained = runs.read_identity(run)["encoder_tokenizer"]
     assert Corpus.open(other).encoder_tokenizer.hash[:16] in said and trained[:16] in said
     command = said[said.index("rag-jax corpus INPUT") :].split()
     words = [str({"INPUT": passages, "DIR": tmp_path / "mended"}.get(word, word)) for word in command[1:]]
     assert tiny.rag_jax(*words, *lengths) == 0
-    assert tiny.rag_jax("index", tiny_run, "--corpus", tmp_path / "mended", "--out", out) == 0
+    assert tiny.rag_jax("index", run, "--corpus", tmp_path / "mended", "--out", out) == 0
     assert snapshots.open_snapshot(out).manifest.n_passages == tiny.ENTITIES
-
-
-def copied(run, tmp_path):
-    """A run directory of its own, but with the same checkpoints."""
-    out = tmp_path / "run"
-    shutil.copytree(run, out, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
-    return out
 
 
 def altered(index, out, **changes):
@@ -338,8 +350,8 @@ def altered(index, out, **changes):
     return out
 
 
-def test_an_index_of_another_encoder_or_corpus_is_refused(tiny_data, tiny_run, edited_index, tmp_path, capsys):
-    words = ["ask", "who?", "--run", tiny_run, "--index"]
+def test_an_index_of_another_encoder_or_corpus_is_refused(tiny_data, run, edited_index, tmp_path, capsys):
+    words = ["ask", "who?", "--run", run, "--index"]
     other = altered(edited_index, tmp_path / "encoder", encoder_hash="0" * 64)
     said = refused(capsys, *words, other)
     assert "made with an encoder other than the run's" in said and "0000000000000000" in said
@@ -352,9 +364,9 @@ def test_an_index_of_another_encoder_or_corpus_is_refused(tiny_data, tiny_run, e
     assert "nowhere: no such corpus directory" in refused(capsys, *words, other)
 
 
-def test_damaged_indexes_are_refused(tiny_run, tmp_path, capsys):
-    run = copied(tiny_run, tmp_path)
-    manifest, embeddings = run / "index/manifest.json", run / "index/embeddings.npy"
+def test_damaged_indexes_are_refused(run, tmp_path, capsys):
+    mine = copied(run, tmp_path / "run")
+    manifest, embeddings = mine / "index/manifest.json", mine / "index/embeddings.npy"
     whole, text = embeddings.read_bytes(), manifest.read_text()
     for damage, message in (
         (lambda: embeddings.write_bytes(whole[:-4]), f"{len(whole) - 4} bytes, the manifest says {len(whole)}"),
@@ -365,14 +377,14 @@ def test_damaged_indexes_are_refused(tiny_run, tmp_path, capsys):
         (lambda: manifest.write_text(text.replace('"format_version": 1', '"format_version": 2')), "format version 2"),
     ):
         damage()
-        said = refused(capsys, "ask", "who?", "--run", run)
-        assert message in said and str(run / "index") in said
+        said = refused(capsys, "ask", "who?", "--run", mine)
+        assert message in said and str(mine / "index") in said
         embeddings.write_bytes(whole)
         manifest.write_text(text)
 
 
-def test_an_index_is_written_whole_or_not_at_all(tiny_run, tmp_path):
-    manifest = snapshots.open_snapshot(tiny_run / "index").manifest
+def test_an_index_is_written_whole_or_not_at_all(run, tmp_path):
+    manifest = snapshots.open_snapshot(run / "index").manifest
     blocks = np.zeros((tiny.ENTITIES, manifest.width), np.float32)
     with pytest.raises(ValueError, match="30 embeddings were written, the manifest says 40"):
         snapshots.write(tmp_path / "out", manifest, [(0, blocks[:30])])
@@ -395,24 +407,24 @@ def test_an_index_is_written_whole_or_not_at_all(tiny_run, tmp_path):
 # --- opening runs -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_finished_run_is_refused(tiny_data, tiny_run, tmp_path, capsys):
+def test_what_is_no_finished_run_is_refused(tiny_data, run, tmp_path, capsys):
     for open_it in (rag_jax.from_pretrained, rag_jax.Pipeline.from_run):
         for directory in (tmp_path, tiny_data / "corpus", tiny_data / "nowhere"):
             with pytest.raises(InputError, match="must be in a run directory"):
                 open_it(directory)
-    run = copied(tiny_run, tmp_path)
-    shutil.rmtree(run / "params")
+    mine = copied(run, tmp_path / "run")
+    shutil.rmtree(mine / "params")
     for open_it in (rag_jax.from_pretrained, rag_jax.Pipeline.from_run):
         with pytest.raises(InputError, match="finish rag-jax train first"):
-            open_it(run)
-    for words in (["evaluate", run], ["ask", "who?", "--run", run]):
+            open_it(mine)
+    for words in (["evaluate", mine], ["ask", "who?", "--run", mine]):
         assert "finish rag-jax train first" in refused(capsys, *words)
-    words = ["index", run, "--corpus", tiny_data / "corpus", "--out", tmp_path / "out"]
+    words = ["index", mine, "--corpus", tiny_data / "corpus", "--out", tmp_path / "out"]
     assert "finish rag-jax train first" in refused(capsys, *words)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_package_is_light_until_asked(tiny_run):
+def test_the_package_is_light_until_asked(run):
     code = (
         "import sys, rag_jax; assert {'from_pretrained', 'Pipeline'} <= set(dir(rag_jax));"
         "assert 'jax' not in sys.modules;"
@@ -425,14 +437,14 @@ def test_the_package_is_light_until_asked(tiny_run):
 # --- ask --------------------------------------------------------------------------------------------------------------
 
 
-def test_ask_prints_answer_and_passages(tiny_run, opened, questions, answers, reuse, capsys):
+def test_ask_prints_answer_and_passages(run, opened, questions, answers, reuse, capsys):
     asked = [questions[0].question, questions[1].question]
-    assert tiny.rag_jax("ask", *asked, "--run", tiny_run, "--batch", 8) == 0
+    assert tiny.rag_jax("ask", *asked, "--run", run, "--batch", 8) == 0
     text = capsys.readouterr().out
     assert text == "\n\n".join(ask.render(q, a) for q, a in zip(asked, answers[:2], strict=True)) + "\n"
     for found in answers[:2]:
         assert all(p.id in text and p.title in text and f"{p.prior:5.2f}" in text for p in found.passages)
-    assert tiny.rag_jax("ask", *asked, "--run", tiny_run, "--batch", 8, "--json") == 0
+    assert tiny.rag_jax("ask", *asked, "--run", run, "--batch", 8, "--json") == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert [a["question"] for a in result["answers"]] == asked
@@ -449,10 +461,10 @@ def test_ask_from_python(opened, questions, answers):
     assert {"id", "title", "text", "prior", "posterior"} == {f.name for f in dataclasses.fields(answer.Passage)}
 
 
-def test_bad_questions_and_settings_of_ask(tiny_run, capsys):
+def test_bad_questions_and_settings_of_ask(run, capsys):
     for words, message in (
         ([" "], "a question is empty"),
         (["who?", "--n-docs", 41], "n_docs=41, but the corpus has 40 passages"),
         (["who?", "--num-beams", -1], "num_beams=-1 must be at least 1"),
     ):
-        assert message in refused(capsys, "ask", *words, "--run", tiny_run)
+        assert message in refused(capsys, "ask", *words, "--run", run)

@@ -1,0 +1,165 @@
+"""Is a run that was killed and started again the same run? Bit for bit, or this says where not.
+
+    python scripts/kill_resume.py --out runs/kill_resume
+
+Trains a small run without interruption; then the same again, killed with SIGKILL at random moments (before and during
+compilation, between steps, while a checkpoint is being written, before the results are) and started again each time.
+Compares parameters, index and every logged value but the times; writes OUT/report.json; the exit status is 1 where
+anything differs. Takes about three minutes on two cores. What is compiled is kept in OUT/compiled, for all starts;
+--compile compiles in every start instead, which takes much longer.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from rag_jax import logs
+from rag_jax import run as runs
+from rag_jax.retrieval import index as snapshots
+
+TIMES = ("step_seconds", "tokens_per_second", "host_share")
+
+
+def get_config(data: str) -> ConfigDict:
+    """Every kind of stage, dropout, an index that is made anew; `data` as made by `prepare`."""
+    c = ConfigDict({"corpus": f"{data}/corpus", "train": f"{data}/world/train.jsonl", "dev": f"{data}/world/dev.jsonl"})
+    c.target_length, c.log_every, c.checkpoint_every = 16, 5, 10
+    shape = {"width": 32, "heads": 2, "hidden": 64, "norm": "pre", "init": "copy", "vocab_size": 0, "dropout": 0.1}
+    c.model = ConfigDict({"n_docs": 3, "tie_encoders": True, "source_length": 176, "question_length": 32})
+    c.model.encoder = ConfigDict({**shape, "layers": 1, "positions": 160, "pooling": "mean"})
+    c.model.generator = ConfigDict({**shape, "encoder_layers": 1, "decoder_layers": 1, "positions": 192})
+
+    def stage(name: str, groups: dict[str, float], **values: Any) -> ConfigDict:
+        optimizer = {"learning_rate": 1e-3, "groups": groups}
+        return ConfigDict({"name": name, "batch": 8, "steps": 50, "optimizer": optimizer, **values})
+
+    encoder, generator = {"question_encoder": 1.0}, {"generator": 1.0}
+    c.stages = (
+        stage("retriever", encoder, objective="contrastive"),
+        stage("denoise", generator, objective="denoise", source_length=96),
+        stage("read", generator, documents="gold", window=32, source_length=96),
+        stage("joint", {**encoder, **generator}, n_docs=3, refresh_every=7),
+    )
+    return c
+
+
+class Trial:
+    """Starts of one command line in one directory, all with the same compiled programs or each with its own."""
+
+    def __init__(self, out: Path, steps: int, compile_anew: bool) -> None:
+        self.out, self.environment = out, {"JAX_PLATFORMS": "cpu", **os.environ}
+        if not compile_anew:
+            self.environment |= {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled")}
+            self.environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        names = ("retriever", "denoise", "read", "joint")
+        self.settings = [word for name in names for word in ("--set", f"stages.{name}.steps={steps // 4}")]
+
+    def start(self, *words: object) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "rag_jax", *map(str, words)]
+        with (self.out / "log.txt").open("ab") as log:
+            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+
+    def train(self, run: Path) -> "subprocess.Popen[bytes]":
+        return self.start("train", "--config", f"{__file__}:{self.out}", "--run", run, *self.settings)
+
+    def finish(self, process: "subprocess.Popen[bytes]") -> None:
+        if process.wait():
+            sys.exit(f"the command failed; see {self.out / 'log.txt'}")
+
+    def prepare(self) -> None:
+        """The data of `get_config`."""
+        world = self.out / "world"
+        self.finish(self.start("world", "--out", world, "--entities", 60, "--workers", 1))
+        sizes = ["--train-tokenizer", "--encoder-vocab", 500, "--generator-vocab", 800]
+        self.finish(self.start("corpus", world / "passages.jsonl", "--out", self.out / "corpus", *sizes))
+
+
+def last_step(run: Path) -> int:
+    """The last step logged."""
+    rows = logs.read_rows(run / logs.METRICS_FILE) if (run / logs.METRICS_FILE).exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
+def kill_once(trial: Trial, run: Path, kind: str, step: int, rng: random.Random) -> None:
+    """Start, wait for the moment, kill."""
+    begun, process = time.monotonic(), trial.train(run)
+    early, checkpoints = rng.uniform(0.2, 6.0), run / "checkpoints"
+
+    def now() -> bool:
+        if kind == "early":
+            return time.monotonic() - begun > early
+        if kind == "saving":
+            return last_step(run) >= step and any("tmp" in path.name for path in checkpoints.glob("*"))
+        return last_step(run) >= step
+
+    while process.poll() is None and not now():
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.02 if kind == "saving" else 0.5))
+    missed = process.poll() is not None
+    process.kill()
+    process.wait()
+    said = "had ended by itself" if missed else f"killed after {time.monotonic() - begun:5.1f} s"
+    print(f"  {kind:<7} step {last_step(run):3}: {said}", flush=True)
+
+
+def compare(a: Path, b: Path) -> dict[str, bool]:
+    """What of two runs is the same, bit for bit."""
+    import jax
+
+    params = [jax.device_get(runs.from_pretrained(run)[1]) for run in (a, b)]
+    equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and x.tobytes() == y.tobytes(), *params)
+    embeddings = [np.asarray(snapshots.open_snapshot(run / "index").embeddings_NE).tobytes() for run in (a, b)]
+    rows = [
+        [{name: value for name, value in row.items() if name not in TIMES} for row in logs.read_rows(run / logs.METRICS_FILE)]
+        for run in (a, b)
+    ]  # fmt: skip
+    return {
+        "parameters": all(jax.tree.leaves(equal)),
+        "index": embeddings[0] == embeddings[1],
+        "metrics": rows[0] == rows[1],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory for everything; must not exist")
+    parser.add_argument("--steps", type=int, default=200, help="training steps, a fourth in each stage")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=None, help="of the moments (default: another each time)")
+    parser.add_argument("--compile", action="store_true", help="compile in every start")
+    args = parser.parse_args()
+    if args.out.exists():
+        sys.exit(f"{args.out} exists; remove it, or name another --out")
+    args.out.mkdir(parents=True)
+    seed = random.randrange(10**6) if args.seed is None else args.seed
+    rng, begun, trial = random.Random(seed), time.monotonic(), Trial(args.out.absolute(), args.steps, args.compile)
+    whole, killed = trial.out / "uninterrupted", trial.out / "killed"
+    trial.prepare()
+    print("uninterrupted run", flush=True)
+    trial.finish(trial.train(whole))
+    print(f"the same, killed {args.kills} times (seed {seed})", flush=True)
+    steps = sorted(rng.sample(range(1, args.steps), args.kills))
+    kinds = ["early", "saving", *rng.choices(("early", "step", "step", "saving"), k=args.kills)][: args.kills]
+    for kind, step in zip(kinds, steps, strict=True):
+        kill_once(trial, killed, kind, step, rng)
+    trial.finish(trial.train(killed))
+    same = compare(whole, killed)
+    report = {"seed": seed, "kills": args.kills, "steps": args.steps, "bit_identical": same}
+    report["seconds"] = round(time.monotonic() - begun, 1)
+    (trial.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    for name, equal in same.items():
+        print(f"{name:<11} {'bit-identical' if equal else 'DIFFERENT'}")
+    sys.exit(0 if all(same.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()
