@@ -92,14 +92,15 @@ def last_step(run: Path) -> int:
 def kill_once(trial: Trial, run: Path, kind: str, step: int, rng: random.Random) -> None:
     """Start, wait for the moment, kill."""
     begun, process = time.monotonic(), trial.train(run)
-    early, checkpoints = rng.uniform(0.2, 6.0), run / "checkpoints"
+    early, metrics = rng.uniform(0.2, 6.0), run / logs.METRICS_FILE
+    written = metrics.stat().st_mtime_ns if metrics.exists() else 0
 
     def now() -> bool:
         if kind == "early":
             return time.monotonic() - begun > early
-        if kind == "saving":
-            return last_step(run) >= step and any("tmp" in path.name for path in checkpoints.glob("*"))
-        return last_step(run) >= step
+        if not metrics.exists() or metrics.stat().st_mtime_ns == written or last_step(run) < step:
+            return False
+        return kind == "step" or any("tmp" in path.name for path in (run / "checkpoints").glob("*"))
 
     while process.poll() is None and not now():
         time.sleep(0.005)
@@ -118,14 +119,12 @@ def compare(a: Path, b: Path) -> dict[str, bool]:
     params = [jax.device_get(runs.from_pretrained(run)[1]) for run in (a, b)]
     equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and x.tobytes() == y.tobytes(), *params)
     embeddings = [np.asarray(snapshots.open_snapshot(run / "index").embeddings_NE).tobytes() for run in (a, b)]
-    rows = [
-        [{name: value for name, value in row.items() if name not in TIMES} for row in logs.read_rows(run / logs.METRICS_FILE)]
-        for run in (a, b)
-    ]  # fmt: skip
+    rows = [logs.read_rows(run / logs.METRICS_FILE) for run in (a, b)]
+    values = [[{name: row[name] for name in row if name not in TIMES} for row in found] for found in rows]
     return {
         "parameters": all(jax.tree.leaves(equal)),
         "index": embeddings[0] == embeddings[1],
-        "metrics": rows[0] == rows[1],
+        "metrics": values[0] == values[1],
     }
 
 

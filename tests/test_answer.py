@@ -373,7 +373,7 @@ def test_damaged_indexes_are_refused(run, tmp_path, capsys):
         (lambda: embeddings.unlink(), "None bytes, the manifest says"),
         (lambda: manifest.unlink(), "not a finished index (no manifest.json)"),
         (lambda: manifest.write_text(text[:50]), "unreadable"),
-        (lambda: manifest.write_text(text.replace('"step": 100', '"step": 101')), "altered after it was written"),
+        (lambda: manifest.write_text(text.replace('"step": 110', '"step": 111')), "altered after it was written"),
         (lambda: manifest.write_text(text.replace('"format_version": 1', '"format_version": 2')), "format version 2"),
     ):
         damage()

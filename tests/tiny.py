@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rag_jax import __main__ as cli
 
 ENTITIES = 40
-STEPS = 100  # of the whole run
+STEPS = 110  # of the whole run
 
 
 def stage(name: str, steps: int, **values) -> ConfigDict:
@@ -39,7 +39,7 @@ def get_config(data: str) -> ConfigDict:
         stage("retriever", 60, objective="contrastive", groups=encoder),
         stage("read", 20, documents="gold", window=16, source_length=64, groups=generator),
         stage("denoise", 10, objective="denoise", source_length=64, groups=generator),
-        stage("joint", 10, n_docs=3, refresh_every=4, groups={**encoder, **generator}),
+        stage("joint", 20, n_docs=3, refresh_every=4, groups={**encoder, **generator}),
     )
     return c
 
@@ -61,15 +61,19 @@ def make_data(out: Path) -> Path:
     return out
 
 
-def start(data: Path, *words: object) -> subprocess.Popen[str]:
-    """The command line in a process of its own, on one device; what it compiles is kept beside the data."""
-    environment = os.environ | {
+def environment(data: Path) -> dict[str, str]:
+    """For a process of its own, on one device; what it compiles is kept beside the data."""
+    return os.environ | {
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
         "JAX_COMPILATION_CACHE_DIR": str(data / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+def start(data: Path, *words: object) -> subprocess.Popen[str]:
+    """The command line in a process of its own."""
     command = [sys.executable, "-m", "rag_jax", *map(str, words)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment(data), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def train(data: Path, run: Path, *words: object) -> dict[str, Any]:
