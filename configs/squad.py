@@ -9,11 +9,13 @@
 Both objectives from the same start:
 
     rag-jax train --config configs/squad.py --run runs/squad-base $DATA \\
-        --stage retriever --stage denoise --stage read_32 --stage read_96
+        --stage retriever --stage retriever_hard --stage read_32 --stage read_96
     rag-jax train --config configs/squad.py:token --run runs/squad-token $DATA --stage joint --init runs/squad-base
 
-SQUAD: a directory with passages.jsonl, train.jsonl and dev.jsonl. Stages: retriever warm-up on gold passages,
-denoising, reading windows around the answer, and joint training through the marginal likelihood with no labels.
+SQUAD: a directory with passages.jsonl, train.jsonl and dev.jsonl. Stages: the retriever, which starts from the
+corpus' document frequencies (init="lexical"), on gold passages and then on what it confuses them with; reading windows
+around the answer; and joint training through the marginal likelihood with no labels. No dropout in the generator: with
+it, copying from the passage is not learned in this time.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +32,7 @@ def adam(learning_rate: float, schedule: str = "cosine", warmup: int = 50, **gro
 
 
 def text_config(name: str, variant: str) -> ConfigDict:
-    """Retriever warm-up, denoising, reading, joint training, for a corpus of a few thousand passages."""
+    """Retriever warm-up, reading, joint training, for a corpus of some thousand passages."""
     c = ConfigDict()
     c.corpus, c.train, c.dev = f"data/{name}-corpus", f"data/{name}/train.jsonl", f"data/{name}/dev.jsonl"
     c.seed, c.target_length, c.every_answer = 0, 16, False
@@ -41,10 +43,11 @@ def text_config(name: str, variant: str) -> ConfigDict:
     c.model.source_length, c.model.question_length = 240, 40
     shape = {"width": WIDTH, "heads": 4, "norm": "pre", "init": "copy", "vocab_size": 0}
     c.model.encoder = ConfigDict(
-        {**shape, "hidden": 4 * WIDTH, "layers": 2, "positions": 256, "pooling": "mean", "dropout": 0.1}
+        {**shape, "width": 512, "heads": 8, "hidden": 512, "layers": 1, "positions": 256, "dropout": 0.1}
     )
+    c.model.encoder.init, c.model.encoder.pooling, c.model.encoder.vector_norm = "lexical", "mean", 5.0
     c.model.generator = ConfigDict(
-        {**shape, "hidden": 2 * WIDTH, "encoder_layers": 2, "decoder_layers": 2, "positions": 320, "dropout": 0.1}
+        {**shape, "hidden": 2 * WIDTH, "encoder_layers": 2, "decoder_layers": 2, "positions": 320, "dropout": 0.0}
     )
     c.model.generator.logit_scale = WIDTH**-0.5
 
@@ -54,11 +57,12 @@ def text_config(name: str, variant: str) -> ConfigDict:
         return config
 
     read = {"objective": "rag", "documents": "gold"}
+    find = {"objective": "contrastive"}
     c.stages = (
-        stage("retriever", 300, 32, adam(1e-3, question_encoder=1.0), objective="contrastive"),
-        stage("denoise", 100, 16, adam(1e-3, generator=1.0), objective="denoise", source_length=64),
-        stage("read_32", 500, 16, adam(1.5e-3, "constant", generator=1.0), window=32, source_length=76, **read),
-        stage("read_96", 700, 16, adam(1.5e-3, generator=1.0), window=96, source_length=140, **read),
+        stage("retriever", 300, 32, adam(3e-4, question_encoder=1.0), **find),
+        stage("retriever_hard", 200, 24, adam(2e-4, question_encoder=1.0), hard_negatives=1, refresh_every=40, **find),
+        stage("read_32", 1500, 16, adam(1.5e-3, "constant", generator=1.0), window=32, source_length=76, **read),
+        stage("read_96", 4000, 16, adam(1.5e-3, generator=1.0), window=96, source_length=140, **read),
         stage("joint", 60, 8, adam(5e-4, question_encoder=0.2, generator=1.0), refresh_every=30),
     )
     return c

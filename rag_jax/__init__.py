@@ -6,7 +6,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Imported when first asked for, so that the command line and `import rag_jax` start at once.
-_PUBLIC = {"from_pretrained": "rag_jax.run", "Pipeline": "rag_jax.answer"}
+_PUBLIC = {
+    "from_pretrained": "rag_jax.pretrained",
+    "save_pretrained": "rag_jax.pretrained",
+    "Pipeline": "rag_jax.answer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,11 @@ COMMANDS = {
     "train": ("rag_jax.train", "train question encoder, context encoder and generator together"),
     "evaluate": ("rag_jax.evaluate", "answer a file of questions and score the answers and the retrieval"),
     "ask": ("rag_jax.ask", "answer one question and show the passages the answer came from"),
+    "convert": (
+        "rag_jax.convert",
+        "make a model from Hugging Face checkpoints: RAG, or DPR, BERT, BART, T5, GPT-2, Llama",
+    ),
+    "export": ("rag_jax.export", "write a model as a directory that transformers loads"),
     "bench": ("rag_jax.bench", "time the steps of training and search against the limits of the machine"),
 }
 

@@ -27,7 +27,10 @@ from rag_jax.steps import Index
 
 @dataclass(frozen=True)
 class AnswerConfig:
-    """How to answer. n_retrieved passages are found (for recall), the first n_docs of them are read; 0: the model's."""
+    """How to answer. n_retrieved passages are found (for recall), the first n_docs of them are read; 0: the model's.
+
+    closed_book: no passage is read. retrieval_only: passages are found, and no answer is written.
+    """
 
     n_docs: int = 0
     n_retrieved: int = 100
@@ -36,6 +39,7 @@ class AnswerConfig:
     mode: Literal["thorough", "fast"] = "thorough"
     batch: int = 16
     closed_book: bool = False
+    retrieval_only: bool = False
 
 
 class Answers(NamedTuple):
@@ -87,6 +91,10 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
             raise InputError(f"{name}={value} must be at least {least}")
     if n_docs > n_passages:
         raise InputError(f"n_docs={n_docs}, but the corpus has {n_passages} passages; ask for at most {n_passages}")
+    if cfg.closed_book and cfg.retrieval_only:
+        raise InputError("closed book and retrieval alone leave nothing to do; ask for one of them")
+    if not cfg.retrieval_only:
+        _ = model.reader  # InputError for a retriever alone
     stage = StageConfig("answer", n_docs=n_docs)
     setting = steps.Setting(loaded.rag, stage, loaded.mesh, n_passages, loaded.corpus.generator_tokenizer.prefix_ids)
     wanted = min(max(cfg.n_retrieved, n_docs), n_passages)
@@ -100,6 +108,12 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
         else:
             q_BE = steps.embed_questions(setting, params, batch, None)
             scores_BR, rows_BR = mips.search(q_BE, index.embeddings_NE, wanted, mesh=loaded.mesh, n_valid=n_passages)
+            if cfg.retrieval_only:
+                prior_BK, nothing = (
+                    jnp.exp(objectives.prior_logp(scores_BR[:, :n_docs])),
+                    jnp.zeros((len(q_BE), 0), int),
+                )
+                return Answers(nothing, nothing.sum(-1), rows_BR, prior_BK, prior_BK)
             ids, mask = steps.contexts(setting, passages, rows_BR[:, :n_docs], batch)
         scores_BK = scores_BR[:, :n_docs]
         found = loaded.rag.generate(params, ids, mask, scores_BK, cfg.num_beams, cfg.max_length, cfg.mode)

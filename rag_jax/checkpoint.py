@@ -3,6 +3,8 @@ imports Orbax.
 """
 
 import hashlib
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from rag_jax import files
 from rag_jax.errors import InputError
 
 Tree = Any
-KIND, VERSION = "parameters", 1
+KIND, VERSION = "parameters", 2
 
 
 class Checkpoints:
@@ -60,13 +62,29 @@ class Checkpoints:
         self._manager.close()
 
 
-def save_params(directory: Path, params: Tree) -> None:
-    """Parameters alone, for evaluation and sharing; whole or not at all, in place of an older copy."""
+def save_params(directory: Path, parts: Iterable[tuple[str, Tree]]) -> None:
+    """Parameters alone, for evaluation and sharing; whole or not at all, in place of an older copy.
+
+    `parts`, such as `params.items()`, are taken and written one after another: a generator that makes each when it is
+    asked for never holds them all.
+    """
+    described: dict[str, list] = {}
     with files.new_directory(directory.resolve(), KIND, overwrite=True) as temporary:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(temporary / "arrays", params)
-            checkpointer.wait_until_finished()
-        files.write_manifest(temporary, KIND, VERSION, {"shapes": shapes(params)})
+        (temporary / "arrays").mkdir()
+        for name, tree in parts:
+            with _checkpointer(tree) as checkpointer:
+                checkpointer.save(temporary / "arrays" / name, args=ocp.args.PyTreeSave(tree))
+            described |= shapes({name: tree})
+            del tree
+        files.write_manifest(temporary, KIND, VERSION, {"shapes": described})
+
+
+def _checkpointer(tree: Tree) -> ocp.Checkpointer:
+    """One that copies only some arrays at a time on their way; by itself it would copy all of them first."""
+    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)]
+    at_once = max(1.01 * max(sizes), sum(sizes) / 8) / 1e9
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=at_once, restore_concurrent_gb=at_once)
+    return ocp.Checkpointer(handler)
 
 
 def shapes(params: Tree) -> dict[str, list]:
@@ -90,9 +108,14 @@ def check_params(directory: Path, like: Tree | None = None) -> None:
 def load_params(directory: Path, like: Tree) -> Tree:
     """Parameters written by `save_params`, checked against the shapes of `like`."""
     check_params(directory, like)
+    return {name: _load_part(directory.resolve() / "arrays" / name, tree) for name, tree in like.items()}
+
+
+def _load_part(directory: Path, like: Tree) -> Tree:
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(directory.resolve() / "arrays", target)
+    with _checkpointer(target) as checkpointer:
+        arguments = ocp.checkpoint_utils.construct_restore_args(target)
+        return checkpointer.restore(directory, args=ocp.args.PyTreeRestore(item=target, restore_args=arguments))
 
 
 def tree_hash(params: Tree) -> str:

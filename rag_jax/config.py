@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,8 @@ class StageConfig:
 class TrainConfig:
     """A whole run: data, model and stages. Vocabulary sizes of the model are those of the corpus' tokenizers.
 
-    init: a run directory whose parameters are the start, "" for new ones.
+    init: a run directory, or a converted checkpoint, whose parameters are the start, "" for new ones; what `model`
+    leaves open is then as there.
     """
 
     corpus: str
@@ -99,11 +101,11 @@ def check(cfg: TrainConfig) -> None:
         if getattr(cfg, name) % cfg.log_every:
             raise InputError(f"{name}={getattr(cfg, name)} must be a multiple of log_every={cfg.log_every}")
     at_least(3, "target_length", cfg.target_length)
-    for name, length, positions in (
-        ("target_length", cfg.target_length, cfg.model.generator.positions),
-        ("model.source_length", cfg.model.source_length, cfg.model.generator.positions),
-        ("model.question_length", cfg.model.question_length, cfg.model.encoder.positions),
-    ):
+    limits = [("model.question_length", cfg.model.question_length, cfg.model.encoder.positions)]
+    if cfg.model.generator is not None:
+        limits.append(("target_length", cfg.target_length, cfg.model.generator.positions))
+        limits.append(("model.source_length", cfg.model.source_length, cfg.model.generator.positions))
+    for name, length, positions in limits:
         if length > positions:
             raise InputError(f"{name}={length} is more than the {positions} positions of the model")
     for stage in cfg.stages:
@@ -127,7 +129,9 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
         if getattr(stage, name) and not belongs:
             raise InputError(f"{where}{name}={getattr(stage, name)} is only for {place}")
     length = stage.source_length or cfg.model.source_length
-    if length > cfg.model.generator.positions:
+    if cfg.model.generator is None and not contrasts:
+        raise InputError(f"{where}objective={stage.objective!r} needs a generator, and model.generator is None")
+    if cfg.model.generator is not None and length > cfg.model.generator.positions:
         raise InputError(f"{where}source_length={length} is more than the {cfg.model.generator.positions} positions")
     if stage.objective == "rag" and stage.window + cfg.model.question_length >= length:
         raise InputError(
@@ -172,6 +176,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return one_of([kind for kind in arguments if kind is not type(None)], value, where)
     if origin is tuple:
         if not isinstance(value, tuple | list):
             raise InputError(f"{where}: expected a list, got {value!r}")
@@ -189,6 +195,17 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):
         raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value
+
+
+def one_of(classes: Sequence[type], value: Any, where: str) -> Any:
+    """The dataclass whose `kind` is that of the value, the first where it names none; None stays None."""
+    if value is None:
+        return None
+    kinds = {cls.kind: cls for cls in classes}  # type: ignore[attr-defined]
+    kind = value.get("kind", next(iter(kinds))) if isinstance(value, Mapping) else next(iter(kinds))
+    if kind not in kinds:
+        raise InputError(f"{where}.kind: {kind!r} is not one of {', '.join(map(repr, kinds))}")
+    return build(kinds[kind], value, where)
 
 
 def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> None:
@@ -249,7 +266,23 @@ def load(path: str, assignments: Sequence[str] = ()) -> TrainConfig:
         raise InputError(f"{file}: a configuration file defines get_config(argument) -> ml_collections.ConfigDict")
     config = module.get_config(argument) if argument else module.get_config()
     override(config, assignments)
-    return build(TrainConfig, plain(config))
+    values = plain(config)
+    start = Path(str(values.get("init") or "")) / "config.json"
+    if values.get("init") and start.is_file():
+        values["model"] = merge(plain(read(start).model), values.get("model") or {})
+    return build(TrainConfig, values)
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, section by section; a generator of another kind stands for itself."""
+    merged = dict(base)
+    for name, value in changes.items():
+        old = merged.get(name)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            same = value.get("kind", old.get("kind")) == old.get("kind")
+            value = merge(old, value) if same else value
+        merged[name] = value
+    return merged
 
 
 def plain(value: Any) -> Any:

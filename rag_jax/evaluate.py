@@ -17,7 +17,9 @@ from rag_jax.data.formats import Question
 from rag_jax.errors import InputError
 
 
-def prediction_rows(questions: Sequence[Question], answers: Sequence[Answer], corpus: Any) -> list[dict[str, Any]]:
+def prediction_rows(
+    questions: Sequence[Question], answers: Sequence[Answer], corpus: Any, retrieval_only: bool = False
+) -> list[dict[str, Any]]:
     """One row a question: what predictions.jsonl holds and metrics.summarize reads."""
     rows = []
     for question, found in zip(questions, answers, strict=True):
@@ -27,7 +29,7 @@ def prediction_rows(questions: Sequence[Question], answers: Sequence[Answer], co
             {
                 "id": question.id,
                 "question": question.question,
-                "prediction": found.text,
+                "prediction": None if retrieval_only else found.text,
                 "answers": golds,
                 "score": found.score,
                 "gold": list(question.positive_passage_ids),
@@ -45,9 +47,8 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Prediction rows of the questions."""
     texts = [question.question for question in questions]
-    return prediction_rows(
-        questions, answer.answer_questions(loaded, params, index, texts, cfg, program), loaded.corpus
-    )
+    answers = answer.answer_questions(loaded, params, index, texts, cfg, program)
+    return prediction_rows(questions, answers, loaded.corpus, cfg.retrieval_only)
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -84,10 +85,13 @@ def evaluate(
     """Score a run on a question file (its own dev questions by default) and write the two files into `out`."""
     begun = time.perf_counter()
     pipeline = Pipeline.from_run(directory, index)
+    if questions is None and not pipeline.config.dev:
+        raise InputError(f"{directory}: a converted model names no questions; pass --questions FILE")
     file = questions or Path(pipeline.config.dev)
     asked = select(formats.read_questions(file), where, limit)
     cfg = pipeline.answer_config(**changes)
-    rows = prediction_rows(asked, pipeline.answer([q.question for q in asked], cfg), pipeline.loaded.corpus)
+    answers = pipeline.answer([q.question for q in asked], cfg)
+    rows = prediction_rows(asked, answers, pipeline.loaded.corpus, cfg.retrieval_only)
     out.mkdir(parents=True, exist_ok=True)
     write_lines(out / "predictions.jsonl", rows)
     manifest = pipeline.snapshot.manifest
@@ -104,6 +108,7 @@ def evaluate(
         "n_docs": cfg.n_docs,
         "num_beams": cfg.num_beams,
         "closed_book": cfg.closed_book,
+        "retrieval_only": cfg.retrieval_only,
         "seconds": round(time.perf_counter() - begun, 1),
     }
     temporary = out / "report.json.tmp"
@@ -120,6 +125,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="directory for predictions.jsonl and report.json (default: RUN)")
     parser.add_argument("--index", type=Path, help="another index, made by rag-jax index: hot swap, no retraining")
     parser.add_argument("--closed-book", action="store_true", help="no passages: what the generator knows by itself")
+    parser.add_argument("--retrieval-only", action="store_true", help="recall alone; no answers are written")
     parser.add_argument("--n-docs", type=int, default=0, help="passages read per question (default: as trained)")
     parser.add_argument("--n-retrieved", type=int, default=100, help="passages retrieved, for recall@k")
     parser.add_argument("--num-beams", type=int, default=1)
@@ -131,7 +137,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    changes = {name: getattr(args, name) for name in ("n_retrieved", "num_beams", "mode", "batch", "closed_book")}
+    changes = {
+        name: getattr(args, name)
+        for name in ("n_retrieved", "num_beams", "mode", "batch", "closed_book", "retrieval_only")
+    }
     if args.n_docs:
         changes["n_docs"] = args.n_docs
     return evaluate(args.run, args.questions, args.out or args.run, args.index, args.where, args.limit, **changes)

@@ -75,7 +75,8 @@ def bootstrap_ci(values: Sequence[float], seed: int = 0, resamples: int = 1000) 
 def summarize(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, float]:
     """The means over prediction rows {"prediction", "answers", "retrieved", "gold", "retrieved_has_answer"}.
 
-    n; exact_match with its 95% interval exact_match_low, exact_match_high, and f1 over the rows with answers;
+    n; exact_match with its 95% interval exact_match_low, exact_match_high, and f1 over the rows with answers whose
+    prediction is not None (retrieval alone);
     recall_at_k over the rows with gold passages; answer_recall_at_k over the rows with answers. Only those k of
     RECALL_KS that every row retrieved; a figure that no row can give is left out.
     """
@@ -83,11 +84,12 @@ def summarize(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, flo
         raise InputError("no predictions to summarize; is the question file empty?")
     summary: dict[str, float] = {"n": len(rows)}
     answered = [row for row in rows if row.get("answers")]
-    if answered:
-        matches = [exact_match(row["prediction"], row["answers"]) for row in answered]
+    written = [row for row in answered if row["prediction"] is not None]
+    if written:
+        matches = [exact_match(row["prediction"], row["answers"]) for row in written]
         low, high = bootstrap_ci(matches, seed)
         summary |= {"exact_match": _mean(matches), "exact_match_low": low, "exact_match_high": high}
-        summary["f1"] = _mean([f1(row["prediction"], row["answers"]) for row in answered])
+        summary["f1"] = _mean([f1(row["prediction"], row["answers"]) for row in written])
     with_gold = [row for row in rows if row.get("gold")]
     with_flags = [row for row in answered if row.get("retrieved_has_answer") is not None]
     for k in _usable_ks(with_gold, "retrieved"):

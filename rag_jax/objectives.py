@@ -99,11 +99,13 @@ def rag_nll(
     *,
     prior: Prior = "paper",
     label_smoothing: float = 0.0,
+    first_counts: jax.Array | bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log marginal likelihood nll_B, summed over tokens (no mean), and token_logp_BKT.
 
-    With label smoothing e: (1-e) * nll - (e/V) * smooth, as in transformers. Raises KeyError for an unknown objective
-    and ValueError for shapes that do not fit together.
+    With label smoothing e: (1-e) * nll - (e/V) * smooth, as in transformers. `first_counts`, a scalar: whether the
+    first target token is part of the likelihood (of the smoothing term it always is). Raises KeyError for an unknown
+    objective and ValueError for shapes that do not fit together.
     """
     logp, smooth = OBJECTIVES[objective]
     B, K, T, _ = logits_BKTV.shape
@@ -114,7 +116,10 @@ def rag_nll(
         )
     token_logp_BKT = target_logp(logits_BKTV, jnp.broadcast_to(targets_BT[:, None], (B, K, T)))
     prior_BK = prior_logp(scores_BK)
-    nll_B = -logp(token_logp_BKT, prior_BK, mask_BT, prior)
+    counted_BKT = token_logp_BKT
+    if first_counts is not True:
+        counted_BKT = token_logp_BKT.at[..., 0].set(jnp.where(first_counts, token_logp_BKT[..., 0], 0.0))
+    nll_B = -logp(counted_BKT, prior_BK, mask_BT, prior)
     if label_smoothing:
         smooth_B = smooth(logits_BKTV, prior_BK, mask_BT, prior)
         nll_B = (1 - label_smoothing) * nll_B - label_smoothing / logits_BKTV.shape[-1] * smooth_B

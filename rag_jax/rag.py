@@ -11,25 +11,38 @@ visits the host.
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from rag_jax import decoding, objectives
+from rag_jax.errors import InputError
 from rag_jax.models import copying
-from rag_jax.models.bart import POSITION_OFFSET, Bart, BartConfig, KeyValues
+from rag_jax.models.bart import POSITION_OFFSET, Bart, BartConfig
 from rag_jax.models.bert import Bert, BertConfig
+from rag_jax.models.layers import KeyValues
+from rag_jax.models.lm import Lm, LmConfig
+from rag_jax.models.t5 import T5, T5Config
 
 Params = dict[str, Any]
+GeneratorConfig = BartConfig | T5Config | LmConfig
+
+# All have the interface of Bart: encode, cross, init_cache, decode.
+GENERATORS: dict[str, Any] = {"bart": Bart, "t5": T5, "lm": Lm}
 
 
 @dataclass(frozen=True)
 class RagConfig:
-    """The model. `variant` decides the marginalisation; `source_length` is the longest joined input, in tokens."""
+    """The model. `variant` decides the marginalisation; `source_length` is the longest joined input, in tokens.
+
+    generator: BartConfig, T5Config or LmConfig, told apart by `kind`; None for a retriever alone.
+    """
 
     variant: Literal["sequence", "token"] = "sequence"
     encoder: BertConfig = field(default_factory=BertConfig)
-    generator: BartConfig = field(default_factory=BartConfig)
+    generator: GeneratorConfig | None = field(default_factory=BartConfig)
     tie_encoders: bool = False
+    context_encoder: bool = True  # False: it is elsewhere, as in the released RAG checkpoints
     n_docs: int = 5
     source_length: int = 300
     question_length: int = 64
@@ -37,6 +50,16 @@ class RagConfig:
     @property
     def objective(self) -> str:
         return f"rag_{self.variant}"
+
+    @property
+    def reader(self) -> GeneratorConfig:
+        """The generator; InputError for a retriever alone."""
+        if self.generator is None:
+            raise InputError(
+                "this model is a retriever without a generator; it can be indexed, searched and trained with "
+                "objective='contrastive', and becomes whole with rag-jax convert --generator"
+            )
+        return self.generator
 
 
 class Passages(NamedTuple):
@@ -98,10 +121,19 @@ def join(
     return jnp.where(mask, ids, pad_id), mask
 
 
-def shift_left(labels_BT: jax.Array, pad_id: int) -> tuple[jax.Array, jax.Array]:
-    """Targets and mask for labels `<s> y </s>` as decoder input: position t predicts labels[t+1], the last one pad."""
+def shift_left(labels_BT: jax.Array, generator: GeneratorConfig) -> tuple[jax.Array, jax.Array]:
+    """Targets and mask for labels `<s> y </s>` as decoder input: position t predicts labels[t+1], the last one pad.
+
+    Where one token is both the end and padding, the first one counts.
+    """
+    pad_id = generator.pad_id
     targets_BT = jnp.concatenate([labels_BT[:, 1:], jnp.full_like(labels_BT[:, :1], pad_id)], axis=1)
-    return targets_BT, targets_BT != pad_id
+    is_pad_BT = targets_BT == pad_id
+    if pad_id == generator.eos_id:
+        before_BT = jnp.cumsum(is_pad_BT, axis=1) - is_pad_BT
+        last_1T = jnp.arange(targets_BT.shape[1]) == targets_BT.shape[1] - 1  # no label there, only what was appended
+        return targets_BT, (before_BT == 0) & ~last_1T
+    return targets_BT, ~is_pad_BT
 
 
 def spread(x_BX: jax.Array, copies: int) -> jax.Array:
@@ -124,18 +156,20 @@ class Rag:
         return Bert(self.config.encoder)
 
     @property
-    def generator(self) -> Bart:
-        return Bart(self.config.generator)
+    def generator(self) -> nn.Module:
+        return GENERATORS[self.config.reader.kind](self.config.reader)
 
     def init(self, key: jax.Array) -> Params:
         """Parameters, boxed with their logical axis names (flax.linen.unbox removes the boxes)."""
         ids, mask = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)
         keys = jax.random.split(key, 3)
-        generator = self.generator.init(keys[2], ids, mask, ids)["params"]
-        if self.config.generator.init == "copy":
-            generator = copying.induction_start(generator, self.config.generator.heads, POSITION_OFFSET)
-        params = {"question_encoder": self.encoder.init(keys[0], ids, mask)["params"], "generator": generator}
-        if not self.config.tie_encoders:
+        params = {"question_encoder": self.encoder.init(keys[0], ids, mask)["params"]}
+        if self.config.generator is not None:
+            params["generator"] = self.generator.init(keys[2], ids, mask, ids)["params"]
+            if isinstance(self.config.generator, BartConfig) and self.config.generator.init == "copy":
+                heads = self.config.generator.heads
+                params["generator"] = copying.induction_start(params["generator"], heads, POSITION_OFFSET)
+        if self.config.context_encoder and not self.config.tie_encoders:
             params["context_encoder"] = self.encoder.init(keys[1], ids, mask)["params"]
         return params
 
@@ -152,7 +186,12 @@ class Rag:
     def embed_passages(
         self, params: Params, ids_BL: jax.Array, mask_BL: jax.Array, dropout: jax.Array | None = None
     ) -> jax.Array:
-        """d(z) [B, E]."""
+        """d(z) [B, E]; InputError where the model has no context encoder."""
+        if not self.config.context_encoder:
+            raise InputError(
+                "this model has no context encoder to embed passages with; give it one: rag-jax convert "
+                "--question-encoder A --context-encoder B --generator C --out DIR"
+            )
         side = "question_encoder" if self.config.tie_encoders else "context_encoder"
         return self._encode(params[side], ids_BL, mask_BL, dropout)
 
@@ -187,13 +226,24 @@ class Rag:
         hf_compat: bool = False,
         label_smoothing: float = 0.0,
         dropout: jax.Array | None = None,
+        exclude_bos_score: bool = False,
     ) -> jax.Array:
         """-log p(y|x) [B], summed over tokens; labels are `<s> y </s>`, right-padded.
 
-        hf_compat: see objectives.sequence_joint.
+        hf_compat: see objectives.sequence_joint. exclude_bos_score: where every row of the targets begins with bos (the
+        labels then with two first tokens, as generation from eos gives them), that token is not scored, as
+        transformers' RAG-Sequence has it; ValueError for RAG-Token, which has no such thing.
         """
         return self.loss(
-            params, context_ids_BKL, context_mask_BKL, scores_BK, labels_BT, hf_compat, label_smoothing, dropout
+            params,
+            context_ids_BKL,
+            context_mask_BKL,
+            scores_BK,
+            labels_BT,
+            hf_compat,
+            label_smoothing,
+            dropout,
+            exclude_bos_score,
         )[0]
 
     def loss(
@@ -206,12 +256,16 @@ class Rag:
         hf_compat: bool = False,
         label_smoothing: float = 0.0,
         dropout: jax.Array | None = None,
+        exclude_bos_score: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
         """nll_B and the posterior log p(z_k|x,y) [B, K]."""
         check_contexts(context_ids_BKL, context_mask_BKL, scores_BK, labels_BT)
-        targets_BT, mask_BT = shift_left(labels_BT, self.config.generator.pad_id)
+        targets_BT, mask_BT = shift_left(labels_BT, self.config.reader)
         logits_BKTV = self.logits(params, context_ids_BKL, context_mask_BKL, labels_BT, dropout)
         prior: objectives.Prior = "hf_compat" if hf_compat else "paper"
+        if exclude_bos_score and self.variant != "sequence":
+            raise ValueError("exclude_bos_score is of RAG-Sequence; this model is RAG-Token")
+        first_counts = ~(targets_BT[:, 0] == self.config.reader.bos_id).all() if exclude_bos_score else True
         nll_B, token_logp_BKT = objectives.rag_nll(
             self.config.objective,
             logits_BKTV,
@@ -220,6 +274,7 @@ class Rag:
             scores_BK,
             prior=prior,
             label_smoothing=label_smoothing,
+            first_counts=first_counts,
         )
         return nll_B, objectives.posterior_logp(token_logp_BKT, objectives.prior_logp(scores_BK), mask_BT)
 
@@ -240,6 +295,7 @@ class Rag:
         the beam of z did not produce y (section 2.5).
         """
         check_contexts(context_ids_BKL, context_mask_BKL, scores_BK)
+        _ = self.config.reader  # InputError for a retriever alone
         if num_beams < 1 or max_length < 2:
             raise ValueError(f"num_beams must be 1 or more and max_length 2 or more, got {num_beams} and {max_length}")
         if mode not in ("thorough", "fast"):
@@ -253,19 +309,19 @@ class Rag:
     def _generate_token(self, params: Params, contexts: Contexts, prior_BK: jax.Array, M: int, T: int) -> Generation:
         best_BT = self._search(params, contexts, M, T, prior_BK).sequences[:, 0]
         logp_BKT = self._candidate_logp(params, contexts, best_BT[:, None])[:, 0]
-        _, mask_BT = shift_left(best_BT, self.config.generator.pad_id)
+        _, mask_BT = shift_left(best_BT, self.config.reader)
         score_B = objectives.rag_token_logp(logp_BKT, prior_BK, mask_BT)
         return Generation(best_BT, score_B, jnp.exp(objectives.posterior_logp(logp_BKT, prior_BK, mask_BT)))
 
     def _generate_sequence(
         self, params: Params, contexts: Contexts, prior_BK: jax.Array, M: int, T: int, mode: str
     ) -> Generation:
-        c, (B, K) = self.config.generator, prior_BK.shape
+        c, (B, K) = self.config.reader, prior_BK.shape
         found = self._search(params, contexts, M, T)
         candidates_BCT, own_BC = found.sequences.reshape(B, K * M, T), found.scores.reshape(B, K * M)
         real_BC = own_BC > decoding.NEVER
         if mode == "thorough":
-            _, mask_CT = shift_left(candidates_BCT.reshape(-1, T), c.pad_id)
+            _, mask_CT = shift_left(candidates_BCT.reshape(-1, T), c)
             logp_BCKT = self._candidate_logp(params, contexts, candidates_BCT)
             logp_BCK = jnp.where(mask_CT.reshape(B, K * M, 1, T), logp_BCKT, 0.0).sum(-1)
         else:  # the same string from the beams of two documents is one candidate
@@ -290,7 +346,7 @@ class Rag:
 
         A marginal search carries its beams in the order [B, M, K], so that the K caches of a beam move together.
         """
-        c, R = self.config.generator, len(contexts.mask_RL)
+        c, R = self.config.reader, len(contexts.mask_RL)
         B, K = (R, 1) if prior_BK is None else prior_BK.shape
 
         def per_beam(x: jax.Array) -> jax.Array:
@@ -312,14 +368,14 @@ class Rag:
             return jax.tree.map(lambda x: x.reshape(B * M, K, *x.shape[1:]), cache)
 
         cache = by_document(self.generator.init_cache(R * M, T))
-        return decoding.search(step, cache, B, M, T, c.bos_id, c.eos_id, c.pad_id)
+        return decoding.search(step, cache, B, M, T, c.start_id, c.eos_id, c.pad_id)
 
     def _candidate_logp(self, params: Params, contexts: Contexts, candidates_BCT: jax.Array) -> jax.Array:
         """log p(y_t|x,z_k,y_<t) of every candidate under every document [B, C, K, T], one candidate at a time."""
         B, K = len(candidates_BCT), len(contexts.mask_RL) // len(candidates_BCT)
 
         def one(candidate_BT: jax.Array) -> jax.Array:
-            targets_BT, _ = shift_left(candidate_BT, self.config.generator.pad_id)
+            targets_BT, _ = shift_left(candidate_BT, self.config.reader)
             variables, ids = {"params": params["generator"]}, spread(candidate_BT, K)
             logits, _ = self.generator.apply(variables, ids, *contexts, method="decode")
             return objectives.target_logp(logits, spread(targets_BT, K)).reshape(B, K, -1)

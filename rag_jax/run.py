@@ -27,35 +27,29 @@ from rag_jax.retrieval.corpus import Corpus
 from rag_jax.steps import Index
 
 IDENTITY = "corpus.json"
+PROVENANCE = "hf"  # the configuration files that converted parameters came with, for an export
 
 
 def resolve(model: RagConfig, encoder: Tokenizer, generator: Tokenizer) -> RagConfig:
     """The model with vocabularies and special ids as the corpus' tokenizers have them; InputError on contradiction."""
     for side, vocab, tokenizer in (
         ("encoder", model.encoder.vocab_size, encoder),
-        ("generator", model.generator.vocab_size, generator),
+        ("generator", model.generator.vocab_size if model.generator else 0, generator),
     ):
         if vocab and vocab < tokenizer.vocab_size:
             raise InputError(
                 f"model.{side}.vocab_size is {vocab}, but the corpus was tokenised with {tokenizer.vocab_size} tokens; "
                 "set it to 0 to take the tokenizer's, or build the corpus with the model's tokenizer"
             )
-    bos, pad, eos = (
-        generator.prefix_ids[0] if generator.prefix_ids else generator.bos_id,
-        generator.pad_id,
-        generator.eos_id,
+    resolved = model.generator and dataclasses.replace(
+        model.generator,
+        vocab_size=model.generator.vocab_size or generator.vocab_size,
+        bos_id=generator.start_id,
+        pad_id=generator.pad_id,
+        eos_id=generator.eos_id,
     )
-    return dataclasses.replace(
-        model,
-        encoder=dataclasses.replace(model.encoder, vocab_size=model.encoder.vocab_size or encoder.vocab_size),
-        generator=dataclasses.replace(
-            model.generator,
-            vocab_size=model.generator.vocab_size or generator.vocab_size,
-            bos_id=bos,
-            pad_id=pad,
-            eos_id=eos,
-        ),
-    )
+    resolved_encoder = dataclasses.replace(model.encoder, vocab_size=model.encoder.vocab_size or encoder.vocab_size)
+    return dataclasses.replace(model, encoder=resolved_encoder, generator=resolved)
 
 
 @dataclass(frozen=True)
@@ -134,6 +128,11 @@ def check_tokenizers(run_dir: Path, corpus: Corpus) -> None:
     """InputError with both hashes where the corpus was tokenised otherwise than the one that the run was trained on."""
     known, now = read_identity(run_dir), identity(corpus)
     for name in ("encoder_tokenizer", "generator_tokenizer"):
+        if name not in known:
+            raise InputError(
+                f"{run_dir}: was converted from weights without the {name.replace('_', ' ')}, so no corpus can be "
+                "matched to it; put the tokenizer's files beside the weights and convert again"
+            )
         if known[name] != now[name]:
             raise InputError(
                 f"{corpus.directory}: tokenised with {name} {now[name][:16]}, but {run_dir} was trained with "
@@ -167,13 +166,19 @@ def check_init(run_dir: Path, model: RagConfig, corpus: Corpus, mesh: jax.shardi
     checkpoint.check_params(run_dir / "params", param_places(rag, mesh))
 
 
-def from_pretrained(path: str | Path) -> tuple[Rag, Params]:
-    """The model of a run directory and its parameters; InputError for any other directory and for an unfinished run."""
-    directory = Path(path)
-    config = read_config(directory)
-    encoder, generator = (tokenizers.load(directory / "tokenizers" / role) for role in ("encoder", "generator"))
-    rag = Rag(resolve(config.model, encoder, generator))
-    return rag, read_params(directory, rag, sharding.make_mesh(config.mesh or None))
+def run_model(directory: Path, config: TrainConfig) -> Rag:
+    """The model of a run, with vocabularies and special ids as its tokenizers have them."""
+    if not (directory / "tokenizers" / "generator").is_dir():  # converted from weights that came without
+        return Rag(config.model)
+    return Rag(
+        resolve(config.model, *(tokenizers.load(directory / "tokenizers" / r) for r in ("encoder", "generator")))
+    )
+
+
+def write_empty_run(directory: Path, model: RagConfig, identity: dict[str, Any]) -> None:
+    """The configuration files of a run with no stages, whose parameters come from elsewhere."""
+    config.save(TrainConfig(corpus="", train="", dev="", stages=(), model=model), directory / "config.json")
+    (directory / IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
 
 
 def encoder_hash(loaded: Loaded, params: Params) -> str:

@@ -74,7 +74,7 @@ def contexts(s: Setting, passages: Passages, rows_BK: jax.Array, batch: Batch) -
         jnp.repeat(batch["tail_ids"], K, axis=0),
         jnp.repeat(batch["tail_length"], K),
         s.stage.source_length or s.rag.config.source_length,
-        s.rag.config.generator.pad_id,
+        s.rag.config.reader.pad_id,
         start,
         stop,
     )
@@ -122,7 +122,7 @@ def rag_loss(
         s.stage.label_smoothing,
         generator_key,
     )
-    counted = shift_left(batch["labels"], s.rag.config.generator.pad_id)[1].sum()
+    counted = shift_left(batch["labels"], s.rag.config.reader)[1].sum()
     tokens = mask_BKL.sum() + counted * rows_BK.shape[1]
     metrics = {"nll_per_token": nll_B.sum() / counted, "tokens": tokens}
     if s.stage.documents != "gold":
@@ -180,9 +180,9 @@ def denoise_loss(s: Setting, params: Params, batch: Batch, key: jax.Array) -> tu
         batch["tail_ids"],
         batch["tail_length"],
         batch["tail_ids"].shape[1] + len(s.prefix_ids),
-        s.rag.config.generator.pad_id,
+        s.rag.config.reader.pad_id,
     )
-    targets, counted = shift_left(batch["labels"], s.rag.config.generator.pad_id)
+    targets, counted = shift_left(batch["labels"], s.rag.config.reader)
     logits = s.rag.logits(params, ids[:, None], mask[:, None], batch["labels"], key)[:, 0]
     logp = jnp.where(counted, objectives.target_logp(logits, targets), 0.0)
     right = (logits.argmax(-1) == targets) & counted

@@ -26,6 +26,7 @@ from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.data import formats, pipeline
 from rag_jax.errors import InputError
 from rag_jax.logs import MetricWriter, Progress
+from rag_jax.models.lexical import inverse_document_frequency, lexical_start
 from rag_jax.retrieval import index as snapshots
 from rag_jax.retrieval.corpus import Corpus
 from rag_jax.steps import Index, Setting, TrainState, jit_step
@@ -110,6 +111,9 @@ def open_run(cfg: TrainConfig, directory: Path, data: Data) -> None:
     (directory / runs.IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
     corpus = data.corpus
     shutil.copytree(corpus.directory / "tokenizers", directory / "tokenizers", dirs_exist_ok=True)
+    provenance = Path(cfg.init) / runs.PROVENANCE
+    if cfg.init and provenance.is_dir():
+        shutil.copytree(provenance, directory / runs.PROVENANCE, dirs_exist_ok=True)
     temporary = known.with_suffix(".tmp")
     config.save(cfg, temporary)
     temporary.rename(known)
@@ -284,7 +288,13 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
         keeper.close()
         return result(directory, total, seconds)
     loaded = runs.load(cfg.model, corpus, mesh)
-    answering = AnswerConfig(n_docs=cfg.model.n_docs, n_retrieved=20, max_length=cfg.target_length, batch=64)
+    answering = AnswerConfig(
+        n_docs=cfg.model.n_docs,
+        n_retrieved=20,
+        max_length=cfg.target_length,
+        batch=64,
+        retrieval_only=cfg.model.generator is None,
+    )
     session = Session(
         cfg=cfg,
         directory=directory,
@@ -312,7 +322,7 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
             params = state.params
         start = end
     session.writer.close()
-    checkpoint.save_params(directory / "params", params)
+    checkpoint.save_params(directory / "params", params.items())
     logs.info("embedding the corpus for the run's index")
     runs.write_index(loaded, params, total, directory / "index", overwrite=True)
     keeper.close()
@@ -337,7 +347,15 @@ def init_params(loaded: runs.Loaded, seed: int, init_from: str) -> Any:
     """New parameters, made sharded; or those of another run."""
     if init_from:
         return runs.read_params(Path(init_from), loaded.rag, loaded.mesh)
-    return sharding.init(loaded.mesh, loaded.rag.init, jax.random.key(seed))
+    params = sharding.init(loaded.mesh, loaded.rag.init, jax.random.key(seed))
+    encoder = loaded.rag.config.encoder
+    if encoder.init == "lexical":
+        corpus = loaded.corpus
+        weight_V = inverse_document_frequency(corpus.encoder_ids, corpus.encoder_length, encoder.vocab_size)
+        for side in {"question_encoder", "context_encoder"} & set(params):
+            places = jax.tree.map(lambda x: x.sharding, params[side])
+            params[side] = jax.device_put(lexical_start(params[side], weight_V), places)
+    return params
 
 
 def empty_index(loaded: runs.Loaded) -> Index:
@@ -353,7 +371,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--run", required=True, type=Path, help="run directory; an unfinished run in it is gone on with"
     )
     parser.add_argument("--stage", action="append", default=[], help="train only this stage (may be repeated)")
-    parser.add_argument("--init", type=Path, help="start from the parameters of this run directory")
+    parser.add_argument(
+        "--init", type=Path, help="start from the parameters of this run directory or converted checkpoint"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the configuration"
     )
@@ -364,13 +384,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    cfg = config.load(args.config, args.set)
+    start = [f"init={json.dumps(str(args.init))}"] if args.init else []
+    cfg = config.load(args.config, [*args.set, *start])
     if args.stage:
         known = [stage.name for stage in cfg.stages]
         missing = [name for name in args.stage if name not in known]
         if missing:
             raise InputError(f"--stage {missing[0]}: no such stage; {args.config} has {', '.join(known)}")
         cfg = dataclasses.replace(cfg, stages=tuple(stage for stage in cfg.stages if stage.name in args.stage))
-    if args.init:
-        cfg = dataclasses.replace(cfg, init=str(args.init))
     return train(cfg, args.run)

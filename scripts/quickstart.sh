@@ -21,9 +21,9 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 # a step on CPU allocates tens of megabytes; with huge pages (glibc 2.35 and later) it spends a quarter less time
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
-say "a fictional world of 3,000 entities, and the same world with half of its facts changed"
-[[ -d $data/world ]] || show rag-jax world --out "$data/world" --entities 3000 --relations 6 --wordings 3
-[[ -d $data/edited ]] || show rag-jax world --out "$data/edited" --entities 3000 --relations 6 --wordings 3 --edit
+say "a fictional world of 5,000 entities, and the same world with half of its facts changed"
+[[ -d $data/world ]] || show rag-jax world --out "$data/world" --entities 5000 --relations 6 --wordings 3
+[[ -d $data/edited ]] || show rag-jax world --out "$data/edited" --entities 5000 --relations 6 --wordings 3 --edit
 
 say "corpus: passages tokenised once, with tokenizers trained on them"
 [[ -d $data/world-corpus ]] || show rag-jax corpus "$data/world/passages.jsonl" --out "$data/world-corpus" \

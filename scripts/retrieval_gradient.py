@@ -58,7 +58,7 @@ def with_reader(base: config.TrainConfig, reader: Path, weak: Path, out: Path) -
     generator = runs.read_params(reader, opened.loaded.rag, mesh)["generator"]
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(weak / runs.IDENTITY, out / runs.IDENTITY)
-    checkpoint.save_params(out / "params", {**opened.params, "generator": generator})
+    checkpoint.save_params(out / "params", {**opened.params, "generator": generator}.items())
 
 
 def main() -> None:

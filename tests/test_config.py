@@ -11,9 +11,19 @@ from conftest import ROOT
 from rag_jax import config
 from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.errors import InputError
+from rag_jax.models.bart import BartConfig
+from rag_jax.models.lm import LmConfig
+from rag_jax.models.t5 import T5Config
+from rag_jax.rag import RagConfig
 
 TINY = f"{ROOT}/tests/tiny.py:data"
 SHIPPED = sorted((ROOT / "configs").glob("*.py"))
+VARIANTS = [f"{file}{argument}" for file in SHIPPED for argument in ("", ":sequence", ":token")]
+VARIANTS = [path for path in VARIANTS if "minilm.py:" not in path]  # a retriever has none
+
+
+def minimal():
+    return {"corpus": "c", "train": "t", "dev": "d", "stages": [{"name": "a"}]}
 
 
 @pytest.fixture
@@ -30,7 +40,7 @@ def write(tmp_path, body):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [f"{file}{argument}" for file in SHIPPED for argument in ("", ":sequence", ":token")])
+@pytest.mark.parametrize("path", VARIANTS)
 def test_shipped_configurations_load_and_hold_together(path):
     cfg = config.load(path)
     config.check(cfg)
@@ -38,7 +48,7 @@ def test_shipped_configurations_load_and_hold_together(path):
 
 
 def test_there_are_shipped_configurations():
-    assert {"world", "squad", "nq_gold"} <= {file.stem for file in SHIPPED}
+    assert {"world", "squad", "nq_gold", "minilm"} <= {file.stem for file in SHIPPED}
 
 
 def test_values_arrive_in_their_dataclasses(base):
@@ -225,3 +235,49 @@ def test_no_stages(base):
 def test_tiny_says_how_many_steps_it_has(base):
     assert sum(stage.steps for stage in base.stages) == tiny.STEPS
     assert json.loads(json.dumps(config.plain(base)))["stages"][0]["name"] == "retriever"
+
+
+def test_what_the_model_leaves_open_is_that_of_the_start(tmp_path):
+    """`init` names a run: its model is the base, section by section; a generator of another kind is taken whole."""
+    start = config.build(config.TrainConfig, minimal() | {"model": {"n_docs": 7, "encoder": {"width": 24, "heads": 3}}})
+    config.save(start, tmp_path / "config.json")
+    file = tmp_path / "other.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(kind):\n"
+        f"    c = ConfigDict({minimal()!r})\n"
+        "    c.model = ConfigDict({'encoder': {'dropout': 0.5}, 'generator': {'kind': kind, 'width': 48}})\n"
+        "    return c\n"
+    )
+    made = config.load(f"{file}:bart", [f"init={tmp_path}"]).model
+    assert (made.n_docs, made.encoder.width, made.encoder.heads, made.encoder.dropout) == (7, 24, 3, 0.5)
+    assert made.generator == dataclasses.replace(start.model.generator, width=48)
+    other = config.load(f"{file}:t5", [f"init={tmp_path}"]).model
+    assert other.generator == T5Config(width=48) and other.encoder == made.encoder
+    assert config.load(f"{file}:bart").model.n_docs == RagConfig().n_docs
+
+
+def test_the_kind_of_generator_decides_its_configuration():
+    for kind, made in (("bart", BartConfig), ("t5", T5Config), ("lm", LmConfig)):
+        values = minimal() | {"model": {"generator": {"kind": kind, "vocab_size": 9}}}
+        generator = config.build(config.TrainConfig, values).model.generator
+        assert generator == made(vocab_size=9)
+        assert config.build(
+            config.TrainConfig, config.plain(config.build(config.TrainConfig, values))
+        ).model.generator == made(vocab_size=9)
+    assert config.build(config.TrainConfig, minimal() | {"model": {"generator": None}}).model.generator is None
+    with pytest.raises(InputError, match=r"model.generator.kind: 'rnn' is not one of 'bart', 't5', 'lm'"):
+        config.build(config.TrainConfig, minimal() | {"model": {"generator": {"kind": "rnn"}}})
+    with pytest.raises(InputError, match=r"generator: unknown key 'encoder_layer'"):
+        config.build(config.TrainConfig, minimal() | {"model": {"generator": {"kind": "t5", "encoder_layer": 2}}})
+
+
+def test_a_retriever_alone_is_only_contrasted():
+    stage = {"name": "a", "objective": "rag", "optimizer": {"groups": {"question_encoder": 1.0}}}
+    cfg = config.build(config.TrainConfig, minimal() | {"model": {"generator": None}, "stages": [stage]})
+    with pytest.raises(InputError, match="needs a generator"):
+        config.check(cfg)
+    cfg = config.build(
+        config.TrainConfig, minimal() | {"model": {"generator": None}, "stages": [stage | {"objective": "contrastive"}]}
+    )
+    config.check(cfg)

@@ -16,7 +16,7 @@ LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors"],
     ["objectives", "decoding", "metrics", "logs", "sharding", "files", "optimizer"],
-    ["checkpoint", "plots"],
+    ["checkpoint", "plots", "tensors"],
     ["models"],
     ["data"],
     ["retrieval"],
@@ -24,10 +24,11 @@ LEVELS = [
     ["config", "report"],
     ["steps"],
     ["run"],
+    ["pretrained"],
     ["answer"],
     ["evaluate"],
     ["train"],
-    ["ask", "bench", "build_index"],
+    ["ask", "bench", "build_index", "convert", "export"],
     ["__main__"],
 ]
 
@@ -48,11 +49,17 @@ ONLY = {
     "data": ["data", "sharding", "logs", "files"],
     "retrieval": RETRIEVAL,
     "retrieval.encode": [*RETRIEVAL, "models.bert"],
+    "tensors": [],
     "__main__": [],  # imports commands by name, when they are called
 }
 
-FORBIDDEN = {"torch", "pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow"}
-ALONE = {"orbax": "checkpoint", "tensorboardX": "logs", "matplotlib": "plots"}  # library: the one module that has it
+FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow"}
+ALONE = {
+    "orbax": "checkpoint",
+    "tensorboardX": "logs",
+    "matplotlib": "plots",
+    "torch": "tensors",
+}  # library: the one module that has it
 
 
 def inside(name: str, parent: str) -> bool:

@@ -93,9 +93,17 @@ def test_join_refuses_questions_that_cannot_fit():
 
 
 def test_shift_left_predicts_the_next_token():
-    targets, mask = shift_left(LABELS, PAD)
+    targets, mask = shift_left(LABELS, MODEL.generator)
     assert targets.tolist() == [[4, 5, 3, EOS, PAD], [6, EOS, PAD, PAD, PAD]]
     assert mask.tolist() == [[True] * 4 + [False], [True] * 2 + [False] * 3]
+
+
+def test_the_first_end_counts_where_the_end_is_also_padding():
+    generator = dataclasses.replace(MODEL.generator, pad_id=EOS)
+    labels = np.array([[BOS, 4, 5, 3, 6], [BOS, 4, 5, EOS, EOS], [BOS, EOS, EOS, EOS, EOS]])
+    targets, mask = shift_left(labels, generator)
+    assert targets.tolist() == [[4, 5, 3, 6, EOS], [4, 5, EOS, EOS, EOS], [EOS] * 5]
+    assert mask.sum(1).tolist() == [4, 3, 1] and mask[:, 0].all()
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ def test_a_tokenizer_that_is_not_there_fails_soon(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(InputError, match="cannot be reached"):
-        tokenizers._check_hub("no/such-tokenizer")
+        tokenizers.check_hub("no/such-tokenizer")
     assert time.monotonic() - started < 20
 
 
@@ -159,9 +159,9 @@ def test_broken_tokenizer_files(tmp_path: Path, bpe: tokenizers.Tokenizer) -> No
         tokenizers.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text(whole)
     (tmp_path / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}'
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}'
     )
-    with pytest.raises(InputError, match="no pad_token"):
+    with pytest.raises(InputError, match="no eos_token"):
         tokenizers.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
@@ -173,6 +173,20 @@ def test_a_tokenizer_with_no_specials_around_a_sentence() -> None:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = tokenizers._make(backend, {"pad_token": "<pad>", "eos_token": "<eos>"}, "test")
     assert (made.prefix_ids, made.middle_ids, made.suffix_ids, made.bos_id, made.mask_id) == ((), (), (), 0, None)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end() -> None:
+    """GPT-2's; its labels still begin and end, since nothing around a sentence does."""
+    backend = Backend(models.WordLevel({"<eos>": 0, "a": 1}, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = tokenizers._make(backend, {"bos_token": "<eos>", "eos_token": "<eos>"}, "test")
+    assert (made.pad_id, made.start_id, made.label([1, 1, 1, 1], 4)) == (0, 0, [0, 1, 1, 0])
+
+
+def test_a_label_is_cut_before_its_end(bpe: tokenizers.Tokenizer, wordpiece: tokenizers.Tokenizer) -> None:
+    assert bpe.label([7, 8, 9], 9) == [0, 7, 8, 9, 2]
+    assert bpe.label([7, 8, 9], 4) == [0, 7, 8, 2]
+    assert wordpiece.label([7, 8, 9], 4) == [2, 7, 8, 3]
 
 
 def test_wrap(wordpiece: tokenizers.Tokenizer) -> None:

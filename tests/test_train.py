@@ -15,7 +15,7 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from rag_jax import config, logs, train
+from rag_jax import config, logs, pretrained, train
 from rag_jax import run as runs
 from rag_jax.errors import InputError
 from rag_jax.retrieval import index as snapshots
@@ -38,7 +38,7 @@ def last_step(run):
 
 
 def parameters(run):
-    return jax.device_get(runs.from_pretrained(run)[1])
+    return jax.device_get(pretrained.from_pretrained(run)[1])
 
 
 def assert_same_run(a, b):

@@ -121,8 +121,7 @@ def tokenise(
     both = encode_questions([q.question for q in questions], encoder, generator, question_length)
     # the answer in the middle of a text follows a space; labels made of the same tokens can be copied
     answers = generator.encode_batch([" " + answer for _, answer in pairs])
-    room = target_length - len(generator.prefix_ids) - len(generator.suffix_ids)
-    labels = [[*generator.prefix_ids, *ids[:room], *generator.suffix_ids] for ids in answers]
+    labels = [generator.label(ids, target_length) for ids in answers]
     labels_NT, _ = pad_rows(labels, target_length, generator.pad_id, np.int32)
     width = max(1, *(len(q.positive_passage_ids) for q in questions)) if questions else 1
     gold = np.full((len(questions), width), -1, np.int32)
@@ -230,7 +229,7 @@ def denoise_batches(
             start = int(rng.integers(0, max(total - room, 0) + 1))
             ids = np.asarray(corpus.generator_ids[row][start : min(start + room, total)], np.int32)
             sources.append([*corrupt(ids, mask_id, rng, share), *tokenizer.suffix_ids])
-            labels.append([*tokenizer.prefix_ids, *ids, *tokenizer.suffix_ids])
+            labels.append(tokenizer.label(ids.tolist(), length))
         tail_ids, tail_length = pad_rows(sources, length - len(tokenizer.prefix_ids), tokenizer.pad_id, np.int32)
         label_ids, _ = pad_rows(labels, length, tokenizer.pad_id, np.int32)
         return {"tail_ids": tail_ids, "tail_length": tail_length, "labels": label_ids}

@@ -42,6 +42,16 @@ class Tokenizer:
     hash: str
     specials: dict[str, str]
 
+    @property
+    def start_id(self) -> int:
+        """What the decoder starts from, before the first token of an answer."""
+        return self.prefix_ids[0] if self.prefix_ids else self.bos_id
+
+    def label(self, ids: Sequence[int], max_length: int) -> list[int]:
+        """start + ids + end, the ids cut to fit: what the generator learns to write."""
+        end = self.suffix_ids or (self.eos_id,)
+        return [self.start_id, *ids[: max_length - 1 - len(end)], *end]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids without specials, on all cores."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -117,7 +127,7 @@ def _load_transformers(name: str, local: bool) -> Tokenizer:
         except OSError:
             if local:
                 raise
-            _check_hub(name)
+            check_hub(name)
             loaded = AutoTokenizer.from_pretrained(name)
     except InputError:
         raise
@@ -130,7 +140,7 @@ def _load_transformers(name: str, local: bool) -> Tokenizer:
     return _make(loaded.backend_tokenizer, specials, name)
 
 
-def _check_hub(name: str) -> None:
+def check_hub(name: str) -> None:
     """Raises at once where the hub cannot be asked: the hub's own client tries for minutes."""
     from huggingface_hub import constants
 
@@ -166,10 +176,11 @@ def _make(backend: Backend, specials: dict[str, str], name: str) -> Tokenizer:
         found = (backend.token_to_id(specials[key]) for key in keys if key in specials)
         return next((i for i in found if i is not None), None)
 
-    pad, eos = special_id("pad_token"), special_id("eos_token", "sep_token")
-    if pad is None or eos is None:
-        missing = "pad_token" if pad is None else "eos_token"
-        raise InputError(f"{name}: the tokenizer has no {missing}; name one in its {CONFIG_FILE}")
+    eos = special_id("eos_token", "sep_token")
+    if eos is None:
+        raise InputError(f"{name}: the tokenizer has no eos_token; name one in its {CONFIG_FILE}")
+    pad = special_id("pad_token")
+    pad = eos if pad is None else pad  # GPT-2 has none
     bos = special_id("bos_token", "cls_token")
     return Tokenizer(
         backend=backend,

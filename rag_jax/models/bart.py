@@ -1,17 +1,19 @@
 """BART as the generator (Lewis et al. 2019): encode, project for cross-attention once, decode with a cache."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from rag_jax.models.layers import (
+    Activation,
     Attention,
     Embed,
     FeedForward,
     Init,
+    KeyValues,
     LayerNorm,
     NormPlacement,
     embedding_init,
@@ -36,6 +38,7 @@ class BartConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.0
     eps: float = 1e-5
+    activation: Activation = "gelu"
     norm: NormPlacement = "post"
     init: Init = "hf"
     embedding_scale: float = 1.0  # sqrt(width) where Hugging Face says scale_embedding
@@ -45,18 +48,18 @@ class BartConfig:
     eos_id: int = 2
     dtype: str = "float32"
     remat: bool = False
+    generate_from_eos: bool = False  # as the released checkpoints do; labels begin with bos all the same
+    kind: Literal["bart"] = "bart"
+
+    @property
+    def start_id(self) -> int:
+        """What generation begins with."""
+        return self.eos_id if self.generate_from_eos else self.bos_id
 
 
 def check_length(length: int, config: BartConfig) -> None:
     if length > config.positions:
         raise ValueError(f"input of length {length}, but the generator has {config.positions} positions")
-
-
-class KeyValues(NamedTuple):
-    """Keys and values of all decoder layers, each a list of [B, L, H, C]."""
-
-    key: list[jax.Array]
-    value: list[jax.Array]
 
 
 class Layer(nn.Module):
@@ -78,7 +81,7 @@ class Layer(nn.Module):
         self.self_attention, self.self_norm = attention(), LayerNorm(c.eps, dtype)
         if self.decoder:
             self.cross_attention, self.cross_norm = attention(), LayerNorm(c.eps, dtype)
-        self.feed_forward = FeedForward(c.width, c.hidden, c.init, 0.0, dtype)
+        self.feed_forward = FeedForward(c.width, c.hidden, c.init, 0.0, dtype, c.activation)
         self.feed_forward_norm = LayerNorm(c.eps, dtype)
         self.drop = nn.Dropout(c.dropout)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rag_jax.models.layers import (
+    Activation,
     Attention,
     Dense,
     Dtype,
@@ -35,10 +36,12 @@ class BertConfig:
     token_types: int = 2
     dropout: float = 0.1
     eps: float = 1e-12
+    activation: Activation = "gelu"
     norm: NormPlacement = "post"
     init: Init = "hf"
     pooling: Literal["cls", "mean"] = "cls"
     projection: int = 0  # width of a linear layer on the pooled vector; 0: none
+    vector_norm: float = 0.0  # every vector is scaled to this length; 0: left as it comes
     dtype: str = "float32"
     remat: bool = False
 
@@ -62,7 +65,7 @@ class BertLayer(nn.Module):
         def attention(h: jax.Array) -> jax.Array:
             return drop(attend(h, attend.project(h), mask_B11L, deterministic), deterministic=deterministic)
 
-        feed = FeedForward(c.width, c.hidden, c.init, 0.0, dtype, name="feed_forward")
+        feed = FeedForward(c.width, c.hidden, c.init, 0.0, dtype, c.activation, name="feed_forward")
         x_BLD = residual(LayerNorm(c.eps, dtype, name="attention_norm"), c.norm, x_BLD, attention)
         return residual(
             LayerNorm(c.eps, dtype, name="feed_forward_norm"),
@@ -115,4 +118,8 @@ class Bert(nn.Module):
 
     def __call__(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> jax.Array:
         pooled_BD = pool(self.hidden(ids_BL, mask_BL, deterministic), mask_BL, self.config.pooling)
-        return self.projection(pooled_BD) if self.config.projection else pooled_BD
+        vector_BE = self.projection(pooled_BD) if self.config.projection else pooled_BD
+        if not self.config.vector_norm:
+            return vector_BE
+        norm_B1 = jnp.sqrt(jnp.maximum(jnp.square(vector_BE).sum(-1, keepdims=True), 1e-24))
+        return vector_BE * (self.config.vector_norm / norm_B1)

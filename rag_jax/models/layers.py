@@ -5,25 +5,42 @@ run in `dtype`, LayerNorm and softmax in float32.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Init = Literal["hf", "copy"]
+Init = Literal["hf", "copy", "lexical"]
 NormPlacement = Literal["post", "pre"]
+Activation = Literal["gelu", "gelu_new", "relu", "silu"]
 Dtype = Any
+
+# under the names of Hugging Face's configurations: gelu is the exact one (erf), gelu_new its tanh approximation
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of all layers of a decoder, each a list of [B, L, G, C]; G heads, or groups of heads."""
+
+    key: list[jax.Array]
+    value: list[jax.Array]
 
 
 def kernel_init(init: Init) -> Callable:
-    """`hf`: normal with std 0.02 (BERT, BART); `copy`: fan-in scaled, for training from scratch."""
+    """`hf`: normal with std 0.02 (BERT, BART); `copy`, `lexical`: fan-in scaled, for training from scratch."""
     return nn.initializers.normal(0.02) if init == "hf" else nn.initializers.lecun_normal()
 
 
 def embedding_init(init: Init) -> Callable:
-    """`hf`: std 0.02; `copy`: unit scale, so that at the start every token is told apart from every other."""
+    """`hf`: std 0.02; `copy`, `lexical`: unit scale, so that at the start all tokens are told apart."""
     return nn.initializers.normal(0.02 if init == "hf" else 1.0)
 
 
@@ -45,77 +62,107 @@ def sinusoids(offset: int) -> Callable:
 
 
 def position_init(init: Init, offset: int = 0) -> Callable:
-    """`hf`: normal with std 0.02; `copy`: sinusoids, still learned."""
+    """`hf`: normal with std 0.02; `copy`, `lexical`: sinusoids, still learned."""
     return nn.initializers.normal(0.02) if init == "hf" else sinusoids(offset)
 
 
 def attention(
     query_BTHC: jax.Array,
-    key_BLHC: jax.Array,
-    value_BLHC: jax.Array,
+    key_BLGC: jax.Array,
+    value_BLGC: jax.Array,
     mask_B1TL: jax.Array,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
+    bias_1HTL: jax.Array | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1). C is the width of a head; mask is True where to
     look.
 
-    A row whose mask is all False gives the mean of the values, never NaN.
+    H / G neighbouring heads share keys and values (Ainslie et al. 2023). The bias is added to the scores, which are
+    multiplied by `scale`, C ** -0.5 by default. A row whose mask is all False gives the mean of the values, never NaN.
     """
-    query_BHTC, key_BHLC, value_BHLC = (x.swapaxes(1, 2) for x in (query_BTHC, key_BLHC, value_BLHC))
-    query_BHTC = query_BHTC * query_BHTC.shape[-1] ** -0.5
+    query_BTHC = query_BTHC * (query_BTHC.shape[-1] ** -0.5 if scale is None else scale)
+    copies = query_BTHC.shape[2] // key_BLGC.shape[2]
+    if copies > 1:
+        key_BLGC, value_BLGC = (jnp.repeat(x, copies, axis=2) for x in (key_BLGC, value_BLGC))
+    query_BHTC, key_BHLC, value_BHLC = (x.swapaxes(1, 2) for x in (query_BTHC, key_BLGC, value_BLGC))
     if dropout is None:
-        return _attend(query_BHTC, key_BHLC, value_BHLC, mask_B1TL).swapaxes(1, 2)
-    weights_BHTL = dropout(_weights(query_BHTC, key_BHLC, mask_B1TL)).astype(value_BHLC.dtype)
+        return _attend(query_BHTC, key_BHLC, value_BHLC, mask_B1TL, bias_1HTL).swapaxes(1, 2)
+    weights_BHTL = dropout(_weights(query_BHTC, key_BHLC, mask_B1TL, bias_1HTL)).astype(value_BHLC.dtype)
     return jnp.einsum("bhtl,bhlc->bthc", weights_BHTL, value_BHLC)
 
 
-def _weights(query_BHTC: jax.Array, key_BHLC: jax.Array, mask_B1TL: jax.Array) -> jax.Array:
-    scores_BHTL = jnp.einsum("bhtc,bhlc->bhtl", query_BHTC, key_BHLC).astype(jnp.float32)
+def _weights(
+    query_BHTC: jax.Array, key_BHLC: jax.Array, mask_B1TL: jax.Array, bias_1HTL: jax.Array | None
+) -> jax.Array:
+    scores_BHTL = jnp.einsum("bhtc,bhlc->bhtl", query_BHTC, key_BHLC, preferred_element_type=jnp.float32)
+    if bias_1HTL is not None:
+        scores_BHTL = scores_BHTL + bias_1HTL.astype(jnp.float32)
     return jax.nn.softmax(jnp.where(mask_B1TL, scores_BHTL, jnp.finfo(jnp.float32).min), axis=-1)
 
 
 @jax.custom_vjp
-def _attend(query_BHTC: jax.Array, key_BHLC: jax.Array, value_BHLC: jax.Array, mask_B1TL: jax.Array) -> jax.Array:
+def _attend(
+    query_BHTC: jax.Array,
+    key_BHLC: jax.Array,
+    value_BHLC: jax.Array,
+    mask_B1TL: jax.Array,
+    bias_1HTL: jax.Array | None,
+) -> jax.Array:
     """Attention without dropout. Its own gradient passes over the [B, H, T, L] scores half as often as the derived
     one.
     """
-    return _attend_forward(query_BHTC, key_BHLC, value_BHLC, mask_B1TL)[0]
+    return _attend_forward(query_BHTC, key_BHLC, value_BHLC, mask_B1TL, bias_1HTL)[0]
 
 
-def _attend_forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple]:
-    weights = _weights(query, key, mask).astype(value.dtype)
+def _attend_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, tuple]:
+    weights = _weights(query, key, mask, bias).astype(value.dtype)
     out = jnp.einsum("bhtl,bhlc->bhtc", weights, value)
-    return out, (query, key, value, weights, out)
+    return out, (query, key, value, mask, bias, weights, out)
 
 
 def _attend_backward(saved: tuple, d_out: jax.Array) -> tuple:
-    query, key, value, weights, out = saved
+    query, key, value, mask, bias, weights, out = saved
     d_value = jnp.einsum("bhtl,bhtc->bhlc", weights, d_out)
     d_weights = jnp.einsum("bhtc,bhlc->bhtl", d_out, value)
     # the softmax's gradient needs sum_l w_l dw_l, which is out . d_out
     inner = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1, keepdims=True)
-    d_scores = (weights * (d_weights - inner)).astype(query.dtype)
+    d_scores = weights * (d_weights - inner)
+    # where all is masked the weights are even, but no score was used
+    d_scores = jnp.where(mask.any(-1, keepdims=True), d_scores, 0.0).astype(query.dtype)
+    d_bias = None if bias is None else d_scores.astype(bias.dtype).sum(0, keepdims=True)
     d_query = jnp.einsum("bhtl,bhlc->bhtc", d_scores, key)
-    return d_query, jnp.einsum("bhtl,bhtc->bhlc", d_scores, query), d_value, None
+    return d_query, jnp.einsum("bhtl,bhtc->bhlc", d_scores, query), d_value, None, d_bias
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def rotate(x_BTHC: jax.Array, position_BT: jax.Array, frequency_C2: jax.Array) -> jax.Array:
+    """Rotary positions (Su et al. 2021): dimensions i and i + C/2 of a head turned by position * frequency[i]."""
+    angle_BT1C = (position_BT[..., None].astype(jnp.float32) * frequency_C2)[:, :, None]
+    sin, cos = jnp.sin(angle_BT1C), jnp.cos(angle_BT1C)
+    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHC.dtype)
+
+
 class Dense(nn.Module):
-    """y = x W + b with W [in, out] and logical axis names for both."""
+    """y = x W + b with W [in, out] and logical axis names for both. `out`: type of y, `dtype` if None."""
 
     features: int
     names: tuple[str, str]
     init: Init = "hf"
     dtype: Dtype = jnp.float32
     use_bias: bool = True
+    out: Dtype = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.with_logical_partitioning(kernel_init(self.init), self.names), shape)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=self.out)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.names[1:])
             y = y + self.param("bias", zeros, shape[1:]).astype(self.dtype)
@@ -139,6 +186,20 @@ class LayerNorm(nn.Module):
         return (centred * inverse * scale + bias).astype(self.dtype)
 
 
+class RMSNorm(nn.Module):
+    """x / rms(x), with a scale and no bias (Zhang and Sennrich 2019), computed in float32."""
+
+    eps: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
+        scale = self.param("scale", ones, x.shape[-1:])
+        x = x.astype(jnp.float32)
+        return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * scale).astype(self.dtype)
+
+
 class Embed(nn.Module):
     """A table [rows, D]; `attend` uses it as the output projection (tied)."""
 
@@ -156,33 +217,48 @@ class Embed(nn.Module):
         return self.embedding.astype(self.dtype)[ids]
 
     def attend(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> [..., rows]"""
-        return hidden @ self.embedding.astype(self.dtype).T
+        """hidden [..., D] -> [..., rows] in float32: logits rounded to bfloat16 would be off by several thousandths."""
+        return jnp.matmul(hidden, self.embedding.astype(self.dtype).T, preferred_element_type=jnp.float32)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with biased projections; `project` gives keys and values, `__call__` attends to them."""
+    """Multi-head attention; `project` gives keys and values, `__call__` attends to them.
+
+    By default as in BERT and BART: head_width = width / heads, a key and a value for every head, biased projections.
+    `turn` (rotary positions) is applied to the heads of queries and keys.
+    """
 
     heads: int
     width: int
     init: Init = "hf"
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    head_width: int = 0
+    groups: int = 0  # of heads that share keys and values; 0: every head has its own
+    use_bias: bool = True  # of queries, keys and values
+    use_out_bias: bool = True
+    scale: float | None = None  # of the scores; None: head_width ** -0.5
 
     def setup(self) -> None:
-        def dense(names: tuple[str, str]) -> Dense:
-            return Dense(self.width, names, self.init, self.dtype)
+        size, groups = self.head_width or self.width // self.heads, self.groups or self.heads
 
-        self.query, self.key, self.value = (dense(("embed", "heads")) for _ in range(3))
-        self.out = dense(("heads", "embed"))
+        def inner(heads: int) -> Dense:
+            return Dense(heads * size, ("embed", "heads"), self.init, self.dtype, self.use_bias)
+
+        self.query, self.key, self.value = inner(self.heads), inner(groups), inner(groups)
+        self.out = Dense(self.width, ("heads", "embed"), self.init, self.dtype, self.use_out_bias)
         self.drop = nn.Dropout(self.dropout)
 
-    def split(self, x_BLD: jax.Array) -> jax.Array:
-        return x_BLD.reshape(*x_BLD.shape[:-1], self.heads, self.width // self.heads)
+    def split(self, x_BLX: jax.Array) -> jax.Array:
+        """[B, L, heads * C] -> [B, L, heads, C]"""
+        return x_BLX.reshape(*x_BLX.shape[:-1], -1, self.head_width or self.width // self.heads)
 
-    def project(self, source_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, L, H, C] of the source."""
-        return self.split(self.key(source_BLD)), self.split(self.value(source_BLD))
+    def project(
+        self, source_BLD: jax.Array, turn: Callable[[jax.Array], jax.Array] | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, L, G, C] of the source."""
+        key = self.split(self.key(source_BLD))
+        return key if turn is None else turn(key), self.split(self.value(source_BLD))
 
     def __call__(
         self,
@@ -190,27 +266,37 @@ class Attention(nn.Module):
         kv: tuple[jax.Array, jax.Array],
         mask_B1TL: jax.Array,
         deterministic: bool = True,
+        bias_1HTL: jax.Array | None = None,
+        turn: Callable[[jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
         drop = None if deterministic or self.dropout == 0.0 else lambda w: self.drop(w, deterministic=False)
-        out_BTHC = attention(self.split(self.query(x_BTD)), *kv, mask_B1TL, drop)
-        return self.out(out_BTHC.reshape(x_BTD.shape))
+        query = self.split(self.query(x_BTD))
+        query = query if turn is None else turn(query)
+        out_BTHC = attention(query, *kv, mask_B1TL, drop, bias_1HTL, self.scale)
+        return self.out(out_BTHC.reshape(*x_BTD.shape[:-1], -1))
 
 
 class FeedForward(nn.Module):
-    """W2 gelu(W1 x) with the exact (erf) gelu, as in BERT and BART."""
+    """W2 f(W1 x), f the exact gelu as in BERT and BART by default; gated: W2 (f(W1 x) * W3 x) (Shazeer 2020)."""
 
     width: int
     hidden: int
     init: Init = "hf"
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    activation: Activation = "gelu"
+    gated: bool = False
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
-        h = Dense(self.hidden, ("embed", "mlp"), self.init, self.dtype, name="inner")(x)
-        h = jax.nn.gelu(h, approximate=False)
+        def inner(name: str) -> jax.Array:
+            return Dense(self.hidden, ("embed", "mlp"), self.init, self.dtype, self.use_bias, name=name)(x)
+
+        h = ACTIVATIONS[self.activation](inner("inner"))
+        h = h * inner("linear") if self.gated else h
         h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
-        return Dense(self.width, ("mlp", "embed"), self.init, self.dtype, name="outer")(h)
+        return Dense(self.width, ("mlp", "embed"), self.init, self.dtype, self.use_bias, name="outer")(h)
 
 
 def residual(norm: Callable, placement: NormPlacement, x: jax.Array, sublayer: Callable) -> jax.Array:

@@ -1,0 +1,47 @@
+"""`rag-jax convert`: Hugging Face checkpoints -> a model here, in the form of a run directory."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rag_jax import pretrained, sharding
+from rag_jax.errors import InputError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a RAG checkpoint: a directory or a hub name")
+    parser.add_argument("--question-encoder", metavar="A", help="instead of SOURCE: DPR, BERT, sentence-transformers")
+    parser.add_argument("--context-encoder", metavar="B", help="likewise; a BERT given once encodes both")
+    parser.add_argument("--generator", metavar="C", help="likewise: BART, mBART, T5, GPT-2, Llama; none: a retriever")
+    parser.add_argument("--out", type=Path, required=True, help="the directory to make")
+    parser.add_argument(
+        "--variant", choices=("sequence", "token"), help="RAG-Sequence or RAG-Token, as stored if known"
+    )
+    parser.add_argument("--change-variant", action="store_true", help="take --variant though another one is stored")
+    parser.add_argument("--n-docs", type=int, default=0, help="passages read per question (default: as stored, else 5)")
+    parser.add_argument(
+        "--source-length", type=int, default=0, help="longest generator input (default: as stored, 300)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a converted model that is there")
+    parser.epilog = (
+        "example: rag-jax convert facebook/rag-token-nq --out models/rag-token-nq\n"
+        "         rag-jax convert --question-encoder facebook/dpr-question_encoder-single-nq-base \\\n"
+        "             --context-encoder facebook/dpr-ctx_encoder-single-nq-base --generator facebook/bart-large "
+        "--out models/rag"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if (args.source is None) == (args.question_encoder is None):
+        raise InputError("give either SOURCE, a whole model, or --question-encoder and the other parts")
+    if args.source is not None:
+        if args.generator:
+            raise InputError("--generator is for --question-encoder; SOURCE has its own")
+        context = args.context_encoder and pretrained.find(args.context_encoder)
+        source = pretrained.open_source(pretrained.find(args.source), args.variant, args.change_variant, context)
+    else:
+        context, generator = (value and pretrained.find(value) for value in (args.context_encoder, args.generator))
+        question = pretrained.find(args.question_encoder)
+        source = pretrained.combine(question, context, generator, args.variant or "sequence")
+    source = source.resized(args.n_docs, args.source_length)
+    return pretrained.write_run(source, args.out, sharding.make_mesh(), args.overwrite)

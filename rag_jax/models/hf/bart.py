@@ -1,0 +1,153 @@
+"""BART and mBART."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from rag_jax.errors import InputError
+from rag_jax.models.bart import BartConfig
+from rag_jax.models.hf.naming import Entry, Family, HfConfig, activation, dense, need, norm, refuse, table, token_ids
+
+
+def bart_config(config: HfConfig, where: str, pre: bool = False) -> BartConfig:
+    heads = need(config, "encoder_attention_heads", where)
+    hidden = need(config, "encoder_ffn_dim", where)
+    refuse(
+        config,
+        where,
+        decoder_attention_heads=heads,
+        decoder_ffn_dim=hidden,
+        normalize_before=pre,
+        add_final_layer_norm=pre,
+        normalize_embedding=True,
+        add_bias_logits=False,
+        static_position_embeddings=False,
+        tie_word_embeddings=True,
+    )
+    width = need(config, "d_model", where)
+    bos_id, pad_id, eos_id = token_ids(config, 0, 1, 2)
+    return BartConfig(
+        vocab_size=need(config, "vocab_size", where),
+        width=width,
+        encoder_layers=need(config, "encoder_layers", where),
+        decoder_layers=need(config, "decoder_layers", where),
+        heads=heads,
+        hidden=hidden,
+        positions=need(config, "max_position_embeddings", where),
+        dropout=float(config.get("dropout", 0.1)),
+        attention_dropout=float(config.get("attention_dropout", 0.0)),
+        activation=activation(config, "activation_function", "gelu", where),
+        norm="pre" if pre else "post",
+        embedding_scale=math.sqrt(width) if config.get("scale_embedding", False) else 1.0,
+        generate_from_eos=config.get("decoder_start_token_id", eos_id) == eos_id,
+        bos_id=bos_id,
+        pad_id=pad_id,
+        eos_id=eos_id,
+    )
+
+
+def mbart_config(config: HfConfig, where: str) -> BartConfig:
+    return bart_config(
+        {k: v for k, v in config.items() if k not in ("normalize_before", "add_final_layer_norm")}, where, pre=True
+    )
+
+
+def describe_bart(c: BartConfig) -> dict[str, Any]:
+    if c.embedding_scale not in (1.0, math.sqrt(c.width)):
+        raise InputError(f"embedding_scale={c.embedding_scale}: Hugging Face knows 1 and sqrt(width) only")
+    return {
+        "vocab_size": c.vocab_size,
+        "d_model": c.width,
+        "encoder_layers": c.encoder_layers,
+        "decoder_layers": c.decoder_layers,
+        "encoder_attention_heads": c.heads,
+        "decoder_attention_heads": c.heads,
+        "encoder_ffn_dim": c.hidden,
+        "decoder_ffn_dim": c.hidden,
+        "max_position_embeddings": c.positions,
+        "dropout": c.dropout,
+        "attention_dropout": c.attention_dropout,
+        "activation_function": c.activation,
+        "scale_embedding": c.embedding_scale != 1.0,
+        "bos_token_id": c.bos_id,
+        "pad_token_id": c.pad_id,
+        "eos_token_id": c.eos_id,
+        "decoder_start_token_id": c.start_id,
+        "forced_eos_token_id": c.eos_id,
+        "is_encoder_decoder": True,
+    }
+
+
+def bart_entries(c: BartConfig) -> list[Entry]:
+    entries = [Entry("final_logits_bias", ("logits_bias",), "row"), *table("model.shared", "shared")]
+    for side, layers in (("encoder", c.encoder_layers), ("decoder", c.decoder_layers)):
+        entries += table(f"model.{side}.embed_positions", f"{side}/position")
+        entries += norm(f"model.{side}.layernorm_embedding", f"{side}/embedding_norm")
+        if c.norm == "pre":
+            entries += norm(f"model.{side}.layer_norm", f"{side}/final_norm")
+        for i in range(layers):
+            at, to = f"model.{side}.layers.{i}", f"{side}/layer_{i}"
+            for theirs, ours in (("self_attn", "self"), ("encoder_attn", "cross")):
+                if ours == "cross" and side == "encoder":
+                    continue
+                for name in ("query", "key", "value", "out"):
+                    short = "out" if name == "out" else name[0]
+                    entries += dense(f"{at}.{theirs}.{short}_proj", f"{to}/{ours}_attention/{name}")
+                entries += norm(f"{at}.{theirs}_layer_norm", f"{to}/{ours}_norm")
+            entries += dense(f"{at}.fc1", f"{to}/feed_forward/inner")
+            entries += dense(f"{at}.fc2", f"{to}/feed_forward/outer")
+            entries += norm(f"{at}.final_layer_norm", f"{to}/feed_forward_norm")
+    return entries
+
+
+def without_logit_scale(config: Any, params: Any) -> tuple[Any, Any]:
+    """The same generator with its logit_scale in the decoder's last LayerNorm, since BART's form has no such factor."""
+    if not isinstance(config, BartConfig) or config.logit_scale == 1.0:
+        return config, params
+    decoder = dict(params["decoder"])
+    if config.norm == "pre":
+        decoder["final_norm"] = scaled(decoder["final_norm"], config.logit_scale)
+    elif config.decoder_layers:
+        last = f"layer_{config.decoder_layers - 1}"
+        scaled_norm = scaled(decoder[last]["feed_forward_norm"], config.logit_scale)
+        decoder[last] = decoder[last] | {"feed_forward_norm": scaled_norm}
+    else:
+        decoder["embedding_norm"] = scaled(decoder["embedding_norm"], config.logit_scale)
+    return replace(config, logit_scale=1.0), params | {"decoder": decoder}
+
+
+def scaled(norm: Any, factor: float) -> Any:
+    return {name: leaf * factor for name, leaf in norm.items()}
+
+
+def bart_copies(_config: BartConfig) -> dict[str, str]:
+    return dict.fromkeys(
+        ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"),
+        "model.shared.weight",
+    )
+
+
+BART_SPELLINGS = (("", ""), ("model.", ""))  # saved without its head, it has no "model."
+
+
+FAMILIES = {
+    "bart": Family(
+        bart_config,
+        describe_bart,
+        bart_entries,
+        "BartForConditionalGeneration",
+        spellings=BART_SPELLINGS,
+        copies=bart_copies,
+        ignorable=(r"(model\.)?(en|de)coder\.version",),
+        zeros=("final_logits_bias",),
+    ),
+    "mbart": Family(
+        mbart_config,
+        describe_bart,
+        bart_entries,
+        "MBartForConditionalGeneration",
+        spellings=BART_SPELLINGS,
+        copies=bart_copies,
+        zeros=("final_logits_bias",),
+    ),
+}

@@ -1,0 +1,96 @@
+"""BERT, alone or as sentence-transformers has it, and the two encoders of DPR."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rag_jax.errors import InputError
+from rag_jax.models.bert import BertConfig
+from rag_jax.models.hf.naming import Entry, Family, HfConfig, activation, dense, need, norm, refuse, table
+
+
+def bert_config(config: HfConfig, where: str) -> BertConfig:
+    """Of a BertConfig or DPRConfig; pooling and vector_norm are the defaults of DPR."""
+    refuse(config, where, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    return BertConfig(
+        vocab_size=need(config, "vocab_size", where),
+        width=need(config, "hidden_size", where),
+        layers=need(config, "num_hidden_layers", where),
+        heads=need(config, "num_attention_heads", where),
+        hidden=need(config, "intermediate_size", where),
+        positions=need(config, "max_position_embeddings", where),
+        token_types=need(config, "type_vocab_size", where),
+        dropout=float(config.get("hidden_dropout_prob", 0.1)),
+        eps=float(config.get("layer_norm_eps", 1e-12)),
+        activation=activation(config, "hidden_act", "gelu", where),
+        projection=config.get("projection_dim", 0) or 0,
+    )
+
+
+def describe_bert(c: BertConfig) -> dict[str, Any]:
+    if c.norm != "post":
+        raise InputError(
+            "Hugging Face has no BERT with LayerNorm before its sublayers (norm='pre'); an encoder trained with "
+            "norm='post' can be exported"
+        )
+    described = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "intermediate_size": c.hidden,
+        "max_position_embeddings": c.positions,
+        "type_vocab_size": c.token_types,
+        "hidden_dropout_prob": c.dropout,
+        "attention_probs_dropout_prob": c.dropout,
+        "layer_norm_eps": c.eps,
+        "hidden_act": c.activation,
+        "pad_token_id": 0,
+    }
+    return described | ({"projection_dim": c.projection} if c.projection else {})
+
+
+def bert_entries(c: BertConfig) -> list[Entry]:
+    entries = [
+        entry for ours in ("word", "position", "token_type") for entry in table(f"embeddings.{ours}_embeddings", ours)
+    ]
+    entries += norm("embeddings.LayerNorm", "embedding_norm")
+    for i in range(c.layers):
+        at, to = f"encoder.layer.{i}", f"layer_{i}"
+        for name in ("query", "key", "value"):
+            entries += dense(f"{at}.attention.self.{name}", f"{to}/attention/{name}")
+        entries += dense(f"{at}.attention.output.dense", f"{to}/attention/out")
+        entries += norm(f"{at}.attention.output.LayerNorm", f"{to}/attention_norm")
+        entries += dense(f"{at}.intermediate.dense", f"{to}/feed_forward/inner")
+        entries += dense(f"{at}.output.dense", f"{to}/feed_forward/outer")
+        entries += norm(f"{at}.output.LayerNorm", f"{to}/feed_forward_norm")
+    return entries
+
+
+BERT_IGNORABLE = (r"(.*\.)?embeddings\.position_ids", r"(.*\.)?pooler\..*", r"(.*\.)?encoder\.version", r"cls\..*")
+
+
+def dpr_entries(side: str) -> Callable[[BertConfig], list[Entry]]:
+    """A DPR encoder: BERT under a name, and the projection beside it. side: question_encoder or ctx_encoder."""
+
+    def entries(c: BertConfig) -> list[Entry]:
+        inner = [entry._replace(theirs=f"{side}.bert_model.{entry.theirs}") for entry in bert_entries(c)]
+        return inner + (dense(f"{side}.encode_proj", "projection") if c.projection else [])
+
+    return entries
+
+
+def describe_dpr(c: BertConfig) -> dict[str, Any]:
+    return {"projection_dim": 0} | describe_bert(c)
+
+
+FAMILIES = {
+    "bert": Family(
+        bert_config, describe_bert, bert_entries, "BertModel", (("", ""), ("", "bert.")), ignorable=BERT_IGNORABLE
+    ),
+    "dpr": Family(
+        bert_config, describe_dpr, dpr_entries("question_encoder"), "DPRQuestionEncoder", ignorable=BERT_IGNORABLE
+    ),
+    "dpr_context": Family(
+        bert_config, describe_dpr, dpr_entries("ctx_encoder"), "DPRContextEncoder", ignorable=BERT_IGNORABLE
+    ),
+}

@@ -1,0 +1,135 @@
+"""What every family is made of: an entry of a table of names, a family, and how values of config.json are read."""
+
+import re
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from rag_jax.errors import InputError
+from rag_jax.models.layers import ACTIVATIONS
+
+HfConfig = Mapping[str, Any]
+Form = Literal["same", "transposed", "row"]
+
+
+class Entry(NamedTuple):
+    """One tensor of a checkpoint, and the parameters it is here, as paths with slashes.
+
+    Several paths: the tensor is their concatenation along the last axis. transposed: torch keeps a linear layer's
+    weight as [out, in], here it is [in, out]. row: [1, V] there, [V] here.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    form: Form = "same"
+
+
+def to_ours(entry: Entry, tensor: np.ndarray) -> list[np.ndarray]:
+    """The parameters of an entry, views of the tensor where they can be."""
+    if entry.form == "transposed":
+        tensor = tensor.T
+    elif entry.form == "row":
+        tensor = tensor[0]
+    return np.split(tensor, len(entry.ours), axis=-1) if len(entry.ours) > 1 else [tensor]
+
+
+def to_theirs(entry: Entry, parameters: list[np.ndarray]) -> np.ndarray:
+    """The inverse of `to_ours`."""
+    tensor = np.concatenate(parameters, axis=-1) if len(parameters) > 1 else parameters[0]
+    return tensor.T if entry.form == "transposed" else tensor[None] if entry.form == "row" else tensor
+
+
+def their_shape(entry: Entry, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape that the tensor of an entry must have, from those of its parameters."""
+    shape = (*shapes[0][:-1], sum(s[-1] for s in shapes))
+    return shape[::-1] if entry.form == "transposed" else (1, *shape) if entry.form == "row" else shape
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one architecture is called there.
+
+    spellings: prefixes (written in the table, found in a checkpoint), the usual one first. copies: name -> the name
+    that it repeats. ignorable: patterns of names that carry nothing the model needs. zeros: names that, where they are
+    missing, stand for zeros. architecture: the class that reads an export. adapt: the configuration, once it is known
+    which names are there.
+    """
+
+    config: Callable[[HfConfig, str], Any]
+    describe: Callable[[Any], dict[str, Any]]
+    entries: Callable[[Any], list[Entry]]
+    architecture: str
+    spellings: tuple[tuple[str, str], ...] = (("", ""),)
+    copies: Callable[[Any], dict[str, str]] = lambda config: {}
+    ignorable: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
+    adapt: Callable[[Any, Container[str]], Any] = lambda config, names: config
+
+    def ignores(self, name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in self.ignorable)
+
+
+def spell(spelling: tuple[str, str], name: str) -> str:
+    """A name of the table as a checkpoint with this spelling has it."""
+    written, found = spelling
+    return found + name.removeprefix(written) if name.startswith(written) else name
+
+
+# --- reading config.json ----------------------------------------------------------------------------------------------
+
+
+def need(config: HfConfig, key: str, where: str, kind: type = int) -> Any:
+    """A value that the shapes depend on; InputError where it is missing or of another type."""
+    value = config.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        found = f"is {value!r}" if key in config else "is missing"
+        raise InputError(f"{where}: {key} {found}; it must be given, as {kind.__name__}")
+    return value
+
+
+def refuse(config: HfConfig, where: str, **known: Any) -> None:
+    """InputError where a setting has a value that is not built here; `known` gives the one that is."""
+    for key, value in known.items():
+        if config.get(key, value) != value:
+            raise InputError(f"{where}: {key}={config[key]!r} is not supported; only {value!r} is")
+
+
+ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}  # the same functions
+
+
+def activation(config: HfConfig, key: str, default: str, where: str) -> Any:
+    name = config.get(key, default)
+    name = ACTIVATION_NAMES.get(name, name)
+    if name not in ACTIVATIONS:
+        raise InputError(f"{where}: {key}={name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+    return name
+
+
+def token_ids(config: HfConfig, bos: int, pad: int, eos: int) -> tuple[int, int, int]:
+    """Ids of the first token, of padding and of the end; the defaults where one is missing or null."""
+
+    def first(key: str, default: int) -> int:
+        value: Any = config.get(key)
+        value = value[0] if isinstance(value, list) and value else value
+        return default if value is None else int(value)
+
+    return first("bos_token_id", bos), first("pad_token_id", pad), first("eos_token_id", eos)
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def dense(theirs: str, ours: str, bias: bool = True) -> list[Entry]:
+    weight = Entry(f"{theirs}.weight", (f"{ours}/kernel",), "transposed")
+    return [weight, Entry(f"{theirs}.bias", (f"{ours}/bias",))] if bias else [weight]
+
+
+def norm(theirs: str, ours: str, bias: bool = True) -> list[Entry]:
+    weight = Entry(f"{theirs}.weight", (f"{ours}/scale",))
+    return [weight, Entry(f"{theirs}.bias", (f"{ours}/bias",))] if bias else [weight]
+
+
+def table(theirs: str, ours: str) -> list[Entry]:
+    return [Entry(f"{theirs}.weight", (f"{ours}/embedding",))]

@@ -1,0 +1,247 @@
+"""T5 as the generator (Raffel et al. 2019): relative positions, RMS norms, no biases; the interface of `bart.Bart`.
+
+One module for T5 1.0 (relu, the head is the shared embedding, scaled logits) and for T5 1.1, Flan-T5 and mT5 (gated
+gelu, a head of its own; Shazeer 2020).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rag_jax.models.layers import (
+    Activation,
+    Attention,
+    Dense,
+    Embed,
+    FeedForward,
+    Init,
+    KeyValues,
+    RMSNorm,
+    embedding_init,
+)
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Shape of the generator. The defaults are T5 1.1 base, which is Flan-T5 base too.
+
+    T5 1.0 is activation="relu", gated=False, tied=True, logit_scale=width ** -0.5. Decoding starts from padding.
+    Kernels and embeddings start as in the other models here (`layers.kernel_init`), not at T5's own scales; the
+    biases of the relative positions have T5's, width ** -0.5.
+    """
+
+    vocab_size: int = 32128
+    width: int = 768
+    encoder_layers: int = 12
+    decoder_layers: int = 12
+    heads: int = 12
+    head_width: int = 64
+    hidden: int = 2048
+    activation: Activation = "gelu_new"
+    gated: bool = True
+    buckets: int = 32  # of distances, those before and after together
+    max_distance: int = 128  # from where on all share one bucket
+    dropout: float = 0.1
+    eps: float = 1e-6
+    tied: bool = False  # whether the head is the shared embedding
+    logit_scale: float = 1.0
+    init: Init = "hf"
+    bos_id: int = 0
+    pad_id: int = 0
+    eos_id: int = 1
+    dtype: str = "float32"
+    remat: bool = False
+    kind: Literal["t5"] = "t5"
+
+    @property
+    def start_id(self) -> int:
+        """What generation begins with."""
+        return self.bos_id
+
+    @property
+    def positions(self) -> int:
+        """The longest input: there is no table of positions, so all that an int32 can count."""
+        return 2**31 - 1
+
+
+def bucket(distance: jax.Array, buckets: int, max_distance: int, both_sides: bool) -> jax.Array:
+    """Bucket of every distance, the key's position less the query's (Raffel et al. 2019, section 2.1).
+
+    Half of the buckets are for one distance each, the rest for ranges that grow by a constant factor up to
+    max_distance; all beyond share the last. both_sides: the second half of all buckets is for keys after the query;
+    otherwise these are in bucket 0. ValueError where no buckets are left for the ranges, or no distances.
+    """
+    side = buckets // 2 if both_sides else buckets
+    exact = side // 2
+    if not 0 < exact < max_distance:
+        raise ValueError(f"{buckets} buckets do not fit distances up to {max_distance}")
+    # made on the host: devices round logarithms differently. log2, since the usual bounds are powers of two
+    steps = np.arange(max_distance + 1)
+    ranges = np.log2(np.maximum(steps, 1) / exact) / math.log2(max_distance / exact) * (side - exact)
+    table = jnp.asarray(np.where(steps < exact, steps, np.minimum(exact + ranges.astype(int), side - 1)), jnp.int32)
+    before = table[jnp.clip(-distance, 0, max_distance)]
+    return jnp.where(distance > 0, side + table[jnp.clip(distance, 0, max_distance)], before) if both_sides else before
+
+
+class Layer(nn.Module):
+    """One encoder or decoder layer, with the norm before every sublayer; arguments and results as of `bart.Layer`."""
+
+    config: T5Config
+    decoder: bool
+
+    def setup(self) -> None:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+
+        def attention() -> Attention:
+            without = {"use_bias": False, "use_out_bias": False}
+            return Attention(c.heads, c.width, c.init, c.dropout, dtype, c.head_width, scale=1.0, **without)
+
+        self.self_attention, self.self_norm = attention(), RMSNorm(c.eps, dtype)
+        if self.decoder:
+            self.cross_attention, self.cross_norm = attention(), RMSNorm(c.eps, dtype)
+        self.feed_forward = FeedForward(
+            c.width, c.hidden, c.init, c.dropout, dtype, c.activation, c.gated, use_bias=False
+        )
+        self.feed_forward_norm = RMSNorm(c.eps, dtype)
+        self.drop = nn.Dropout(c.dropout)
+
+    def project_cross(self, source_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.cross_attention.project(source_BLD)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        mask: jax.Array,
+        bias_1HTL: jax.Array,
+        cross: tuple[tuple[jax.Array, jax.Array], jax.Array] | None,
+        cache: tuple[jax.Array, jax.Array, jax.Array | int] | None,
+        deterministic: bool,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        written = None
+        h_BTD = self.self_norm(x_BTD)
+        kv = self.self_attention.project(h_BTD)
+        if cache is not None:
+            key, value, position = cache
+            kv = written = (
+                jax.lax.dynamic_update_slice_in_dim(key, kv[0].astype(key.dtype), position, axis=1),
+                jax.lax.dynamic_update_slice_in_dim(value, kv[1].astype(value.dtype), position, axis=1),
+            )
+        h_BTD = self.self_attention(h_BTD, kv, mask, deterministic, bias_1HTL)
+        x_BTD = x_BTD + self.drop(h_BTD, deterministic=deterministic)
+        if cross is not None:
+            h_BTD = self.cross_attention(self.cross_norm(x_BTD), *cross, deterministic)
+            x_BTD = x_BTD + self.drop(h_BTD, deterministic=deterministic)
+        h_BTD = self.feed_forward(self.feed_forward_norm(x_BTD), deterministic)
+        return x_BTD + self.drop(h_BTD, deterministic=deterministic), written
+
+
+class Stack(nn.Module):
+    """Embedded tokens -> hidden states, through one side's layers, which share one table of biases by distance."""
+
+    config: T5Config
+    decoder: bool
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.normal(c.width**-0.5)
+        self.relative = Embed(c.buckets, c.heads, ("position", "heads"), init)
+        layer = nn.remat(Layer, static_argnums=(6,), methods=["__call__"]) if c.remat else Layer
+        count = c.decoder_layers if self.decoder else c.encoder_layers
+        self.layer = [layer(c, self.decoder) for _ in range(count)]
+        self.final_norm = RMSNorm(c.eps, jnp.dtype(c.dtype))
+        self.drop = nn.Dropout(c.dropout)
+
+    def project_cross(self, source_BLD: jax.Array) -> KeyValues:
+        pairs = [layer.project_cross(source_BLD) for layer in self.layer]
+        return KeyValues([k for k, _ in pairs], [v for _, v in pairs])
+
+    def __call__(
+        self,
+        tokens_BTD: jax.Array,
+        mask: jax.Array,
+        distance_TL: jax.Array,
+        cross: tuple[KeyValues, jax.Array] | None = None,
+        cache: KeyValues | None = None,
+        position: jax.Array | int = 0,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        c = self.config
+        bucket_TL = bucket(distance_TL, c.buckets, c.max_distance, both_sides=not self.decoder)
+        bias_1HTL = self.relative(bucket_TL).transpose(2, 0, 1)[None]
+        x = self.drop(tokens_BTD, deterministic=deterministic)
+        new = KeyValues([], [])
+        for i, layer in enumerate(self.layer):
+            layer_cross = None if cross is None else ((cross[0].key[i], cross[0].value[i]), cross[1])
+            layer_cache = None if cache is None else (cache.key[i], cache.value[i], position)
+            x, written = layer(x, mask, bias_1HTL, layer_cross, layer_cache, deterministic)
+            if written is not None:
+                new.key.append(written[0])
+                new.value.append(written[1])
+        x = self.drop(self.final_norm(x), deterministic=deterministic)
+        return x, (new if cache is not None else None)
+
+
+class T5(nn.Module):
+    """The generator interface, as of `bart.Bart`: `encode`, `cross`, `decode`, `init_cache`, and teacher forcing."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        self.shared = Embed(c.vocab_size, c.width, ("vocab", "embed"), embedding_init(c.init), dtype)
+        self.encoder, self.decoder = Stack(c, decoder=False), Stack(c, decoder=True)
+        if not c.tied:
+            self.lm_head = Dense(c.vocab_size, ("embed", "vocab"), c.init, dtype, use_bias=False, out=jnp.float32)
+
+    def encode(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Source ids and mask (True on real tokens) -> hidden states [B, L, D]."""
+        mask = mask_BL.astype(bool)[:, None, None, :]
+        at = jnp.arange(ids_BL.shape[1])
+        return self.encoder(self.shared(ids_BL), mask, at[None, :] - at[:, None], deterministic=deterministic)[0]
+
+    def cross(self, hidden_BLD: jax.Array) -> KeyValues:
+        """Cross-attention keys and values of every decoder layer, computed once per source."""
+        return self.decoder.project_cross(hidden_BLD)
+
+    def init_cache(self, batch: int, length: int) -> KeyValues:
+        """Empty self-attention cache for `length` target positions."""
+        c = self.config
+        shape = (batch, length, c.heads, c.head_width)
+        empty = [jnp.zeros(shape, jnp.dtype(c.dtype)) for _ in range(c.decoder_layers)]
+        return KeyValues(empty, list(empty))
+
+    def decode(
+        self,
+        ids_BT: jax.Array,
+        cross: KeyValues,
+        mask_BL: jax.Array,
+        cache: KeyValues | None = None,
+        position: jax.Array | int = 0,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        """Logits [B, T, V] float32 for the tokens after ids_BT, which stand from `position` on.
+
+        With a cache, also the cache to go on with. Nothing is masked but the future, so right-pad ids_BT.
+        """
+        queries = jnp.arange(ids_BT.shape[1]) + position
+        keys = jnp.arange(ids_BT.shape[1] if cache is None else cache.key[0].shape[1])
+        distance_TL = keys[None, :] - queries[:, None]
+        source = (cross, mask_BL.astype(bool)[:, None, None, :])
+        x, cache = self.decoder(
+            self.shared(ids_BT), (distance_TL <= 0)[None, None], distance_TL, source, cache, position, deterministic
+        )
+        logits = self.shared.attend(x) if self.config.tied else self.lm_head(x)
+        return logits.astype(jnp.float32) * self.config.logit_scale, cache
+
+    def __call__(
+        self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
+        """Teacher forcing: logits [B, T, V]; logits at t are for the token after target_BT[:, t]."""
+        cross = self.cross(self.encode(ids_BL, mask_BL, deterministic))
+        return self.decode(target_BT, cross, mask_BL, deterministic=deterministic)[0]

@@ -1,0 +1,715 @@
+"""Hugging Face directories in and out: DPR, BERT, sentence-transformers, BART, T5, GPT-2, Llama and their RAG
+composites, with no torch.
+
+    config.json -> configuration; every tensor is loaded, known to be a copy or ignorable, or an error. And back.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rag_jax import checkpoint, files, sharding
+from rag_jax import run as runs
+from rag_jax.data import joining, tokenizers
+from rag_jax.errors import InputError
+from rag_jax.models.bert import BertConfig
+from rag_jax.models.hf import ENCODERS, GENERATORS, lm, naming
+from rag_jax.models.hf.bart import without_logit_scale
+from rag_jax.models.hf.naming import Family, spell
+from rag_jax.models.lm import LmConfig
+from rag_jax.rag import GeneratorConfig, Params, Rag, RagConfig
+from rag_jax.tensors import FLOATS, Tensors, open_tensors, write_tensors
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+ARCHITECTURES = {"RagSequenceForGeneration": "sequence", "RagTokenForGeneration": "token"}
+SIDES = ("question_encoder", "context_encoder", "generator")
+TOKENIZERS = {"encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
+NAMED = 10  # names listed in an error
+
+
+class Part(NamedTuple):
+    """One of the three models of a RAG model, and where its tensors are: under `base` in a checkpoint."""
+
+    side: str
+    family: Family
+    config: Any
+    tensors: Tensors
+    base: str
+
+
+@dataclass
+class Report:
+    """What became of the tensors of one or several checkpoints."""
+
+    loaded: list[str] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    zeros: list[str] = field(default_factory=list)
+    parameters: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        counts = {name: len(getattr(self, name)) for name in ("loaded", "tied", "ignored", "zeros")}
+        return counts | {"parameters": self.parameters}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; InputError with the file where it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a Hugging Face model directory has one") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return found
+
+
+def is_hugging_face(directory: Path) -> bool:
+    """Whether the directory's config.json is one of transformers."""
+    return (directory / CONFIG).is_file() and "model_type" in read_json(directory / CONFIG)
+
+
+def find(name_or_dir: str | Path) -> Path:
+    """A local directory, else one downloaded from the hub (or its cache)."""
+    directory = Path(name_or_dir)
+    if directory.is_dir():
+        return directory
+    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", str(name_or_dir)):
+        raise InputError(
+            f"{name_or_dir}: no such directory; a run, a converted model or a Hugging Face model is wanted"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, patterns = str(name_or_dir), ["*.json", "*.safetensors", "*.txt", "*.model", "*/*.json", "*/*.txt"]
+    try:
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        except LocalEntryNotFoundError:
+            tokenizers.check_hub(name)
+            found = Path(snapshot_download(name, allow_patterns=patterns))
+            if not any(found.glob("*.safetensors")):
+                found = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+            return found
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"{name_or_dir}: no such directory, and not to be had from the hub ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def encoder_part(directory: Path, side: str) -> Part:
+    """A question or context encoder from a directory of its own: DPR, BERT, or BERT as sentence-transformers has it."""
+    config, where = read_json(directory / CONFIG), str(directory / CONFIG)
+    tensors = open_tensors(directory)
+    kind = config.get("model_type")
+    if kind == "dpr":
+        theirs = "ctx_encoder." if any(name.startswith("ctx_encoder.") for name in tensors.shapes) else ""
+        family = ENCODERS["dpr_context" if theirs else "dpr"]
+        other = "context_encoder" if theirs else "question_encoder"
+        if any(name.startswith("span_predictor.") for name in tensors.shapes):
+            raise InputError(f"{directory}: a DPR reader, not an encoder")
+        if other != side:
+            raise InputError(f"{directory}: a DPR {other.replace('_', ' ')}, given as {side.replace('_', ' ')}")
+        return Part(side, family, family.config(config, where), tensors, "")
+    if kind == "bert":
+        encoder = ENCODERS["bert"].config(config, where)
+        return Part(side, ENCODERS["bert"], sentence_pooling(directory, encoder), tensors, "")
+    known = "bert, dpr"
+    raise InputError(f"{where}: model_type={kind!r} cannot be the {side.replace('_', ' ')}; known: {known}")
+
+
+def sentence_pooling(directory: Path, encoder: BertConfig) -> BertConfig:
+    """The encoder with the pooling and normalisation of its modules.json (sentence-transformers), if there is one."""
+    path = directory / "modules.json"
+    if not path.is_file():
+        return encoder
+    try:
+        modules = [(module["type"].rpartition(".")[2], module["path"]) for module in json.loads(path.read_text())]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a list of modules ({error!r})") from error
+    for kind, folder in modules:
+        if kind == "Pooling":
+            pooling = read_json(directory / folder / CONFIG)
+            chosen = [k for k, v in pooling.items() if k.startswith("pooling_mode_") and v is True]
+            ways: Any = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+            if len(chosen) != 1 or chosen[0] not in ways:
+                raise InputError(f"{directory / folder / CONFIG}: pooling {chosen} is not supported; mean or cls is")
+            encoder = dataclasses.replace(encoder, pooling=ways[chosen[0]])
+        elif kind == "Normalize":
+            encoder = dataclasses.replace(encoder, vector_norm=1.0)
+        elif kind != "Transformer":
+            raise InputError(f"{path}: module {kind} is not supported; Transformer, Pooling and Normalize are")
+    return encoder
+
+
+def generator_part(directory: Path) -> Part:
+    """A generator from a directory of its own."""
+    config, where = read_json(directory / CONFIG), str(directory / CONFIG)
+    family = pick(GENERATORS, config, where)
+    tensors = open_tensors(directory)
+    return Part("generator", family, family.adapt(family.config(config, where), tensors.shapes), tensors, "")
+
+
+def pick(families: dict[str, Family], config: dict[str, Any], where: str) -> Family:
+    kind = config.get("model_type")
+    if kind not in families:
+        raise InputError(f"{where}: model_type={kind!r} is not one of {', '.join(families)}")
+    return families[kind]
+
+
+def rag_parts(directory: Path, variant: str | None, change_variant: bool) -> tuple[RagConfig, list[Part]]:
+    """The model and the parts of a RagSequenceForGeneration or RagTokenForGeneration directory."""
+    return rag_parts_of(directory, read_json(directory / CONFIG), None, variant, change_variant)
+
+
+def rag_parts_of(
+    directory: Path, config: dict[str, Any], tensors: Tensors | None, variant: str | None, change_variant: bool
+) -> tuple[RagConfig, list[Part]]:
+    """The same, from a configuration that was read, and tensors if they are open already."""
+    where = str(directory / CONFIG)
+    for key, value in (("title_sep", joining.TITLE_SEPARATOR), ("doc_sep", joining.QUESTION_SEPARATOR)):
+        naming.refuse(config, where, **{key: value})
+    tensors = tensors or open_tensors(directory)
+    parts = []
+    for key in ("question_encoder", "generator"):
+        sub = config.get(key)
+        if not isinstance(sub, dict):
+            raise InputError(f"{where}: {key} is missing; a RAG configuration holds those of its parts")
+        default = {"question_encoder": "dpr", "generator": "bart"}[key]
+        families = {"dpr": ENCODERS["dpr"]} if key == "question_encoder" else GENERATORS
+        family = pick(families, {"model_type": default} | sub, f"{where}: {key}")
+        base = f"rag.{key}."
+        names = {name.removeprefix(base) for name in tensors.shapes if name.startswith(base)}
+        parts.append(Part(key, family, family.adapt(family.config(sub, f"{where}: {key}"), names), tensors, base))
+    encoder = parts[0].config
+    own = any(name.startswith("rag.ctx_encoder.") for name in tensors.shapes)
+    if own:
+        parts.append(Part("context_encoder", ENCODERS["dpr_context"], encoder, tensors, "rag.ctx_encoder."))
+    elif (directory / "context_encoder" / CONFIG).is_file():
+        parts.append(encoder_part(directory / "context_encoder", "context_encoder"))
+    named = [ARCHITECTURES[name] for name in config.get("architectures") or [] if name in ARCHITECTURES]
+    model = RagConfig(
+        variant=choose_variant(directory, named[0] if named else None, variant, change_variant),  # type: ignore[arg-type]
+        encoder=encoder,
+        generator=parts[1].config,
+        context_encoder=len(parts) == 3,
+        n_docs=config.get("n_docs", 5),
+        source_length=config.get("max_combined_length", 300),
+    )
+    return model, parts
+
+
+def choose_variant(where: Path, stored: str | None, asked: str | None, change: bool) -> str:
+    """sequence or token: as stored, or as asked; InputError where the two differ and nobody said to change it."""
+    if asked is not None and asked not in ARCHITECTURES.values():
+        raise InputError(f"variant {asked!r} is not one of {', '.join(ARCHITECTURES.values())}")
+    if stored is None and asked is None:
+        raise InputError(
+            f"{where}: names neither {' nor '.join(ARCHITECTURES)} as its architecture; "
+            "say --variant sequence or --variant token"
+        )
+    if stored and asked and stored != asked and not change:
+        raise InputError(
+            f"{where}: trained as RAG-{stored.title()}, asked for as RAG-{asked.title()}; the weights fit both, but "
+            "the answers differ: pass --change-variant (change_variant=True) if that is meant"
+        )
+    return asked or str(stored)
+
+
+def assemble(
+    parts: list[Part], model: RagConfig, mesh: jax.sharding.Mesh, dtype: Any, report: Report
+) -> Iterator[tuple[str, Any]]:
+    """(side, parameters) of each part, read tensor by tensor, each in its type and on its shards.
+
+    What is wrong with any of them is said before the first is read.
+    """
+    places = jax.tree.map(
+        lambda place: jax.ShapeDtypeStruct(place.shape, dtype, sharding=place.sharding),
+        runs.param_places(Rag(model), mesh),
+    )
+    for tensors in {id(part.tensors): part.tensors for part in parts}.values():
+        check_names([part for part in parts if part.tensors is tensors], tensors, places)
+    for part in sorted(parts, key=lambda part: part.side != "generator"):  # the largest first
+        report.parameters += sum(leaf.size for leaf in jax.tree.leaves(places[part.side]))
+        yield part.side, load_part(part, places[part.side], report)
+
+
+def spelling(part: Part) -> tuple[str, str]:
+    """How this checkpoint writes the family's names: the spelling of which the most are there."""
+    names = [entry.theirs for entry in part.family.entries(part.config)]
+
+    def there(option: tuple[str, str]) -> int:
+        return sum(part.base + spell(option, name) in part.tensors.shapes for name in names)
+
+    return max(part.family.spellings, key=there)
+
+
+def check_names(parts: list[Part], tensors: Tensors, places: Any) -> None:
+    """InputError with their names where tensors are missing, too many, or of another shape or type."""
+    missing, known = [], set()
+    for part in parts:
+        option = spelling(part)
+        shapes = {name: leaf.shape for name, leaf in flatten(places[part.side])}
+        for entry in part.family.entries(part.config):
+            name = part.base + spell(option, entry.theirs)
+            if name not in tensors.shapes:
+                missing += [] if entry.theirs in part.family.zeros else [name]
+                continue
+            known.add(name)
+            found, kind = tensors.shapes[name]
+            wanted = naming.their_shape(entry, [shapes[path] for path in entry.ours])
+            if found != wanted:
+                raise InputError(f"{tensors.where}: {name} is {found}, the configuration asks for {wanted}")
+            if kind not in FLOATS.values():
+                raise InputError(
+                    f"{tensors.where}: {name} is of type {kind}; weights must be {', '.join(FLOATS.values())}"
+                )
+        known |= {part.base + name for name in copies(part, option)}
+    if missing:
+        raise InputError(f"{tensors.where}: {listed(missing)} missing; download or export the checkpoint again")
+    left = [name for name in tensors.shapes if name not in known]
+    left = [name for name in left if not any(ignores(part, name) for part in parts)]
+    if left:
+        raise InputError(
+            f"{tensors.where}: {listed(left)} not part of the model that {CONFIG} describes; "
+            "is it the configuration of another checkpoint?"
+        )
+
+
+def copies(part: Part, option: tuple[str, str]) -> dict[str, str]:
+    """Names of tied copies, in every spelling, and the name of what they repeat."""
+    table = part.family.copies(part.config)
+    return {key: spell(option, value) for name, value in table.items() for key in {name, spell(option, name)}}
+
+
+def ignores(part: Part, name: str) -> bool:
+    return name.startswith(part.base) and part.family.ignores(name.removeprefix(part.base))
+
+
+def listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def flatten(tree: Any) -> list[tuple[str, Any]]:
+    """(path with slashes, leaf) of a tree of dicts."""
+    return [("/".join(key.key for key in path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+
+
+def read_finite(tensors: Tensors, name: str) -> np.ndarray:
+    tensor = tensors.read(name)
+    if not np.isfinite(tensor.astype(np.float32, copy=False)).all():
+        raise InputError(f"{tensors.where}: {name} holds NaN or infinity; the checkpoint is damaged")
+    return tensor
+
+
+def load_part(part: Part, places: Any, report: Report) -> Any:
+    """The tree of one part."""
+    option, leaves, made = spelling(part), dict(flatten(places)), {}
+
+    def size(entry: naming.Entry) -> int:
+        return sum(math.prod(leaves[path].shape) for path in entry.ours)
+
+    # the largest first, while little else is in memory
+    for entry in sorted(part.family.entries(part.config), key=size, reverse=True):
+        name = part.base + spell(option, entry.theirs)
+        if name not in part.tensors.shapes:
+            report.zeros.append(name)
+            arrays = [np.zeros(leaves[path].shape, np.float32) for path in entry.ours]
+        else:
+            report.loaded.append(name)
+            arrays = naming.to_ours(entry, read_finite(part.tensors, name))
+        for path, array in zip(entry.ours, arrays, strict=True):
+            made[path] = put(array, leaves[path])
+    for copy, source in copies(part, option).items():
+        name = part.base + copy
+        if name in part.tensors.shapes:
+            if not np.array_equal(part.tensors.read(name), part.tensors.read(part.base + source)):
+                raise InputError(
+                    f"{part.tensors.where}: {name} differs from {part.base + source}, of which it should be a copy"
+                )
+            report.tied.append(name)
+    report.ignored += [name for name in part.tensors.shapes if ignores(part, name)]
+    return jax.tree_util.tree_map_with_path(lambda path, _: made["/".join(key.key for key in path)], places)
+
+
+def put(array: np.ndarray, place: jax.ShapeDtypeStruct) -> jax.Array:
+    """A host array as a device array of this type and sharding; each device is given its own part alone."""
+    dtype = np.dtype(place.dtype)
+
+    def part(index: Any) -> np.ndarray:
+        return np.array(array[index], dtype, order="C")  # a copy: what was read can be let go
+
+    return jax.make_array_from_callback(place.shape, place.sharding, part)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model read from Hugging Face directories, and what else was there."""
+
+    model: RagConfig
+    parts: list[Part]
+    directories: dict[str, Path]  # side -> directory; "" for that of the whole
+
+    def tokenizer_directory(self, role: str) -> Path | None:
+        """Where the tokenizer of `encoder` or `generator` is, or None."""
+        if "" in self.directories:
+            folders = [self.directories[""] / TOKENIZERS[role]]
+        elif role == "generator" and "generator" not in self.directories:
+            folders = [self.directories["question_encoder"]]  # a retriever alone: a corpus needs both
+        else:
+            folders = [self.directories["question_encoder" if role == "encoder" else "generator"]]
+        marks = (tokenizers.TOKENIZER_FILE, tokenizers.CONFIG_FILE, "vocab.txt", "vocab.json", "spiece.model")
+        return next((folder for folder in folders if any((folder / mark).is_file() for mark in marks)), None)
+
+    def resized(self, n_docs: int, source_length: int) -> "Source":
+        """With other settings of the model; 0 leaves them."""
+        model = dataclasses.replace(
+            self.model,
+            n_docs=n_docs or self.model.n_docs,
+            source_length=source_length or self.model.source_length,
+        )
+        return dataclasses.replace(self, model=model)
+
+    def load(self, mesh: jax.sharding.Mesh, report: Report, dtype: str = "float32") -> Iterator[tuple[str, Any]]:
+        """(side, parameters) of each part, one after another; fills the report."""
+        return assemble(self.parts, self.model, mesh, jnp.dtype(dtype), report)
+
+
+def open_source(
+    directory: Path, variant: str | None = None, change_variant: bool = False, context_encoder: Path | None = None
+) -> Source:
+    """A whole model from one directory: a RAG composite, or an encoder as a retriever alone. `context_encoder`: another
+    directory, for a composite that has none.
+    """
+    config = read_json(directory / CONFIG)
+    kind = config.get("model_type")
+    if kind == "rag":
+        model, parts = rag_parts(directory, variant, change_variant)
+        if context_encoder is None:
+            return Source(model, parts, {"": directory})
+        part = encoder_part(context_encoder, "context_encoder")
+        check_form(part.config, model.encoder, context_encoder, directory)
+        model = dataclasses.replace(model, context_encoder=True)
+        return Source(model, [*(p for p in parts if p.side != part.side), part], {"": directory})
+    if kind in GENERATORS:
+        raise InputError(
+            f"{directory}: a generator alone ({kind}); put it together with encoders: rag-jax convert "
+            f"--question-encoder A --context-encoder B --generator {directory} --out DIR"
+        )
+    return combine(directory, context_encoder)
+
+
+def combine(
+    question_encoder: Path,
+    context_encoder: Path | None = None,
+    generator: Path | None = None,
+    variant: str = "sequence",
+    **settings: Any,
+) -> Source:
+    """One model from parts. A BERT alone encodes both questions and passages; a DPR question encoder needs its other
+    half.
+    """
+    parts = [encoder_part(question_encoder, "question_encoder")]
+    directories = {"question_encoder": question_encoder}
+    tied = context_encoder is None or context_encoder.resolve() == question_encoder.resolve()
+    tied = tied and parts[0].family is ENCODERS["bert"]
+    if context_encoder is not None and not tied:
+        parts.append(encoder_part(context_encoder, "context_encoder"))
+        check_form(parts[1].config, parts[0].config, context_encoder, question_encoder)
+        directories["context_encoder"] = context_encoder
+    if generator is not None:
+        parts.append(generator_part(generator))
+        directories["generator"] = generator
+    encoder = parts[0].config
+    model = RagConfig(
+        variant=variant,  # type: ignore[arg-type]
+        encoder=encoder,
+        generator=parts[-1].config if generator is not None else None,
+        tie_encoders=tied,
+        context_encoder=tied or context_encoder is not None,
+        **settings,
+    )
+    return Source(model, parts, directories)
+
+
+def check_form(context: BertConfig, question: BertConfig, context_from: Path, question_from: Path) -> None:
+    """InputError with the first field in which the two encoders differ: here they have one configuration."""
+    pairs = zip(dataclasses.asdict(context).items(), dataclasses.asdict(question).values(), strict=True)
+    for (name, ours), theirs in pairs:
+        if ours != theirs:
+            raise InputError(
+                f"{context_from}: the context encoder's {name} is {ours}, the question encoder's ({question_from}) is "
+                f"{theirs}; both must have one form"
+            )
+
+
+def in_dtype(model: RagConfig, dtype: str) -> RagConfig:
+    """The model computing in `dtype`."""
+    generator = model.generator and dataclasses.replace(model.generator, dtype=dtype)
+    return dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, dtype=dtype), generator=generator)
+
+
+def from_pretrained(
+    path: str | Path,
+    variant: str | None = None,
+    change_variant: bool = False,
+    dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Rag, Params]:
+    """The model of a run directory, a converted checkpoint, or a Hugging Face directory or hub name; its parameters.
+
+    variant: what is expected (RAG-Sequence or RAG-Token); another one stored is an InputError, unless `change_variant`.
+    dtype: of parameters and computation. InputError for any other directory and for an unfinished run.
+    """
+    directory = find(path)
+    if is_hugging_face(directory):
+        source = open_source(directory, variant, change_variant)
+        model = in_dtype(source.model, dtype) if dtype != "float32" else source.model
+        source = dataclasses.replace(source, model=model)
+        return Rag(model), dict(source.load(mesh or sharding.make_mesh(), Report(), dtype))
+    config = runs.read_config(directory)
+    rag = runs.run_model(directory, config)
+    chosen = choose_variant(directory, rag.variant, variant, change_variant)
+    params = runs.read_params(directory, rag, mesh or sharding.make_mesh(config.mesh or None))
+    model = dataclasses.replace(rag.config, variant=chosen)  # type: ignore[arg-type]
+    if dtype != "float32":
+        model, params = in_dtype(model, dtype), jax.tree.map(lambda x: x.astype(dtype), params)
+    return Rag(model), params
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+KIND, VERSION = "Hugging Face model", 1
+
+
+def family_name(config: GeneratorConfig) -> str:
+    """The model_type that a generator is written as."""
+    if isinstance(config, LmConfig):
+        return lm.lm_family(config)
+    return {"bart": "mbart" if getattr(config, "norm", "") == "pre" else "bart", "t5": "t5"}[config.kind]
+
+
+def tensors_of(family: Family, config: Any, params: Any, base: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) of one part, as transformers writes them: no tied copies."""
+    leaves = dict(flatten(params))
+    for entry in family.entries(config):
+        arrays = [np.asarray(jax.device_get(leaves[path])) for path in entry.ours]
+        yield base + spell(family.spellings[0], entry.theirs), naming.to_theirs(entry, arrays)
+
+
+def describe_part(kind: str, family: Family, config: Any, original: dict[str, Any]) -> dict[str, Any]:
+    """config.json of one part; `original`, where the part came from one, keeps what has no place here."""
+    model_type = {"dpr_context": "dpr"}.get(kind, kind)
+    kept = original if original.get("model_type", model_type) == model_type else {}
+    return kept | family.describe(config) | {"model_type": model_type, "architectures": [family.architecture]}
+
+
+def encoder_kind(config: BertConfig, side: str) -> str:
+    """dpr where the vector is that of the first token, as it comes; else bert in the form of sentence-transformers."""
+    plain = config.pooling == "cls" and not config.vector_norm
+    return ("dpr" if side == "question_encoder" else "dpr_context") if plain else "bert"
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_encoder(out: Path, config: BertConfig, params: Any, side: str, original: dict[str, Any]) -> None:
+    """A directory for DPRQuestionEncoder, DPRContextEncoder, or sentence-transformers."""
+    kind = encoder_kind(config, side)
+    family = ENCODERS[kind]
+    described = describe_part(kind, family, config, original)
+    out.mkdir(parents=True, exist_ok=True)
+    if kind == "bert":
+        if config.projection:
+            raise InputError("an encoder with a projection and pooling='mean' has no form at Hugging Face")
+        modules = ["Transformer", "Pooling", *(["Normalize"] if config.vector_norm else [])]
+        paths = ["", "1_Pooling", "2_Normalize"]
+        write_json(
+            out / "modules.json",
+            [
+                {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{name}"}
+                for i, name in enumerate(modules)
+            ],
+        )
+        (out / "1_Pooling").mkdir(exist_ok=True)
+        ways = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+        pooling = {name: config.pooling == way for name, way in ways.items()}
+        write_json(out / "1_Pooling" / CONFIG, {"word_embedding_dimension": config.width, **pooling})
+        write_json(out / "sentence_bert_config.json", {"max_seq_length": config.positions, "do_lower_case": False})
+    write_json(out / CONFIG, described)
+    write_tensors(out, tensors_of(family, config, params))
+
+
+def write_generator(out: Path, config: GeneratorConfig, params: Any, original: dict[str, Any]) -> None:
+    kind = original.get("model_type") or family_name(config)
+    family = GENERATORS[kind]
+    config, params = without_logit_scale(config, params)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / CONFIG, describe_part(kind, family, config, original))
+    write_tensors(out, tensors_of(family, config, params))
+
+
+def write_rag(
+    out: Path, rag: Rag, params: Params, original: dict[str, Any], context_inside: bool, shard_bytes: int
+) -> None:
+    """A directory for RagSequenceForGeneration or RagTokenForGeneration; the context encoder in its own folder, where
+    DPRContextEncoder finds it, or inside the checkpoint.
+    """
+    model, generator = rag.config, rag.config.reader
+    parts: dict[str, Any] = {key: original.get(key) or {} for key in ("question_encoder", "generator")}
+    kind = parts["generator"].get("model_type") or family_name(generator)
+    if isinstance(generator, LmConfig):
+        raise InputError(
+            "Hugging Face's RAG takes encoder-decoder generators only; write this one with --part generator"
+        )
+    if encoder_kind(model.encoder, "question_encoder") != "dpr":
+        raise InputError(
+            "Hugging Face's RAG has DPR encoders only (pooling='cls', vector_norm=0), and this model pools otherwise; "
+            "write its parts with --part question_encoder, --part context_encoder and --part generator"
+        )
+    families = {"question_encoder": ENCODERS["dpr"], "generator": GENERATORS[kind]}
+    generator, params = without_scale_in_rag(generator, params)
+    described = {
+        "question_encoder": describe_part(
+            "dpr", families["question_encoder"], model.encoder, parts["question_encoder"]
+        ),
+        "generator": describe_part(kind, families["generator"], generator, parts["generator"]),
+    }
+    ids = {name: described["generator"].get(name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
+    whole = original | {
+        **described,
+        **{name: value for name, value in ids.items() if value is not None},
+        "decoder_start_token_id": described["generator"].get("decoder_start_token_id"),
+        "vocab_size": generator.vocab_size,
+        "model_type": "rag",
+        "architectures": [name for name, variant in ARCHITECTURES.items() if variant == model.variant],
+        "n_docs": model.n_docs,
+        "max_combined_length": model.source_length,
+        "retrieval_vector_size": model.encoder.output_width,
+        "title_sep": joining.TITLE_SEPARATOR,
+        "doc_sep": joining.QUESTION_SEPARATOR,
+        "is_encoder_decoder": True,
+    }
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        yield from tensors_of(
+            families["question_encoder"], model.encoder, params["question_encoder"], "rag.question_encoder."
+        )
+        if context_inside:
+            if "context_encoder" not in params:
+                raise InputError("this model has no context encoder of its own to write inside")
+            yield from tensors_of(ENCODERS["dpr_context"], model.encoder, params["context_encoder"], "rag.ctx_encoder.")
+        yield from tensors_of(families["generator"], generator, params["generator"], "rag.generator.")
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / CONFIG, whole)
+    write_tensors(out, tensors(), shard_bytes)
+    if model.context_encoder and not context_inside:
+        side = params["question_encoder" if model.tie_encoders else "context_encoder"]
+        write_encoder(out / "context_encoder", model.encoder, side, "context_encoder", {})
+
+
+def without_scale_in_rag(generator: GeneratorConfig, params: Params) -> tuple[GeneratorConfig, Params]:
+    generator, changed = without_logit_scale(generator, params["generator"])
+    return generator, params | {"generator": changed}
+
+
+def save_pretrained(
+    path: str | Path,
+    rag: Rag,
+    params: Params,
+    *,
+    part: str | None = None,
+    tokenizers_from: str | Path | None = None,
+    original: dict[str, dict[str, Any]] | None = None,
+    context_inside: bool = False,
+    shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> Path:
+    """Write a directory that transformers loads: RagSequenceForGeneration or RagTokenForGeneration, or one part alone.
+
+    part: question_encoder, context_encoder or generator. tokenizers_from: a directory with `encoder` and `generator`,
+    as a run has it. original: file name -> content of the configuration files to keep what has no place here (see
+    `provenance`). InputError for what transformers has no class for.
+    """
+    if part is not None and part not in SIDES:
+        raise InputError(f"part {part!r} is not one of {', '.join(SIDES)}")
+    original = original or {}
+    config = original.get(CONFIG, {})
+    out = Path(path)
+    with files.new_directory(out, KIND, overwrite=overwrite) as temporary:
+        if part is None and rag.config.generator is not None:
+            write_rag(temporary, rag, params, config, context_inside, shard_bytes)
+            roles = dict(TOKENIZERS)
+        elif part == "generator":
+            write_generator(temporary, rag.config.reader, params["generator"], config.get("generator", {}))
+            roles = {"generator": ""}
+        else:
+            side = part or "question_encoder"
+            if side == "context_encoder" and not rag.config.context_encoder:
+                raise InputError("this model has no context encoder")
+            own = "question_encoder" if side == "context_encoder" and rag.config.tie_encoders else side
+            write_encoder(temporary, rag.config.encoder, params[own], side, config.get("question_encoder", {}))
+            roles = {"encoder": ""}
+        if tokenizers_from is not None:
+            for role, folder in roles.items():
+                tokenizers.load(Path(tokenizers_from) / role).save(temporary / folder)
+        if GENERATION in original and (part in (None, "generator")):
+            write_json(temporary / GENERATION, original[GENERATION])
+        files.write_manifest(temporary, KIND, VERSION, {})
+    return out
+
+
+def provenance(directory: Path) -> dict[str, dict[str, Any]]:
+    """The configuration files that a run's parameters came with, for `save_pretrained`; {} for one trained from
+    scratch.
+    """
+    folder = directory / runs.PROVENANCE
+    return {path.name: read_json(path) for path in sorted(folder.glob("*.json"))} if folder.is_dir() else {}
+
+
+def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: bool = False) -> dict[str, Any]:
+    """Convert: a directory in the form of a run with no stages, so that every command that takes a run takes it."""
+    report = Report()
+    with files.new_directory(out, "converted model", overwrite=overwrite) as temporary:
+        found = {role: source.tokenizer_directory(role) for role in TOKENIZERS}
+        identity: dict[str, Any] = {"corpus_hash": ""}
+        for role, directory in found.items():
+            if directory is not None:
+                tokenizer = tokenizers.load(directory)
+                tokenizer.save(temporary / "tokenizers" / role)
+                identity[f"{role}_tokenizer"] = tokenizers.load(temporary / "tokenizers" / role).hash
+        runs.write_empty_run(temporary, source.model, identity)
+        checkpoint.save_params(temporary / "params", source.load(mesh, report))
+        folder = temporary / runs.PROVENANCE
+        folder.mkdir()
+        whole = source.directories.get("")
+        if whole is not None:
+            write_json(folder / CONFIG, read_json(whole / CONFIG))
+        else:
+            keys = [side for side in ("question_encoder", "generator") if side in source.directories]
+            write_json(folder / CONFIG, {key: read_json(source.directories[key] / CONFIG) for key in keys})
+        settings = (whole or source.directories.get("generator", out)) / GENERATION
+        if settings.is_file():
+            write_json(folder / GENERATION, read_json(settings))
+        write_json(
+            temporary / "report.json", report.summary() | {"tied_names": report.tied, "ignored_names": report.ignored}
+        )
+        files.write_manifest(temporary, "converted model", VERSION, {})
+    missing = [role for role, directory in found.items() if directory is None]
+    return report.summary() | {"out": str(out), "variant": source.model.variant, "no_tokenizer_for": missing}

@@ -1,0 +1,121 @@
+"""Conversion at full size: random weights in the form of facebook/rag-token-nq (BERT-base and BART-large, 712 tensors).
+
+    python scripts/convert_full_size.py --out DIR     # needs about 8 GB of disk, 5 GB of memory, no torch
+
+Writes the Hugging Face directory, converts it, exports it again, and runs one forward pass (B=1, K=2, L=64, T=8), each
+in a process of its own; prints the time and the peak memory of each, beside the size of the checkpoint.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+FORWARD = """
+import sys, time, numpy as np, jax, rag_jax
+model, params = rag_jax.from_pretrained(sys.argv[1])
+rng = np.random.default_rng(0)
+ids, mask = rng.integers(3, 50000, (1, 2, 64)), np.ones((1, 2, 64), bool)
+begun = time.perf_counter()
+nll = jax.jit(model.nll)(params, ids, mask, np.zeros((1, 2), "f4"), rng.integers(3, 50000, (1, 8)))
+print("nll", float(nll[0]), "forward with compilation", round(time.perf_counter() - begun, 1), "s")
+assert np.isfinite(nll).all()
+"""
+
+
+def tensors() -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) of the composite, tied copies as in the released files."""
+    import flax.linen as nn
+    import jax
+
+    from rag_jax import pretrained
+    from rag_jax.models.bart import BartConfig
+    from rag_jax.models.bert import BertConfig
+    from rag_jax.models.hf import ENCODERS, GENERATORS, naming
+    from rag_jax.rag import Rag, RagConfig
+
+    rag = Rag(RagConfig("token", context_encoder=False))
+    abstract = nn.unbox(jax.eval_shape(rag.init, jax.random.key(0)))
+    shapes = {path: leaf.shape for path, leaf in pretrained.flatten(abstract)}
+    rng = np.random.default_rng(0)
+    for side, family, config in (
+        ("question_encoder", ENCODERS["dpr"], BertConfig()),
+        ("generator", GENERATORS["bart"], BartConfig()),
+    ):
+        made = {}
+        for entry in family.entries(config):
+            shape = naming.their_shape(entry, [shapes[f"{side}/{path}"] for path in entry.ours])
+            centre = 1.0 if entry.ours[0].endswith("scale") else 0.0
+            tensor = rng.standard_normal(shape, np.float32) * 0.02 + np.float32(centre)
+            if entry.theirs in family.copies(config).values():
+                made[entry.theirs] = tensor
+            yield f"rag.{side}.{entry.theirs}", tensor
+        for name, source in family.copies(config).items():
+            yield f"rag.{side}.{name}", made[source]
+
+
+def make(out: Path) -> None:
+    """The Hugging Face directory."""
+    from rag_jax.models.bart import BartConfig
+    from rag_jax.models.bert import BertConfig
+    from rag_jax.models.hf import ENCODERS, GENERATORS
+    from rag_jax.tensors import write_tensors
+
+    out.mkdir(parents=True)
+    encoder = ENCODERS["dpr"].describe(BertConfig()) | {"model_type": "dpr"}
+    generator = GENERATORS["bart"].describe(BartConfig(generate_from_eos=True)) | {"model_type": "bart"}
+    config = {"model_type": "rag", "architectures": ["RagTokenForGeneration"]}
+    text = json.dumps(config | {"question_encoder": encoder, "generator": generator})
+    (out / "config.json").write_text(text)
+    print(f"{len(write_tensors(out, tensors()))} tensors")
+
+
+def measured(name: str, command: list[str], size: int) -> None:
+    """Runs it and prints time, peak memory and their ratio to the checkpoint."""
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    out, _ = process.communicate()
+    if process.returncode:
+        sys.exit(f"{name} failed")
+    seconds, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(f"{name}: {seconds:.1f} s, peak memory {peak / 1e9:.2f} GB, {peak / size:.2f} of the checkpoint", flush=True)
+    if name == "forward":
+        print("  " + out.strip())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=("make",), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        make(args.out / "hf")
+        return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    here, out = [sys.executable, __file__], args.out
+    if not (out / "hf").exists():
+        subprocess.run([*here, "--only", "make", "--out", str(out)], check=True)
+    size = sum(file.stat().st_size for file in (out / "hf").glob("*.safetensors"))
+    unique = size - 3 * 50265 * 1024 * 4
+    print(f"checkpoint: {size / 1e9:.2f} GB, {unique / 1e9:.2f} GB without the tied copies; ratios are to the latter")
+    cli = [sys.executable, "-m", "rag_jax"]
+    for name, command in (
+        ("convert", [*cli, "convert", str(out / "hf"), "--out", str(out / "ours"), "--overwrite"]),
+        ("export", [*cli, "export", str(out / "ours"), "--out", str(out / "back"), "--overwrite"]),
+        ("forward", [sys.executable, "-c", FORWARD, str(out / "ours")]),
+    ):
+        subprocess.run([*here, "measure", name, str(unique), *command], check=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:  # a process of its own, so that its children's peak is that of one alone
+        measured(sys.argv[2], sys.argv[4:], int(sys.argv[3]))
+    else:
+        main()
