@@ -9,7 +9,7 @@
 Both objectives from the same start:
 
     rag-jax train --config configs/nq_gold.py --run runs/nq_gold-base $DATA \\
-        --stage retriever --stage retriever_hard --stage read_32 --stage read_96
+        --stage retriever --stage read_32 --stage read_96 --stage read
     rag-jax train --config configs/nq_gold.py:token --run runs/nq_gold-token $DATA \\
         --stage joint --init runs/nq_gold-base
 

@@ -9,13 +9,13 @@
 Both objectives from the same start:
 
     rag-jax train --config configs/squad.py --run runs/squad-base $DATA \\
-        --stage retriever --stage retriever_hard --stage read_32 --stage read_96
+        --stage retriever --stage read_32 --stage read_96 --stage read
     rag-jax train --config configs/squad.py:token --run runs/squad-token $DATA --stage joint --init runs/squad-base
 
 SQUAD: a directory with passages.jsonl, train.jsonl and dev.jsonl. Stages: the retriever, which starts from the
-corpus' document frequencies (init="lexical"), on gold passages and then on what it confuses them with; reading windows
-around the answer; and joint training through the marginal likelihood with no labels. No dropout in the generator: with
-it, copying from the passage is not learned in this time.
+corpus' document frequencies (init="lexical"), on gold passages; reading windows around the answer, then whole
+passages; and joint training through the marginal likelihood with no labels. No dropout in the generator: with it,
+copying from the passage is not learned in this time.
 """
 
 from ml_collections import ConfigDict
@@ -57,12 +57,11 @@ def text_config(name: str, variant: str) -> ConfigDict:
         return config
 
     read = {"objective": "rag", "documents": "gold"}
-    find = {"objective": "contrastive"}
     c.stages = (
-        stage("retriever", 300, 32, adam(3e-4, question_encoder=1.0), **find),
-        stage("retriever_hard", 200, 24, adam(2e-4, question_encoder=1.0), hard_negatives=1, refresh_every=40, **find),
+        stage("retriever", 150, 32, adam(3e-4, question_encoder=1.0), objective="contrastive"),
         stage("read_32", 1500, 16, adam(1.5e-3, "constant", generator=1.0), window=32, source_length=76, **read),
-        stage("read_96", 4000, 16, adam(1.5e-3, generator=1.0), window=96, source_length=140, **read),
+        stage("read_96", 1200, 16, adam(1.5e-3, generator=1.0), window=96, source_length=140, **read),
+        stage("read", 300, 16, adam(6e-4, generator=1.0), **read),
         stage("joint", 60, 8, adam(5e-4, question_encoder=0.2, generator=1.0), refresh_every=30),
     )
     return c

@@ -32,7 +32,7 @@ def prediction_rows(
                 "prediction": None if retrieval_only else found.text,
                 "answers": golds,
                 "score": found.score,
-                "gold": list(question.positive_passage_ids),
+                "gold": list(question.right_passage_ids),
                 "retrieved": list(found.retrieved),
                 "prior": [passage.prior for passage in found.passages],
                 "posterior": [passage.posterior for passage in found.passages],

@@ -2,11 +2,13 @@
 # Everything that must pass: virtual environment, install, ruff, types, tests. From any directory:
 #   scripts/test.sh [arguments of pytest]
 # VENV: where the environment is or will be (default .venv-test).  PYTHON: the interpreter that makes it (default python3).
+# EXTRAS: what is installed beside the package (default test; test,parity,minilm has the comparisons with torch too).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=${VENV:-.venv-test}
 python=${PYTHON:-python3}
+extras=${EXTRAS:-test}
 
 "$python" - <<'CHECK' || exit 1
 import sys
@@ -15,10 +17,10 @@ if sys.version_info < (3, 11):
 CHECK
 
 # The stamp is written last, so an install that was interrupted, or is of other requirements, is done again.
-stamp=$(cat pyproject.toml constraints.txt | cksum)
+stamp="$(cat pyproject.toml constraints.txt | cksum) $extras"
 if [[ ! -x $venv/bin/python || $(cat "$venv/complete" 2>/dev/null) != "$stamp" ]]; then
     "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet -e '.[test]' -c constraints.txt
+    "$venv/bin/python" -m pip install --quiet -e ".[$extras]" -c constraints.txt
     printf '%s\n' "$stamp" > "$venv/complete"
 fi
 

@@ -240,6 +240,23 @@ def test_report_is_what_the_predictions_say(tiny_data, run, questions, answers, 
     assert "exact_match: " in capsys.readouterr().out
 
 
+def test_retrieval_alone_finds_the_same_and_writes_nothing(tiny_data, run, answers, questions, tmp_path, capsys):
+    file = tmp_path / "questions.jsonl"
+    lines = (tiny_data / "world/train.jsonl").read_text().splitlines()[: len(questions)]
+    file.write_text("\n".join(lines))
+    words = ["--questions", file, "--out", tmp_path, "--retrieval-only", "--batch", 8, "--json"]
+    assert tiny.rag_jax("evaluate", run, *words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["retrieval_only"] and "exact_match" not in report and "f1" not in report
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    for row, found in zip(rows, answers, strict=True):
+        assert row["prediction"] is None and row["retrieved"][:3] == list(found.retrieved[:3])
+        np.testing.assert_allclose(row["prior"], [p.prior for p in found.passages], rtol=1e-5)
+    hits = [q.positive_passage_ids[0] == row["retrieved"][0] for q, row in zip(questions, rows, strict=True)]
+    assert report["recall_at_1"] == np.mean(hits)
+    assert "ask for one of them" in refused(capsys, "evaluate", run, *words, "--closed-book")
+
+
 def test_closed_book_has_no_passages(tiny_data, run, reuse, tmp_path, capsys):
     words = ["--out", tmp_path, "--closed-book", "--limit", 8, "--batch", 8, "--json"]
     assert tiny.rag_jax("evaluate", run, *words) == 0

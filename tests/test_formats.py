@@ -197,6 +197,13 @@ def test_questions(tmp_path: Path) -> None:
     assert (second.answers, second.positive_passage_ids, second.target, second.extra) == ((), (), "hello", {})
 
 
+def test_further_right_passages_come_after_the_positive_ones(tmp_path: Path) -> None:
+    row = QUESTION | {"also_relevant_passage_ids": ["p7", "p2"]}
+    (question,) = read_questions(write(tmp_path / "q.jsonl", json.dumps(row).encode()))
+    assert question.right_passage_ids == ("p1", "p7", "p2") and question.positive_passage_ids == ("p1",)
+    assert not question.extra
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -206,6 +213,7 @@ def test_questions(tmp_path: Path) -> None:
         ({"answers": [1]}, "'answers' must be a list of strings, it is a list with a number in it"),
         ({"answers": ...}, "missing field 'answers'"),
         ({"positive_passage_ids": [None]}, "'positive_passage_ids' must be a list of strings"),
+        ({"also_relevant_passage_ids": "p1"}, "'also_relevant_passage_ids' must be a list of strings"),
         ({"target": 3}, "'target' must be a string"),
         ({"id": "q1"}, "duplicate id 'q1', first at"),
     ],

@@ -1,5 +1,6 @@
 """Questions to batches: what each array holds, read back through the tokenizers, and the order of the examples."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -55,6 +56,15 @@ def test_every_array_says_what_the_question_says(questions, corpus, examples):
         assert examples.labels_NT[i].tolist() == label + [generator.pad_id] * (TARGET - len(label))
         assert [corpus[row].id for row in examples.gold_NG[i]] == list(q.positive_passage_ids)
     assert (examples.question_ids_NQ[np.arange(QUESTION) >= examples.question_length_N[:, None]] == 0).all()
+
+
+def test_further_right_passages_are_no_negatives(questions, corpus):
+    """They stand behind the positive one, where the contrastive loss leaves them out and recall counts them."""
+    other = corpus[len(corpus) - 1].id
+    changed = [dataclasses.replace(questions[0], also_relevant_passage_ids=(other,)), questions[1]]
+    gold = pipeline.tokenise(changed, corpus, question_length=QUESTION, target_length=TARGET).gold_NG
+    assert gold[0].tolist() == [corpus.row(questions[0].positive_passage_ids[0]), len(corpus) - 1]
+    assert gold[1].tolist() == [corpus.row(questions[1].positive_passage_ids[0]), -1]
 
 
 def test_the_span_in_the_gold_passage_is_the_answer(questions, corpus, examples):

@@ -15,9 +15,10 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from rag_jax import config, logs, pretrained, train
+from rag_jax import config, logs, pretrained, sharding, train
 from rag_jax import run as runs
 from rag_jax.errors import InputError
+from rag_jax.models.lexical import inverse_document_frequency, lexical_start
 from rag_jax.retrieval import index as snapshots
 from rag_jax.retrieval.corpus import Corpus
 
@@ -323,3 +324,19 @@ def test_a_step_alone_is_timed_with_its_compilation(monkeypatch):
     interval.rows.append({"loss": 1.0, "learning_rate": 0.1, "tokens": 50.0})
     interval.restart_clock()
     assert interval.summary()["step_seconds"] == 10.0
+
+
+def test_a_lexical_start_is_made_from_the_corpus(tiny_data):
+    cfg = tiny_config(tiny_data)
+    corpus, mesh = Corpus.open(cfg.corpus), sharding.make_mesh()
+    starts = {}
+    for init in ("copy", "lexical"):
+        model = dataclasses.replace(cfg.model, encoder=dataclasses.replace(cfg.model.encoder, init=init))
+        loaded = runs.load(model, corpus, mesh)
+        starts[init] = train.init_params(loaded, 0, "")
+    weight = inverse_document_frequency(corpus.encoder_ids, corpus.encoder_length, corpus.encoder_tokenizer.vocab_size)
+    expected = lexical_start(starts["copy"]["question_encoder"], weight)
+    jax.tree.map(np.testing.assert_array_equal, starts["lexical"]["question_encoder"], expected)
+    jax.tree.map(np.testing.assert_array_equal, starts["lexical"]["generator"], starts["copy"]["generator"])
+    places = [jax.tree.map(lambda x: x.sharding, start) for start in starts.values()]
+    assert places[0] == places[1]

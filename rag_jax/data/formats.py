@@ -36,7 +36,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class Question:
-    """One row of a question file; `extra` keeps the fields this class does not name."""
+    """One row of a question file; `extra` keeps the fields this class does not name.
+
+    also_relevant_passage_ids: further right passages, found counts as right and they are no negatives.
+    """
 
     id: str
     question: str
@@ -44,6 +47,12 @@ class Question:
     positive_passage_ids: tuple[str, ...] = ()
     target: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    also_relevant_passage_ids: tuple[str, ...] = ()
+
+    @property
+    def right_passage_ids(self) -> tuple[str, ...]:
+        """All right passages, the positive ones first."""
+        return self.positive_passage_ids + self.also_relevant_passage_ids
 
 
 class Source(NamedTuple):
@@ -326,12 +335,13 @@ def _passage(row: dict[str, Any]) -> Passage:
 
 def _question(row: dict[str, Any]) -> Question:
     target = None if row.get("target") is None else _string(row, "target")
-    named = {"id", "_id", "question", "answers", "positive_passage_ids", "target"}
+    lists = ("positive_passage_ids", "also_relevant_passage_ids")
+    named = {"id", "_id", "question", "answers", "target", *lists}
     return Question(
         id=_identity(row),
         question=_string(row, "question"),
         answers=_strings(row, "answers"),
-        positive_passage_ids=_strings(row, "positive_passage_ids") if "positive_passage_ids" in row else (),
+        **{name: _strings(row, name) for name in lists if name in row},
         target=target,
         extra={name: value for name, value in row.items() if name not in named},
     )

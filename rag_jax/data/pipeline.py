@@ -123,12 +123,12 @@ def tokenise(
     answers = generator.encode_batch([" " + answer for _, answer in pairs])
     labels = [generator.label(ids, target_length) for ids in answers]
     labels_NT, _ = pad_rows(labels, target_length, generator.pad_id, np.int32)
-    width = max(1, *(len(q.positive_passage_ids) for q in questions)) if questions else 1
+    width = max(1, *(len(q.right_passage_ids) for q in questions)) if questions else 1
     gold = np.full((len(questions), width), -1, np.int32)
     for i, question in enumerate(questions):
-        if question.positive_passage_ids:
+        if question.right_passage_ids:
             try:
-                gold[i, : len(question.positive_passage_ids)] = corpus.rows(question.positive_passage_ids)
+                gold[i, : len(question.right_passage_ids)] = corpus.rows(question.right_passage_ids)
             except InputError as error:
                 raise InputError(f"question {question.id!r}: {error}") from error
     gold_NG = gold[source_N]
