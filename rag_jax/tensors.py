@@ -93,7 +93,7 @@ def _open_safe(where: Path, weight_map: dict[str, str] | None) -> Tensors:
 
 def _open_bin(where: Path, files: list[str]) -> Tensors:
     try:
-        import torch  # type: ignore[import-not-found, unused-ignore]
+        import torch
     except ImportError:
         raise InputError(
             f"{where}: a pickled checkpoint, which only torch can read; pip install torch, or use a copy with {SAFE}"
