@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from rag_jax.data import joining
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
+from rag_jax.models.lm import LmConfig
+from rag_jax.models.t5 import T5Config
 from rag_jax.rag import Rag, RagConfig, join, shift_left
 
 B, K, L, T, V = 2, 3, 6, 5, 7
@@ -260,3 +262,89 @@ def test_beams_that_found_nothing_do_not_answer(params, naive, mode):
     marginal = np.array([prior[b] @ np.exp(naive(b, (BOS,))) for b in range(B)])
     np.testing.assert_array_equal(found.sequences[:, 1], marginal.argmax(-1))
     np.testing.assert_allclose(found.scores, np.log(marginal.max(-1)), atol=1e-4)
+
+
+# --- other generators -------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "t5": T5Config(
+        vocab_size=V, width=8, encoder_layers=1, decoder_layers=2, heads=2, head_width=4, hidden=8, buckets=4,
+        max_distance=6, dropout=0.0, bos_id=PAD, pad_id=PAD, eos_id=EOS,
+    ),  # starts from its padding
+    "lm": LmConfig(
+        vocab_size=V, width=8, layers=2, heads=2, groups=1, head_width=4, hidden=8, positions=24, dropout=0.0,
+        norm_kind="rms", position_kind="rotary", gated=True, activation="silu", qkv_bias=False, out_bias=False,
+        mlp_bias=False, tied=False, bos_id=BOS, pad_id=EOS, eos_id=EOS,
+    ),  # pads with its end
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def other(request):
+    """(generator configuration, parameters at a scale where documents disagree)"""
+    generator = OTHERS[request.param]
+    shapes = nn.unbox(jax.eval_shape(rag(generator=generator).init, jax.random.key(0)))["generator"]
+    rng = np.random.default_rng(1)
+
+    def draw(path, x):
+        return jnp.asarray(rng.normal(1.0 if "scale" in jax.tree_util.keystr(path) else 0.0, 0.8, x.shape), x.dtype)
+
+    return generator, {"generator": jax.tree_util.tree_map_with_path(draw, shapes)}
+
+
+def next_logp(generator, params):
+    """(b, tokens so far) -> log p(next | document k) [K, V], a document at a time, by the whole forward pass."""
+    model = rag(generator=generator).generator
+    run = jax.jit(lambda *args: model.apply({"params": params["generator"]}, *args))
+
+    @cache
+    def look_up(b, tokens):
+        labels = np.array([oracles.pad(tokens, T, generator.pad_id)], np.int32)
+        rows = [run(IDS[b, k][None], MASK[b, k][None], labels)[0, len(tokens) - 1] for k in range(K)]
+        return np.log(oracles.softmax(np.array(rows)))
+
+    return look_up
+
+
+def test_any_generator_is_scored(other):
+    generator, params = other
+    look_up, prior = next_logp(generator, params), oracles.softmax(SCORES)
+    answers = [(4, 5, 3, EOS), (6, EOS)]
+    labels = np.array([oracles.pad((generator.bos_id, *y), 5, generator.pad_id) for y in answers], np.int32)
+    for variant in VARIANTS:
+        found = jax.jit(rag(variant, generator=generator).nll)(params, IDS, MASK, SCORES, labels)
+        for b, y in enumerate(answers):
+            steps = [look_up(b, (generator.bos_id, *y[:t])) for t in range(len(y))]
+            p = np.exp(np.stack(steps, axis=1))  # [K, T, V]
+            score = {"sequence": oracles.rag_sequence, "token": oracles.rag_token}[variant](p, y, prior[b])
+            np.testing.assert_allclose(found[b], -np.log(score), rtol=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_any_generator_answers(other, beams):
+    """RAG-Token by the marginal next token, RAG-Sequence by candidates of each document, with each kind of cache."""
+    generator, params = other
+    look_up, prior = next_logp(generator, params), oracles.softmax(SCORES)
+    bos, pad = generator.bos_id, generator.pad_id
+
+    def find(next_token):
+        if beams == 1:
+            return [oracles.greedy(next_token, T, bos, EOS)]
+        return [(y, logp) for y, _, logp in oracles.beam_search(next_token, beams, T, bos, EOS)]
+
+    def likelihood(b, y):
+        return np.sum([look_up(b, y[:t])[:, token] for t, token in enumerate(y) if t], axis=0)
+
+    def run(variant):
+        model = rag(variant, generator=generator)
+        return jax.jit(partial(model.generate, num_beams=beams, max_length=T))(params, IDS, MASK, SCORES)
+
+    token, sequence = run("token"), run("sequence")
+    for b in range(B):
+        y, _ = find(lambda y, b=b: np.log(prior[b] @ np.exp(look_up(b, y))))[0]
+        np.testing.assert_array_equal(token.sequences[b], oracles.pad(y, T, pad))
+        candidates = {y for k in range(K) for y, _ in find(lambda y, k=k, b=b: look_up(b, y)[k])}
+        joint = {y: np.log(prior[b]) + likelihood(b, y) for y in candidates}
+        best = max(joint, key=lambda y: np.exp(joint[y]).sum())
+        np.testing.assert_array_equal(sequence.sequences[b], oracles.pad(best, T, pad))
+        np.testing.assert_allclose(sequence.scores[b], np.log(np.exp(joint[best]).sum()), rtol=1e-4)
