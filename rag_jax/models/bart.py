@@ -19,6 +19,7 @@ from rag_jax.models.layers import (
     embedding_init,
     position_init,
     residual,
+    write_cache,
 )
 
 POSITION_OFFSET = 2  # rows 0 and 1 of the position tables are unused, a leftover of fairseq that checkpoints keep
@@ -102,11 +103,7 @@ class Layer(nn.Module):
             nonlocal written
             kv = self.self_attention.project(h)
             if cache is not None:
-                key, value, position = cache
-                kv = written = (
-                    jax.lax.dynamic_update_slice_in_dim(key, kv[0].astype(key.dtype), position, axis=1),
-                    jax.lax.dynamic_update_slice_in_dim(value, kv[1].astype(value.dtype), position, axis=1),
-                )
+                kv = written = write_cache(cache, kv)
             return self.drop(self.self_attention(h, kv, mask, deterministic), deterministic=deterministic)
 
         place = self.config.norm

@@ -140,6 +140,17 @@ def _attend_backward(saved: tuple, d_out: jax.Array) -> tuple:
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def write_cache(
+    cache: tuple[jax.Array, jax.Array, jax.Array | int], new: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The keys and values [B, T, G, C] of a cache (keys, values, position) with new ones written at the position."""
+    key, value, position = cache
+    return (
+        jax.lax.dynamic_update_slice_in_dim(key, new[0].astype(key.dtype), position, axis=1),
+        jax.lax.dynamic_update_slice_in_dim(value, new[1].astype(value.dtype), position, axis=1),
+    )
+
+
 def rotate(x_BTHC: jax.Array, position_BT: jax.Array, frequency_C2: jax.Array) -> jax.Array:
     """Rotary positions (Su et al. 2021): dimensions i and i + C/2 of a head turned by position * frequency[i]."""
     angle_BT1C = (position_BT[..., None].astype(jnp.float32) * frequency_C2)[:, :, None]

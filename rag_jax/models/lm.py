@@ -29,6 +29,7 @@ from rag_jax.models.layers import (
     embedding_init,
     position_init,
     rotate,
+    write_cache,
 )
 
 
@@ -148,11 +149,7 @@ class Layer(nn.Module):
         h = self.attention_norm(x_BTD)
         kv = own = self.attention.project(h, turn)
         if cache is not None:
-            key, value, position = cache
-            kv = own = (
-                jax.lax.dynamic_update_slice_in_dim(key, own[0].astype(key.dtype), position, axis=1),
-                jax.lax.dynamic_update_slice_in_dim(value, own[1].astype(value.dtype), position, axis=1),
-            )
+            kv = own = write_cache(cache, own)
         if prefix is not None:
             kv = (jnp.concatenate([prefix[0], own[0]], axis=1), jnp.concatenate([prefix[1], own[1]], axis=1))
         attended = self.attention(h, kv, mask_B1TL, deterministic, turn=turn)

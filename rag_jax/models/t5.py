@@ -23,6 +23,7 @@ from rag_jax.models.layers import (
     KeyValues,
     RMSNorm,
     embedding_init,
+    write_cache,
 )
 
 
@@ -126,11 +127,7 @@ class Layer(nn.Module):
         h_BTD = self.self_norm(x_BTD)
         kv = self.self_attention.project(h_BTD)
         if cache is not None:
-            key, value, position = cache
-            kv = written = (
-                jax.lax.dynamic_update_slice_in_dim(key, kv[0].astype(key.dtype), position, axis=1),
-                jax.lax.dynamic_update_slice_in_dim(value, kv[1].astype(value.dtype), position, axis=1),
-            )
+            kv = written = write_cache(cache, kv)
         h_BTD = self.self_attention(h_BTD, kv, mask, deterministic, bias_1HTL)
         x_BTD = x_BTD + self.drop(h_BTD, deterministic=deterministic)
         if cross is not None:
