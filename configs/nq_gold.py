@@ -14,6 +14,10 @@ Both objectives from the same start:
         --stage joint --init runs/nq_gold-base
 
 Stages as in configs/squad.py.
+
+Seen (two CPU cores busy with other work too; 14 minutes for the base, 5 for each joint stage), dev, 1,339 questions:
+recall@1/5/20 49.1/72.8/83.6 (RAG-Sequence), 49.1/73.0/84.2 (RAG-Token), BM25 61.5/83.9/91.5; exact match 10.7 and 9.5,
+F1 14.7 and 15.0, closed book 0.3 and 2.4.
 """
 
 from ml_collections import ConfigDict

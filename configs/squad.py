@@ -16,6 +16,11 @@ SQUAD: a directory with passages.jsonl, train.jsonl and dev.jsonl. Stages: the r
 corpus' document frequencies (init="lexical"), on gold passages; reading windows around the answer, then whole
 passages; and joint training through the marginal likelihood with no labels. No dropout in the generator: with it,
 copying from the passage is not learned in this time.
+
+Seen (two CPU cores busy with other work too; 12 minutes for the base, 4 for each joint stage), dev, 728 questions:
+recall@1/5/20 54.1/76.6/86.5 (RAG-Sequence), 54.1/76.0/84.6 (RAG-Token), BM25 76.6/94.0/97.3; exact match 2.2 and 2.2,
+F1 4.6 and 5.3, closed book 0.0 and 2.2. What limits: 8,315 questions are too few to learn to read English from nothing;
+the reader learns them by heart (0.95 nats a token on them) and copies spans that do not answer new ones.
 """
 
 from ml_collections import ConfigDict
