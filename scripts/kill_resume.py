@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from rag_jax import logs
-from rag_jax import run as runs
+from rag_jax import logs, pretrained
 from rag_jax.retrieval import index as snapshots
 
 TIMES = ("step_seconds", "tokens_per_second", "host_share")
@@ -116,7 +115,7 @@ def compare(a: Path, b: Path) -> dict[str, bool]:
     """What of two runs is the same, bit for bit."""
     import jax
 
-    params = [jax.device_get(runs.from_pretrained(run)[1]) for run in (a, b)]
+    params = [jax.device_get(pretrained.from_pretrained(run)[1]) for run in (a, b)]
     equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and x.tobytes() == y.tobytes(), *params)
     embeddings = [np.asarray(snapshots.open_snapshot(run / "index").embeddings_NE).tobytes() for run in (a, b)]
     rows = [logs.read_rows(run / logs.METRICS_FILE) for run in (a, b)]
