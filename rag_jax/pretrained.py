@@ -27,12 +27,13 @@ from rag_jax.models.hf.bart import without_logit_scale
 from rag_jax.models.hf.naming import Family, spell
 from rag_jax.models.lm import LmConfig
 from rag_jax.rag import GeneratorConfig, Params, Rag, RagConfig
-from rag_jax.tensors import FLOATS, Tensors, open_tensors, write_tensors
+from rag_jax.tensors import FLOATS, SHARD_BYTES, Tensors, open_tensors, write_tensors
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ARCHITECTURES = {"RagSequenceForGeneration": "sequence", "RagTokenForGeneration": "token"}
 SIDES = ("question_encoder", "context_encoder", "generator")
 TOKENIZERS = {"encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
+POOLING: dict[str, Any] = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}  # theirs -> ours
 NAMED = 10  # names listed in an error
 
 
@@ -127,8 +128,7 @@ def encoder_part(directory: Path, side: str) -> Part:
     if kind == "bert":
         encoder = ENCODERS["bert"].config(config, where)
         return Part(side, ENCODERS["bert"], sentence_pooling(directory, encoder), tensors, "")
-    known = "bert, dpr"
-    raise InputError(f"{where}: model_type={kind!r} cannot be the {side.replace('_', ' ')}; known: {known}")
+    raise InputError(f"{where}: model_type={kind!r} cannot be the {side.replace('_', ' ')}; known: bert, dpr")
 
 
 def sentence_pooling(directory: Path, encoder: BertConfig) -> BertConfig:
@@ -144,10 +144,9 @@ def sentence_pooling(directory: Path, encoder: BertConfig) -> BertConfig:
         if kind == "Pooling":
             pooling = read_json(directory / folder / CONFIG)
             chosen = [k for k, v in pooling.items() if k.startswith("pooling_mode_") and v is True]
-            ways: Any = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-            if len(chosen) != 1 or chosen[0] not in ways:
+            if len(chosen) != 1 or chosen[0] not in POOLING:
                 raise InputError(f"{directory / folder / CONFIG}: pooling {chosen} is not supported; mean or cls is")
-            encoder = dataclasses.replace(encoder, pooling=ways[chosen[0]])
+            encoder = dataclasses.replace(encoder, pooling=POOLING[chosen[0]])
         elif kind == "Normalize":
             encoder = dataclasses.replace(encoder, vector_norm=1.0)
         elif kind != "Transformer":
@@ -547,8 +546,7 @@ def write_encoder(out: Path, config: BertConfig, params: Any, side: str, origina
             ],
         )
         (out / "1_Pooling").mkdir(exist_ok=True)
-        ways = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-        pooling = {name: config.pooling == way for name, way in ways.items()}
+        pooling = {name: config.pooling == way for name, way in POOLING.items()}
         write_json(out / "1_Pooling" / CONFIG, {"word_embedding_dimension": config.width, **pooling})
         write_json(out / "sentence_bert_config.json", {"max_seq_length": config.positions, "do_lower_case": False})
     write_json(out / CONFIG, described)
@@ -583,7 +581,7 @@ def write_rag(
             "write its parts with --part question_encoder, --part context_encoder and --part generator"
         )
     families = {"question_encoder": ENCODERS["dpr"], "generator": GENERATORS[kind]}
-    generator, params = without_scale_in_rag(generator, params)
+    generator, generator_params = without_logit_scale(generator, params["generator"])
     described = {
         "question_encoder": describe_part(
             "dpr", families["question_encoder"], model.encoder, parts["question_encoder"]
@@ -614,7 +612,7 @@ def write_rag(
             if "context_encoder" not in params:
                 raise InputError("this model has no context encoder of its own to write inside")
             yield from tensors_of(ENCODERS["dpr_context"], model.encoder, params["context_encoder"], "rag.ctx_encoder.")
-        yield from tensors_of(families["generator"], generator, params["generator"], "rag.generator.")
+        yield from tensors_of(families["generator"], generator, generator_params, "rag.generator.")
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / CONFIG, whole)
@@ -622,11 +620,6 @@ def write_rag(
     if model.context_encoder and not context_inside:
         side = params["question_encoder" if model.tie_encoders else "context_encoder"]
         write_encoder(out / "context_encoder", model.encoder, side, "context_encoder", {})
-
-
-def without_scale_in_rag(generator: GeneratorConfig, params: Params) -> tuple[GeneratorConfig, Params]:
-    generator, changed = without_logit_scale(generator, params["generator"])
-    return generator, params | {"generator": changed}
 
 
 def save_pretrained(
@@ -638,7 +631,7 @@ def save_pretrained(
     tokenizers_from: str | Path | None = None,
     original: dict[str, dict[str, Any]] | None = None,
     context_inside: bool = False,
-    shard_bytes: int = 5 * 10**9,
+    shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> Path:
     """Write a directory that transformers loads: RagSequenceForGeneration or RagTokenForGeneration, or one part alone.
