@@ -38,9 +38,9 @@ class Snapshot:
 
 
 def write(
-    directory: str | Path, manifest: Manifest, blocks: Iterable[tuple[int, np.ndarray]], overwrite: bool = False
+    directory: str | Path, manifest: Manifest, blocks: Iterable[tuple[np.ndarray, np.ndarray]], overwrite: bool = False
 ) -> Snapshot:
-    """Write the blocks (first row, embeddings) and open the result; it appears whole or not at all.
+    """Write the blocks (rows [X], embeddings [X, E]) and open the result; it appears whole or not at all.
 
     InputError for an embedding that is not finite, and for a directory that is there and is no index (or without
     `overwrite`); ValueError where the blocks are not n_passages rows together.
@@ -48,12 +48,12 @@ def write(
     with files.new_directory(directory, KIND, overwrite) as temporary:
         shape, written = (manifest.n_passages, manifest.width), 0
         array = np.lib.format.open_memmap(temporary / EMBEDDINGS, "w+", np.dtype(manifest.dtype), shape)
-        for start, rows_XE in blocks:
-            if not np.isfinite(rows_XE).all():
-                bad = start + int(np.flatnonzero(~np.isfinite(rows_XE).all(1))[0])
+        for rows_X, embeddings_XE in blocks:
+            if not np.isfinite(embeddings_XE).all():
+                bad = int(rows_X[~np.isfinite(embeddings_XE).all(1)][0])
                 raise InputError(f"passage row {bad}: its embedding is not finite; the encoder has diverged")
-            array[start : start + len(rows_XE)] = rows_XE
-            written += len(rows_XE)
+            array[rows_X] = embeddings_XE
+            written += len(rows_X)
         if written != manifest.n_passages:
             raise ValueError(f"{written} embeddings were written, the manifest says {manifest.n_passages}")
         array.flush()
