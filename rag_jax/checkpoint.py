@@ -4,19 +4,21 @@ imports Orbax.
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rag_jax import files
 from rag_jax.errors import InputError
 
 Tree = Any
 KIND, VERSION = "parameters", 2
+AT_ONCE = 10**8  # bytes of parameters that are read together
 
 
 class Checkpoints:
@@ -108,14 +110,40 @@ def check_params(directory: Path, like: Tree | None = None) -> None:
 def load_params(directory: Path, like: Tree) -> Tree:
     """Parameters written by `save_params`, checked against the shapes of `like`."""
     check_params(directory, like)
-    return {name: _load_part(directory.resolve() / "arrays" / name, tree) for name, tree in like.items()}
+    return {name: unflatten_dict(dict(read_part(directory, name, tree)), sep="/") for name, tree in like.items()}
 
 
-def _load_part(directory: Path, like: Tree) -> Tree:
+def read_part(directory: Path, name: str, like: Tree) -> Iterator[tuple[str, jax.Array]]:
+    """(path with slashes, array) of one part, in the shapes, types and shardings of `like`; see `check_params`.
+
+    Some arrays are read at a time: whoever lets go of them never holds the part, and what Orbax needs on the way is
+    small, too.
+    """
+    for group in _groups(flatten_dict(like, sep="/")):
+        arrays = flatten_dict(_restore(directory.resolve() / "arrays" / name, unflatten_dict(group, sep="/")), sep="/")
+        for path in group:
+            yield path, arrays.pop(path)
+
+
+def _groups(leaves: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    group: dict[str, Any] = {}
+    size = 0
+    for path, leaf in leaves.items():
+        group[path] = leaf
+        size += math.prod(leaf.shape) * leaf.dtype.itemsize
+        if size >= AT_ONCE:
+            yield group
+            group, size = {}, 0
+    if group:
+        yield group
+
+
+def _restore(directory: Path, like: Tree) -> Tree:
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     with _checkpointer(target) as checkpointer:
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
-        return checkpointer.restore(directory, args=ocp.args.PyTreeRestore(item=target, restore_args=arguments))
+        wanted = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
+        return checkpointer.restore(directory, args=wanted)
 
 
 def tree_hash(params: Tree) -> str:

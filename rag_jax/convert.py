@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rag_jax import pretrained, sharding
+from rag_jax import pretrained, saving, sharding
 from rag_jax.errors import InputError
 
 
@@ -44,4 +44,4 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         question = pretrained.find(args.question_encoder)
         source = pretrained.combine(question, context, generator, args.variant or "sequence")
     source = source.resized(args.n_docs, args.source_length)
-    return pretrained.write_run(source, args.out, sharding.make_mesh(), args.overwrite)
+    return saving.write_run(source, args.out, sharding.make_mesh(), args.overwrite)

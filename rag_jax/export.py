@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rag_jax import pretrained
+from rag_jax import pretrained, saving
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -20,15 +20,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    rag, params = pretrained.from_pretrained(args.run)
+    rag, params = pretrained.open_pretrained(args.run)
     folder = args.run / "tokenizers"
-    pretrained.save_pretrained(
+    saving.save_pretrained(
         args.out,
         rag,
         params,
         part=args.part,
         tokenizers_from=folder if folder.is_dir() else None,
-        original=pretrained.provenance(args.run),
+        original=saving.provenance(args.run),
         context_inside=args.context_encoder_inside,
         shard_bytes=int(args.shard_gb * 1e9),
         overwrite=args.overwrite,

@@ -1,14 +1,14 @@
-"""Hugging Face directories in and out: DPR, BERT, sentence-transformers, BART, T5, GPT-2, Llama and their RAG
-composites, with no torch.
+"""Models read: run directories, and those of Hugging Face, with no torch: DPR, BERT, sentence-transformers, BART, T5,
+GPT-2, Llama and their RAG composites.
 
-    config.json -> configuration; every tensor is loaded, known to be a copy or ignorable, or an error. And back.
+    config.json -> configuration; every tensor is loaded, known to be a copy or ignorable, or an error.
 """
 
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,18 +16,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rag_jax import checkpoint, files, sharding
+from rag_jax import checkpoint, sharding
 from rag_jax import run as runs
 from rag_jax.data import joining, tokenizers
 from rag_jax.errors import InputError
 from rag_jax.models.bert import BertConfig
-from rag_jax.models.hf import ENCODERS, GENERATORS, lm, naming
-from rag_jax.models.hf.bart import without_logit_scale
+from rag_jax.models.hf import ENCODERS, GENERATORS, naming
 from rag_jax.models.hf.naming import Family, spell
-from rag_jax.models.lm import LmConfig
-from rag_jax.rag import GeneratorConfig, Params, Rag, RagConfig
-from rag_jax.tensors import FLOATS, SHARD_BYTES, Tensors, open_tensors, write_tensors
+from rag_jax.rag import Params, Rag, RagConfig
+from rag_jax.tensors import FLOATS, Tensors, open_tensors
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ARCHITECTURES = {"RagSequenceForGeneration": "sequence", "RagTokenForGeneration": "token"}
@@ -47,6 +46,20 @@ class Part(NamedTuple):
     base: str
 
 
+@dataclass(frozen=True)
+class LazyParams:
+    """Parameters that need not be in memory: the shapes, types and shardings of each part, and a function that gives
+    one part's (path with slashes, array), in any order.
+    """
+
+    places: dict[str, Any]  # side -> tree
+    read: Callable[[str], Iterator[tuple[str, jax.Array]]]
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """(side, parameters) of each part, one after another."""
+        return ((side, unflatten_dict(dict(self.read(side)), sep="/")) for side in self.places)
+
+
 @dataclass
 class Report:
     """What became of the tensors of one or several checkpoints."""
@@ -60,9 +73,6 @@ class Report:
     def summary(self) -> dict[str, Any]:
         counts = {name: len(getattr(self, name)) for name in ("loaded", "tied", "ignored", "zeros")}
         return counts | {"parameters": self.parameters}
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -228,24 +238,6 @@ def choose_variant(where: Path, stored: str | None, asked: str | None, change: b
     return asked or str(stored)
 
 
-def assemble(
-    parts: list[Part], model: RagConfig, mesh: jax.sharding.Mesh, dtype: Any, report: Report
-) -> Iterator[tuple[str, Any]]:
-    """(side, parameters) of each part, read tensor by tensor, each in its type and on its shards.
-
-    What is wrong with any of them is said before the first is read.
-    """
-    places = jax.tree.map(
-        lambda place: jax.ShapeDtypeStruct(place.shape, dtype, sharding=place.sharding),
-        runs.param_places(Rag(model), mesh),
-    )
-    for tensors in {id(part.tensors): part.tensors for part in parts}.values():
-        check_names([part for part in parts if part.tensors is tensors], tensors, places)
-    for part in sorted(parts, key=lambda part: part.side != "generator"):  # the largest first
-        report.parameters += sum(leaf.size for leaf in jax.tree.leaves(places[part.side]))
-        yield part.side, load_part(part, places[part.side], report)
-
-
 def spelling(part: Part) -> tuple[str, str]:
     """How this checkpoint writes the family's names: the spelling of which the most are there."""
     names = [entry.theirs for entry in part.family.entries(part.config)]
@@ -261,7 +253,7 @@ def check_names(parts: list[Part], tensors: Tensors, places: Any) -> None:
     missing, known = [], set()
     for part in parts:
         option = spelling(part)
-        shapes = {name: leaf.shape for name, leaf in flatten(places[part.side])}
+        shapes = {path: leaf.shape for path, leaf in flatten_dict(places[part.side], sep="/").items()}
         for entry in part.family.entries(part.config):
             name = part.base + spell(option, entry.theirs)
             if name not in tensors.shapes:
@@ -303,11 +295,6 @@ def listed(names: list[str]) -> str:
     return f"{', '.join(names[:NAMED])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
-def flatten(tree: Any) -> list[tuple[str, Any]]:
-    """(path with slashes, leaf) of a tree of dicts."""
-    return [("/".join(key.key for key in path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
-
-
 def read_finite(tensors: Tensors, name: str) -> np.ndarray:
     tensor = tensors.read(name)
     if not np.isfinite(tensor.astype(np.float32, copy=False)).all():
@@ -315,9 +302,9 @@ def read_finite(tensors: Tensors, name: str) -> np.ndarray:
     return tensor
 
 
-def load_part(part: Part, places: Any, report: Report) -> Any:
-    """The tree of one part."""
-    option, leaves, made = spelling(part), dict(flatten(places)), {}
+def read_part(part: Part, places: Any, report: Report) -> Iterator[tuple[str, jax.Array]]:
+    """(path, array) of one part, tensor by tensor."""
+    option, leaves = spelling(part), flatten_dict(places, sep="/")
 
     def size(entry: naming.Entry) -> int:
         return sum(math.prod(leaves[path].shape) for path in entry.ours)
@@ -332,7 +319,7 @@ def load_part(part: Part, places: Any, report: Report) -> Any:
             report.loaded.append(name)
             arrays = naming.to_ours(entry, read_finite(part.tensors, name))
         for path, array in zip(entry.ours, arrays, strict=True):
-            made[path] = put(array, leaves[path])
+            yield path, put(array, leaves[path])
     for copy, source in copies(part, option).items():
         name = part.base + copy
         if name in part.tensors.shapes:
@@ -342,7 +329,6 @@ def load_part(part: Part, places: Any, report: Report) -> Any:
                 )
             report.tied.append(name)
     report.ignored += [name for name in part.tensors.shapes if ignores(part, name)]
-    return jax.tree_util.tree_map_with_path(lambda path, _: made["/".join(key.key for key in path)], places)
 
 
 def put(array: np.ndarray, place: jax.ShapeDtypeStruct) -> jax.Array:
@@ -383,9 +369,20 @@ class Source:
         )
         return dataclasses.replace(self, model=model)
 
-    def load(self, mesh: jax.sharding.Mesh, report: Report, dtype: str = "float32") -> Iterator[tuple[str, Any]]:
-        """(side, parameters) of each part, one after another; fills the report."""
-        return assemble(self.parts, self.model, mesh, jnp.dtype(dtype), report)
+    def params(self, mesh: jax.sharding.Mesh, report: Report, dtype: str = "float32") -> LazyParams:
+        """The parameters, each in its type and on its shards; what is wrong with any of them is said before the first
+        is read. Fills the report.
+        """
+        places = in_type(runs.param_places(Rag(self.model), mesh), dtype)
+        for tensors in {id(part.tensors): part.tensors for part in self.parts}.values():
+            check_names([part for part in self.parts if part.tensors is tensors], tensors, places)
+        report.parameters += sum(leaf.size for leaf in jax.tree.leaves(places))
+        parts = {part.side: part for part in self.parts}
+        largest_first = sorted(parts, key=lambda side: side != "generator")
+        return LazyParams(
+            {side: places[side] for side in largest_first},
+            lambda side: read_part(parts[side], places[side], report),
+        )
 
 
 def open_source(
@@ -462,6 +459,35 @@ def in_dtype(model: RagConfig, dtype: str) -> RagConfig:
     return dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, dtype=dtype), generator=generator)
 
 
+def in_type(places: Any, dtype: str) -> Any:
+    """The same places for parameters of another type."""
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype), sharding=p.sharding), places)
+
+
+def open_pretrained(
+    path: str | Path,
+    variant: str | None = None,
+    change_variant: bool = False,
+    dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Rag, LazyParams]:
+    """`from_pretrained` for parameters that need not all be in memory at once."""
+    directory = find(path)
+    if is_hugging_face(directory):
+        source = open_source(directory, variant, change_variant)
+        model = in_dtype(source.model, dtype) if dtype != "float32" else source.model
+        return Rag(model), source.params(mesh or sharding.make_mesh(), Report(), dtype)
+    config = runs.read_config(directory)
+    rag = runs.run_model(directory, config)
+    chosen = choose_variant(directory, rag.variant, variant, change_variant)
+    stored = runs.param_places(rag, mesh or sharding.make_mesh(config.mesh or None))
+    checkpoint.check_params(directory / "params", stored)
+    places = in_type(stored, dtype)
+    model = dataclasses.replace(rag.config, variant=chosen)  # type: ignore[arg-type]
+    model = in_dtype(model, dtype) if dtype != "float32" else model
+    return Rag(model), LazyParams(places, lambda side: checkpoint.read_part(directory / "params", side, places[side]))
+
+
 def from_pretrained(
     path: str | Path,
     variant: str | None = None,
@@ -474,235 +500,5 @@ def from_pretrained(
     variant: what is expected (RAG-Sequence or RAG-Token); another one stored is an InputError, unless `change_variant`.
     dtype: of parameters and computation. InputError for any other directory and for an unfinished run.
     """
-    directory = find(path)
-    if is_hugging_face(directory):
-        source = open_source(directory, variant, change_variant)
-        model = in_dtype(source.model, dtype) if dtype != "float32" else source.model
-        source = dataclasses.replace(source, model=model)
-        return Rag(model), dict(source.load(mesh or sharding.make_mesh(), Report(), dtype))
-    config = runs.read_config(directory)
-    rag = runs.run_model(directory, config)
-    chosen = choose_variant(directory, rag.variant, variant, change_variant)
-    params = runs.read_params(directory, rag, mesh or sharding.make_mesh(config.mesh or None))
-    model = dataclasses.replace(rag.config, variant=chosen)  # type: ignore[arg-type]
-    if dtype != "float32":
-        model, params = in_dtype(model, dtype), jax.tree.map(lambda x: x.astype(dtype), params)
-    return Rag(model), params
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-KIND, VERSION = "Hugging Face model", 1
-
-
-def family_name(config: GeneratorConfig) -> str:
-    """The model_type that a generator is written as."""
-    if isinstance(config, LmConfig):
-        return lm.lm_family(config)
-    return {"bart": "mbart" if getattr(config, "norm", "") == "pre" else "bart", "t5": "t5"}[config.kind]
-
-
-def tensors_of(family: Family, config: Any, params: Any, base: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) of one part, as transformers writes them: no tied copies."""
-    leaves = dict(flatten(params))
-    for entry in family.entries(config):
-        arrays = [np.asarray(jax.device_get(leaves[path])) for path in entry.ours]
-        yield base + spell(family.spellings[0], entry.theirs), naming.to_theirs(entry, arrays)
-
-
-def describe_part(kind: str, family: Family, config: Any, original: dict[str, Any]) -> dict[str, Any]:
-    """config.json of one part; `original`, where the part came from one, keeps what has no place here."""
-    model_type = {"dpr_context": "dpr"}.get(kind, kind)
-    kept = original if original.get("model_type", model_type) == model_type else {}
-    return kept | family.describe(config) | {"model_type": model_type, "architectures": [family.architecture]}
-
-
-def encoder_kind(config: BertConfig, side: str) -> str:
-    """dpr where the vector is that of the first token, as it comes; else bert in the form of sentence-transformers."""
-    plain = config.pooling == "cls" and not config.vector_norm
-    return ("dpr" if side == "question_encoder" else "dpr_context") if plain else "bert"
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_encoder(out: Path, config: BertConfig, params: Any, side: str, original: dict[str, Any]) -> None:
-    """A directory for DPRQuestionEncoder, DPRContextEncoder, or sentence-transformers."""
-    kind = encoder_kind(config, side)
-    family = ENCODERS[kind]
-    described = describe_part(kind, family, config, original)
-    out.mkdir(parents=True, exist_ok=True)
-    if kind == "bert":
-        if config.projection:
-            raise InputError("an encoder with a projection and pooling='mean' has no form at Hugging Face")
-        modules = ["Transformer", "Pooling", *(["Normalize"] if config.vector_norm else [])]
-        paths = ["", "1_Pooling", "2_Normalize"]
-        write_json(
-            out / "modules.json",
-            [
-                {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{name}"}
-                for i, name in enumerate(modules)
-            ],
-        )
-        (out / "1_Pooling").mkdir(exist_ok=True)
-        pooling = {name: config.pooling == way for name, way in POOLING.items()}
-        write_json(out / "1_Pooling" / CONFIG, {"word_embedding_dimension": config.width, **pooling})
-        write_json(out / "sentence_bert_config.json", {"max_seq_length": config.positions, "do_lower_case": False})
-    write_json(out / CONFIG, described)
-    write_tensors(out, tensors_of(family, config, params))
-
-
-def write_generator(out: Path, config: GeneratorConfig, params: Any, original: dict[str, Any]) -> None:
-    kind = original.get("model_type") or family_name(config)
-    family = GENERATORS[kind]
-    config, params = without_logit_scale(config, params)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / CONFIG, describe_part(kind, family, config, original))
-    write_tensors(out, tensors_of(family, config, params))
-
-
-def write_rag(
-    out: Path, rag: Rag, params: Params, original: dict[str, Any], context_inside: bool, shard_bytes: int
-) -> None:
-    """A directory for RagSequenceForGeneration or RagTokenForGeneration; the context encoder in its own folder, where
-    DPRContextEncoder finds it, or inside the checkpoint.
-    """
-    model, generator = rag.config, rag.config.reader
-    parts: dict[str, Any] = {key: original.get(key) or {} for key in ("question_encoder", "generator")}
-    kind = parts["generator"].get("model_type") or family_name(generator)
-    if isinstance(generator, LmConfig):
-        raise InputError(
-            "Hugging Face's RAG takes encoder-decoder generators only; write this one with --part generator"
-        )
-    if encoder_kind(model.encoder, "question_encoder") != "dpr":
-        raise InputError(
-            "Hugging Face's RAG has DPR encoders only (pooling='cls', vector_norm=0), and this model pools otherwise; "
-            "write its parts with --part question_encoder, --part context_encoder and --part generator"
-        )
-    families = {"question_encoder": ENCODERS["dpr"], "generator": GENERATORS[kind]}
-    generator, generator_params = without_logit_scale(generator, params["generator"])
-    described = {
-        "question_encoder": describe_part(
-            "dpr", families["question_encoder"], model.encoder, parts["question_encoder"]
-        ),
-        "generator": describe_part(kind, families["generator"], generator, parts["generator"]),
-    }
-    ids = {name: described["generator"].get(name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
-    whole = original | {
-        **described,
-        **{name: value for name, value in ids.items() if value is not None},
-        "decoder_start_token_id": described["generator"].get("decoder_start_token_id"),
-        "vocab_size": generator.vocab_size,
-        "model_type": "rag",
-        "architectures": [name for name, variant in ARCHITECTURES.items() if variant == model.variant],
-        "n_docs": model.n_docs,
-        "max_combined_length": model.source_length,
-        "retrieval_vector_size": model.encoder.output_width,
-        "title_sep": joining.TITLE_SEPARATOR,
-        "doc_sep": joining.QUESTION_SEPARATOR,
-        "is_encoder_decoder": True,
-    }
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        yield from tensors_of(
-            families["question_encoder"], model.encoder, params["question_encoder"], "rag.question_encoder."
-        )
-        if context_inside:
-            if "context_encoder" not in params:
-                raise InputError("this model has no context encoder of its own to write inside")
-            yield from tensors_of(ENCODERS["dpr_context"], model.encoder, params["context_encoder"], "rag.ctx_encoder.")
-        yield from tensors_of(families["generator"], generator, generator_params, "rag.generator.")
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / CONFIG, whole)
-    write_tensors(out, tensors(), shard_bytes)
-    if model.context_encoder and not context_inside:
-        side = params["question_encoder" if model.tie_encoders else "context_encoder"]
-        write_encoder(out / "context_encoder", model.encoder, side, "context_encoder", {})
-
-
-def save_pretrained(
-    path: str | Path,
-    rag: Rag,
-    params: Params,
-    *,
-    part: str | None = None,
-    tokenizers_from: str | Path | None = None,
-    original: dict[str, dict[str, Any]] | None = None,
-    context_inside: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-    overwrite: bool = False,
-) -> Path:
-    """Write a directory that transformers loads: RagSequenceForGeneration or RagTokenForGeneration, or one part alone.
-
-    part: question_encoder, context_encoder or generator. tokenizers_from: a directory with `encoder` and `generator`,
-    as a run has it. original: file name -> content of the configuration files to keep what has no place here (see
-    `provenance`). InputError for what transformers has no class for.
-    """
-    if part is not None and part not in SIDES:
-        raise InputError(f"part {part!r} is not one of {', '.join(SIDES)}")
-    original = original or {}
-    config = original.get(CONFIG, {})
-    out = Path(path)
-    with files.new_directory(out, KIND, overwrite=overwrite) as temporary:
-        if part is None and rag.config.generator is not None:
-            write_rag(temporary, rag, params, config, context_inside, shard_bytes)
-            roles = dict(TOKENIZERS)
-        elif part == "generator":
-            write_generator(temporary, rag.config.reader, params["generator"], config.get("generator", {}))
-            roles = {"generator": ""}
-        else:
-            side = part or "question_encoder"
-            if side == "context_encoder" and not rag.config.context_encoder:
-                raise InputError("this model has no context encoder")
-            own = "question_encoder" if side == "context_encoder" and rag.config.tie_encoders else side
-            write_encoder(temporary, rag.config.encoder, params[own], side, config.get("question_encoder", {}))
-            roles = {"encoder": ""}
-        if tokenizers_from is not None:
-            for role, folder in roles.items():
-                tokenizers.load(Path(tokenizers_from) / role).save(temporary / folder)
-        if GENERATION in original and (part in (None, "generator")):
-            write_json(temporary / GENERATION, original[GENERATION])
-        files.write_manifest(temporary, KIND, VERSION, {})
-    return out
-
-
-def provenance(directory: Path) -> dict[str, dict[str, Any]]:
-    """The configuration files that a run's parameters came with, for `save_pretrained`; {} for one trained from
-    scratch.
-    """
-    folder = directory / runs.PROVENANCE
-    return {path.name: read_json(path) for path in sorted(folder.glob("*.json"))} if folder.is_dir() else {}
-
-
-def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: bool = False) -> dict[str, Any]:
-    """Convert: a directory in the form of a run with no stages, so that every command that takes a run takes it."""
-    report = Report()
-    with files.new_directory(out, "converted model", overwrite=overwrite) as temporary:
-        found = {role: source.tokenizer_directory(role) for role in TOKENIZERS}
-        identity: dict[str, Any] = {"corpus_hash": ""}
-        for role, directory in found.items():
-            if directory is not None:
-                tokenizer = tokenizers.load(directory)
-                tokenizer.save(temporary / "tokenizers" / role)
-                identity[f"{role}_tokenizer"] = tokenizers.load(temporary / "tokenizers" / role).hash
-        runs.write_empty_run(temporary, source.model, identity)
-        checkpoint.save_params(temporary / "params", source.load(mesh, report))
-        folder = temporary / runs.PROVENANCE
-        folder.mkdir()
-        whole = source.directories.get("")
-        if whole is not None:
-            write_json(folder / CONFIG, read_json(whole / CONFIG))
-        else:
-            keys = [side for side in ("question_encoder", "generator") if side in source.directories]
-            write_json(folder / CONFIG, {key: read_json(source.directories[key] / CONFIG) for key in keys})
-        settings = (whole or source.directories.get("generator", out)) / GENERATION
-        if settings.is_file():
-            write_json(folder / GENERATION, read_json(settings))
-        write_json(
-            temporary / "report.json", report.summary() | {"tied_names": report.tied, "ignored_names": report.ignored}
-        )
-        files.write_manifest(temporary, "converted model", VERSION, {})
-    missing = [role for role, directory in found.items() if directory is None]
-    return report.summary() | {"out": str(out), "variant": source.model.variant, "no_tokenizer_for": missing}
+    rag, params = open_pretrained(path, variant, change_variant, dtype, mesh)
+    return rag, dict(params.items())

@@ -1,10 +1,12 @@
-"""Checkpoint files: tensors read one at a time, by name, and written in shards.
+"""Checkpoint files: tensors read one at a time, by name, and written one at a time, in shards.
 
 safetensors, single or sharded; torch's .bin only where torch is installed, and only as plain weights.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import math
+import struct
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,19 @@ from rag_jax.errors import InputError
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # in the order in which a file has them
 SHARD_BYTES = 5 * 10**9
+
+Shapes = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, type), named as in NumPy where it can be a weight's
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of one checkpoint: name -> (shape, type), and a function that reads one of them. Types are named as
-    in NumPy where they can be weights.
-    """
+    """The tensors of one checkpoint, and a function that reads one of them."""
 
     where: Path
-    shapes: dict[str, tuple[tuple[int, ...], str]]
+    shapes: Shapes
     read: Callable[[str], np.ndarray]
-
-    @property
-    def bytes(self) -> int:
-        """Of all weights, as they lie on disk."""
-        return sum(int(np.prod(shape)) * (4 if kind == "float32" else 2) for shape, kind in self.shapes.values())
 
 
 def open_tensors(directory: Path) -> Tensors:
@@ -67,7 +64,7 @@ def _open_safe(where: Path, weight_map: dict[str, str] | None) -> Tensors:
     from safetensors import SafetensorError, safe_open
 
     files = sorted(set(weight_map.values())) if weight_map is not None else [where.name]
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    shapes: Shapes = {}
     homes: dict[str, Path] = {}
     for file in (where.parent / name for name in files):
         try:
@@ -117,39 +114,67 @@ def _open_bin(where: Path, files: list[str]) -> Tensors:
 
 
 def write_tensors(
-    directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
-) -> dict[str, int]:
-    """Writes model.safetensors, or shards with their index where there is more than `shard_bytes`; only one shard is
-    in memory at a time. Returns name -> bytes.
+    directory: Path, shapes: Shapes, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes model.safetensors, or shards with their index where there is more than `shard_bytes`; each tensor is let
+    go before the next is asked for.
+
+    shapes: of all tensors; their order says which go into one shard. tensors: (name, tensor) of each, in any order.
+    InputError for a type that weights cannot have, ValueError where the two arguments differ.
     """
-    from safetensors.numpy import save_file
-
-    files: list[list[str]] = []
-    sizes: dict[str, int] = {}
-    for shard in _shards(tensors, shard_bytes):
-        save_file(shard, directory / f"part-{len(files)}", metadata={"format": "pt"})
-        files.append(list(shard))
-        sizes |= {name: tensor.nbytes for name, tensor in shard.items()}
-    if len(files) == 1:
-        (directory / "part-0").rename(directory / SAFE)
-        return sizes
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(files):
-        name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        (directory / f"part-{i}").rename(directory / name)
-        weight_map |= dict.fromkeys(names, name)
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / SAFE_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return sizes
-
-
-def _shards(tensors: Iterable[tuple[str, np.ndarray]], limit: int) -> Iterator[dict[str, np.ndarray]]:
-    shard: dict[str, np.ndarray] = {}
-    size = 0
+    for name, (_, kind) in shapes.items():
+        if kind not in FLOATS.values():
+            raise InputError(f"{name} is of type {kind}; weights are written as {', '.join(FLOATS.values())}")
+    shards = _shards(shapes, shard_bytes)
+    one = len(shards) == 1
+    files = [SAFE if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    places: dict[str, int] = {}
+    for file, shard in zip(files, shards, strict=True):
+        places |= _write_header(directory / file, shard)
     for name, tensor in tensors:
-        if shard and size + tensor.nbytes > limit:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = np.ascontiguousarray(tensor)
-        size += tensor.nbytes
-    yield shard
+        if name not in places or (tensor.shape, str(tensor.dtype)) != shapes[name]:
+            raise ValueError(f"{directory}: {name} as {tensor.dtype}{tensor.shape} was not announced, or came twice")
+        with (directory / weight_map[name]).open("r+b") as opened:
+            opened.seek(places.pop(name))
+            opened.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+        del tensor  # before the next one is made
+    if places:
+        raise ValueError(f"{directory}: {', '.join(places)} did not come")
+    if one:
+        return
+    total = sum(_bytes(*found) for found in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / SAFE_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _bytes(shape: tuple[int, ...], kind: str) -> int:
+    return math.prod(shape) * (4 if kind == "float32" else 2)
+
+
+def _shards(shapes: Shapes, limit: int) -> list[Shapes]:
+    shards: list[Shapes] = [{}]
+    size = 0
+    for name, found in shapes.items():
+        if shards[-1] and size + _bytes(*found) > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = found
+        size += _bytes(*found)
+    return shards
+
+
+def _write_header(path: Path, shapes: Shapes) -> dict[str, int]:
+    """Begins a file as safetensors' own writer does, which wants all tensors at once: the length of the header, and
+    the header. Returns where the data of each tensor must go.
+    """
+    types = {ours: theirs for theirs, ours in FLOATS.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, kind) in sorted(shapes.items(), key=lambda item: (list(types).index(item[1][1]), item[0])):
+        begin, end = end, end + _bytes(shape, kind)
+        header[name] = {"dtype": types[kind], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}

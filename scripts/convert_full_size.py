@@ -1,6 +1,6 @@
 """Conversion at full size: random weights in the form of facebook/rag-token-nq (BERT-base and BART-large, 712 tensors).
 
-    python scripts/convert_full_size.py --out DIR     # needs about 8 GB of disk, 5 GB of memory, no torch
+    python scripts/convert_full_size.py --out DIR     # needs about 8 GB of disk, 3 GB of memory, no torch
 
 Writes the Hugging Face directory, converts it, exports it again, and runs one forward pass (B=1, K=2, L=64, T=8), each
 in a process of its own; prints the time and the peak memory of each, beside the size of the checkpoint.
@@ -30,35 +30,39 @@ assert np.isfinite(nll).all()
 """
 
 
-def tensors() -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) of the composite, tied copies as in the released files."""
+def tensors() -> tuple[dict[str, tuple[tuple[int, ...], str]], Iterator[tuple[str, np.ndarray]]]:
+    """Shapes and (name, tensor) of the composite, tied copies as in the released files."""
     import flax.linen as nn
     import jax
+    from flax.traverse_util import flatten_dict
 
-    from rag_jax import pretrained
     from rag_jax.models.bart import BartConfig
     from rag_jax.models.bert import BertConfig
     from rag_jax.models.hf import ENCODERS, GENERATORS, naming
     from rag_jax.rag import Rag, RagConfig
 
     rag = Rag(RagConfig("token", context_encoder=False))
-    abstract = nn.unbox(jax.eval_shape(rag.init, jax.random.key(0)))
-    shapes = {path: leaf.shape for path, leaf in pretrained.flatten(abstract)}
-    rng = np.random.default_rng(0)
+    ours = flatten_dict(nn.unbox(jax.eval_shape(rag.init, jax.random.key(0))), sep="/")
+    planned = []  # (name and those of its copies, shape, mean)
     for side, family, config in (
         ("question_encoder", ENCODERS["dpr"], BertConfig()),
         ("generator", GENERATORS["bart"], BartConfig()),
     ):
-        made = {}
+        copies = family.copies(config).items()
         for entry in family.entries(config):
-            shape = naming.their_shape(entry, [shapes[f"{side}/{path}"] for path in entry.ours])
-            centre = 1.0 if entry.ours[0].endswith("scale") else 0.0
-            tensor = rng.standard_normal(shape, np.float32) * 0.02 + np.float32(centre)
-            if entry.theirs in family.copies(config).values():
-                made[entry.theirs] = tensor
-            yield f"rag.{side}.{entry.theirs}", tensor
-        for name, source in family.copies(config).items():
-            yield f"rag.{side}.{name}", made[source]
+            names = [entry.theirs, *(name for name, source in copies if source == entry.theirs)]
+            shape = naming.their_shape(entry, [ours[f"{side}/{path}"].shape for path in entry.ours])
+            mean = 1.0 if entry.ours[0].endswith("scale") else 0.0
+            planned.append(([f"rag.{side}.{name}" for name in names], shape, mean))
+
+    def made() -> Iterator[tuple[str, np.ndarray]]:
+        rng = np.random.default_rng(0)
+        for names, shape, mean in planned:
+            tensor = rng.standard_normal(shape, np.float32) * 0.02 + np.float32(mean)
+            for name in names:
+                yield name, tensor
+
+    return {name: (shape, "float32") for names, shape, _ in planned for name in names}, made()
 
 
 def make(out: Path) -> None:
@@ -74,7 +78,9 @@ def make(out: Path) -> None:
     config = {"model_type": "rag", "architectures": ["RagTokenForGeneration"]}
     text = json.dumps(config | {"question_encoder": encoder, "generator": generator})
     (out / "config.json").write_text(text)
-    print(f"{len(write_tensors(out, tensors()))} tensors")
+    shapes, made = tensors()
+    write_tensors(out, shapes, made)
+    print(f"{len(shapes)} tensors")
 
 
 def measured(name: str, command: list[str], size: int) -> None:

@@ -107,7 +107,7 @@ def test_generators(tmp_path, family, seed):
     source = pretrained.combine(tmp_path / "encoder", generator=tmp_path / "theirs")
     rag = Rag(source.model)
     report = pretrained.Report()
-    params = dict(source.load(sharding.make_mesh(), report))
+    params = dict(source.params(sharding.make_mesh(), report).items())
     assert len(report.loaded) == len(load_file(tmp_path / "theirs/model.safetensors")) + len(
         load_file(tmp_path / "encoder/model.safetensors")
     )

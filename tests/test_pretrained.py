@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import struct
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 import rag_jax
-from rag_jax import pretrained, sharding
+from rag_jax import checkpoint, pretrained, sharding
 from rag_jax.__main__ import main
 from rag_jax.data import tokenizers
 from rag_jax.errors import InputError
@@ -21,6 +23,7 @@ from rag_jax.models.bert import Bert
 from rag_jax.models.hf import naming
 from rag_jax.rag import GENERATORS, Rag
 from rag_jax.retrieval.corpus import Corpus
+from rag_jax.tensors import open_tensors, write_tensors
 
 GOLDENS = Path(__file__).parent / "goldens"
 ENCODERS = {"bert": "question_encoder", "dpr_question": "question_encoder", "dpr_context": "context_encoder"}
@@ -54,7 +57,7 @@ def read(part, dtype="float32"):
         is_leaf=lambda x: hasattr(x, "names"),
     )
     pretrained.check_names([part], part.tensors, {part.side: unboxed})
-    return pretrained.load_part(part, unboxed, pretrained.Report())
+    return unflatten_dict(dict(pretrained.read_part(part, unboxed, pretrained.Report())), sep="/")
 
 
 def init(part):
@@ -148,7 +151,7 @@ def test_gradients_are_those_of_torch(composite):
     _, parts = pretrained.rag_parts_of(Path("golden"), config, of_arrays(arrays), None, False)
     assert {part.side for part in parts} == {"question_encoder", "context_encoder", "generator"}
     for part in parts:
-        leaves = dict(pretrained.flatten(gradient[part.side]))
+        leaves = flatten_dict(gradient[part.side], sep="/")
         for entry in part.family.entries(part.config):
             name = part.base + entry.theirs
             if name not in theirs:  # a buffer, no parameter: final_logits_bias
@@ -284,6 +287,106 @@ def test_shards_are_read_and_written(tmp_path):
     files[0].unlink()
     with pytest.raises(InputError, match=r"names model-00001.*not beside it"):
         rag_jax.from_pretrained(tmp_path / "back")
+
+
+def test_shard_gb_holds_for_every_folder(tmp_path):
+    """A RAG model, the context encoder beside it, and each part alone."""
+    for name in ("dpr_question", "dpr_context", "bart"):
+        write(tmp_path / name, golden(name))
+    parts = {"question-encoder": "dpr_question", "context-encoder": "dpr_context", "generator": "bart"}
+    words = [word for part, folder in parts.items() for word in (f"--{part}", str(tmp_path / folder))]
+    assert main(["convert", *words, "--variant", "token", "--out", str(tmp_path / "ours")]) == 0
+    rag, params = rag_jax.from_pretrained(tmp_path / "ours")
+    words = ["export", str(tmp_path / "ours"), "--shard-gb", "4e-6", "--out"]
+    assert main([*words, str(tmp_path / "back")]) == 0
+    assert main([*words, str(tmp_path / "generator"), "--part", "generator"]) == 0
+    for part in ("question_encoder", "context_encoder"):
+        rag_jax.save_pretrained(tmp_path / part, rag, params, part=part, shard_bytes=4000)
+    for part, name in parts.items():
+        whole, shards = (open_tensors(tmp_path / folder) for folder in (name, part.replace("-", "_")))
+        assert whole.shapes == shards.shapes
+        for tensor in whole.shapes:
+            np.testing.assert_array_equal(whole.read(tensor), shards.read(tensor))
+    jax.tree.map(np.testing.assert_array_equal, rag_jax.from_pretrained(tmp_path / "back")[1], params)
+    folders = [tmp_path / name for name in (*pretrained.SIDES, "back", "back/context_encoder")]
+    for folder in folders:
+        files = list(folder.glob("*.safetensors"))
+        assert len(files) > 1, folder
+        for file in files:
+            found = load_file(file)
+            assert len(found) == 1 or sum(tensor.nbytes for tensor in found.values()) <= 4000, file
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 150])
+def test_files_are_those_of_safetensors(tmp_path, shard_bytes):
+    """Byte for byte, whatever comes first."""
+    rng = np.random.default_rng(0)
+    named = {
+        "b.weight": rng.normal(size=(3, 5)).astype("f4"),
+        "a.weight": np.asarray(jnp.asarray(rng.normal(size=(7,)), jnp.bfloat16)),
+        "d": rng.normal(size=(2, 3, 4)).astype("f4").T,
+        "a.bias": rng.normal(size=(5,)).astype("f2"),
+        'é"ñ': rng.normal(size=(3,)).astype("f4"),
+        "a": np.asarray(jnp.asarray(rng.normal(size=(2, 2)), jnp.bfloat16)).T,
+    }
+    shapes = {name: (tensor.shape, str(tensor.dtype)) for name, tensor in named.items()}
+    write_tensors(tmp_path, shapes, reversed(named.items()), shard_bytes)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == (1 if shard_bytes > 1000 else 2)
+    names = []
+    for file in files:
+        names += sorted(load_file(file), key=list(named).index)
+        shard = {name: np.ascontiguousarray(named[name]) for name in load_file(file)}
+        save_file(shard, tmp_path / "expected", metadata={"format": "pt"})
+        assert file.read_bytes() == (tmp_path / "expected").read_bytes()
+    assert names == list(named)
+
+
+def test_tensors_that_were_not_announced_are_not_written(tmp_path):
+    shapes, one = {"a": ((2, 3), "float32"), "b": ((2,), "float32")}, ("a", np.ones((2, 3), "f4"))
+    for given, message in (
+        ([one], "b did not come"),
+        ([one, one], "a as float32.*came twice"),
+        ([one, ("b", np.ones(3, "f4"))], r"b as float32\(3,\) was not announced"),
+        ([one, ("b", np.ones(2, "f2"))], "b as float16"),
+        ([one, ("c", np.ones(2, "f4"))], "c as float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_tensors(tmp_path, shapes, given)
+    with pytest.raises(InputError, match="a is of type int32; weights are written as float32"):
+        write_tensors(tmp_path, {"a": ((2,), "int32")}, [])
+
+
+def test_an_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
+    """What was made is gone when the next tensor is made, what was read when the next group is read."""
+    source = write(tmp_path / "source", golden("rag_token"))
+    assert main(["convert", str(source), "--out", str(tmp_path / "ours")]) == 0
+    restore, to_theirs = checkpoint._restore, naming.to_theirs
+    read: list[weakref.ref] = []
+    made: list[weakref.ref] = []
+    sizes = []
+
+    def watched_restore(directory, like):
+        assert not any(ref() is not None for ref in read + made)
+        tree = restore(directory, like)
+        read.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(tree))
+        sizes.append([leaf.nbytes for leaf in jax.tree.leaves(tree)])
+        return tree
+
+    def watched_to_theirs(entry, parameters):
+        assert not any(ref() is not None for ref in made)
+        tensor = np.array(to_theirs(entry, parameters))  # a copy, which nothing else holds
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(checkpoint, "AT_ONCE", 6_000)
+    monkeypatch.setattr(checkpoint, "_restore", watched_restore)
+    monkeypatch.setattr(naming, "to_theirs", watched_to_theirs)
+    assert main(["export", str(tmp_path / "ours"), "--context-encoder-inside", "--out", str(tmp_path / "back")]) == 0
+    assert len(made) == len(load_file(source / "model.safetensors")) and len(read) >= len(made)
+    assert all(sum(group) - max(group) < 6_000 for group in sizes) and len(sizes) > 4
+    monkeypatch.undo()
+    same_checkpoint(source, tmp_path / "back")
 
 
 def test_parameters_lie_on_their_shards(tmp_path):

@@ -1,7 +1,6 @@
 """BART and mBART."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from rag_jax.errors import InputError
@@ -100,24 +99,19 @@ def bart_entries(c: BartConfig) -> list[Entry]:
     return entries
 
 
-def without_logit_scale(config: Any, params: Any) -> tuple[Any, Any]:
-    """The same generator with its logit_scale in the decoder's last LayerNorm, since BART's form has no such factor."""
+def without_logit_scale(config: Any, path: str, parameter: Any) -> Any:
+    """A parameter of the same generator with its logit_scale in the decoder's last LayerNorm, since BART's form has no
+    such factor.
+    """
     if not isinstance(config, BartConfig) or config.logit_scale == 1.0:
-        return config, params
-    decoder = dict(params["decoder"])
+        return parameter
     if config.norm == "pre":
-        decoder["final_norm"] = scaled(decoder["final_norm"], config.logit_scale)
+        last = "decoder/final_norm"
     elif config.decoder_layers:
-        last = f"layer_{config.decoder_layers - 1}"
-        scaled_norm = scaled(decoder[last]["feed_forward_norm"], config.logit_scale)
-        decoder[last] = decoder[last] | {"feed_forward_norm": scaled_norm}
+        last = f"decoder/layer_{config.decoder_layers - 1}/feed_forward_norm"
     else:
-        decoder["embedding_norm"] = scaled(decoder["embedding_norm"], config.logit_scale)
-    return replace(config, logit_scale=1.0), params | {"decoder": decoder}
-
-
-def scaled(norm: Any, factor: float) -> Any:
-    return {name: leaf * factor for name, leaf in norm.items()}
+        last = "decoder/embedding_norm"
+    return parameter * config.logit_scale if path.rpartition("/")[0] == last else parameter
 
 
 def bart_copies(_config: BartConfig) -> dict[str, str]:
