@@ -5,12 +5,14 @@ A module is imported only when its command is named, so that help comes at once.
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import json
 import math
 import os
+import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from rag_jax import __version__
@@ -67,6 +69,23 @@ def render(result: dict[str, Any], as_json: bool) -> str:
     return result["text"] if "text" in result else "\n".join(f"{key}: {value}" for key, value in result.items())
 
 
+def keep_programs(environment: MutableMapping[str, str]) -> None:
+    """What XLA compiles is kept on disk, so that the same command starts at once the next time.
+
+    In rag_jax/xla-NAME of the user's cache directory, NAME for this kind of processor: a program for another one could
+    crash. JAX's own variables come first; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    try:
+        with open("/proc/cpuinfo") as file:
+            processor = "".join(sorted({line for line in file if line.startswith(("model name", "flags"))}))
+    except OSError:
+        processor = platform.processor()
+    name = hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:12]
+    home = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "rag_jax", f"xla-{name}"))
+    environment.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 for bad usage or input, 130 when interrupted, 141 when the reader of our output left."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -79,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"rag-jax: unknown command {argv[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
             return 2
         else:
+            keep_programs(os.environ)
             module, args = parse(argv[0], argv[1:])
             with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
                 result = module.run(args)

@@ -2,20 +2,23 @@
 program.
 """
 
+import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-from rag_jax import checkpoint, objectives, sharding, steps
+from rag_jax import checkpoint, config, decoding, objectives, sharding, steps
 from rag_jax import run as runs
 from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.data import pipeline
+from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
 from rag_jax.logs import Progress
 from rag_jax.rag import Params, Passages
@@ -29,7 +32,10 @@ from rag_jax.steps import Index
 class AnswerConfig:
     """How to answer. n_retrieved passages are found (for recall), the first n_docs of them are read; 0: the model's.
 
-    closed_book: no passage is read. retrieval_only: passages are found, and no answer is written.
+    closed_book: no passage is read. retrieval_only: passages are found, and no answer is written. mode and candidates
+    (of each document, 0: all its beams) are of RAG-Sequence. allowed_answers: the only answers there may be, and
+    bad_words what none may say, as texts. doc_chunk: documents held in memory at a time, 0: all. seed: of do_sample.
+    The rest is as in decoding.Options.
     """
 
     n_docs: int = 0
@@ -40,6 +46,20 @@ class AnswerConfig:
     batch: int = 16
     closed_book: bool = False
     retrieval_only: bool = False
+    candidates: int = 0
+    doc_chunk: int = 0
+    min_length: int = 0
+    length_penalty: float = 1.0
+    early_stopping: Literal[False, True, "never"] = False
+    no_repeat_ngram_size: int = 0
+    repetition_penalty: float = 1.0
+    bad_words: tuple[str, ...] = ()
+    allowed_answers: tuple[str, ...] = ()
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 class Answers(NamedTuple):
@@ -73,11 +93,68 @@ class Answer:
     retrieved: tuple[str, ...]
 
 
-AnswerFn = Callable[[Params, Index, Passages, dict[str, jax.Array]], Answers]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of answering that commands share."""
+    parser.add_argument("--decoding", default="", metavar="FILE[:NAME]", help="as configs/decoding.py:paper_sequence")
+    parser.add_argument("--n-docs", type=int, help="passages read per question (default: as trained)")
+    parser.add_argument("--num-beams", type=int, help="1: greedy (the default)")
+    parser.add_argument("--mode", choices=("thorough", "fast"), help="decoding of RAG-Sequence (default: thorough)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any field of rag_jax.answer.AnswerConfig"
+    )
+
+
+def from_arguments(args: argparse.Namespace, base: AnswerConfig) -> AnswerConfig:
+    """`base`, changed by --decoding, then by the options that were given, then by --set."""
+    values = config.plain(base) | (config.evaluated(args.decoding) if args.decoding else {})
+    names = {field.name for field in dataclasses.fields(AnswerConfig)}
+    values |= {name: value for name, value in vars(args).items() if name in names and value is not None}
+    changes = ml_collections.ConfigDict()
+    config.override(changes, args.set)
+    return config.build(AnswerConfig, values | config.plain(changes), "decoding")
+
+
+class AnswerFn(Protocol):
+    """A jitted program; `number` is that of the batch, which what is drawn (do_sample) depends on."""
+
+    def __call__(
+        self, params: Params, index: Index, passages: Passages, batch: dict[str, jax.Array], number: int = 0
+    ) -> Answers: ...
+
+
+# what decoding.Options and AnswerConfig have in common; bad_words are texts in one and ids in the other
+OPTIONS = tuple(
+    {f.name for f in dataclasses.fields(decoding.Options)}
+    & {f.name for f in dataclasses.fields(AnswerConfig)} - {"bad_words"}
+)
+
+
+def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The token sequences of words, at the beginning of a text and inside of one."""
+    both = [text for word in words for text in (word.strip(), f" {word.strip()}")]
+    return tuple(dict.fromkeys(tuple(ids) for ids in tokenizer.encode_batch(both) if ids))
+
+
+def allowed_ids(loaded: runs.Loaded, answers: Sequence[str], max_length: int) -> list[list[int]]:
+    """The token sequences of the allowed answers, without the start; InputError for one that is empty or too long."""
+    tokenizer, start_id = loaded.corpus.generator_tokenizer, loaded.rag.config.reader.start_id
+    made = []
+    for text, ids in zip(answers, tokenizer.encode_batch([answer.strip() for answer in answers]), strict=True):
+        label = tokenizer.label(ids, len(ids) + 4)
+        label = label[1:] if label[0] == start_id else label
+        if not ids or len(label) >= max_length:
+            raise InputError(
+                f"allowed answer {text!r} has {len(label)} tokens; there must be some, and at most "
+                f"max_length - 1 = {max_length - 1} with the end"
+            )
+        made.append(label)
+    return made
 
 
 def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
-    """The program, jitted. Without passages (closed book) the generator sees an empty passage before the question."""
+    """The program, jitted; compiled anew only where a batch has other shapes. Without passages (closed book) the
+    generator sees an empty passage before the question. InputError for what cannot be.
+    """
     model, n_passages = loaded.rag.config, len(loaded.corpus)
     n_docs = cfg.n_docs or model.n_docs
     for name, value, least in (
@@ -93,18 +170,42 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
         raise InputError(f"n_docs={n_docs}, but the corpus has {n_passages} passages; ask for at most {n_passages}")
     if cfg.closed_book and cfg.retrieval_only:
         raise InputError("closed book and retrieval alone leave nothing to do; ask for one of them")
+    how, tree = {}, None
     if not cfg.retrieval_only:
-        _ = model.reader  # InputError for a retriever alone
+        reader = model.reader  # InputError for a retriever alone
+        how = {name: getattr(cfg, name) for name in OPTIONS}
+        how |= {"mode": cfg.mode, "candidates": cfg.candidates, "doc_chunk": cfg.doc_chunk}
+        how["bad_words"] = word_ids(loaded.corpus.generator_tokenizer, cfg.bad_words)
+        if cfg.allowed_answers:
+            tree = decoding.prefix_tree(allowed_ids(loaded, cfg.allowed_answers, cfg.max_length), reader.eos_id)
+        try:
+            decoding.Options(**{name: how[name] for name in (*OPTIONS, "bad_words")})
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        most = cfg.candidates if cfg.do_sample and cfg.num_beams == 1 else cfg.num_beams
+        if model.variant == "sequence" and not 0 <= cfg.candidates <= most:
+            raise InputError(f"candidates={cfg.candidates} must be 0 (all) to num_beams={cfg.num_beams}")
     stage = StageConfig("answer", n_docs=n_docs)
-    setting = steps.Setting(loaded.rag, stage, loaded.mesh, n_passages, loaded.corpus.generator_tokenizer.prefix_ids)
+    prefix_ids = loaded.corpus.generator_tokenizer.prefix_ids
+    setting = steps.Setting(loaded.rag, stage, loaded.mesh, n_passages, prefix_ids)
     wanted = min(max(cfg.n_retrieved, n_docs), n_passages)
 
-    def answer(params: Params, index: Index, passages: Passages, batch: dict[str, jax.Array]) -> Answers:
+    def answer(
+        params: Params,
+        index: Index,
+        passages: Passages,
+        batch: dict[str, jax.Array],
+        tree: decoding.PrefixTree | None,
+        number: jax.Array,
+    ) -> Answers:
+        # no wider than the longest passage of the table and the questions of this batch
+        longest = len(prefix_ids) + passages.generator_ids_NL.shape[1] + batch["tail_ids"].shape[1]
+        length = min(model.source_length, longest)
         if cfg.closed_book:
             rows_BR = jnp.zeros((len(batch["question_ids"]), 1), jnp.int32)
             scores_BR = jnp.zeros(rows_BR.shape)
             nothing = jnp.zeros((len(rows_BR), 2), jnp.int32)
-            ids, mask = steps.contexts(setting, passages, rows_BR, batch | {"window": nothing})
+            ids, mask = steps.contexts(setting, passages, rows_BR, batch | {"window": nothing}, length)
         else:
             q_BE = steps.embed_questions(setting, params, batch, None)
             scores_BR, rows_BR = mips.search(q_BE, index.embeddings_NE, wanted, mesh=loaded.mesh, n_valid=n_passages)
@@ -114,13 +215,27 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
                     jnp.zeros((len(q_BE), 0), int),
                 )
                 return Answers(nothing, nothing.sum(-1), rows_BR, prior_BK, prior_BK)
-            ids, mask = steps.contexts(setting, passages, rows_BR[:, :n_docs], batch)
+            ids, mask = steps.contexts(setting, passages, rows_BR[:, :n_docs], batch, length)
         scores_BK = scores_BR[:, :n_docs]
-        found = loaded.rag.generate(params, ids, mask, scores_BK, cfg.num_beams, cfg.max_length, cfg.mode)
+        key = jax.random.fold_in(jax.random.key(cfg.seed), number)
+        found = loaded.rag.generate(params, ids, mask, scores_BK, tree=tree, key=key, **how)
         prior_BK = jnp.exp(objectives.prior_logp(scores_BK))
         return Answers(found.sequences, found.scores, rows_BR, prior_BK, found.doc_posterior)
 
-    return jax.jit(answer)
+    program = jax.jit(answer)
+
+    def call(params: Params, index: Index, passages: Passages, batch: dict[str, jax.Array], number: int = 0) -> Answers:
+        return program(params, index, passages, batch, tree, np.int32(number))
+
+    return call
+
+
+def bucket(length: int, longest: int, least: int = 16) -> int:
+    """The next of 16, 32, 64, ..., longest: shapes that are few need few programs."""
+    size = min(least, longest)
+    while size < min(length, longest):
+        size *= 2
+    return min(size, longest)
 
 
 def answer_questions(
@@ -131,24 +246,33 @@ def answer_questions(
     cfg: AnswerConfig,
     program: AnswerFn | None = None,
 ) -> list[Answer]:
-    """Answers in the order of the questions; every batch has the same shape, so the program is compiled once."""
+    """Answers in the order of the questions.
+
+    Questions of like length go together, and lengths and the number of questions are padded to a few sizes (`bucket`),
+    so that other questions of the same sizes need no compilation.
+    """
     program = program or make_answer(loaded, cfg)
     corpus = loaded.corpus
     tables = pipeline.encode_questions(
         questions, corpus.encoder_tokenizer, corpus.generator_tokenizer, loaded.rag.config.question_length
     )
     shards = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
-    size = -(-cfg.batch // shards) * shards
-    answers: list[Answer] = []
+    size = -(-bucket(len(questions), cfg.batch, 1) // shards) * shards
+    length_N = np.maximum(tables["question_length"], tables["tail_length"])
+    order = np.argsort(-length_N, kind="stable")  # the longest first: what does not fit in memory fails at once
+    answers: list[Answer | None] = [None] * len(questions)
     with Progress(len(questions), "answering", "question") as progress:
-        for start in range(0, len(questions), size):
-            rows = np.minimum(np.arange(start, start + size), len(questions) - 1)
-            batch = {name: table[rows] for name, table in tables.items()}
-            out = program(params, index, loaded.passages, sharding.shard_batch(loaded.mesh, batch))
+        for number, start in enumerate(range(0, len(questions), size)):
+            rows = order[np.minimum(np.arange(start, start + size), len(questions) - 1)]
+            width = bucket(int(length_N[rows].max()), loaded.rag.config.question_length)
+            batch = {name: table[rows][:, :width] if table.ndim == 2 else table[rows] for name, table in tables.items()}
+            out = program(params, index, loaded.passages, sharding.shard_batch(loaded.mesh, batch), number)
             count = min(size, len(questions) - start)
-            answers += collect(corpus, jax.device_get(out), count, cfg.closed_book)
+            found = collect(corpus, jax.device_get(out), count, cfg.closed_book)
+            for row, one in zip(rows, found, strict=False):
+                answers[row] = one
             progress.update(count)
-    return answers
+    return [one for one in answers if one is not None]
 
 
 def collect(corpus: Corpus, out: Any, count: int, closed_book: bool) -> list[Answer]:

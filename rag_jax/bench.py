@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from rag_jax import config, sharding, train
+from rag_jax import bench_decode, config, sharding, train
 from rag_jax import run as runs
+from rag_jax.bench_limits import matmul_limit, spread, timed
 from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.data import pipeline
 from rag_jax.errors import InputError
@@ -44,36 +45,6 @@ def matmul_flops(jaxpr: Any) -> float:
                 if hasattr(inner, "eqns"):
                     total += times * devices * matmul_flops(inner)
     return total
-
-
-def timed(function: Any, repeats: int) -> list[float]:
-    """Seconds of each call; the function blocks until its result is there."""
-    seconds = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - begun)
-    return seconds
-
-
-def matmul_limit(sizes: tuple[int, ...] = (1024, 2048, 3072), repeats: int = 7) -> float:
-    """The machine's best rate of a square float32 matrix product, FLOP/s on one device."""
-    rates = []
-    multiply = jax.jit(lambda a, b: a @ b)
-    for size in sizes:
-        a = jax.random.normal(jax.random.key(size), (size, size))
-        jax.block_until_ready(multiply(a, a))
-        rates.append(2 * size**3 / min(timed(lambda a=a: jax.block_until_ready(multiply(a, a)), repeats)))
-    return max(rates)
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    """Milliseconds: median, least and most."""
-    return {
-        "median_ms": round(1e3 * statistics.median(seconds), 3),
-        "min_ms": round(1e3 * min(seconds), 3),
-        "max_ms": round(1e3 * max(seconds), 3),
-    }
 
 
 def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, Any]:
@@ -138,7 +109,18 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("train",), help="train: the training step of each stage")
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, configure_kind, text in (
+        ("train", configure_train, "the training step of each stage of a configuration"),
+        ("decode", bench_decode.configure, "writing answers, beside transformers and beside the limit"),
+    ):
+        kind = kinds.add_parser(name, help=text, description=text)
+        kind.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object")
+        configure_kind(kind)
+    parser.epilog = "example: rag-jax bench decode --load medium"
+
+
+def configure_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENT")
     parser.add_argument("--stage", action="append", default=[], help="only this stage (may be repeated)")
     parser.add_argument("--steps", type=int, default=30, help="timed steps a stage")
@@ -147,6 +129,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    jax.config.update("jax_enable_compilation_cache", False)  # or compile times would be those of reading it
+    return bench_decode.run(args) if args.what == "decode" else run_train(args)
+
+
+def run_train(args: argparse.Namespace) -> dict[str, Any]:
     if args.steps < 1:
         raise InputError(f"--steps {args.steps}: at least 1")
     cfg = config.load(args.config, args.set)

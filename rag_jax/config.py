@@ -249,8 +249,8 @@ def section(node: Any, name: str, where: str) -> Any:
     return node[name]
 
 
-def load(path: str, assignments: Sequence[str] = ()) -> TrainConfig:
-    """`configs/NAME.py` or `configs/NAME.py:ARGUMENT` -> TrainConfig, with `key=value` overrides."""
+def evaluated(path: str, assignments: Sequence[str] = ()) -> dict[str, Any]:
+    """What `configs/NAME.py` or `configs/NAME.py:ARGUMENT` says, with `key=value` overrides, as plain values."""
     file, _, argument = path.partition(":")
     if not Path(file).is_file():
         raise InputError(f"{file}: no such configuration file; the shipped ones are in configs/")
@@ -264,9 +264,17 @@ def load(path: str, assignments: Sequence[str] = ()) -> TrainConfig:
         sys.path.pop(0)
     if not hasattr(module, "get_config"):
         raise InputError(f"{file}: a configuration file defines get_config(argument) -> ml_collections.ConfigDict")
-    config = module.get_config(argument) if argument else module.get_config()
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
     override(config, assignments)
-    values = plain(config)
+    return plain(config)
+
+
+def load(path: str, assignments: Sequence[str] = ()) -> TrainConfig:
+    """The TrainConfig of a configuration file, with `key=value` overrides; `model` is filled up from `init`."""
+    values = evaluated(path, assignments)
     start = Path(str(values.get("init") or "")) / "config.json"
     if values.get("init") and start.is_file():
         values["model"] = merge(plain(read(start).model), values.get("model") or {})

@@ -1,9 +1,8 @@
-"""Greedy and beam search over `step(tokens, cache, position) -> (logp, cache)`; knows no model.
+"""Greedy search, beam search and sampling over `step(tokens, cache) -> (logits, cache, read)`; knows no model.
 
-X rows are searched side by side. `tokens` are the last tokens [X] (beam search: [X*M], a row's beams contiguous),
-`cache` any pytree whose leaves have such rows as their first axis, `logp` the next-token log-probabilities [X, V].
-One while_loop, static shapes, stopped as soon as every row is finished. Sequences start with bos; after eos they are
-padded.
+X rows are searched side by side, each with M beams that stand in one cache. A search is one while_loop of static
+shapes, and stops as soon as every row is finished. Sequences begin with the start token; after eos they are padded.
+The tokens found are those of transformers 5 (`generation/utils.py`), whose bounds and order of choices these are.
 """
 
 from collections.abc import Callable
@@ -11,126 +10,286 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-Cache = Any
-Step = Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
+from rag_jax.decoding_rules import Options, PrefixTree, child, constrain, has_rules, prefix_tree, warp
+
+__all__ = ["NEVER", "Found", "Options", "PrefixTree", "lengths", "prefix_tree", "score_sequences", "search"]
+
+Cache = Any  # a pytree: a model's state after the tokens of every beam
+Read = Callable[[jax.Array, jax.Array], Any]  # (beam_XN, token_XN) -> what to keep of these choices, leaves [X, N, ...]
+# tokens_XM, each beam's last ones -> next-token scores [X, M, V], before softmax or after. The first call has the start
+# token alone, [X, 1], since all beams begin as one.
+Step = Callable[[jax.Array, Cache], tuple[jax.Array, Cache, Read | None]]
+Reorder = Callable[[Cache, jax.Array], Cache]  # (cache, beam_XM): beam m goes on where beam_XM[:, m] was
 
 NEVER = -1e9  # log-probability of what cannot be
 
 
 class Found(NamedTuple):
-    """sequences [X, M, T], best first, and their log-probabilities / lengths ** length_penalty [X, M].
+    """sequences [X, N, T], best first, their scores [X, N], and what `read` gave of every token after the start
+    [X, N, T - 1, ...] (anything after eos). Where there are fewer than N sequences at all, the rest have score NEVER.
 
-    Where there are fewer than M sequences at all, the rest have score NEVER.
+    The score is the sum of the log-probabilities, as the rules left them, / length ** length_penalty.
     """
 
     sequences: jax.Array
     scores: jax.Array
+    kept: Any
 
 
 def lengths(sequences: jax.Array, eos_id: int) -> jax.Array:
-    """Number of tokens after bos, eos included, of sequences [..., T] as they are found here."""
+    """Number of tokens after the start, eos included, of sequences [..., T] as they are found here."""
     ended = sequences[..., 1:] == eos_id
     return jnp.where(ended.any(-1), ended.argmax(-1) + 1, ended.shape[-1])
 
 
-def greedy(
-    step: Step,
-    cache: Cache,
-    rows: int,
-    length: int,
-    bos_id: int,
-    eos_id: int,
-    pad_id: int,
-    length_penalty: float = 1.0,
-) -> Found:
-    """The likeliest token at every step; M = 1."""
-    sequences = jnp.full((rows, length), pad_id, jnp.int32).at[:, 0].set(bos_id)
-
-    def go_on(state: tuple) -> jax.Array:
-        t, _, _, done, _ = state
-        return (t < length) & ~done.all()
-
-    def one(state: tuple) -> tuple:
-        t, sequences, scores, done, cache = state
-        logp, cache = step(sequences[:, t - 1], cache, t - 1)
-        token = jnp.where(done, pad_id, logp.argmax(-1).astype(jnp.int32))
-        scores = scores + jnp.where(done, 0.0, logp.max(-1))
-        return t + 1, sequences.at[:, t].set(token), scores, done | (token == eos_id), cache
-
-    state = (jnp.int32(1), sequences, jnp.zeros(rows), jnp.zeros(rows, bool), cache)
-    _, sequences, scores, _, _ = jax.lax.while_loop(go_on, one, state)
-    scores = scores / lengths(sequences, eos_id) ** length_penalty
-    return Found(sequences[:, None], scores[:, None])
+def take(x: jax.Array, beam_XN: jax.Array) -> jax.Array:
+    """x [X, M, ...] of these beams [X, N, ...]."""
+    return jax.vmap(lambda one, beams: one[beams])(x, beam_XN)
 
 
-def beam_search(
-    step: Step,
-    cache: Cache,
-    rows: int,
-    beams: int,
-    length: int,
-    bos_id: int,
-    eos_id: int,
-    pad_id: int,
-    length_penalty: float = 1.0,
-) -> Found:
-    """The M best sequences of each row; of the 2M best continuations at every step, M are always unfinished.
+def take_beams(cache: Cache, beam_XM: jax.Array) -> Cache:
+    """The plain reordering, of a cache whose leaves are [X, M, ...]."""
+    return jax.tree.map(lambda x: take(x, beam_XM), cache)
 
-    A row stops when none of its unfinished beams can overtake its M-th best finished one. Sequences still unfinished at
-    `length` count as they are.
+
+def best_of(
+    logits_XNV: jax.Array, norm_XN1: jax.Array | float, live_XM: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The `count` best of logits - norm + live: scores, beams and tokens [X, count]; of equals the first. N: M or 1.
+
+    First each beam's best, for which neither norm nor live matters, then the best of those. (One top_k over [X, M * V]
+    is slower on a CPU, where the reshape keeps XLA from making vectors of what stands before it.)
     """
-    X, M = rows, beams
-    rowwise = jnp.arange(X)[:, None]
-    start = jnp.full((X, M, length), pad_id, jnp.int32).at[:, :, 0].set(bos_id)
+    (X, M), each = live_XM.shape, min(count, logits_XNV.shape[-1])
+    scores, tokens = jax.lax.top_k(logits_XNV, each)
+    scores = (scores - norm_XN1) + live_XM[..., None]
+    scores, at = jax.lax.top_k(scores.reshape(X, M * each), count)
+    tokens = jnp.broadcast_to(tokens, (X, M, each)).reshape(X, M * each)
+    return scores, at // each, jnp.take_along_axis(tokens, at, 1).astype(jnp.int32)
 
-    def normal(scores: jax.Array, tokens: jax.Array | int) -> jax.Array:
-        return scores / jnp.asarray(tokens, jnp.float32) ** length_penalty
 
-    def go_on(state: tuple) -> jax.Array:
-        t, _, live_scores, _, done_scores, _ = state
-        longest = length - 1 if length_penalty > 0 else t
-        hopeful = normal(live_scores[:, 0], jnp.maximum(longest, 1)) > done_scores[:, -1]
-        return (t < length) & hopeful.any()
+class _Beams(NamedTuple):
+    """Unfinished beams (live) and hypotheses (done). `full`: M of them in this row; `open`: they may still change."""
 
-    def one(state: tuple) -> tuple:
-        t, live, live_scores, done, done_scores, cache = state
-        logp, cache = step(live[:, :, t - 1].reshape(X * M), cache, t - 1)
-        V = logp.shape[-1]
-        total = (live_scores[..., None] + logp.reshape(X, M, V)).reshape(X, M * V)
-        best_scores, best = jax.lax.top_k(total, 2 * M)
-        beam, token = best // V, (best % V).astype(jnp.int32)
-        grown = live[rowwise, beam].at[:, :, t].set(token)
-        ended = token == eos_id
-        # finished: the M best of the old and the new
-        new_done = jnp.where(ended & (best_scores > NEVER / 2), normal(best_scores, t), NEVER)
-        done_scores, keep = jax.lax.top_k(jnp.concatenate([done_scores, new_done], 1), M)
-        done = jnp.concatenate([done, grown], 1)[rowwise, keep]
-        live_scores, keep = jax.lax.top_k(jnp.where(ended, NEVER, best_scores), M)
-        source = (rowwise * M + beam[rowwise, keep]).reshape(X * M)
-        cache = jax.tree.map(lambda x: x[source], cache)
-        return t + 1, grown[rowwise, keep], live_scores, done, done_scores, cache
-
-    live_scores = jnp.full((X, M), NEVER).at[:, 0].set(0.0)
-    state = (jnp.int32(1), start, live_scores, start, jnp.full((X, M), NEVER), cache)
-    t, live, live_scores, done, done_scores, _ = jax.lax.while_loop(go_on, one, state)
-    unfinished = jnp.where((t >= length) & (live_scores > NEVER / 2), normal(live_scores, length - 1), NEVER)
-    scores, keep = jax.lax.top_k(jnp.concatenate([done_scores, unfinished], 1), M)
-    return Found(jnp.concatenate([done, live], 1)[rowwise, keep], scores)
+    t: jax.Array
+    cache: Cache
+    live: jax.Array
+    live_scores: jax.Array
+    live_kept: Any
+    node: jax.Array
+    done: jax.Array
+    done_scores: jax.Array
+    done_kept: Any
+    is_done: jax.Array
+    open: jax.Array
+    ended: jax.Array
+    key: jax.Array
 
 
 def search(
     step: Step,
     cache: Cache,
     rows: int,
-    beams: int,
-    length: int,
-    bos_id: int,
-    eos_id: int,
-    pad_id: int,
-    length_penalty: float = 1.0,
+    options: Options,
+    reorder: Reorder = take_beams,
+    normalised: bool = False,
+    tree: PrefixTree | None = None,
+    key: jax.Array | None = None,
 ) -> Found:
-    """Greedy for one beam, else beam search. With M beams `cache` has X*M rows."""
-    if beams == 1:
-        return greedy(step, cache, rows, length, bos_id, eos_id, pad_id, length_penalty)
-    return beam_search(step, cache, rows, beams, length, bos_id, eos_id, pad_id, length_penalty)
+    """What `options` asks for: N = num_return_sequences of every row.
+
+    reorder: how the cache follows its beams. normalised: the step's scores are log-probabilities already. tree: the
+    only sequences allowed. key: for do_sample (ValueError without).
+    """
+    if options.do_sample and key is None:
+        raise ValueError("do_sample needs a key: pass key=jax.random.key(seed)")
+    key = jax.random.key(0) if key is None else key
+    if options.num_beams == 1:
+        return _sample(step, cache, rows, options, normalised, tree, key)
+    return _beam_search(step, cache, rows, options, reorder, normalised, tree, key)
+
+
+def _begin(options: Options, rows: int, beams: int) -> jax.Array:
+    empty = jnp.full((rows, beams, options.max_length), options.pad_id, jnp.int32)
+    return empty.at[:, :, 0].set(options.start_id)
+
+
+def _empty(read: Read | None, rows: int, beams: int, length: int) -> Any:
+    """Room for what is kept of all tokens [X, N, T - 1, ...]."""
+    if read is None:
+        return None
+    one = jnp.zeros((rows, beams), jnp.int32)
+    shapes = jax.eval_shape(read, one, one)
+    return jax.tree.map(lambda x: jnp.zeros((rows, beams, length - 1, *x.shape[2:]), x.dtype), shapes)
+
+
+def _keep(kept: Any, t: jax.Array, new: Any) -> Any:
+    return jax.tree.map(lambda old, x: old.at[:, :, t - 1].set(x), kept, new)
+
+
+def _walk(tree: PrefixTree | None, options: Options, node: jax.Array, token: jax.Array, t: jax.Array) -> jax.Array:
+    """The tree begins after a forced bos."""
+    if tree is None:
+        return node
+    return jnp.where((t == 1) & (options.forced_bos_id is not None), node, child(tree, node, token))
+
+
+def _sample(
+    step: Step, cache: Cache, rows: int, o: Options, normalised: bool, tree: PrefixTree | None, key: jax.Array
+) -> Found:
+    """The likeliest token at every step, or one drawn: then num_return_sequences go side by side. The rules see the
+    step's scores as they are.
+    """
+    X, M, T = rows, o.num_return_sequences, o.max_length
+    lane = jnp.broadcast_to(jnp.arange(M), (X, M))
+
+    def choose(state: tuple, logits: jax.Array, read: Read | None, only: bool) -> tuple:
+        t, sequences, scores, kept, done, node, key = state
+        logits = jnp.broadcast_to(logits, (X, M, logits.shape[-1])).astype(jnp.float32)
+        ruled = constrain(o, logits, sequences, t, tree, node)
+        key, now = jax.random.split(key)
+        choice = jax.random.categorical(now, warp(o, ruled, 1), axis=-1) if o.do_sample else ruled.argmax(-1)
+        token = jnp.where(done, o.pad_id, choice.astype(jnp.int32))
+        said = jnp.take_along_axis(ruled, choice[..., None], -1)[..., 0]
+        logp = said if normalised else said - jax.nn.logsumexp(ruled, axis=-1)
+        scores = scores + jnp.where(done, 0.0, logp)
+        kept = None if read is None else _keep(kept, t, read(jnp.zeros_like(lane) if only else lane, token))
+        node = _walk(tree, o, node, token, t)
+        return t + 1, sequences.at[:, :, t].set(token), scores, kept, done | (token == o.eos_id), node, key
+
+    start = _begin(o, X, M)
+    logits, cache, read = step(start[:, :1, 0], cache)
+    nothing = jnp.zeros((X, M), jnp.int32)
+    state = (jnp.int32(1), start, jnp.zeros((X, M)), _empty(read, X, M, T), jnp.zeros((X, M), bool), nothing, key)
+    state = choose(state, logits, read, True)
+
+    def one(carry: tuple) -> tuple:
+        state, cache = carry
+        logits, cache, read = step(state[1][:, :, state[0] - 1], cache)
+        return choose(state, logits, read, False), cache
+
+    state, _ = jax.lax.while_loop(lambda carry: (carry[0][0] < T) & ~carry[0][4].all(), one, (state, cache))
+    _, sequences, scores, kept, *_ = state
+    return Found(sequences, scores / lengths(sequences, o.eos_id) ** o.length_penalty, kept)
+
+
+def _beam_search(
+    step: Step,
+    cache: Cache,
+    rows: int,
+    o: Options,
+    reorder: Reorder,
+    normalised: bool,
+    tree: PrefixTree | None,
+    key: jax.Array,
+) -> Found:
+    """Of the 2M best continuations at every step, the M best unfinished go on; a finished one counts if it is among
+    the M best. What is unfinished at max_length counts as it is.
+    """
+    X, M, T = rows, o.num_beams, o.max_length
+    rules = has_rules(o) or tree is not None
+    penalty = jnp.asarray(np.maximum(np.arange(T), 1.0) ** o.length_penalty, jnp.float32)  # by tokens after the start
+
+    def less(scores: jax.Array, where: jax.Array) -> jax.Array:
+        return scores + jnp.where(where, NEVER, 0.0)
+
+    def choose(s: _Beams, logits: jax.Array, cache: Cache, read: Read | None, only: bool) -> _Beams:
+        t, (key, now) = s.t, jax.random.split(s.key)
+        logits = logits.astype(jnp.float32)
+        norm = 0.0 if normalised else jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        if not rules:
+            scores, beam, token = best_of(logits, norm, s.live_scores, 2 * M)
+        else:
+            logp = jnp.broadcast_to(logits - norm, (X, M, logits.shape[-1]))
+            logp = constrain(o, logp, s.live, t, tree, s.node)
+            if o.do_sample:  # without replacement (Kool et al. 2019)
+                total = warp(o, logp, 2) + s.live_scores[..., None]
+                _, beam, token = best_of(total + jax.random.gumbel(now, total.shape), 0.0, jnp.zeros((X, M)), 2 * M)
+                scores = jax.vmap(lambda x, m, v: x[m, v])(total, beam, token)
+            else:
+                scores, beam, token = best_of(logp, 0.0, s.live_scores, 2 * M)
+        grown = take(s.live, beam).at[:, :, t].set(token)
+        kept = None
+        if read is not None:
+            new = read(jnp.zeros_like(beam) if only else beam, token)
+            kept = _keep(take_beams(s.live_kept, beam), t, new)
+        ended = (token == o.eos_id) | (t + 1 == T)
+
+        # hypotheses: the M best of the old and the new, unless the row is closed
+        counts = ended & (jnp.arange(2 * M) < M)
+        closed = ~s.open | (s.is_done.all(-1) & (o.early_stopping is True))
+        new_done = less(less(scores / penalty[t], closed[:, None]), ~counts)
+        done_scores, best_done = jax.lax.top_k(jnp.concatenate([s.done_scores, new_done], 1), M)
+
+        def merged(old: jax.Array, new: jax.Array) -> jax.Array:
+            return take(jnp.concatenate([old, new], 1), best_done)
+
+        is_done = merged(s.is_done, counts)
+        live_scores, going_on = jax.lax.top_k(less(scores, ended), M)
+        source = jnp.take_along_axis(beam, going_on, 1)
+
+        longest = T - 1 if o.early_stopping == "never" and o.length_penalty > 0 else t
+        worst_done = jnp.where(is_done, done_scores.min(1, keepdims=True), NEVER)
+        better = (live_scores[:, :1] / penalty[longest] > worst_done).any(-1)
+        return _Beams(
+            t + 1,
+            reorder(cache, source),
+            take(grown, going_on),
+            live_scores,
+            take_beams(kept, going_on),
+            _walk(tree, o, jnp.take_along_axis(s.node, source, 1), jnp.take_along_axis(token, going_on, 1), t),
+            merged(s.done, grown),
+            done_scores,
+            jax.tree.map(merged, s.done_kept, kept),
+            is_done,
+            s.open & better,
+            ended.all(),
+            key,
+        )
+
+    def go_on(s: _Beams) -> jax.Array:
+        return s.open.any() & ~(s.is_done.all() & (o.early_stopping is True)) & ~s.ended
+
+    def one(s: _Beams) -> _Beams:
+        logits, cache, read = step(s.live[:, :, s.t - 1], s.cache)
+        return choose(s, logits, cache, read, False)
+
+    start = _begin(o, X, M)
+    logits, cache, read = step(start[:, :1, 0], cache)
+    scores, kept = jnp.full((X, M), NEVER), _empty(read, X, M, T)
+    state = _Beams(
+        t=jnp.int32(1),
+        cache=cache,
+        live=start,
+        live_scores=scores.at[:, 0].set(0.0),
+        live_kept=kept,
+        node=jnp.zeros((X, M), jnp.int32),
+        done=start,
+        done_scores=scores,
+        done_kept=kept,
+        is_done=jnp.zeros((X, M), bool),
+        open=jnp.ones(X, bool),
+        ended=jnp.zeros((), bool),
+        key=key,
+    )
+    s = jax.lax.while_loop(go_on, one, choose(state, logits, cache, read, True))
+    real = s.done_scores > NEVER / 2 / jnp.maximum(penalty.max(), 1.0)
+    found = Found(s.done, jnp.where(real, s.done_scores, NEVER), s.done_kept)
+    return jax.tree.map(lambda x: x[:, : o.num_return_sequences], found)
+
+
+def score_sequences(step: Step, cache: Cache, sequences_XMT: jax.Array) -> jax.Array:
+    """log p of every token after the start of given sequences [X, M, T - 1], by the same step; its scores are
+    normalised here. The beams of a row must be as many as the cache has room for.
+    """
+    T = sequences_XMT.shape[-1]
+
+    def one(cache: Cache, t: jax.Array) -> tuple[Cache, jax.Array]:
+        logits, cache, _ = step(sequences_XMT[:, :, t], cache)
+        logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        return cache, jnp.take_along_axis(logp, sequences_XMT[:, :, t + 1, None], -1)[..., 0]
+
+    _, logp = jax.lax.scan(one, cache, jnp.arange(T - 1))
+    return jnp.moveaxis(logp, 0, -1)

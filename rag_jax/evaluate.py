@@ -5,11 +5,12 @@ report.json.
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rag_jax import answer, metrics
+from rag_jax import answer, config, metrics
 from rag_jax import run as runs
 from rag_jax.answer import Answer, AnswerConfig, Pipeline
 from rag_jax.data import formats
@@ -80,16 +81,19 @@ def evaluate(
     index: Path | None = None,
     where: str = "",
     limit: int = 0,
-    **changes: Any,
+    configure: Callable[[AnswerConfig], AnswerConfig] = lambda cfg: cfg,
 ) -> dict[str, Any]:
-    """Score a run on a question file (its own dev questions by default) and write the two files into `out`."""
+    """Score a run on a question file (its own dev questions by default) and write the two files into `out`.
+
+    configure: what to change of how the run answers by default.
+    """
     begun = time.perf_counter()
     pipeline = Pipeline.from_run(directory, index)
     if questions is None and not pipeline.config.dev:
         raise InputError(f"{directory}: a converted model names no questions; pass --questions FILE")
     file = questions or Path(pipeline.config.dev)
     asked = select(formats.read_questions(file), where, limit)
-    cfg = pipeline.answer_config(**changes)
+    cfg = configure(pipeline.answer_config())
     answers = pipeline.answer([q.question for q in asked], cfg)
     rows = prediction_rows(asked, answers, pipeline.loaded.corpus, cfg.retrieval_only)
     out.mkdir(parents=True, exist_ok=True)
@@ -105,10 +109,7 @@ def evaluate(
         "index_step": manifest.step,
         "corpus_hash": manifest.corpus_hash,
         "variant": pipeline.loaded.rag.variant,
-        "n_docs": cfg.n_docs,
-        "num_beams": cfg.num_beams,
-        "closed_book": cfg.closed_book,
-        "retrieval_only": cfg.retrieval_only,
+        **config.plain(cfg),
         "seconds": round(time.perf_counter() - begun, 1),
     }
     temporary = out / "report.json.tmp"
@@ -124,23 +125,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="directory for predictions.jsonl and report.json (default: RUN)")
     parser.add_argument("--index", type=Path, help="another index, made by rag-jax index: hot swap, no retraining")
-    parser.add_argument("--closed-book", action="store_true", help="no passages: what the generator knows by itself")
-    parser.add_argument("--retrieval-only", action="store_true", help="recall alone; no answers are written")
-    parser.add_argument("--n-docs", type=int, default=0, help="passages read per question (default: as trained)")
-    parser.add_argument("--n-retrieved", type=int, default=100, help="passages retrieved, for recall@k")
-    parser.add_argument("--num-beams", type=int, default=1)
-    parser.add_argument("--mode", choices=("thorough", "fast"), default="thorough", help="decoding of RAG-Sequence")
-    parser.add_argument("--batch", type=int, default=16)
+    answer.add_arguments(parser)
+    for name, text in (
+        ("--closed-book", "no passages: what the generator knows by itself"),
+        ("--retrieval-only", "recall alone; no answers are written"),
+    ):
+        parser.add_argument(name, action="store_true", default=None, help=text)  # None: as --decoding says
+    parser.add_argument("--n-retrieved", type=int, help="passages retrieved, for recall@k (default: 100)")
+    parser.add_argument("--batch", type=int, help="questions answered at once (default: 16)")
     parser.add_argument("--where", default="", metavar="FIELD=VALUE", help="only questions with this, as changed=true")
     parser.add_argument("--limit", type=int, default=0, help="only the first questions of the file")
     parser.epilog = "example: rag-jax evaluate runs/world --questions data/world/test.jsonl"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    changes = {
-        name: getattr(args, name)
-        for name in ("n_retrieved", "num_beams", "mode", "batch", "closed_book", "retrieval_only")
-    }
-    if args.n_docs:
-        changes["n_docs"] = args.n_docs
-    return evaluate(args.run, args.questions, args.out or args.run, args.index, args.where, args.limit, **changes)
+    configured = partial(answer.from_arguments, args)
+    return evaluate(args.run, args.questions, args.out or args.run, args.index, args.where, args.limit, configured)

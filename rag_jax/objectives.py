@@ -24,6 +24,27 @@ def target_logp(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - logsumexp(logits, axis=-1)
 
 
+def vocabulary_norm(
+    hidden: jax.Array, kernel_VD: jax.Array, bias_V: jax.Array, scale: float = 1.0, chunk: int = 4096
+) -> jax.Array:
+    """logsumexp over V of hidden [..., D] @ kernel^T * scale + bias [...], without the logits [..., V] ever existing.
+
+    A chunk of the vocabulary at a time, which a CPU's caches hold: more than twice as fast there as all at once.
+    """
+    V, size = len(kernel_VD), min(chunk, len(kernel_VD))
+    kernel_VD = kernel_VD.astype(hidden.dtype)
+
+    def one(norm: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+        start = jnp.minimum(number * size, V - size)
+        some = jax.lax.dynamic_slice_in_dim(kernel_VD, start, size)
+        logits = jnp.matmul(hidden, some.T, preferred_element_type=jnp.float32) * scale
+        new = jnp.arange(size) + start >= number * size  # the last chunk begins inside the one before
+        logits = jnp.where(new, logits + jax.lax.dynamic_slice_in_dim(bias_V, start, size), -jnp.inf)
+        return jnp.logaddexp(norm, logsumexp(logits, axis=-1)), None
+
+    return jax.lax.scan(one, jnp.full(hidden.shape[:-1], -jnp.inf), jnp.arange(-(-V // size)))[0]
+
+
 def _check(token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array) -> None:
     shape = token_logp_BKT.shape
     if len(shape) != 3 or prior_BK.shape != shape[:2] or mask_BT.shape != (shape[0], shape[2]):

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from rag_jax import decoding, objectives
+from rag_jax import generate as generating
 from rag_jax.errors import InputError
 from rag_jax.models import copying
 from rag_jax.models.bart import POSITION_OFFSET, Bart, BartConfig
 from rag_jax.models.bert import Bert, BertConfig
-from rag_jax.models.layers import KeyValues
 from rag_jax.models.lm import Lm, LmConfig
 from rag_jax.models.t5 import T5, T5Config
 
@@ -69,21 +69,6 @@ class Passages(NamedTuple):
     encoder_length_N: jax.Array
     generator_ids_NL: jax.Array
     generator_length_N: jax.Array
-
-
-class Generation(NamedTuple):
-    """sequences [B, T]: bos, the answer, eos, pad; scores [B]: log p(y|x); doc_posterior [B, K]: p(z_k|x,y)."""
-
-    sequences: jax.Array
-    scores: jax.Array
-    doc_posterior: jax.Array
-
-
-class Contexts(NamedTuple):
-    """What the decoder looks at: keys and values of every joined input and its mask; row b*K + k is document k of b."""
-
-    cross: KeyValues
-    mask_RL: jax.Array
 
 
 def join(
@@ -286,101 +271,57 @@ class Rag:
         scores_BK: jax.Array,
         num_beams: int = 4,
         max_length: int = 32,
-        mode: Literal["thorough", "fast"] = "thorough",
-    ) -> Generation:
-        """The answers; max_length counts bos and eos.
+        mode: generating.Mode = "thorough",
+        *,
+        candidates: int = 0,
+        doc_chunk: int = 0,
+        hf_compat: bool = False,
+        tree: decoding.PrefixTree | None = None,
+        key: jax.Array | None = None,
+        **options: Any,
+    ) -> generating.Generation:
+        """The answers; max_length counts the start token and eos. Everything here is one jit, K is that of the shapes.
 
-        RAG-Token: one beam search over the marginal next-token distribution. RAG-Sequence: a beam search per document
-        gives the candidates; `thorough` scores every candidate under every document, `fast` takes p(y|x,z) as 0 where
-        the beam of z did not produce y (section 2.5).
+        RAG-Token: one search over the marginal next-token distribution. RAG-Sequence: a search per document gives the
+        candidates, `candidates` of each (0: all its beams); `thorough` scores every candidate under every document,
+        `fast` takes p(y|x,z) as 0 where the beam of z did not produce y (section 2.5).
+
+        options: any field of decoding.Options (length_penalty, no_repeat_ngram_size, do_sample, ...); the special
+        tokens are the generator's. tree: the only answers allowed, decoding.prefix_tree(token sequences). key: for
+        do_sample. doc_chunk: documents held in memory at a time, 0 for all. hf_compat: the prior as transformers
+        counts it, see objectives.sequence_joint.
+
+        TypeError for an unknown option; ValueError for one out of range, for shapes that do not fit together, and for
+        inputs longer than the generator's positions; InputError for a retriever alone.
         """
-        check_contexts(context_ids_BKL, context_mask_BKL, scores_BK)
-        _ = self.config.reader  # InputError for a retriever alone
-        if num_beams < 1 or max_length < 2:
-            raise ValueError(f"num_beams must be 1 or more and max_length 2 or more, got {num_beams} and {max_length}")
+        _, K, L = check_contexts(context_ids_BKL, context_mask_BKL, scores_BK)
+        c = self.config.reader  # InputError for a retriever alone
+        decoding.Options.check_names(list(options))
         if mode not in ("thorough", "fast"):
             raise ValueError(f"mode must be 'thorough' or 'fast', got {mode!r}")
-        contexts = self._read(params, context_ids_BKL, context_mask_BKL)
-        prior_BK = objectives.prior_logp(scores_BK)
+        returned = options.get("num_return_sequences", 1)
+        draws = options.get("do_sample", False) and num_beams == 1  # then a document may give more than its beams
+        if self.variant == "sequence":
+            each = candidates or (returned if draws else num_beams)
+            if not 0 <= candidates <= (candidates if draws else num_beams):
+                raise ValueError(f"candidates={candidates} of each document must be 0 (all) to {num_beams}, its beams")
+            if returned > each * K:
+                raise ValueError(
+                    f"num_return_sequences={returned}, but {K} documents with {each} candidates each give {each * K}"
+                )
+            options["num_return_sequences"] = each
+        special = {"start_id": c.start_id, "eos_id": c.eos_id, "pad_id": c.pad_id}
+        wanted = decoding.Options(**(special | {"num_beams": num_beams, "max_length": max_length} | options))
+        if wanted.do_sample and key is None:
+            raise ValueError("do_sample needs a key: pass key=jax.random.key(seed)")
+        self.generator.check_room(L, max_length)
+        reader = generating.Reader(self.generator, params["generator"], c.bos_id, hf_compat)
+        given = (reader, context_ids_BKL, context_mask_BKL, objectives.prior_logp(scores_BK), wanted)
         if self.variant == "token":
-            return self._generate_token(params, contexts, prior_BK, num_beams, max_length)
-        return self._generate_sequence(params, contexts, prior_BK, num_beams, max_length, mode)
-
-    def _generate_token(self, params: Params, contexts: Contexts, prior_BK: jax.Array, M: int, T: int) -> Generation:
-        best_BT = self._search(params, contexts, M, T, prior_BK).sequences[:, 0]
-        logp_BKT = self._candidate_logp(params, contexts, best_BT[:, None])[:, 0]
-        _, mask_BT = shift_left(best_BT, self.config.reader)
-        score_B = objectives.rag_token_logp(logp_BKT, prior_BK, mask_BT)
-        return Generation(best_BT, score_B, jnp.exp(objectives.posterior_logp(logp_BKT, prior_BK, mask_BT)))
-
-    def _generate_sequence(
-        self, params: Params, contexts: Contexts, prior_BK: jax.Array, M: int, T: int, mode: str
-    ) -> Generation:
-        c, (B, K) = self.config.reader, prior_BK.shape
-        found = self._search(params, contexts, M, T)
-        candidates_BCT, own_BC = found.sequences.reshape(B, K * M, T), found.scores.reshape(B, K * M)
-        real_BC = own_BC > decoding.NEVER
-        if mode == "thorough":
-            _, mask_CT = shift_left(candidates_BCT.reshape(-1, T), c)
-            logp_BCKT = self._candidate_logp(params, contexts, candidates_BCT)
-            logp_BCK = jnp.where(mask_CT.reshape(B, K * M, 1, T), logp_BCKT, 0.0).sum(-1)
-        else:  # the same string from the beams of two documents is one candidate
-            logp_BC = own_BC * decoding.lengths(candidates_BCT, c.eos_id)
-            same_BCC = (candidates_BCT[:, :, None] == candidates_BCT[:, None]).all(-1) & real_BC[:, None]
-            logp_BCK = jnp.where(same_BCC, logp_BC[:, None], -jnp.inf).reshape(B, K * M, K, M).max(-1)
-        joint_BCK = logp_BCK + prior_BK[:, None]
-        score_BC = jnp.where(real_BC, jax.nn.logsumexp(joint_BCK, axis=-1), -jnp.inf)
-        best = (jnp.arange(B), score_BC.argmax(-1))
-        return Generation(candidates_BCT[best], score_BC[best], jax.nn.softmax(joint_BCK[best], axis=-1))
-
-    def _read(self, params: Params, ids_BKL: jax.Array, mask_BKL: jax.Array) -> Contexts:
-        """Runs the generator's encoder on every joined (passage, question)."""
-        variables, mask_RL = {"params": params["generator"]}, mask_BKL.reshape(-1, mask_BKL.shape[-1])
-        hidden_RLD = self.generator.apply(variables, ids_BKL.reshape(mask_RL.shape), mask_RL, method="encode")
-        return Contexts(self.generator.apply(variables, hidden_RLD, method="cross"), mask_RL)
-
-    def _search(
-        self, params: Params, contexts: Contexts, M: int, T: int, prior_BK: jax.Array | None = None
-    ) -> decoding.Found:
-        """One search per document [B*K, M, T]; with a prior, one per question [B, M, T] over the marginal next token.
-
-        A marginal search carries its beams in the order [B, M, K], so that the K caches of a beam move together.
-        """
-        c, R = self.config.reader, len(contexts.mask_RL)
-        B, K = (R, 1) if prior_BK is None else prior_BK.shape
-
-        def per_beam(x: jax.Array) -> jax.Array:
-            return spread(x.reshape(B, K, *x.shape[1:]), M).reshape(R * M, *x.shape[1:])
-
-        cross, mask = jax.tree.map(per_beam, contexts)
-
-        def step(tokens_X: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:
-            cache = jax.tree.map(lambda x: x.reshape(R * M, *x.shape[2:]), cache)
-            ids = spread(tokens_X, K)[:, None]
-            variables = {"params": params["generator"]}
-            logits, cache = self.generator.apply(variables, ids, cross, mask, cache, position, method="decode")
-            logp = jax.nn.log_softmax(logits[:, 0], axis=-1).reshape(B, M, K, -1)
-            if prior_BK is not None:
-                logp = logp + prior_BK[:, None, :, None]
-            return jax.nn.logsumexp(logp, axis=2).reshape(B * M, -1), by_document(cache)
-
-        def by_document(cache: Any) -> Any:
-            return jax.tree.map(lambda x: x.reshape(B * M, K, *x.shape[1:]), cache)
-
-        cache = by_document(self.generator.init_cache(R * M, T))
-        return decoding.search(step, cache, B, M, T, c.start_id, c.eos_id, c.pad_id)
-
-    def _candidate_logp(self, params: Params, contexts: Contexts, candidates_BCT: jax.Array) -> jax.Array:
-        """log p(y_t|x,z_k,y_<t) of every candidate under every document [B, C, K, T], one candidate at a time."""
-        B, K = len(candidates_BCT), len(contexts.mask_RL) // len(candidates_BCT)
-
-        def one(candidate_BT: jax.Array) -> jax.Array:
-            targets_BT, _ = shift_left(candidate_BT, self.config.reader)
-            variables, ids = {"params": params["generator"]}, spread(candidate_BT, K)
-            logits, _ = self.generator.apply(variables, ids, *contexts, method="decode")
-            return objectives.target_logp(logits, spread(targets_BT, K)).reshape(B, K, -1)
-
-        return jax.lax.map(one, candidates_BCT.swapaxes(0, 1)).swapaxes(0, 1)
+            found = generating.rag_token(*given, tree, key, doc_chunk)
+        else:
+            found = generating.rag_sequence(*given, mode, returned, tree, key, doc_chunk)
+        return found if returned > 1 else jax.tree.map(lambda x: x[:, 0], found)
 
 
 def check_contexts(

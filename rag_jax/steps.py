@@ -60,8 +60,10 @@ def embed_rows(s: Setting, params: Params, passages: Passages, rows: jax.Array, 
     return s.rag.embed_passages(params, ids, mask, key).reshape(*rows.shape, -1)
 
 
-def contexts(s: Setting, passages: Passages, rows_BK: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Generator inputs [B, K, L] and mask: each retrieved passage joined with its question."""
+def contexts(
+    s: Setting, passages: Passages, rows_BK: jax.Array, batch: Batch, length: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Generator inputs [B, K, L] and mask: each retrieved passage joined with its question. L: `length`, or as set."""
     B, K = rows_BK.shape
     flat = rows_BK.reshape(-1)
     start = stop = None
@@ -73,7 +75,7 @@ def contexts(s: Setting, passages: Passages, rows_BK: jax.Array, batch: Batch) -
         passages.generator_length_N[flat].astype(jnp.int32),
         jnp.repeat(batch["tail_ids"], K, axis=0),
         jnp.repeat(batch["tail_length"], K),
-        s.stage.source_length or s.rag.config.source_length,
+        length or s.stage.source_length or s.rag.config.source_length,
         s.rag.config.reader.pad_id,
         start,
         stop,

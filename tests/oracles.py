@@ -46,7 +46,10 @@ NextLogp = Callable[[tuple[int, ...]], np.ndarray]  # the tokens so far, bos inc
 def beam_search(
     next_logp: NextLogp, beams: int, length: int, bos: int, eos: int, length_penalty: float = 1.0
 ) -> list[tuple[tuple[int, ...], float, float]]:
-    """(tokens with bos, score, log-probability), best first. Lists, and never stops early."""
+    """(tokens with bos, score, log-probability), best first. Lists, and never stops early.
+
+    Of the 2M best continuations the finished ones among the first M count, and the M best others go on.
+    """
     live, done = [((bos,), 0.0)], []
 
     def score(tokens, logp):
@@ -59,7 +62,7 @@ def beam_search(
             for token, step in enumerate(next_logp(tokens))
         ]
         grown = sorted(grown, key=lambda found: -found[1])[: 2 * beams]
-        done += [found for found in grown if found[0][-1] == eos]
+        done += [found for found in grown[:beams] if found[0][-1] == eos]
         live = [found for found in grown if found[0][-1] != eos][:beams]
         done = sorted(done, key=lambda found: -score(*found))[:beams]
     ranked = sorted(done + live, key=lambda found: -score(*found))[:beams]

@@ -12,6 +12,7 @@ import numpy as np
 import oracles
 import pytest
 import tiny
+from conftest import ROOT
 
 import rag_jax
 from rag_jax import answer, ask, checkpoint, metrics, pretrained
@@ -364,7 +365,7 @@ def altered(index, out, **changes):
     """A copy of an index with another manifest."""
     snapshot = snapshots.open_snapshot(index)
     manifest = dataclasses.replace(snapshot.manifest, **changes)
-    snapshots.write(out, manifest, [(0, np.asarray(snapshot.embeddings_NE))])
+    snapshots.write(out, manifest, [(np.arange(manifest.n_passages), np.asarray(snapshot.embeddings_NE))])
     return out
 
 
@@ -403,22 +404,22 @@ def test_damaged_indexes_are_refused(run, tmp_path, capsys):
 
 def test_an_index_is_written_whole_or_not_at_all(run, tmp_path):
     manifest = snapshots.open_snapshot(run / "index").manifest
-    blocks = np.zeros((tiny.ENTITIES, manifest.width), np.float32)
+    blocks, rows = np.zeros((tiny.ENTITIES, manifest.width), np.float32), np.arange(tiny.ENTITIES)
     with pytest.raises(ValueError, match="30 embeddings were written, the manifest says 40"):
-        snapshots.write(tmp_path / "out", manifest, [(0, blocks[:30])])
+        snapshots.write(tmp_path / "out", manifest, [(rows[:30], blocks[:30])])
     blocks[33, 2] = np.nan
     with pytest.raises(InputError, match="passage row 33: its embedding is not finite"):
-        snapshots.write(tmp_path / "out", manifest, [(0, blocks[:30]), (30, blocks[30:])])
+        snapshots.write(tmp_path / "out", manifest, [(rows[:30], blocks[:30]), (rows[30:], blocks[30:])])
     assert list(tmp_path.iterdir()) == []
     blocks[33, 2] = 0
-    snapshots.write(tmp_path / "out", manifest, [(0, blocks)])
+    snapshots.write(tmp_path / "out", manifest, [(rows, blocks)])
     with pytest.raises(InputError, match="already there; pass --overwrite"):
-        snapshots.write(tmp_path / "out", manifest, [(0, blocks)])
+        snapshots.write(tmp_path / "out", manifest, [(rows, blocks)])
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("all my work")
     with pytest.raises(InputError, match=r"is not a index|is not an index"):
-        snapshots.write(precious, manifest, [(0, blocks)], overwrite=True)
+        snapshots.write(precious, manifest, [(rows, blocks)], overwrite=True)
     assert (precious / "thesis.txt").exists()
 
 
@@ -487,3 +488,54 @@ def test_bad_questions_and_settings_of_ask(run, capsys):
         (["who?", "--num-beams", -1], "num_beams=-1 must be at least 1"),
     ):
         assert message in refused(capsys, "ask", *words, "--run", run)
+
+
+# --- ways of answering ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_says_how_to_answer(tiny_data, run, tmp_path, capsys):
+    """A file of settings, changed by options, changed by --set; the report keeps them all."""
+    preset = f"{ROOT}/configs/decoding.py:paper_generation"
+    words = ["--decoding", preset, "--n-docs", 3, "--set", "num_beams=2", "--set", 'allowed_answers=["no", "Bela"]']
+    assert tiny.rag_jax("evaluate", run, "--out", tmp_path, "--limit", 8, "--batch", 8, *words, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["n_docs"], report["num_beams"], report["mode"]) == (3, 2, "fast")
+    assert report["allowed_answers"] == ["no", "Bela"] and report["length_penalty"] == 1.0
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert {row["prediction"] for row in rows} <= {"no", "Bela"}
+    for wrong, message in (
+        ("length=3", "unknown key 'length'"),
+        ("top_p=2.0", "top_p=2.0 must be"),
+        ("candidates=3", "candidates=3"),
+        ('allowed_answers=[""]', "has 1 tokens"),
+        ("n_docs=0.5", "decoding.n_docs"),
+    ):
+        assert message in refused(capsys, "ask", "who?", "--run", run, "--set", wrong)
+
+
+def test_bad_words_are_not_said(opened, questions, answers, cfg):
+    said = max({found.text for found in answers} - {""}, key=len)
+    word = said.split()[0]
+    assert any(word in found.text for found in answers)
+    again = opened.answer([q.question for q in questions], dataclasses.replace(cfg, bad_words=(word,)))
+    assert not any(word in found.text.split() for found in again)
+
+
+def test_questions_of_like_length_need_no_compilation(opened, questions, cfg):
+    """And any number of them up to a batch; the answers do not depend on their company."""
+    texts = [q.question for q in questions]
+    opened.answer(texts[:8], cfg)
+    compiled = []
+    listen = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        together = opened.answer(texts[8:16], cfg)
+        some = opened.answer(texts[8:13], cfg)
+        assert not compiled
+        jax.block_until_ready(jax.jit(lambda x: x + 1.25)(1.0))
+        assert compiled  # the listener hears
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert [found.text for found in some] == [found.text for found in together[:5]]
+    assert [answer.bucket(n, 40) for n in (1, 16, 17, 33, 40, 50)] == [16, 16, 32, 40, 40, 40]
+    assert [answer.bucket(n, 16, 1) for n in (1, 2, 3, 9, 16, 99)] == [1, 2, 4, 16, 16, 16]

@@ -9,6 +9,7 @@ import tiny
 from conftest import ROOT
 
 from rag_jax import config
+from rag_jax.answer import AnswerConfig
 from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.errors import InputError
 from rag_jax.models.bart import BartConfig
@@ -17,7 +18,7 @@ from rag_jax.models.t5 import T5Config
 from rag_jax.rag import RagConfig
 
 TINY = f"{ROOT}/tests/tiny.py:data"
-SHIPPED = sorted((ROOT / "configs").glob("*.py"))
+SHIPPED = sorted(file for file in (ROOT / "configs").glob("*.py") if file.stem != "decoding")
 VARIANTS = [f"{file}{argument}" for file in SHIPPED for argument in ("", ":sequence", ":token")]
 VARIANTS = [path for path in VARIANTS if "minilm.py:" not in path]  # a retriever has none
 
@@ -49,6 +50,21 @@ def test_shipped_configurations_load_and_hold_together(path):
 
 def test_there_are_shipped_configurations():
     assert {"world", "squad", "nq_gold", "minilm"} <= {file.stem for file in SHIPPED}
+
+
+def test_shipped_ways_of_answering_are_those_of_the_answers():
+    directory = ROOT / "configs"
+    presets = {}
+    for name in ("", ":paper_token", ":paper_sequence", ":paper_generation", ":transformers"):
+        presets[name] = config.build(AnswerConfig, config.evaluated(f"{directory}/decoding.py{name}"))
+    assert presets[""].num_beams == 4 and presets[":transformers"].n_docs == 5
+    # Lewis et al. 2020, appendix A
+    assert (presets[":paper_token"].n_docs, presets[":paper_sequence"].n_docs) == (15, 50)
+    assert presets[":paper_sequence"].num_beams == 1 and presets[":paper_sequence"].mode == "thorough"
+    generation = presets[":paper_generation"]
+    assert (generation.n_docs, generation.num_beams, generation.mode) == (10, 4, "fast")
+    with pytest.raises(InputError, match="no preset"):
+        config.evaluated(f"{directory}/decoding.py:beans")
 
 
 def test_values_arrive_in_their_dataclasses(base):

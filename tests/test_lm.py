@@ -168,8 +168,9 @@ def test_decoding_with_a_cache_is_the_whole_forward_pass(lm):
             found, t = [*found, logits], t + n
         np.testing.assert_allclose(np.concatenate(found, 1), whole, atol=2e-5)
     c = module.config
-    expected = (B, T + 1, c.groups or c.heads, c.head_width or c.width // c.heads)
-    assert {x.shape for x in jax.tree.leaves(cache)} == {expected} and len(jax.tree.leaves(cross)) == 2 * c.layers
+    G, C = c.groups or c.heads, c.head_width or c.width // c.heads
+    assert {x.shape for x in cache.key} == {(B, G, C, T + 1)} and {x.shape for x in cache.value} == {(B, G, T + 1, C)}
+    assert len(jax.tree.leaves(cross)) == 2 * c.layers
 
 
 def test_where_the_prefix_ends_does_not_matter(lm):
@@ -196,9 +197,11 @@ def test_no_token_of_the_prefix_sees_a_later_one(lm):
     encode = jax.jit(partial(module.apply, {"params": params}, method="encode"))
     changed = IDS.copy()
     changed[:, 4:] = 7
-    for a, b in zip(jax.tree.leaves(encode(IDS, MASK)), jax.tree.leaves(encode(changed, MASK)), strict=True):
-        np.testing.assert_allclose(a[:, :4], b[:, :4], atol=1e-6)
-        assert np.abs(a[:, 4:] - b[:, 4:]).max() > 0.1
+    before, after = encode(IDS, MASK), encode(changed, MASK)
+    keys = [(a.swapaxes(2, 3), b.swapaxes(2, 3)) for a, b in zip(before.key, after.key, strict=True)]
+    for a, b in (*keys, *zip(before.value, after.value, strict=True)):
+        np.testing.assert_allclose(a[:, :, :4], b[:, :, :4], atol=1e-6)
+        assert np.abs(a[:, :, 4:] - b[:, :, 4:]).max() > 0.1
 
 
 def test_padding_does_not_change_the_logits(lm):
@@ -218,8 +221,8 @@ def test_every_row_can_do_without_a_prefix(lm):
 @pytest.mark.parametrize("scaling", ["none", "linear", "llama3"])
 def test_rotary_products_depend_on_distance_alone(scaling):
     c = dataclasses.replace(LLAMA, rope_scaling=scaling)
-    query, key = (np.tile(RNG.normal(size=(1, 1, 1, 6)), (1, 12, 1, 1)).astype(np.float32) for _ in range(2))
-    query, key = (np.asarray(layers.rotate(x, np.arange(12)[None], frequencies(c)))[0, :, 0] for x in (query, key))
+    query, key = (np.tile(RNG.normal(size=(1, 1, 1, 6)), (1, 1, 12, 1)).astype(np.float32) for _ in range(2))
+    query, key = (np.asarray(layers.rotate(x, np.arange(12)[None], frequencies(c)))[0, 0] for x in (query, key))
     products = query @ key.T
     for distance in range(-11, 12):
         assert np.ptp(np.diagonal(products, distance)) < 1e-4
@@ -334,7 +337,7 @@ def test_input_longer_than_the_positions_is_refused(config):
     with pytest.raises(ValueError, match=r"prefix of length 19.*generator has 18"):
         shapes(19, 0, method="encode")
     with pytest.raises(ValueError, match=r"target of length 19.*generator has 18"):
-        module.init_cache(1, 19)
+        module.check_room(0, 19)
     with pytest.raises(ValueError, match=r"prefix of length 12 and target of length 7"):  # of which one token is here
         ids, cache = np.ones((1, 12), np.int32), module.init_cache(1, 7)
         prefix = module.init_cache(1, 12)

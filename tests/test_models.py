@@ -187,33 +187,39 @@ def test_bart_is_that_of_transformers(family, norm_at, scaled):
 
 def test_attention_is_that_of_loops():
     rng = np.random.default_rng(0)
-    query, key, value = (rng.normal(size=(2, n, 2, 4)).astype(np.float32) for n in (3, 5, 5))
+    query, key, value = (rng.normal(size=(2, 2, n, 4)).astype(np.float32) for n in (3, 5, 5))
     mask = rng.random((2, 1, 3, 5)) < 0.6
     mask[0, 0, 0] = False
-    found = layers.attention(query, key, value, mask)
+    found = layers.attention(query, [(key.swapaxes(2, 3), value)], mask)
     for b in range(2):
         for h in range(2):
             for t in range(3):
                 allowed = np.flatnonzero(mask[b, 0, t])
                 if not len(allowed):  # may look nowhere: the mean
-                    np.testing.assert_allclose(found[b, t, h], value[b, :, h].mean(0), rtol=1e-5, atol=1e-6)
+                    np.testing.assert_allclose(found[b, h, t], value[b, h].mean(0), rtol=1e-5, atol=1e-6)
                     continue
-                weights = np.exp(key[b, allowed, h].astype(np.float64) @ query[b, t, h] / 2.0)
-                expected = weights / weights.sum() @ value[b, allowed, h]
-                np.testing.assert_allclose(found[b, t, h], expected, rtol=1e-5, atol=1e-6)
+                weights = np.exp(key[b, h, allowed].astype(np.float64) @ query[b, h, t] / 2.0)
+                expected = weights / weights.sum() @ value[b, h, allowed]
+                np.testing.assert_allclose(found[b, h, t], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_of_attention_is_the_derived_one():
     rng = np.random.default_rng(0)
-    query, key, value, weight = (rng.normal(size=(2, n, 2, 4)).astype(np.float32) for n in (3, 5, 5, 3))
+    query, key, value, weight = (rng.normal(size=(2, 2, n, 4)).astype(np.float32) for n in (3, 5, 5, 3))
     mask = rng.random((2, 1, 3, 5)) < 0.6
     mask[..., 0] = True
 
-    def gradients(**dropout):  # with dropout the gradient is derived by jax
-        return jax.grad(lambda *x: (layers.attention(*x, mask, **dropout) * weight).sum(), (0, 1, 2))(query, key, value)
+    def gradients(cut=5, **dropout):  # with dropout the gradient is derived by jax
+        def loss(query, key, value):
+            turned = key.swapaxes(2, 3)
+            sources = [(turned[..., :cut], value[:, :, :cut]), (turned[..., cut:], value[:, :, cut:])]
+            return (layers.attention(query, sources, mask, **dropout) * weight).sum()
 
-    own, derived = jax.jit(lambda: (gradients(), gradients(dropout=lambda w: w)))()
+        return jax.grad(loss, (0, 1, 2))(query, key, value)
+
+    own, two, derived = jax.jit(lambda: (gradients(), gradients(2), gradients(dropout=lambda w: w)))()
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), own, derived)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), own, two)
 
 
 def test_layer_norm_is_that_of_numpy():
@@ -346,7 +352,7 @@ def test_input_longer_than_the_positions_is_refused():
     with pytest.raises(ValueError, match=r"length 13.*generator has 12"):
         jax.eval_shape(Bart(BART).init, jax.random.key(0), IDS, MASK, np.ones((B, 13), np.int32))
     with pytest.raises(ValueError, match=r"length 13.*generator has 12"):
-        Bart(BART).init_cache(1, 13)
+        Bart(BART).check_room(4, 13)
 
 
 @pytest.mark.parametrize("norm_at", ["post", "pre"])

@@ -241,7 +241,7 @@ def test_buckets_are_those_of_plain_python(both):
 
 def test_gradient_of_the_biases_is_the_derived_one():
     rng = np.random.default_rng(0)
-    query, key, value, weight = (rng.normal(size=(2, n, 2, 4)).astype(np.float32) for n in (6, 9, 9, 6))
+    query, key, value, weight = (rng.normal(size=(2, 2, n, 4)).astype(np.float32) for n in (6, 9, 9, 6))
     table = rng.normal(size=(8, 2)).astype(np.float32)
     mask = rng.random((2, 1, 6, 9)) < 0.6
     mask[..., 0] = True
@@ -250,7 +250,10 @@ def test_gradient_of_the_biases_is_the_derived_one():
     def gradients(**dropout):  # with dropout the gradient is derived by jax
         def loss(query, key, value, table):
             bias = table[at].transpose(2, 0, 1)[None]
-            return (layers.attention(query, key, value, mask, bias_1HTL=bias, scale=1.0, **dropout) * weight).sum()
+            return (
+                layers.attention(query, [(key.swapaxes(2, 3), value)], mask, bias_BHTL=bias, scale=1.0, **dropout)
+                * weight
+            ).sum()
 
         return jax.grad(loss, (0, 1, 2, 3))(query, key, value, table)
 

@@ -16,7 +16,10 @@ from rag_jax.models.layers import (
     KeyValues,
     LayerNorm,
     NormPlacement,
+    Tree,
     embedding_init,
+    empty_cache,
+    line,
     position_init,
     residual,
     write_cache,
@@ -67,7 +70,7 @@ class Layer(nn.Module):
     """One encoder or decoder layer.
 
     `cross` is what the decoder attends to: ((keys, values), mask). Returns the new hidden states and, given a cache
-    (keys, values, position), its keys and values with this call's entries written.
+    (keys, values, slot), its keys and values with this call's entries written.
     """
 
     config: BartConfig
@@ -104,7 +107,7 @@ class Layer(nn.Module):
             kv = self.self_attention.project(h)
             if cache is not None:
                 kv = written = write_cache(cache, kv)
-            return self.drop(self.self_attention(h, kv, mask, deterministic), deterministic=deterministic)
+            return self.drop(self.self_attention(h, [kv], mask, deterministic), deterministic=deterministic)
 
         place = self.config.norm
         x_BTD = residual(self.self_norm, place, x_BTD, self_attention)
@@ -112,7 +115,7 @@ class Layer(nn.Module):
             kv, cross_mask = cross
 
             def cross_attention(h: jax.Array) -> jax.Array:
-                return self.drop(self.cross_attention(h, kv, cross_mask, deterministic), deterministic=deterministic)
+                return self.drop(self.cross_attention(h, [kv], cross_mask, deterministic), deterministic=deterministic)
 
             x_BTD = residual(self.cross_norm, place, x_BTD, cross_attention)
 
@@ -151,17 +154,19 @@ class Stack(nn.Module):
         mask: jax.Array,
         cross: tuple[KeyValues, jax.Array] | None = None,
         cache: KeyValues | None = None,
-        position: jax.Array | int = 0,
+        slot: jax.Array | int = 0,
+        position_BT: jax.Array | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, KeyValues | None]:
-        length = tokens_BTD.shape[1]
-        check_length(length, self.config)
-        x = tokens_BTD + self.position(jnp.arange(length) + position + POSITION_OFFSET)
+        if position_BT is None:
+            check_length(tokens_BTD.shape[1], self.config)
+            position_BT = jnp.arange(tokens_BTD.shape[1])[None]
+        x = tokens_BTD + self.position(position_BT + POSITION_OFFSET)
         x = self.drop(self.embedding_norm(x), deterministic=deterministic)
         new = KeyValues([], [])
         for i, layer in enumerate(self.layer):
             layer_cross = None if cross is None else ((cross[0].key[i], cross[0].value[i]), cross[1])
-            layer_cache = None if cache is None else (cache.key[i], cache.value[i], position)
+            layer_cache = None if cache is None else (cache.key[i], cache.value[i], slot)
             x, written = layer(x, mask, layer_cross, layer_cache, deterministic)
             if written is not None:
                 new.key.append(written[0])
@@ -195,13 +200,43 @@ class Bart(nn.Module):
         """Cross-attention keys and values of every decoder layer, computed once per source."""
         return self.decoder.project_cross(hidden_BLD)
 
+    def check_room(self, source: int, target: int) -> None:
+        """ValueError where the positions are too few for so many source and target tokens."""
+        check_length(max(source, target), self.config)
+
     def init_cache(self, batch: int, length: int) -> KeyValues:
-        """Empty self-attention cache for `length` target positions; ValueError if the generator has fewer."""
+        """Empty self-attention cache for `length` target tokens."""
         c = self.config
-        check_length(length, c)
-        shape = (batch, length, c.heads, c.width // c.heads)
-        empty = [jnp.zeros(shape, jnp.dtype(c.dtype)) for _ in range(c.decoder_layers)]
-        return KeyValues(empty, list(empty))
+        shape = (batch, c.heads, length, c.width // c.heads)
+        return empty_cache(shape, c.decoder_layers, jnp.dtype(c.dtype))
+
+    def states(
+        self,
+        ids_BT: jax.Array,
+        cross: KeyValues,
+        mask_BL: jax.Array,
+        cache: KeyValues | None = None,
+        slot: jax.Array | int = 0,
+        deterministic: bool = True,
+        tree: Tree | None = None,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        """Hidden states [B, T, D] of the tokens ids_BT, from which `head` makes logits. The tokens are written to the
+        cache from `slot` on.
+
+        With a cache, also the cache to go on with. Without a tree the slot is the position too, and nothing is masked
+        but the future, so right-pad ids_BT; ValueError where the tokens are more than the positions.
+        """
+        if tree is None:
+            tree = line(ids_BT.shape[1], ids_BT.shape[1] if cache is None else cache.key[0].shape[3], slot)
+            check_length(tree.position_BS.shape[1], self.config)
+        source = (cross, mask_BL.astype(bool)[:, None, None, :])
+        visible_B1TS = tree.visible_BTS[:, None]
+        x, cache = self.decoder(self.embed(ids_BT), visible_B1TS, source, cache, slot, tree.position_BT, deterministic)
+        return x, cache
+
+    def head(self) -> tuple[jax.Array, jax.Array]:
+        """Kernel [V, D] and bias [V] of the logits: kernel @ hidden * logit_scale + bias."""
+        return self.shared.embedding, self.logits_bias
 
     def decode(
         self,
@@ -209,18 +244,12 @@ class Bart(nn.Module):
         cross: KeyValues,
         mask_BL: jax.Array,
         cache: KeyValues | None = None,
-        position: jax.Array | int = 0,
+        slot: jax.Array | int = 0,
         deterministic: bool = True,
+        tree: Tree | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """Logits [B, T, V] float32 for the tokens after ids_BT, which stand from `position` on.
-
-        With a cache, also the cache to go on with. Nothing is masked but the future, so right-pad ids_BT.
-        """
-        queries = jnp.arange(ids_BT.shape[1]) + position
-        keys = jnp.arange(ids_BT.shape[1] if cache is None else cache.key[0].shape[1])
-        causal_11TL = (keys[None, :] <= queries[:, None])[None, None]
-        source = (cross, mask_BL.astype(bool)[:, None, None, :])
-        x, cache = self.decoder(self.embed(ids_BT), causal_11TL, source, cache, position, deterministic)
+        """Logits [B, T, V] float32 for the tokens after ids_BT; the rest as of `states`."""
+        x, cache = self.states(ids_BT, cross, mask_BL, cache, slot, deterministic, tree)
         logits = self.shared.attend(x).astype(jnp.float32) * self.config.logit_scale
         return logits + self.logits_bias, cache
 

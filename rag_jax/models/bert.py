@@ -63,7 +63,7 @@ class BertLayer(nn.Module):
         attend = Attention(c.heads, c.width, c.init, c.dropout, dtype, name="attention")
 
         def attention(h: jax.Array) -> jax.Array:
-            return drop(attend(h, attend.project(h), mask_B11L, deterministic), deterministic=deterministic)
+            return drop(attend(h, [attend.project(h)], mask_B11L, deterministic), deterministic=deterministic)
 
         feed = FeedForward(c.width, c.hidden, c.init, 0.0, dtype, c.activation, name="feed_forward")
         x_BLD = residual(LayerNorm(c.eps, dtype, name="attention_norm"), c.norm, x_BLD, attention)

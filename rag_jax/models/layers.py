@@ -4,8 +4,8 @@ Parameters are float32 and carry logical axis names (`rag_jax.sharding.RULES` ma
 run in `dtype`, LayerNorm and softmax in float32.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -28,10 +28,38 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of all layers of a decoder, each a list of [B, L, G, C]; G heads, or groups of heads."""
+    """Keys [B, G, C, L] and values [B, G, L, C] of all layers of a decoder; G heads, or groups of heads.
+
+    This is how the products of attention want them: while decoding, nothing is transposed.
+    """
 
     key: list[jax.Array]
     value: list[jax.Array]
+
+
+class Tree(NamedTuple):
+    """Where the tokens of a call stand when they do not simply follow one another: beams or candidates in one cache.
+
+    position_BT of the tokens, position_BS of the cache's entries (B may be 1 in both), and which entries a token sees,
+    itself among them: visible_BTS.
+    """
+
+    position_BT: jax.Array
+    position_BS: jax.Array
+    visible_BTS: jax.Array
+
+
+def empty_cache(shape: tuple[int, int, int, int], layers: int, dtype: Dtype) -> KeyValues:
+    """Zeros for `layers` layers; shape: (B, G, L, C)."""
+    B, G, L, C = shape
+    keys = [jnp.zeros((B, G, C, L), dtype) for _ in range(layers)]
+    return KeyValues(keys, [jnp.zeros(shape, dtype) for _ in range(layers)])
+
+
+def line(length: int, size: int, slot: jax.Array | int) -> Tree:
+    """The tree that is a line: `length` tokens after `slot` others in a cache of `size`."""
+    query, key = jnp.arange(length) + slot, jnp.arange(size)
+    return Tree(query[None], key[None], (key <= query[:, None])[None])
 
 
 def kernel_init(init: Init) -> Callable:
@@ -66,75 +94,101 @@ def position_init(init: Init, offset: int = 0) -> Callable:
     return nn.initializers.normal(0.02) if init == "hf" else sinusoids(offset)
 
 
+Source = tuple[jax.Array, jax.Array]  # keys [B, G, C, L] and values [B, G, L, C]
+
+
 def attention(
-    query_BTHC: jax.Array,
-    key_BLGC: jax.Array,
-    value_BLGC: jax.Array,
+    query_BHTC: jax.Array,
+    sources: Sequence[Source],
     mask_B1TL: jax.Array,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
-    bias_1HTL: jax.Array | None = None,
+    bias_BHTL: jax.Array | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention (Vaswani et al. 2017, equation 1). C is the width of a head; mask is True where to
-    look.
+    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), [B, H, T, C]. C is the width of a head; mask is
+    True where to look.
 
-    H / G neighbouring heads share keys and values (Ainslie et al. 2023). The bias is added to the scores, which are
-    multiplied by `scale`, C ** -0.5 by default. A row whose mask is all False gives the mean of the values, never NaN.
+    The sources are looked at as if they were one, L the sum of theirs, without being joined in memory. H / G
+    neighbouring heads share keys and values (Ainslie et al. 2023). The bias (its B may be 1) is added to the scores,
+    which are multiplied by `scale`, C ** -0.5 by default. A row whose mask is all False gives the mean of the values,
+    never NaN.
     """
-    query_BTHC = query_BTHC * (query_BTHC.shape[-1] ** -0.5 if scale is None else scale)
-    copies = query_BTHC.shape[2] // key_BLGC.shape[2]
+    query_BHTC = query_BHTC * (query_BHTC.shape[-1] ** -0.5 if scale is None else scale)
+    keys, values = [key for key, _ in sources], [value for _, value in sources]
+    copies = query_BHTC.shape[1] // keys[0].shape[1]
     if copies > 1:
-        key_BLGC, value_BLGC = (jnp.repeat(x, copies, axis=2) for x in (key_BLGC, value_BLGC))
-    query_BHTC, key_BHLC, value_BHLC = (x.swapaxes(1, 2) for x in (query_BTHC, key_BLGC, value_BLGC))
+        keys, values = ([jnp.repeat(x, copies, axis=1) for x in side] for side in (keys, values))
     if dropout is None:
-        return _attend(query_BHTC, key_BHLC, value_BHLC, mask_B1TL, bias_1HTL).swapaxes(1, 2)
-    weights_BHTL = dropout(_weights(query_BHTC, key_BHLC, mask_B1TL, bias_1HTL)).astype(value_BHLC.dtype)
-    return jnp.einsum("bhtl,bhlc->bthc", weights_BHTL, value_BHLC)
+        return _attend(query_BHTC, keys, values, mask_B1TL, bias_BHTL)
+    weights_BHTL = dropout(_weights(query_BHTC, keys, mask_B1TL, bias_BHTL)).astype(values[0].dtype)
+    return _mix("bhtl,bhlc->bhtc", _parts(weights_BHTL, values), values)
+
+
+def _parts(x_BHTL: jax.Array, values: list[jax.Array]) -> list[jax.Array]:
+    """The columns of each source."""
+    ends = np.cumsum([value.shape[2] for value in values])
+    return jnp.split(x_BHTL, ends[:-1], axis=-1) if len(values) > 1 else [x_BHTL]
+
+
+def _products(products: str, x_BHTC: jax.Array, sources: list[jax.Array], **kind: Any) -> jax.Array:
+    """What `products` (of einsum) makes of x and every source [B, H, T, L]."""
+    found = [jnp.einsum(products, x_BHTC, source, **kind) for source in sources]
+    return jnp.concatenate(found, axis=-1) if len(found) > 1 else found[0]
+
+
+def _mix(sums: str, weights: list[jax.Array], sources: list[jax.Array]) -> jax.Array:
+    """Weighted sums of the sources [B, H, T, C]."""
+    pairs = zip(weights, sources, strict=True)
+    return reduce(jnp.add, [jnp.einsum(sums, weight, source) for weight, source in pairs])
 
 
 def _weights(
-    query_BHTC: jax.Array, key_BHLC: jax.Array, mask_B1TL: jax.Array, bias_1HTL: jax.Array | None
+    query_BHTC: jax.Array, keys: list[jax.Array], mask_B1TL: jax.Array, bias_BHTL: jax.Array | None
 ) -> jax.Array:
-    scores_BHTL = jnp.einsum("bhtc,bhlc->bhtl", query_BHTC, key_BHLC, preferred_element_type=jnp.float32)
-    if bias_1HTL is not None:
-        scores_BHTL = scores_BHTL + bias_1HTL.astype(jnp.float32)
+    scores_BHTL = _products("bhtc,bhcl->bhtl", query_BHTC, keys, preferred_element_type=jnp.float32)
+    if bias_BHTL is not None:
+        scores_BHTL = scores_BHTL + bias_BHTL.astype(jnp.float32)
     return jax.nn.softmax(jnp.where(mask_B1TL, scores_BHTL, jnp.finfo(jnp.float32).min), axis=-1)
 
 
 @jax.custom_vjp
 def _attend(
     query_BHTC: jax.Array,
-    key_BHLC: jax.Array,
-    value_BHLC: jax.Array,
+    keys: list[jax.Array],
+    values: list[jax.Array],
     mask_B1TL: jax.Array,
-    bias_1HTL: jax.Array | None,
+    bias_BHTL: jax.Array | None,
 ) -> jax.Array:
     """Attention without dropout. Its own gradient passes over the [B, H, T, L] scores half as often as the derived
     one.
     """
-    return _attend_forward(query_BHTC, key_BHLC, value_BHLC, mask_B1TL, bias_1HTL)[0]
+    return _attend_forward(query_BHTC, keys, values, mask_B1TL, bias_BHTL)[0]
 
 
 def _attend_forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, bias: jax.Array | None
+    query: jax.Array, keys: list[jax.Array], values: list[jax.Array], mask: jax.Array, bias: jax.Array | None
 ) -> tuple[jax.Array, tuple]:
-    weights = _weights(query, key, mask, bias).astype(value.dtype)
-    out = jnp.einsum("bhtl,bhlc->bhtc", weights, value)
-    return out, (query, key, value, mask, bias, weights, out)
+    weights = _weights(query, keys, mask, bias).astype(values[0].dtype)
+    out = _mix("bhtl,bhlc->bhtc", _parts(weights, values), values)
+    return out, (query, keys, values, mask, bias, weights, out)
 
 
 def _attend_backward(saved: tuple, d_out: jax.Array) -> tuple:
-    query, key, value, mask, bias, weights, out = saved
-    d_value = jnp.einsum("bhtl,bhtc->bhlc", weights, d_out)
-    d_weights = jnp.einsum("bhtc,bhlc->bhtl", d_out, value)
+    query, keys, values, mask, bias, weights, out = saved
+    d_values = [jnp.einsum("bhtl,bhtc->bhlc", part, d_out) for part in _parts(weights, values)]
+    d_weights = _products("bhtc,bhlc->bhtl", d_out, values)
     # the softmax's gradient needs sum_l w_l dw_l, which is out . d_out
     inner = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1, keepdims=True)
     d_scores = weights * (d_weights - inner)
     # where all is masked the weights are even, but no score was used
     d_scores = jnp.where(mask.any(-1, keepdims=True), d_scores, 0.0).astype(query.dtype)
-    d_bias = None if bias is None else d_scores.astype(bias.dtype).sum(0, keepdims=True)
-    d_query = jnp.einsum("bhtl,bhlc->bhtc", d_scores, key)
-    return d_query, jnp.einsum("bhtl,bhtc->bhlc", d_scores, query), d_value, None, d_bias
+    d_bias = None
+    if bias is not None:
+        d_bias = d_scores.astype(bias.dtype)
+        d_bias = d_bias.sum(0, keepdims=True) if len(bias) == 1 else d_bias
+    parts = _parts(d_scores, values)
+    d_keys = [jnp.einsum("bhtl,bhtc->bhcl", part, query) for part in parts]
+    return _mix("bhtl,bhcl->bhtc", parts, keys), d_keys, d_values, None, d_bias
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -143,20 +197,20 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def write_cache(
     cache: tuple[jax.Array, jax.Array, jax.Array | int], new: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """The keys and values [B, T, G, C] of a cache (keys, values, position) with new ones written at the position."""
-    key, value, position = cache
+    """The keys and values of a cache (keys, values, slot) with new ones written from the slot on."""
+    key, value, slot = cache
     return (
-        jax.lax.dynamic_update_slice_in_dim(key, new[0].astype(key.dtype), position, axis=1),
-        jax.lax.dynamic_update_slice_in_dim(value, new[1].astype(value.dtype), position, axis=1),
+        jax.lax.dynamic_update_slice_in_dim(key, new[0].astype(key.dtype), slot, axis=3),
+        jax.lax.dynamic_update_slice_in_dim(value, new[1].astype(value.dtype), slot, axis=2),
     )
 
 
-def rotate(x_BTHC: jax.Array, position_BT: jax.Array, frequency_C2: jax.Array) -> jax.Array:
+def rotate(x_BHTC: jax.Array, position_BT: jax.Array, frequency_C2: jax.Array) -> jax.Array:
     """Rotary positions (Su et al. 2021): dimensions i and i + C/2 of a head turned by position * frequency[i]."""
-    angle_BT1C = (position_BT[..., None].astype(jnp.float32) * frequency_C2)[:, :, None]
-    sin, cos = jnp.sin(angle_BT1C), jnp.cos(angle_BT1C)
-    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHC.dtype)
+    angle_B1TC = (position_BT[..., None].astype(jnp.float32) * frequency_C2)[:, None]
+    sin, cos = jnp.sin(angle_B1TC), jnp.cos(angle_B1TC)
+    first, second = jnp.split(x_BHTC.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHTC.dtype)
 
 
 class Dense(nn.Module):
@@ -261,30 +315,31 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(self.dropout)
 
     def split(self, x_BLX: jax.Array) -> jax.Array:
-        """[B, L, heads * C] -> [B, L, heads, C]"""
-        return x_BLX.reshape(*x_BLX.shape[:-1], -1, self.head_width or self.width // self.heads)
+        """[B, L, heads * C] -> [B, heads, L, C]"""
+        return x_BLX.reshape(*x_BLX.shape[:-1], -1, self.head_width or self.width // self.heads).swapaxes(1, 2)
 
     def project(
         self, source_BLD: jax.Array, turn: Callable[[jax.Array], jax.Array] | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, L, G, C] of the source."""
+        """Keys [B, G, C, L] and values [B, G, L, C] of the source."""
         key = self.split(self.key(source_BLD))
-        return key if turn is None else turn(key), self.split(self.value(source_BLD))
+        key = key if turn is None else turn(key)
+        return key.swapaxes(2, 3), self.split(self.value(source_BLD))
 
     def __call__(
         self,
         x_BTD: jax.Array,
-        kv: tuple[jax.Array, jax.Array],
+        sources: Sequence[Source],
         mask_B1TL: jax.Array,
         deterministic: bool = True,
-        bias_1HTL: jax.Array | None = None,
+        bias_BHTL: jax.Array | None = None,
         turn: Callable[[jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
         drop = None if deterministic or self.dropout == 0.0 else lambda w: self.drop(w, deterministic=False)
         query = self.split(self.query(x_BTD))
         query = query if turn is None else turn(query)
-        out_BTHC = attention(query, *kv, mask_B1TL, drop, bias_1HTL, self.scale)
-        return self.out(out_BTHC.reshape(*x_BTD.shape[:-1], -1))
+        out_BHTC = attention(query, sources, mask_B1TL, drop, bias_BHTL, self.scale)
+        return self.out(out_BHTC.swapaxes(1, 2).reshape(*x_BTD.shape[:-1], -1))
 
 
 class FeedForward(nn.Module):

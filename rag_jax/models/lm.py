@@ -26,7 +26,10 @@ from rag_jax.models.layers import (
     KeyValues,
     LayerNorm,
     RMSNorm,
+    Tree,
     embedding_init,
+    empty_cache,
+    line,
     position_init,
     rotate,
     write_cache,
@@ -107,9 +110,9 @@ def norm(c: LmConfig) -> LayerNorm | RMSNorm:
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
-    `prefix` is what stands before these tokens, (keys, values); `cache` is (keys, values, position), room for their own
-    and how much of it is used. The mask is over the prefix, then their own. Returns the new hidden states and the
-    tokens' own keys and values [B, T or the cache's length, G, C].
+    `prefix` is what stands before these tokens, (keys, values); `cache` is (keys, values, slot), room for their own
+    and where in it to write. The mask is over the prefix, then their own. Returns the new hidden states and the
+    tokens' own keys and values, as long as the cache where there is one.
     """
 
     config: LmConfig
@@ -142,17 +145,15 @@ class Layer(nn.Module):
         cache: tuple[jax.Array, jax.Array, jax.Array | int] | None,
         deterministic: bool,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        def rotary(x_BTHC: jax.Array) -> jax.Array:
-            return rotate(x_BTHC, position_BT, jnp.asarray(frequencies(self.config)))
+        def rotary(x_BHTC: jax.Array) -> jax.Array:
+            return rotate(x_BHTC, position_BT, jnp.asarray(frequencies(self.config)))
 
         turn = rotary if self.config.position_kind == "rotary" else None
         h = self.attention_norm(x_BTD)
-        kv = own = self.attention.project(h, turn)
+        own = self.attention.project(h, turn)
         if cache is not None:
-            kv = own = write_cache(cache, own)
-        if prefix is not None:
-            kv = (jnp.concatenate([prefix[0], own[0]], axis=1), jnp.concatenate([prefix[1], own[1]], axis=1))
-        attended = self.attention(h, kv, mask_B1TL, deterministic, turn=turn)
+            own = write_cache(cache, own)
+        attended = self.attention(h, [own] if prefix is None else [prefix, own], mask_B1TL, deterministic, turn=turn)
         x_BTD = x_BTD + self.drop(attended, deterministic=deterministic)
         h = self.feed_forward(self.feed_forward_norm(x_BTD), deterministic)
         return x_BTD + self.drop(h, deterministic=deterministic), own
@@ -172,7 +173,7 @@ class Lm(nn.Module):
         self.layer = [layer(c) for _ in range(c.layers)]
         self.final_norm = norm(c)
         if not c.tied:
-            self.head = Dense(c.vocab_size, ("embed", "vocab"), c.init, dtype, use_bias=False, out=jnp.float32)
+            self.lm_head = Dense(c.vocab_size, ("embed", "vocab"), c.init, dtype, use_bias=False, out=jnp.float32)
         self.drop = nn.Dropout(c.dropout)
 
     def run(
@@ -210,13 +211,49 @@ class Lm(nn.Module):
         """What `encode` gave is already what `decode` attends to."""
         return prefix
 
+    def check_room(self, source: int, target: int) -> None:
+        """ValueError where the positions are too few for so many source and target tokens."""
+        check_length(source, target, self.config)
+
     def init_cache(self, batch: int, length: int) -> KeyValues:
-        """Empty cache for `length` target positions; ValueError if the generator has fewer."""
+        """Empty cache for `length` target tokens."""
         c = self.config
-        check_length(0, length, c)
-        shape = (batch, length, c.groups or c.heads, c.head_width or c.width // c.heads)
-        empty = [jnp.zeros(shape, jnp.dtype(c.dtype)) for _ in range(c.layers)]
-        return KeyValues(empty, list(empty))
+        shape = (batch, c.groups or c.heads, length, c.head_width or c.width // c.heads)
+        return empty_cache(shape, c.layers, jnp.dtype(c.dtype))
+
+    def states(
+        self,
+        ids_BT: jax.Array,
+        cross: KeyValues,
+        mask_BL: jax.Array,
+        cache: KeyValues | None = None,
+        slot: jax.Array | int = 0,
+        deterministic: bool = True,
+        tree: Tree | None = None,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        """Hidden states [B, T, D] of the tokens ids_BT, from which `head` makes logits. The tokens are written to the
+        cache from `slot` on.
+
+        With a cache, also the cache to go on with. Without a tree the slot is the position after the prefix too, and
+        of the target nothing is masked but the future, so right-pad ids_BT. ValueError where prefix and target (or
+        its cache) do not fit the positions.
+        """
+        (B, T), L = ids_BT.shape, mask_BL.shape[1]
+        length = T if cache is None else cache.key[0].shape[3]
+        if tree is None:
+            tree = line(T, length, slot)
+            check_length(L, length, self.config)
+        seen_B1TL = jnp.broadcast_to(mask_BL.astype(bool)[:, None, None, :], (B, 1, T, L))
+        own_B1TS = jnp.broadcast_to(tree.visible_BTS[:, None], (B, 1, T, length))
+        position_BT = mask_BL.astype(jnp.int32).sum(-1, keepdims=True) + tree.position_BT
+        mask = jnp.concatenate([seen_B1TL, own_B1TS], axis=-1)
+        x, own = self.run(ids_BT, position_BT, mask, cross, cache, slot, deterministic)
+        return self.final_norm(x), None if cache is None else own
+
+    def head(self) -> tuple[jax.Array, jax.Array]:
+        """Kernel [V, D] and bias [V] of the logits: kernel @ hidden * logit_scale + bias."""
+        kernel_VD = self.token.embedding if self.config.tied else self.lm_head.variables["params"]["kernel"].T
+        return kernel_VD, jnp.zeros(self.config.vocab_size)
 
     def decode(
         self,
@@ -224,26 +261,14 @@ class Lm(nn.Module):
         cross: KeyValues,
         mask_BL: jax.Array,
         cache: KeyValues | None = None,
-        position: jax.Array | int = 0,
+        slot: jax.Array | int = 0,
         deterministic: bool = True,
+        tree: Tree | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """Logits [B, T, V] float32 for the tokens after ids_BT, which stand from `position` on after the prefix.
-
-        With a cache, also the cache to go on with. Of the target nothing is masked but the future, so right-pad ids_BT.
-        ValueError where prefix and target (or its cache) do not fit the positions.
-        """
-        (B, T), L = ids_BT.shape, mask_BL.shape[1]
-        length = T if cache is None else cache.key[0].shape[1]
-        check_length(L, length, self.config)
-        at_T = jnp.arange(T) + position
-        causal_TS = jnp.arange(length) <= at_T[:, None]
-        seen_B1TL = jnp.broadcast_to(mask_BL.astype(bool)[:, None, None, :], (B, 1, T, L))
-        mask = jnp.concatenate([seen_B1TL, jnp.broadcast_to(causal_TS, (B, 1, T, length))], axis=-1)
-        position_BT = mask_BL.astype(jnp.int32).sum(-1, keepdims=True) + at_T
-        x, own = self.run(ids_BT, position_BT, mask, cross, cache, position, deterministic)
-        x = self.final_norm(x)
-        logits = (self.token.attend(x) if self.config.tied else self.head(x)).astype(jnp.float32)
-        return logits * self.config.logit_scale, None if cache is None else own
+        """Logits [B, T, V] float32 for the tokens after ids_BT; the rest as of `states`."""
+        x, cache = self.states(ids_BT, cross, mask_BL, cache, slot, deterministic, tree)
+        logits = (self.token.attend(x) if self.config.tied else self.lm_head(x)).astype(jnp.float32)
+        return logits * self.config.logit_scale, cache
 
     def __call__(
         self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True

@@ -22,7 +22,10 @@ from rag_jax.models.layers import (
     Init,
     KeyValues,
     RMSNorm,
+    Tree,
     embedding_init,
+    empty_cache,
+    line,
     write_cache,
 )
 
@@ -118,7 +121,7 @@ class Layer(nn.Module):
         self,
         x_BTD: jax.Array,
         mask: jax.Array,
-        bias_1HTL: jax.Array,
+        bias_BHTL: jax.Array,
         cross: tuple[tuple[jax.Array, jax.Array], jax.Array] | None,
         cache: tuple[jax.Array, jax.Array, jax.Array | int] | None,
         deterministic: bool,
@@ -128,10 +131,10 @@ class Layer(nn.Module):
         kv = self.self_attention.project(h_BTD)
         if cache is not None:
             kv = written = write_cache(cache, kv)
-        h_BTD = self.self_attention(h_BTD, kv, mask, deterministic, bias_1HTL)
+        h_BTD = self.self_attention(h_BTD, [kv], mask, deterministic, bias_BHTL)
         x_BTD = x_BTD + self.drop(h_BTD, deterministic=deterministic)
         if cross is not None:
-            h_BTD = self.cross_attention(self.cross_norm(x_BTD), *cross, deterministic)
+            h_BTD = self.cross_attention(self.cross_norm(x_BTD), [cross[0]], cross[1], deterministic)
             x_BTD = x_BTD + self.drop(h_BTD, deterministic=deterministic)
         h_BTD = self.feed_forward(self.feed_forward_norm(x_BTD), deterministic)
         return x_BTD + self.drop(h_BTD, deterministic=deterministic), written
@@ -161,21 +164,21 @@ class Stack(nn.Module):
         self,
         tokens_BTD: jax.Array,
         mask: jax.Array,
-        distance_TL: jax.Array,
+        distance_BTL: jax.Array,
         cross: tuple[KeyValues, jax.Array] | None = None,
         cache: KeyValues | None = None,
-        position: jax.Array | int = 0,
+        slot: jax.Array | int = 0,
         deterministic: bool = True,
     ) -> tuple[jax.Array, KeyValues | None]:
         c = self.config
-        bucket_TL = bucket(distance_TL, c.buckets, c.max_distance, both_sides=not self.decoder)
-        bias_1HTL = self.relative(bucket_TL).transpose(2, 0, 1)[None]
+        bucket_BTL = bucket(distance_BTL, c.buckets, c.max_distance, both_sides=not self.decoder)
+        bias_BHTL = self.relative(bucket_BTL).transpose(0, 3, 1, 2)
         x = self.drop(tokens_BTD, deterministic=deterministic)
         new = KeyValues([], [])
         for i, layer in enumerate(self.layer):
             layer_cross = None if cross is None else ((cross[0].key[i], cross[0].value[i]), cross[1])
-            layer_cache = None if cache is None else (cache.key[i], cache.value[i], position)
-            x, written = layer(x, mask, bias_1HTL, layer_cross, layer_cache, deterministic)
+            layer_cache = None if cache is None else (cache.key[i], cache.value[i], slot)
+            x, written = layer(x, mask, bias_BHTL, layer_cross, layer_cache, deterministic)
             if written is not None:
                 new.key.append(written[0])
                 new.value.append(written[1])
@@ -200,18 +203,51 @@ class T5(nn.Module):
         """Source ids and mask (True on real tokens) -> hidden states [B, L, D]."""
         mask = mask_BL.astype(bool)[:, None, None, :]
         at = jnp.arange(ids_BL.shape[1])
-        return self.encoder(self.shared(ids_BL), mask, at[None, :] - at[:, None], deterministic=deterministic)[0]
+        return self.encoder(self.shared(ids_BL), mask, (at[None, :] - at[:, None])[None], deterministic=deterministic)[
+            0
+        ]
 
     def cross(self, hidden_BLD: jax.Array) -> KeyValues:
         """Cross-attention keys and values of every decoder layer, computed once per source."""
         return self.decoder.project_cross(hidden_BLD)
 
+    def check_room(self, source: int, target: int) -> None:
+        """There is room for everything."""
+
     def init_cache(self, batch: int, length: int) -> KeyValues:
-        """Empty self-attention cache for `length` target positions."""
+        """Empty self-attention cache for `length` target tokens."""
         c = self.config
-        shape = (batch, length, c.heads, c.head_width)
-        empty = [jnp.zeros(shape, jnp.dtype(c.dtype)) for _ in range(c.decoder_layers)]
-        return KeyValues(empty, list(empty))
+        return empty_cache((batch, c.heads, length, c.head_width), c.decoder_layers, jnp.dtype(c.dtype))
+
+    def states(
+        self,
+        ids_BT: jax.Array,
+        cross: KeyValues,
+        mask_BL: jax.Array,
+        cache: KeyValues | None = None,
+        slot: jax.Array | int = 0,
+        deterministic: bool = True,
+        tree: Tree | None = None,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        """Hidden states [B, T, D] of the tokens ids_BT, from which `head` makes logits. The tokens are written to the
+        cache from `slot` on.
+
+        With a cache, also the cache to go on with. Without a tree the slot is the position too, and nothing is masked
+        but the future, so right-pad ids_BT.
+        """
+        if tree is None:
+            tree = line(ids_BT.shape[1], ids_BT.shape[1] if cache is None else cache.key[0].shape[3], slot)
+        distance_BTS = tree.position_BS[:, None, :] - tree.position_BT[:, :, None]
+        source = (cross, mask_BL.astype(bool)[:, None, None, :])
+        x, cache = self.decoder(
+            self.shared(ids_BT), tree.visible_BTS[:, None], distance_BTS, source, cache, slot, deterministic
+        )
+        return x, cache
+
+    def head(self) -> tuple[jax.Array, jax.Array]:
+        """Kernel [V, D] and bias [V] of the logits: kernel @ hidden * logit_scale + bias."""
+        kernel_VD = self.shared.embedding if self.config.tied else self.lm_head.variables["params"]["kernel"].T
+        return kernel_VD, jnp.zeros(self.config.vocab_size)
 
     def decode(
         self,
@@ -219,20 +255,12 @@ class T5(nn.Module):
         cross: KeyValues,
         mask_BL: jax.Array,
         cache: KeyValues | None = None,
-        position: jax.Array | int = 0,
+        slot: jax.Array | int = 0,
         deterministic: bool = True,
+        tree: Tree | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """Logits [B, T, V] float32 for the tokens after ids_BT, which stand from `position` on.
-
-        With a cache, also the cache to go on with. Nothing is masked but the future, so right-pad ids_BT.
-        """
-        queries = jnp.arange(ids_BT.shape[1]) + position
-        keys = jnp.arange(ids_BT.shape[1] if cache is None else cache.key[0].shape[1])
-        distance_TL = keys[None, :] - queries[:, None]
-        source = (cross, mask_BL.astype(bool)[:, None, None, :])
-        x, cache = self.decoder(
-            self.shared(ids_BT), (distance_TL <= 0)[None, None], distance_TL, source, cache, position, deterministic
-        )
+        """Logits [B, T, V] float32 for the tokens after ids_BT; the rest as of `states`."""
+        x, cache = self.states(ids_BT, cross, mask_BL, cache, slot, deterministic, tree)
         logits = self.shared.attend(x) if self.config.tied else self.lm_head(x)
         return logits.astype(jnp.float32) * self.config.logit_scale, cache
 

@@ -234,7 +234,7 @@ def gpt2_entries(c: LmConfig) -> list[Entry]:
 def llama_entries(c: LmConfig) -> list[Entry]:
     entries = [*table("model.embed_tokens", "token"), *norm("model.norm", "final_norm", bias=False)]
     if not c.tied:
-        entries += dense("lm_head", "head", bias=False)
+        entries += dense("lm_head", "lm_head", bias=False)
     for i in range(c.layers):
         at, to = f"model.layers.{i}", f"layer_{i}"
         entries += norm(f"{at}.input_layernorm", f"{to}/attention_norm", bias=False)

@@ -1,0 +1,46 @@
+"""What the machine allows, measured: the rates of matrix multiplication and of reading memory."""
+
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def timed(function: Any, repeats: int) -> list[float]:
+    """Seconds of each call; the function blocks until its result is there."""
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def matmul_limit(sizes: tuple[int, ...] = (1024, 2048, 3072), repeats: int = 7, dtype: str = "float32") -> float:
+    """The machine's best rate of a square matrix product, FLOP/s on one device; larger ones on an accelerator."""
+    rates = []
+    multiply = jax.jit(lambda a, b: a @ b)
+    for size in sizes if jax.default_backend() == "cpu" else (4096, 8192):
+        a = jax.random.normal(jax.random.key(size), (size, size), jnp.dtype(dtype))
+        jax.block_until_ready(multiply(a, a))
+        rates.append(2 * size**3 / min(timed(lambda a=a: jax.block_until_ready(multiply(a, a)), repeats)))
+    return max(rates)
+
+
+def reading_limit(repeats: int = 7) -> float:
+    """The rate at which one device reads memory, bytes/s: the sum of an array that no cache holds."""
+    x = jnp.ones(2**26 if jax.default_backend() == "cpu" else 2**30, jnp.float32)
+    total = jax.jit(jnp.sum)
+    jax.block_until_ready(total(x))
+    return x.nbytes / min(timed(lambda: jax.block_until_ready(total(x)), repeats))
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Milliseconds: median, least and most."""
+    return {
+        "median_ms": round(1e3 * statistics.median(seconds), 3),
+        "min_ms": round(1e3 * min(seconds), 3),
+        "max_ms": round(1e3 * max(seconds), 3),
+    }

@@ -1,0 +1,234 @@
+"""How to decode, and the rules on the next token's scores: what may not be said, what must be, what may be at all.
+
+Knows no model. X rows are searched side by side, M beams each; of sequences_XMT the first t tokens are there, the
+start token among them. The rules and their order are those of transformers 5, so that a search finds the same tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to decode; the names and meanings are transformers', with _id for _token_id.
+
+    One beam without do_sample is greedy search. max_length counts the start token, min_length too; length_penalty: a
+    hypothesis has the score (sum of log p) / (tokens after the start) ** length_penalty. early_stopping: True ends a
+    row with its num_beams-th hypothesis, False when the best unfinished beam is worse than all hypotheses at its
+    present length, "never" when it is so at any length.
+    """
+
+    num_beams: int = 1
+    max_length: int = 32
+    min_length: int = 0
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    forced_bos_id: int | None = None
+    forced_eos_id: int | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    start_id: int = 0
+    eos_id: int = 2
+    pad_id: int = 1
+
+    def __post_init__(self) -> None:
+        """ValueError that names the field and what it may be."""
+        object.__setattr__(self, "bad_words", tuple(tuple(int(token) for token in word) for word in self.bad_words))
+        for name, good, rule in (
+            ("num_beams", self.num_beams >= 1, "1 or more"),
+            ("max_length", self.max_length >= 2, "2 or more: the start and a token"),
+            ("min_length", self.min_length >= 0, "0 or more"),
+            ("num_return_sequences", self.num_return_sequences >= 1, "1 or more"),
+            ("early_stopping", self.early_stopping in (True, False, "never"), "True, False or 'never'"),
+            ("bad_words", all(self.bad_words), "token sequences, none of them empty"),
+            ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 or more"),
+            ("temperature", self.temperature > 0, "more than 0; for the likeliest token leave do_sample off"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+        ):
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
+        if self.num_return_sequences > self.num_beams and not (self.do_sample and self.num_beams == 1):
+            raise ValueError(
+                f"num_return_sequences={self.num_return_sequences} of num_beams={self.num_beams}: a search has as many "
+                "results as beams; ask for more beams, or set do_sample"
+            )
+
+    @property
+    def lanes(self) -> int:
+        """How many sequences of a row grow side by side."""
+        return self.num_beams if self.num_beams > 1 else self.num_return_sequences
+
+    @classmethod
+    def check_names(cls, names: Sequence[str]) -> None:
+        """TypeError for a name that is no option."""
+        known = [field.name for field in fields(cls)]
+        for name in names:
+            if name not in known:
+                raise TypeError(f"unknown decoding option {name!r}; there are {', '.join(known)}")
+
+
+class PrefixTree(NamedTuple):
+    """Allowed outputs as a tree of their beginnings. Node 0 is the root, the last node is where nothing is allowed.
+
+    The edges of node n are first_N[n] .. first_N[n + 1], each a token and the node it leads to; `widest_W` is
+    0, 1, ... up to the most edges of a node (its length is what counts: shapes are static).
+    """
+
+    first_N: jax.Array
+    token_E: jax.Array
+    child_E: jax.Array
+    widest_W: jax.Array
+
+
+def prefix_tree(outputs: Sequence[Sequence[int]], eos_id: int) -> PrefixTree:
+    """The tree of these token sequences, the start token not among theirs; each ends with eos, given or not.
+
+    ValueError for no outputs, or one that is empty or has eos inside.
+    """
+    if not outputs:
+        raise ValueError("no allowed outputs were given; give one or more token sequences")
+    children: list[dict[int, int]] = [{}]
+    for output in outputs:
+        tokens = [int(token) for token in output]
+        tokens = tokens if tokens[-1:] == [eos_id] else [*tokens, eos_id]
+        if len(tokens) < 2 or eos_id in tokens[:-1]:
+            raise ValueError(f"allowed output {list(output)} must have tokens, and eos ({eos_id}) at its end only")
+        node = 0
+        for token in tokens:
+            if token not in children[node]:
+                children[node][token] = len(children)
+                children.append({})
+            node = children[node][token]
+    children.append({})
+    counts = [len(edges) for edges in children]
+    edges = [(token, child) for node in children for token, child in sorted(node.items())]
+    token_E, child_E = np.asarray(edges, np.int32).T
+    first_N = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return PrefixTree(*(jnp.asarray(x) for x in (first_N, token_E, child_E, np.arange(max(counts), dtype=np.int32))))
+
+
+def _edges(tree: PrefixTree, node: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Indices of a node's edges [..., W], and which of them there are."""
+    at = tree.first_N[node][..., None] + tree.widest_W
+    return jnp.minimum(at, len(tree.token_E) - 1), at < tree.first_N[node + 1][..., None]
+
+
+def child(tree: PrefixTree, node: jax.Array, token: jax.Array) -> jax.Array:
+    """Where a token leads; to the last node, where nothing is allowed, if it is not allowed."""
+    at, real = _edges(tree, node)
+    nowhere = len(tree.first_N) - 2
+    found = jnp.where(real & (tree.token_E[at] == token[..., None]), tree.child_E[at], -1).max(-1)
+    return jnp.where(found < 0, nowhere, found)
+
+
+def has_rules(o: Options) -> bool:
+    """Whether the scores are more than compared: then all of them must be there as log-probabilities."""
+    penalised = o.repetition_penalty != 1.0 or o.no_repeat_ngram_size or o.bad_words or o.min_length or o.do_sample
+    return bool(penalised) or o.forced_bos_id is not None or o.forced_eos_id is not None
+
+
+def constrain(
+    options: Options,
+    scores_XMV: jax.Array,
+    sequences_XMT: jax.Array,
+    t: jax.Array,
+    tree: PrefixTree | None,
+    node_XM: jax.Array,
+) -> jax.Array:
+    """The scores with all rules but those of sampling."""
+    o, scores = options, scores_XMV
+    if o.repetition_penalty != 1.0:
+        scores = _penalise(scores, sequences_XMT, t, o.repetition_penalty)
+    if o.no_repeat_ngram_size:
+        scores = _ban(scores, *_repeats(sequences_XMT, t, o.no_repeat_ngram_size))
+    words = [word for word in o.bad_words if word != (o.eos_id,)]
+    if words:
+        scores = _ban(scores, *_bad(sequences_XMT, t, words))
+    if o.min_length:
+        scores = scores.at[..., o.eos_id].set(jnp.where(t < o.min_length, -jnp.inf, scores[..., o.eos_id]))
+    if tree is not None:
+        at, real = _edges(tree, node_XM)
+        tokens = jnp.where(real, tree.token_E[at], scores.shape[-1])
+        scores = jnp.where(_scattered(tokens, scores), scores, -jnp.inf)
+    vocabulary = jnp.arange(scores.shape[-1])
+    for token, when in ((o.forced_bos_id, t == 1), (o.forced_eos_id, t == o.max_length - 1)):
+        if token is not None:
+            scores = jnp.where(when, jnp.where(vocabulary == token, 0.0, -jnp.inf), scores)
+    return scores
+
+
+def _scattered(tokens_XMN: jax.Array, scores_XMV: jax.Array) -> jax.Array:
+    """True at these tokens [X, M, V]; tokens of V and more are none."""
+    X, M, V = scores_XMV.shape
+    x, m = jnp.arange(X)[:, None, None], jnp.arange(M)[None, :, None]
+    return jnp.zeros((X, M, V), bool).at[x, m, tokens_XMN].set(True, mode="drop")
+
+
+def _ban(scores_XMV: jax.Array, tokens_XMN: jax.Array, when_XMN: jax.Array) -> jax.Array:
+    banned = _scattered(jnp.where(when_XMN, tokens_XMN, scores_XMV.shape[-1]), scores_XMV)
+    return jnp.where(banned, -jnp.inf, scores_XMV)
+
+
+def _penalise(scores_XMV: jax.Array, sequences_XMT: jax.Array, t: jax.Array, penalty: float) -> jax.Array:
+    """Tokens said before: positive scores divided by the penalty, negative ones multiplied (Keskar et al. 2019)."""
+    said = jnp.where(jnp.arange(sequences_XMT.shape[-1]) < t, sequences_XMT, scores_XMV.shape[-1])
+    penalised = jnp.where(scores_XMV < 0, scores_XMV * penalty, scores_XMV / penalty)
+    return jnp.where(_scattered(said, scores_XMV), penalised, scores_XMV)
+
+
+def _tail(sequences_XMT: jax.Array, t: jax.Array, n: int) -> jax.Array:
+    """The last n tokens [X, M, n]; -1 before the first."""
+    padded = jnp.pad(sequences_XMT, ((0, 0), (0, 0), (n, 0)), constant_values=-1)
+    return jax.lax.dynamic_slice_in_dim(padded, t, n, axis=2)
+
+
+def _repeats(sequences_XMT: jax.Array, t: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens that would complete an n-gram said before, one for every place [X, M, T - n + 1], and where they do."""
+    T = sequences_XMT.shape[-1]
+    starts = max(T - n + 1, 0)
+    tail = _tail(sequences_XMT, t, n - 1)
+    same = jnp.arange(starts) + n - 1 < t
+    for i in range(n - 1):
+        same = same & (sequences_XMT[..., i : i + starts] == tail[..., i : i + 1])
+    last = sequences_XMT[..., n - 1 : n - 1 + starts]
+    return last, jnp.broadcast_to(same, last.shape)
+
+
+def _bad(sequences_XMT: jax.Array, t: jax.Array, words: list[tuple[int, ...]]) -> tuple[jax.Array, jax.Array]:
+    """The last token of every bad word [X, M, W], and whether what stands before it has just been said."""
+    longest = max(len(word) for word in words) - 1
+    before = np.full((len(words), longest), -2)  # -2: anything
+    for i, word in enumerate(words):
+        before[i, longest - len(word) + 1 :] = word[:-1]
+    tail = _tail(sequences_XMT, t, longest)[:, :, None]
+    said = ((tail == before) | (before == -2)).all(-1)
+    return jnp.broadcast_to(np.asarray([word[-1] for word in words]), said.shape), said
+
+
+def warp(options: Options, scores: jax.Array, keep: int) -> jax.Array:
+    """Temperature, top-k and top-p (Holtzman et al. 2020) on scores [..., V]; at least `keep` tokens remain."""
+    o, V = options, scores.shape[-1]
+    scores = scores / o.temperature
+    if o.top_k:
+        least = jax.lax.top_k(scores, min(max(o.top_k, keep), V))[0][..., -1:]
+        scores = jnp.where(scores < least, -jnp.inf, scores)
+    if o.top_p < 1:
+        order = jnp.argsort(scores, axis=-1)
+        p = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(scores, order, -1), axis=-1), axis=-1)
+        gone = (p <= 1 - o.top_p) & (jnp.arange(V) < V - keep)
+        gone = jnp.take_along_axis(gone, jnp.argsort(order, axis=-1), -1)
+        scores = jnp.where(gone, -jnp.inf, scores)
+    return scores
