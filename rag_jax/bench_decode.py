@@ -31,6 +31,7 @@ from rag_jax.rag import Params, Rag, RagConfig
 
 Variant = Literal["sequence", "token"]
 MODES: dict[Variant, tuple[Mode, ...]] = {"token": ("thorough",), "sequence": ("thorough", "fast")}
+PAUSE = 0.5  # seconds before each call: torch's threads go on spinning for 0.2 s after theirs
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -190,6 +191,7 @@ def bench(load: Load, variant: Variant, modes: tuple[Mode, ...], repeats: int, r
         with Progress(repeats + 1, f"bench decode {variant}", "round") as progress:
             for i in (0, *range(repeats)):  # the first round warms up
                 for name, call in calls.items():
+                    time.sleep(PAUSE)
                     begun = time.perf_counter()
                     answers[name].append(call(i))
                     seconds[name].append(time.perf_counter() - begun)

@@ -206,20 +206,25 @@ def rag_sequence(
     """A search per document gives the candidates, as many as `options` returns; the best `returned` of all are the
     result.
 
-    `thorough` scores every candidate under every document, `fast` takes p(y|x,z) as 0 where the beam of z did not
-    produce y. doc_chunk: documents encoded, searched and scored at a time, 0 for all.
+    `thorough` scores every candidate under every document that did not produce it, but for those that cannot be among
+    the best whatever those documents say of them; `fast` takes p(y|x,z) as 0 where the beam of z did not produce y.
+    doc_chunk: documents encoded, searched and scored at a time, 0 for all.
     """
     B, K, _ = ids_BKL.shape
     each = options.num_return_sequences
 
-    def propose(ids_BKL: jax.Array, mask_BKL: jax.Array, number_BK: jax.Array) -> tuple[Any, decoding.Found]:
+    opening = (options.start_id,) if options.start_id == reader.bos_id else (options.start_id, reader.bos_id)
+
+    def propose(ids_BKL: jax.Array, mask_BKL: jax.Array, number_BK: jax.Array) -> tuple[Any, decoding.Found, Any]:
         hidden = encode(reader, ids_BKL, mask_BKL)
+        source = contexts(reader, hidden, mask_BKL)
         now = None if key is None else jax.random.fold_in(key, number_BK[0, 0])
-        found = search(reader, contexts(reader, hidden, mask_BKL), options, None, tree, now)
-        return hidden, documents(found, ids_BKL.shape[1])
+        found = search(reader, source, options, None, tree, now)
+        opened = after(reader, source, opening) if mode == "thorough" else ()
+        return hidden, *documents((found, opened), ids_BKL.shape[1])
 
     number_BK = jnp.broadcast_to(jnp.arange(K), (B, K))
-    hidden, found = by_documents(propose, doc_chunk, ids_BKL, mask_BKL, number_BK)
+    hidden, found, opened = by_documents(propose, doc_chunk, ids_BKL, mask_BKL, number_BK)
     sequences_BCT = found.sequences.reshape(B, K * each, -1)
     real_BC = found.scores.reshape(B, K * each) > decoding.NEVER
     same_BCC = (sequences_BCT[:, :, None] == sequences_BCT[:, None]).all(-1) & real_BC[:, None]
@@ -241,7 +246,12 @@ def rag_sequence(
             source = contexts(reader, hidden, mask_BKL)
             return score_candidates(reader, source, sequences_BCT, counted_BCT, need_BKC, 2 * each)
 
-        need_BKC = (first_BC[..., None] & ~known_BCK).swapaxes(1, 2)
+        lower_BCK = jnp.where(known_BCK, logp_BCK, -jnp.inf) + prior_BCK
+        bound_BCK = first_token_bound(reader, opened, opening, sequences_BCT, counted_BCT)
+        upper_BC = jax.nn.logsumexp(jnp.where(known_BCK, logp_BCK, bound_BCK) + prior_BCK, axis=-1)
+        lower_BC = jnp.where(first_BC, jax.nn.logsumexp(lower_BCK, axis=-1), -jnp.inf)
+        hopeful_BC = upper_BC >= jax.lax.top_k(lower_BC, returned)[0][:, -1:] - 1e-3  # less than rounding can do
+        need_BKC = ((first_BC & hopeful_BC)[..., None] & ~known_BCK).swapaxes(1, 2)
         scored_BKC = by_documents(score, doc_chunk, hidden, mask_BKL, need_BKC)
         logp_BCK = jnp.where(known_BCK, logp_BCK, scored_BKC.swapaxes(1, 2))
     joint_BCK = logp_BCK + prior_BCK
@@ -249,6 +259,44 @@ def rag_sequence(
     scores_BN, best_BN = jax.lax.top_k(scores_BC, returned)
     posterior_BNK = jax.nn.softmax(decoding.take(joint_BCK, best_BN), axis=-1)
     return Generation(decoding.take(sequences_BCT, best_BN), scores_BN, posterior_BNK, None)
+
+
+def after(reader: Reader, source: Contexts, opening: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """The state after the opening tokens [R, D], and the logsumexp of its logits [R]."""
+    ids = jnp.broadcast_to(jnp.asarray(opening, jnp.int32), (len(source.mask_RL), len(opening)))
+    state_RD = reader("states", ids, *source)[0][:, -1]
+    return state_RD, log_norm(reader, state_RD)
+
+
+def first_token_bound(
+    reader: Reader,
+    opened: tuple[jax.Array, jax.Array],
+    opening: tuple[int, ...],
+    sequences_BCT: jax.Array,
+    counted_BCT1: jax.Array,
+) -> jax.Array:
+    """What log p(y|x,z_k) cannot exceed [B, C, K]: log p of the first token after the opening, or 0."""
+    (state_BKD, norm_BK), n = opened, len(opening)
+    if sequences_BCT.shape[-1] <= n:
+        return jnp.zeros((*sequences_BCT.shape[:2], norm_BK.shape[1]))
+    logits_BCK = logits_at(reader, state_BKD, sequences_BCT[..., n], "bkd,bcd->bck")
+    logp_BCK = logits_BCK - norm_BK[:, None]
+    opens_BC = (sequences_BCT[..., :n] == jnp.asarray(opening)).all(-1) & counted_BCT1[..., n - 1]
+    return jnp.where(opens_BC[..., None], jnp.minimum(logp_BCK, 0.0), 0.0)
+
+
+def logits_at(reader: Reader, states: jax.Array, tokens: jax.Array, product: str) -> jax.Array:
+    """Logits of single tokens: states [..., D] and the tokens' rows of the kernel [..., D] multiplied as `product`."""
+    kernel_VD, bias_V = reader("head")
+    columns = kernel_VD[tokens].astype(states.dtype)
+    products = jnp.einsum(product, states, columns, preferred_element_type=jnp.float32)
+    bias = jnp.expand_dims(bias_V[tokens], tuple(range(tokens.ndim, products.ndim)))
+    return products * reader.module.config.logit_scale + bias
+
+
+def log_norm(reader: Reader, states: jax.Array) -> jax.Array:
+    """logsumexp of the logits of states [..., D]."""
+    return vocabulary_norm(states, *reader("head"), reader.module.config.logit_scale)
 
 
 def score_candidates(
@@ -315,8 +363,7 @@ def _score_tree(
     pick = jax.vmap(jax.vmap(lambda one, at: one[at]))
     position_RS = rows(node_BKS % T1)
 
-    kernel_VD, bias_V = reader("head")
-    scale = reader.module.config.logit_scale
+    width_D = reader("head")[0].shape[1]
 
     def one(carry: tuple) -> tuple:
         first, kv, hidden_RSD, norm_RS = carry
@@ -327,22 +374,20 @@ def _score_tree(
         visible_BKPS = jax.vmap(put)(visible_BKPS, past, jnp.ones_like(past, bool))
         stands = Tree(rows(node_BKP % T1), position_RS, rows(visible_BKPS))
         hidden_RPD, kv = reader("states", rows(ids_BKP), *source, kv, first, tree=stands)
-        norm_RP = vocabulary_norm(hidden_RPD, kernel_VD, bias_V, scale)
+        norm_RP = log_norm(reader, hidden_RPD)
         put_here = partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=1)
         return first + width, kv, put_here(hidden_RSD, hidden_RPD), put_here(norm_RS, norm_RP)
 
     empty = (
         jnp.int32(0),
         reader.module.init_cache(B * K, slots),
-        jnp.zeros((B * K, slots, kernel_VD.shape[1]), reader.module.config.dtype),
+        jnp.zeros((B * K, slots, width_D), reader.module.config.dtype),
         jnp.zeros((B * K, slots)),
     )
     _, _, hidden_RSD, norm_RS = jax.lax.while_loop(lambda carry: carry[0] < count, one, empty)
 
     def read(hidden_SD: jax.Array, norm_S: jax.Array, at_N: jax.Array, target_N: jax.Array) -> jax.Array:
-        columns_ND = kernel_VD[target_N].astype(hidden_SD.dtype)
-        logits_N = jnp.einsum("nd,nd->n", hidden_SD[at_N], columns_ND, preferred_element_type=jnp.float32)
-        return logits_N * scale + bias_V[target_N] - norm_S[at_N]
+        return logits_at(reader, hidden_SD[at_N], target_N, "nd,nd->n") - norm_S[at_N]
 
     flat_at, flat_targets = (rows(x.reshape(B, K, -1)) for x in (slot, targets_BKWT1))
     logp_RN = jax.vmap(read)(hidden_RSD, norm_RS, jnp.minimum(flat_at, slots - 1), flat_targets)

@@ -245,3 +245,33 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="4 documents with 1 candidates each give 4"):
         given(num_beams=5, max_length=T, candidates=1, num_return_sequences=5)
     assert set(GENERATORS) == set(CONFIGS)
+
+
+@pytest.mark.parametrize("returned", [1, 2])
+@pytest.mark.parametrize("start", ["bos", "eos"])
+def test_candidates_that_cannot_win_are_not_scored(start, returned, monkeypatch):
+    """The answers are the same as when all are scored; with sure readers few are, and with unsure ones all."""
+    model = rag(generate_from_eos=start == "eos")
+    asked = []
+
+    def watched(reader, source, sequences, counted, need, wave):
+        jax.debug.callback(lambda n: asked.append(int(n)), need.sum())
+        return plain(reader, source, sequences, counted, need, wave)
+
+    plain, bound = generate.score_candidates, generate.first_token_bound
+    monkeypatch.setattr(generate, "score_candidates", watched)
+    counts = []
+    for spread in (2.5, 0.3):
+        params = drawn(model, spread=spread)
+        if start == "eos":  # then every answer begins with bos, as the released checkpoints write it
+            params["generator"]["logits_bias"] = params["generator"]["logits_bias"].at[BOS].add(3.0)
+        for limit in (bound, lambda *x: jnp.full_like(bound(*x), jnp.inf)):
+            monkeypatch.setattr(generate, "first_token_bound", limit)
+            asked.clear()
+            found = answers(model, params, num_return_sequences=returned)
+            jax.effects_barrier()
+            counts.append((asked[0], found))
+    (few, a), (all_, b), (unsure, c), (every, d) = counts
+    equal(a, b)
+    equal(c, d)
+    assert unsure <= every and (few < all_ or returned > 1)  # the second best is seldom sure
