@@ -296,7 +296,8 @@ def logits_at(reader: Reader, states: jax.Array, tokens: jax.Array, product: str
 
 def log_norm(reader: Reader, states: jax.Array) -> jax.Array:
     """logsumexp of the logits of states [..., D]."""
-    return vocabulary_norm(states, *reader("head"), reader.module.config.logit_scale)
+    kernel_VD, bias_V = reader("head")
+    return vocabulary_norm(states, kernel_VD, bias_V, reader.module.config.logit_scale)
 
 
 def score_candidates(
