@@ -212,7 +212,6 @@ def rag_sequence(
     """
     B, K, _ = ids_BKL.shape
     each = options.num_return_sequences
-
     opening = (options.start_id,) if options.start_id == reader.bos_id else (options.start_id, reader.bos_id)
 
     def propose(ids_BKL: jax.Array, mask_BKL: jax.Array, number_BK: jax.Array) -> tuple[Any, decoding.Found, Any]:
@@ -246,12 +245,10 @@ def rag_sequence(
             source = contexts(reader, hidden, mask_BKL)
             return score_candidates(reader, source, sequences_BCT, counted_BCT, need_BKC, 2 * each)
 
-        lower_BCK = jnp.where(known_BCK, logp_BCK, -jnp.inf) + prior_BCK
         bound_BCK = first_token_bound(reader, opened, opening, sequences_BCT, counted_BCT)
-        upper_BC = jax.nn.logsumexp(jnp.where(known_BCK, logp_BCK, bound_BCK) + prior_BCK, axis=-1)
-        lower_BC = jnp.where(first_BC, jax.nn.logsumexp(lower_BCK, axis=-1), -jnp.inf)
-        hopeful_BC = upper_BC >= jax.lax.top_k(lower_BC, returned)[0][:, -1:] - 1e-3  # less than rounding can do
-        need_BKC = ((first_BC & hopeful_BC)[..., None] & ~known_BCK).swapaxes(1, 2)
+        upper_BCK = jnp.where(known_BCK, logp_BCK, bound_BCK) + prior_BCK
+        hopeful_BC = first_BC & may_win(logp_BCK + prior_BCK, upper_BCK, first_BC, returned)
+        need_BKC = (hopeful_BC[..., None] & ~known_BCK).swapaxes(1, 2)
         scored_BKC = by_documents(score, doc_chunk, hidden, mask_BKL, need_BKC)
         logp_BCK = jnp.where(known_BCK, logp_BCK, scored_BKC.swapaxes(1, 2))
     joint_BCK = logp_BCK + prior_BCK
@@ -259,6 +256,13 @@ def rag_sequence(
     scores_BN, best_BN = jax.lax.top_k(scores_BC, returned)
     posterior_BNK = jax.nn.softmax(decoding.take(joint_BCK, best_BN), axis=-1)
     return Generation(decoding.take(sequences_BCT, best_BN), scores_BN, posterior_BNK, None)
+
+
+def may_win(lower_BCK: jax.Array, upper_BCK: jax.Array, first_BC: jax.Array, returned: int) -> jax.Array:
+    """Which candidates can still be among the best `returned`, given bounds of log p(y, z_k|x) [B, C]."""
+    sure_BC = jnp.where(first_BC, jax.nn.logsumexp(lower_BCK, axis=-1), -jnp.inf)
+    least_B1 = jax.lax.top_k(sure_BC, returned)[0][:, -1:]
+    return jax.nn.logsumexp(upper_BCK, axis=-1) >= least_B1 - 1e-3  # more than rounding can do
 
 
 def after(reader: Reader, source: Contexts, opening: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

@@ -114,3 +114,29 @@ def test_reader_gone_is_141_and_silent() -> None:
     with os.fdopen(writer, "w") as stdout:
         done = subprocess.run([SCRIPT], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 141 and done.stderr == ""
+
+
+def test_programs_are_kept_in_the_users_cache() -> None:
+    given = {"XDG_CACHE_HOME": "/somewhere"}
+    cli.keep_programs(given)
+    assert given["JAX_COMPILATION_CACHE_DIR"].startswith("/somewhere/rag_jax/xla-")
+    assert int(given["JAX_COMPILATION_CACHE_MAX_SIZE"]) > 2**20
+    own = {"JAX_COMPILATION_CACHE_DIR": "/mine"}
+    cli.keep_programs(own)
+    assert own["JAX_COMPILATION_CACHE_DIR"] == "/mine"
+
+
+def test_kept_programs_are_found_again(tmp_path: Path) -> None:
+    code = (
+        "import jax\n"
+        "f = jax.jit(lambda x: sum(x**i for i in range(1, 9)) @ x); f(jax.numpy.ones((9, 9))).block_until_ready()"
+    )
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    cli.keep_programs(environment)
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    files = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        files.append(sorted(path.name for path in tmp_path.rglob("jit_*-cache")))
+    assert files[0] and files[0] == files[1]

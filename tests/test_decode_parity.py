@@ -148,3 +148,15 @@ def test_the_same_tokens(variant, number, tmp_path):
     compared, different = differences(s, range(2), tmp_path)
     assert compared == 2 * B
     assert not different, (s, different)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["Token", "Sequence"])
+def test_hundreds_of_cases(variant, tmp_path):
+    """66 settings, each with 2 models of 4 questions: 528 questions a variant. About six minutes a variant."""
+    compared, wrong = 0, []
+    for number in range(66):
+        s = setting(variant, number)
+        count, different = differences(s, range(2), tmp_path / str(number))
+        compared, wrong = compared + count, [*wrong, *[(s, case) for case in different]]
+    assert compared == 528 and not wrong, wrong
