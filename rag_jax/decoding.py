@@ -71,7 +71,7 @@ def best_of(
 
 
 class _Beams(NamedTuple):
-    """Unfinished beams (live) and hypotheses (done). `full`: M of them in this row; `open`: they may still change."""
+    """Unfinished beams (live) and hypotheses (done); `open`: those of a row may still change."""
 
     t: jax.Array
     cache: Cache

@@ -312,8 +312,6 @@ class Rag:
             options["num_return_sequences"] = each
         special = {"start_id": c.start_id, "eos_id": c.eos_id, "pad_id": c.pad_id}
         wanted = decoding.Options(**(special | {"num_beams": num_beams, "max_length": max_length} | options))
-        if wanted.do_sample and key is None:
-            raise ValueError("do_sample needs a key: pass key=jax.random.key(seed)")
         self.generator.check_room(L, max_length)
         reader = generating.Reader(self.generator, params["generator"], c.bos_id, hf_compat)
         given = (reader, context_ids_BKL, context_mask_BKL, objectives.prior_logp(scores_BK), wanted)

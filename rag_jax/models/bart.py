@@ -12,6 +12,7 @@ from rag_jax.models.layers import (
     Attention,
     Embed,
     FeedForward,
+    Generator,
     Init,
     KeyValues,
     LayerNorm,
@@ -175,7 +176,7 @@ class Stack(nn.Module):
         return x, (new if cache is not None else None)
 
 
-class Bart(nn.Module):
+class Bart(Generator):
     """The generator interface: `encode`, `cross`, `decode`, `init_cache`; calling it is teacher forcing end to end."""
 
     config: BartConfig
@@ -238,24 +239,7 @@ class Bart(nn.Module):
         """Kernel [V, D] and bias [V] of the logits: kernel @ hidden * logit_scale + bias."""
         return self.shared.embedding, self.logits_bias
 
-    def decode(
-        self,
-        ids_BT: jax.Array,
-        cross: KeyValues,
-        mask_BL: jax.Array,
-        cache: KeyValues | None = None,
-        slot: jax.Array | int = 0,
-        deterministic: bool = True,
-        tree: Tree | None = None,
-    ) -> tuple[jax.Array, KeyValues | None]:
-        """Logits [B, T, V] float32 for the tokens after ids_BT; the rest as of `states`."""
-        x, cache = self.states(ids_BT, cross, mask_BL, cache, slot, deterministic, tree)
-        logits = self.shared.attend(x).astype(jnp.float32) * self.config.logit_scale
-        return logits + self.logits_bias, cache
-
-    def __call__(
-        self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
-    ) -> jax.Array:
-        """Teacher forcing: logits [B, T, V]; logits at t are for the token after target_BT[:, t]."""
-        cross = self.cross(self.encode(ids_BL, mask_BL, deterministic))
-        return self.decode(target_BT, cross, mask_BL, deterministic=deterministic)[0]
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Of hidden states, [B, T, V] float32."""
+        logits = self.shared.attend(x_BTD).astype(jnp.float32) * self.config.logit_scale
+        return logits + self.logits_bias

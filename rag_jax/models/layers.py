@@ -368,3 +368,32 @@ class FeedForward(nn.Module):
 def residual(norm: Callable, placement: NormPlacement, x: jax.Array, sublayer: Callable) -> jax.Array:
     """x + f(LN(x)) for `pre`, LN(x + f(x)) for `post`."""
     return x + sublayer(norm(x)) if placement == "pre" else norm(x + sublayer(x))
+
+
+class Generator(nn.Module):
+    """What the generators share: logits from states, and teacher forcing end to end.
+
+    A generator has `encode` (source ids and mask -> hidden), `cross` (hidden -> what its decoder attends to, once per
+    source), `init_cache`, `check_room`, `states` (tokens -> hidden states), `logits` of them, and their `head`.
+    """
+
+    def decode(
+        self,
+        ids_BT: jax.Array,
+        cross: KeyValues,
+        mask_BL: jax.Array,
+        cache: KeyValues | None = None,
+        slot: jax.Array | int = 0,
+        deterministic: bool = True,
+        tree: Tree | None = None,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        """Logits [B, T, V] float32 for the tokens after ids_BT; the rest as of `states`."""
+        x_BTD, cache = self.states(ids_BT, cross, mask_BL, cache, slot, deterministic, tree)
+        return self.logits(x_BTD), cache
+
+    def __call__(
+        self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
+        """Teacher forcing: logits [B, T, V]; logits at t are for the token after target_BT[:, t]."""
+        cross = self.cross(self.encode(ids_BL, mask_BL, deterministic))
+        return self.decode(target_BT, cross, mask_BL, deterministic=deterministic)[0]

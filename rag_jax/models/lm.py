@@ -22,6 +22,7 @@ from rag_jax.models.layers import (
     Dense,
     Embed,
     FeedForward,
+    Generator,
     Init,
     KeyValues,
     LayerNorm,
@@ -159,7 +160,7 @@ class Layer(nn.Module):
         return x_BTD + self.drop(h, deterministic=deterministic), own
 
 
-class Lm(nn.Module):
+class Lm(Generator):
     """The generator interface: `encode`, `cross`, `decode`, `init_cache`; calling it is teacher forcing end to end."""
 
     config: LmConfig
@@ -255,24 +256,7 @@ class Lm(nn.Module):
         kernel_VD = self.token.embedding if self.config.tied else self.lm_head.variables["params"]["kernel"].T
         return kernel_VD, jnp.zeros(self.config.vocab_size)
 
-    def decode(
-        self,
-        ids_BT: jax.Array,
-        cross: KeyValues,
-        mask_BL: jax.Array,
-        cache: KeyValues | None = None,
-        slot: jax.Array | int = 0,
-        deterministic: bool = True,
-        tree: Tree | None = None,
-    ) -> tuple[jax.Array, KeyValues | None]:
-        """Logits [B, T, V] float32 for the tokens after ids_BT; the rest as of `states`."""
-        x, cache = self.states(ids_BT, cross, mask_BL, cache, slot, deterministic, tree)
-        logits = (self.token.attend(x) if self.config.tied else self.lm_head(x)).astype(jnp.float32)
-        return logits * self.config.logit_scale, cache
-
-    def __call__(
-        self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
-    ) -> jax.Array:
-        """Teacher forcing: logits [B, T, V]; logits at t are for the token after target_BT[:, t]."""
-        cross = self.cross(self.encode(ids_BL, mask_BL, deterministic))
-        return self.decode(target_BT, cross, mask_BL, deterministic=deterministic)[0]
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Of hidden states, [B, T, V] float32."""
+        logits = self.token.attend(x_BTD) if self.config.tied else self.lm_head(x_BTD)
+        return logits.astype(jnp.float32) * self.config.logit_scale

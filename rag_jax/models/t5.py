@@ -19,6 +19,7 @@ from rag_jax.models.layers import (
     Dense,
     Embed,
     FeedForward,
+    Generator,
     Init,
     KeyValues,
     RMSNorm,
@@ -186,7 +187,7 @@ class Stack(nn.Module):
         return x, (new if cache is not None else None)
 
 
-class T5(nn.Module):
+class T5(Generator):
     """The generator interface, as of `bart.Bart`: `encode`, `cross`, `decode`, `init_cache`, and teacher forcing."""
 
     config: T5Config
@@ -203,9 +204,8 @@ class T5(nn.Module):
         """Source ids and mask (True on real tokens) -> hidden states [B, L, D]."""
         mask = mask_BL.astype(bool)[:, None, None, :]
         at = jnp.arange(ids_BL.shape[1])
-        return self.encoder(self.shared(ids_BL), mask, (at[None, :] - at[:, None])[None], deterministic=deterministic)[
-            0
-        ]
+        distance_1LL = (at[None, :] - at[:, None])[None]
+        return self.encoder(self.shared(ids_BL), mask, distance_1LL, deterministic=deterministic)[0]
 
     def cross(self, hidden_BLD: jax.Array) -> KeyValues:
         """Cross-attention keys and values of every decoder layer, computed once per source."""
@@ -249,24 +249,7 @@ class T5(nn.Module):
         kernel_VD = self.shared.embedding if self.config.tied else self.lm_head.variables["params"]["kernel"].T
         return kernel_VD, jnp.zeros(self.config.vocab_size)
 
-    def decode(
-        self,
-        ids_BT: jax.Array,
-        cross: KeyValues,
-        mask_BL: jax.Array,
-        cache: KeyValues | None = None,
-        slot: jax.Array | int = 0,
-        deterministic: bool = True,
-        tree: Tree | None = None,
-    ) -> tuple[jax.Array, KeyValues | None]:
-        """Logits [B, T, V] float32 for the tokens after ids_BT; the rest as of `states`."""
-        x, cache = self.states(ids_BT, cross, mask_BL, cache, slot, deterministic, tree)
-        logits = self.shared.attend(x) if self.config.tied else self.lm_head(x)
-        return logits.astype(jnp.float32) * self.config.logit_scale, cache
-
-    def __call__(
-        self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
-    ) -> jax.Array:
-        """Teacher forcing: logits [B, T, V]; logits at t are for the token after target_BT[:, t]."""
-        cross = self.cross(self.encode(ids_BL, mask_BL, deterministic))
-        return self.decode(target_BT, cross, mask_BL, deterministic=deterministic)[0]
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Of hidden states, [B, T, V] float32."""
+        logits = self.shared.attend(x_BTD) if self.config.tied else self.lm_head(x_BTD)
+        return logits.astype(jnp.float32) * self.config.logit_scale
