@@ -173,18 +173,15 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
     how, tree = {}, None
     if not cfg.retrieval_only:
         reader = model.reader  # InputError for a retriever alone
-        how = {name: getattr(cfg, name) for name in OPTIONS}
-        how |= {"mode": cfg.mode, "candidates": cfg.candidates, "doc_chunk": cfg.doc_chunk}
-        how["bad_words"] = word_ids(loaded.corpus.generator_tokenizer, cfg.bad_words)
+        options = {name: getattr(cfg, name) for name in OPTIONS}
+        options["bad_words"] = word_ids(loaded.corpus.generator_tokenizer, cfg.bad_words)
+        how = options | {"mode": cfg.mode, "candidates": cfg.candidates, "doc_chunk": cfg.doc_chunk}
         if cfg.allowed_answers:
             tree = decoding.prefix_tree(allowed_ids(loaded, cfg.allowed_answers, cfg.max_length), reader.eos_id)
         try:
-            decoding.Options(**{name: how[name] for name in (*OPTIONS, "bad_words")})
+            loaded.rag.decoding_options(n_docs, cfg.candidates, **options)
         except ValueError as error:
             raise InputError(str(error)) from error
-        most = cfg.candidates if cfg.do_sample and cfg.num_beams == 1 else cfg.num_beams
-        if model.variant == "sequence" and not 0 <= cfg.candidates <= most:
-            raise InputError(f"candidates={cfg.candidates} must be 0 (all) to num_beams={cfg.num_beams}")
     stage = StageConfig("answer", n_docs=n_docs)
     prefix_ids = loaded.corpus.generator_tokenizer.prefix_ids
     setting = steps.Setting(loaded.rag, stage, loaded.mesh, n_passages, prefix_ids)

@@ -263,6 +263,28 @@ class Rag:
         )
         return nll_B, objectives.posterior_logp(token_logp_BKT, objectives.prior_logp(scores_BK), mask_BT)
 
+    def decoding_options(self, n_docs: int, candidates: int = 0, **options: Any) -> tuple[decoding.Options, int]:
+        """The options of a search, with the generator's special tokens, and how many answers are returned.
+
+        For RAG-Sequence the search is that of a document, which returns its candidates. TypeError for an unknown
+        option, ValueError for one out of range.
+        """
+        decoding.Options.check_names(list(options))
+        c, returned, num_beams = self.config.reader, options.get("num_return_sequences", 1), options["num_beams"]
+        if self.variant == "sequence":
+            draws = options.get("do_sample", False) and num_beams == 1  # then a document may give more than its beams
+            each = candidates or (returned if draws else num_beams)
+            if not 0 <= candidates <= (candidates if draws else num_beams):
+                raise ValueError(f"candidates={candidates} of each document must be 0 (all) to {num_beams}, its beams")
+            if returned > each * n_docs:
+                raise ValueError(
+                    f"num_return_sequences={returned}, but {n_docs} documents with {each} candidates each give "
+                    f"{each * n_docs}"
+                )
+            options["num_return_sequences"] = each
+        special = {"start_id": c.start_id, "eos_id": c.eos_id, "pad_id": c.pad_id}
+        return decoding.Options(**(special | options)), returned
+
     def generate(
         self,
         params: Params,
@@ -296,22 +318,10 @@ class Rag:
         """
         _, K, L = check_contexts(context_ids_BKL, context_mask_BKL, scores_BK)
         c = self.config.reader  # InputError for a retriever alone
-        decoding.Options.check_names(list(options))
         if mode not in ("thorough", "fast"):
             raise ValueError(f"mode must be 'thorough' or 'fast', got {mode!r}")
-        returned = options.get("num_return_sequences", 1)
-        draws = options.get("do_sample", False) and num_beams == 1  # then a document may give more than its beams
-        if self.variant == "sequence":
-            each = candidates or (returned if draws else num_beams)
-            if not 0 <= candidates <= (candidates if draws else num_beams):
-                raise ValueError(f"candidates={candidates} of each document must be 0 (all) to {num_beams}, its beams")
-            if returned > each * K:
-                raise ValueError(
-                    f"num_return_sequences={returned}, but {K} documents with {each} candidates each give {each * K}"
-                )
-            options["num_return_sequences"] = each
-        special = {"start_id": c.start_id, "eos_id": c.eos_id, "pad_id": c.pad_id}
-        wanted = decoding.Options(**(special | {"num_beams": num_beams, "max_length": max_length} | options))
+        given_options = {"num_beams": num_beams, "max_length": max_length} | options
+        wanted, returned = self.decoding_options(K, candidates, **given_options)
         self.generator.check_room(L, max_length)
         reader = generating.Reader(self.generator, params["generator"], c.bos_id, hf_compat)
         given = (reader, context_ids_BKL, context_mask_BKL, objectives.prior_logp(scores_BK), wanted)
