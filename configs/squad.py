@@ -67,7 +67,7 @@ def text_config(name: str, variant: str) -> ConfigDict:
         stage("read_32", 1500, 16, adam(1.5e-3, "constant", generator=1.0), window=32, source_length=76, **read),
         stage("read_96", 1200, 16, adam(1.5e-3, generator=1.0), window=96, source_length=140, **read),
         stage("read", 300, 16, adam(6e-4, generator=1.0), **read),
-        stage("joint", 60, 8, adam(5e-4, question_encoder=0.2, generator=1.0), refresh_every=30),
+        stage("joint", 60, 8, adam(5e-4, question_encoder=0.2, generator=1.0), refresh="30"),
     )
     return c
 

@@ -46,7 +46,7 @@ def get_config(variant: str = "sequence") -> ConfigDict:
     find = {"objective": "contrastive"}
     c.stages = (
         stage("retriever", 160, 48, adam(3e-3, question_encoder=1.0), **find),
-        stage("retriever_hard", 160, 24, adam(1e-3, question_encoder=1.0), hard_negatives=1, refresh_every=40, **find),
+        stage("retriever_hard", 160, 24, adam(1e-3, question_encoder=1.0), hard_negatives=1, refresh="40", **find),
         stage("read_24", 400, 16, adam(2e-3, "constant", generator=1.0), window=24, source_length=56, **read),
         stage("read_64", 1500, 16, adam(1.9e-3, final=0.35, generator=1.0), window=64, source_length=96, **read),
         stage("read", 1400, 16, adam(6.5e-4, final=0.1, generator=1.0), **read),

@@ -22,10 +22,9 @@ from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
 from rag_jax.logs import Progress
 from rag_jax.rag import Params, Passages
+from rag_jax.refresh import Index
 from rag_jax.retrieval import index as snapshots
-from rag_jax.retrieval import mips
 from rag_jax.retrieval.corpus import Corpus
-from rag_jax.steps import Index
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
             ids, mask = steps.contexts(setting, passages, rows_BR, batch | {"window": nothing}, length)
         else:
             q_BE = steps.embed_questions(setting, params, batch, None)
-            scores_BR, rows_BR = mips.search(q_BE, index.embeddings_NE, wanted, mesh=loaded.mesh, n_valid=n_passages)
+            scores_BR, rows_BR = steps.find(setting, q_BE, index, wanted)
             if cfg.retrieval_only:
                 prior_BK, nothing = (
                     jnp.exp(objectives.prior_logp(scores_BR[:, :n_docs])),
@@ -313,9 +312,7 @@ class Pipeline:
         loaded = runs.load(config.model, corpus, sharding.make_mesh(config.mesh or None))
         params = runs.read_params(directory, loaded.rag, loaded.mesh)
         snapshots.check(snapshot, corpus.hash, runs.encoder_hash(loaded, params))
-        embeddings = sharding.shard_rows(loaded.mesh, snapshot.embeddings_NE, 0)
-        step = jax.device_put(np.int32(snapshot.manifest.step), sharding.replicated(loaded.mesh))
-        return cls(config, loaded, params, Index(embeddings, step), snapshot)
+        return cls(config, loaded, params, runs.index_on_device(loaded, snapshot, config.search.dtype), snapshot)
 
     def answer_config(self, **changes: Any) -> AnswerConfig:
         """How the run answers by default, with changes."""

@@ -22,7 +22,7 @@ from rag_jax.data import pipeline
 from rag_jax.errors import InputError
 from rag_jax.logs import Progress
 from rag_jax.retrieval.corpus import Corpus
-from rag_jax.steps import Setting, jit_step, make_step
+from rag_jax.steps import jit_step, make_step
 
 
 def matmul_flops(jaxpr: Any) -> float:
@@ -55,31 +55,32 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
     data = train.prepare(cfg, corpus)
     loaded = runs.load(cfg.model, corpus, mesh)
     params = train.init_params(loaded, cfg.seed, cfg.init)
-    index = runs.embedder(loaded)(params, 0) if config.searches(stage) else train.empty_index(loaded)
     state = train.init_state(loaded, stage, params, 0)
     number = cfg.stages.index(stage)
-    setting = Setting(loaded.rag, stage, loaded.mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)
+    refresher = train.make_refresher(cfg, loaded)
+    upkeep = train.upkeep_of(cfg, loaded, data, refresher, number, None)
     batches = train.batches(stage, cfg, data, number)
     key = jax.random.key(cfg.seed)
-    step = make_step(setting, 0)
-    first = sharding.shard_batch(loaded.mesh, batches[0])
-    flops = matmul_flops(jax.make_jaxpr(step)(state, first, index, loaded.passages, key).jaxpr)
+    upkeep.before(params, 0, 0, batches[0])
+    first = upkeep.feed(params, batches[0])
+    flops = matmul_flops(jax.make_jaxpr(make_step(upkeep.setting, 0))(state, *first, key).jaxpr)
     begun = time.perf_counter()
-    compiled = jit_step(setting, 0, state).lower(state, first, index, loaded.passages, key).compile()
+    compiled = jit_step(upkeep.setting, 0, state, first.table).lower(state, *first, key).compile()
     compile_seconds = time.perf_counter() - begun
 
     prepare_seconds: list[float] = []
     for i in range(steps):  # the work itself, in this thread; in training it runs ahead in another
-        prepare_seconds += timed(lambda i=i: sharding.shard_batch(loaded.mesh, batches[i]), 1)
+        prepare_seconds += timed(lambda i=i: upkeep.feed(state.params, batches[i]), 1)
     iterator = pipeline.iterate(batches, 0)
     step_seconds, wait_seconds, tokens = [], [], []
     warmup = 3
     with Progress(steps + warmup, f"bench {stage.name}", "step") as progress:
         for i in range(steps + warmup):
             begun = time.perf_counter()
-            batch = sharding.shard_batch(loaded.mesh, next(iterator))
+            fed = upkeep.feed(state.params, next(iterator))
             ready = time.perf_counter()
-            state, metrics = compiled(state, batch, index, loaded.passages, key)
+            state, index, metrics = compiled(state, *fed, key)
+            upkeep.after(index)
             jax.block_until_ready(state)
             if i >= warmup:
                 wait_seconds.append(ready - begun)

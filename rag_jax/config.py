@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from rag_jax import optimizer
+from rag_jax import optimizer, schedule
 from rag_jax.errors import InputError
 from rag_jax.optimizer import OptimizerConfig
 from rag_jax.rag import RagConfig
@@ -29,8 +29,11 @@ class StageConfig:
     marginal likelihood). documents: `retrieved` searches the index in graph, `gold` reads the first gold passage
     alone. hard_negatives: in the contrastive loss, that many of the passages found for each question are
     negatives too. window: with gold documents, only that many tokens of the passage around the answer, 0 for the whole.
-    refresh_every: steps between re-embeddings of the index, 0 for only at the stage's start. prior_gradient=False
-    stops the gradient to the retriever. questions: train on this many of the questions only, 0 for all.
+    refresh: when the index is made anew, see schedule.py ("" for only at the stage's start). n_retrieved: that many are
+    found, embedded as they are now, and the n_docs best of them read; 0: the n_docs found. write_back: what a step
+    embeds anyway goes into the index. drift_every: steps between measurements of how far the index has drifted, 0 for
+    none. normaliser: p(z|x) is over what was retrieved, or over the whole corpus. prior_gradient=False stops the
+    gradient to the retriever. questions: train on this many of the questions only, 0 for all.
     """
 
     name: str
@@ -42,7 +45,11 @@ class StageConfig:
     hard_negatives: int = 0
     source_length: int = 0  # 0: the model's
     window: int = 0
-    refresh_every: int = 0
+    refresh: str = ""
+    n_retrieved: int = 0
+    write_back: bool = False
+    drift_every: int = 0
+    normaliser: Literal["retrieved", "corpus"] = "retrieved"
     label_smoothing: float = 0.0
     hf_compat: bool = False
     prior_gradient: bool = True
@@ -51,11 +58,25 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class SearchConfig:
+    """How passages are searched. `exact`: on the devices, inside the step; the others on the host, between steps.
+
+    dtype: of the index on the devices. recall_target: below 1, the search may miss that share where this is faster
+    (TPU). The rest is of the host: see retrieval/ann.py, bm25.py and search.py.
+    """
+
+    kind: Literal["exact", "scann", "bm25", "hybrid"] = "exact"
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    recall_target: float = 1.0
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A whole run: data, model and stages. Vocabulary sizes of the model are those of the corpus' tokenizers.
 
     init: a run directory, or a converted checkpoint, whose parameters are the start, "" for new ones; what `model`
-    leaves open is then as there.
+    leaves open is then as there. index: an index of the first parameters, made by rag-jax index, "" to embed at the
+    start. drift_sample: passages that the drift of the index is measured on.
     """
 
     corpus: str
@@ -64,6 +85,9 @@ class TrainConfig:
     stages: tuple[StageConfig, ...]
     model: RagConfig = field(default_factory=RagConfig)
     init: str = ""
+    index: str = ""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    drift_sample: int = 1024
     mesh: Mapping[str, int] = field(default_factory=dict)
     target_length: int = 32
     every_answer: bool = False
@@ -117,17 +141,22 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
     where = f"stage {stage.name}: "
     for name in ("steps", "batch", "n_docs"):
         at_least(1, where + name, getattr(stage, name))
-    for name in ("hard_negatives", "window", "refresh_every", "questions", "source_length"):
+    for name in ("hard_negatives", "window", "n_retrieved", "drift_every", "questions", "source_length"):
         at_least(0, where + name, getattr(stage, name))
     contrasts, reads = stage.objective == "contrastive", stage.objective == "rag" and stage.documents == "gold"
+    retrieves = stage.objective == "rag" and not reads
     for name, belongs, place in (
         ("hard_negatives", contrasts, "objective='contrastive'"),
         ("window", reads, "objective='rag' with documents='gold'"),
-        ("refresh_every", searches(stage), "stages that search: documents='retrieved', or hard_negatives"),
+        ("refresh", searches(stage), "stages that search: documents='retrieved', or hard_negatives"),
+        ("drift_every", searches(stage), "stages that search: documents='retrieved', or hard_negatives"),
+        ("n_retrieved", retrieves, "objective='rag' with documents='retrieved'"),
+        ("write_back", retrieves, "objective='rag' with documents='retrieved'"),
         ("questions", stage.objective != "denoise", "objectives that have questions"),
     ):
         if getattr(stage, name) and not belongs:
-            raise InputError(f"{where}{name}={getattr(stage, name)} is only for {place}")
+            raise InputError(f"{where}{name}={getattr(stage, name)!r} is only for {place}")
+    check_search(cfg, stage, where)
     length = stage.source_length or cfg.model.source_length
     if cfg.model.generator is None and not contrasts:
         raise InputError(f"{where}objective={stage.objective!r} needs a generator, and model.generator is None")
@@ -146,6 +175,33 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
             f"{where}optimizer.groups trains {', '.join(sorted(trained)) or 'nothing'}; with objective="
             f"{stage.objective!r} and documents={stage.documents!r} it may name {', '.join(sorted(reached(stage)))}"
         )
+
+
+def check_search(cfg: TrainConfig, stage: StageConfig, where: str) -> None:
+    """What belongs to searching and to keeping the index fresh."""
+    try:
+        when = schedule.parse(stage.refresh)
+    except InputError as error:
+        raise InputError(f"{where}{error}") from error
+    side = "question_encoder" if cfg.model.tie_encoders else "context_encoder"
+    trains = side in stage.optimizer.groups and not optimizer.is_frozen(stage.optimizer, side)
+    if stage.refresh and not trains:
+        raise InputError(f"{where}refresh={stage.refresh!r}, but the stage does not train {side}: nothing would change")
+    if stage.n_retrieved and stage.n_retrieved <= stage.n_docs:
+        raise InputError(f"{where}n_retrieved={stage.n_retrieved} must be more than n_docs={stage.n_docs}, or 0")
+    if stage.write_back and not stage.n_retrieved and (not trains or cfg.model.encoder.dropout):
+        raise InputError(
+            f"{where}write_back=True has nothing exact to write: the stage has to train {side} with "
+            "model.encoder.dropout=0, or to set n_retrieved"
+        )
+    if cfg.search.kind != "exact":
+        for name, value in (
+            ("write_back", stage.write_back),
+            ("refresh", stage.refresh if when.kind == "rolling" else ""),
+            ("normaliser", "" if stage.normaliser == "retrieved" else stage.normaliser),
+        ):
+            if value:
+                raise InputError(f"{where}{name}={value!r} needs the index in graph: search.kind='exact'")
 
 
 def at_least(least: int, name: str, value: int) -> None:
@@ -190,8 +246,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise InputError(f"{where}: expected names and values, got {value!r}")
         return {name: convert(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint in (float, str) and isinstance(value, int) and not isinstance(value, bool):
+        return hint(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):
         raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value
@@ -224,6 +280,8 @@ def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> N
             node = section(node, name, f"--set {path}")
         if not isinstance(node, ml_collections.ConfigDict):
             raise InputError(f"--set {path}: {'.'.join(parents)} holds no keys, it is {node!r}")
+        if isinstance(node.get(last), str) and not isinstance(value, str):
+            value = text  # as 250 in refresh=250
         try:
             with node.unlocked():
                 node[last] = value

@@ -13,9 +13,13 @@ from jax.nn import log_softmax, logsumexp
 Prior = Literal["paper", "hf_compat"]
 
 
-def prior_logp(scores_BK: jax.Array) -> jax.Array:
-    """log p(z_k|x): softmax of the raw inner products over the K retrieved documents only (section 2.2)."""
-    return log_softmax(scores_BK.astype(jnp.float32), axis=-1)
+def prior_logp(scores_BK: jax.Array, log_normaliser_B: jax.Array | None = None) -> jax.Array:
+    """log p(z_k|x): softmax of the raw inner products over the K retrieved documents only (section 2.2).
+
+    With a log_normaliser_B, that of all passages, p(z|x) is over the whole corpus, and the K sum to less than 1.
+    """
+    scores_BK = scores_BK.astype(jnp.float32)
+    return log_softmax(scores_BK, axis=-1) if log_normaliser_B is None else scores_BK - log_normaliser_B[:, None]
 
 
 def target_logp(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -121,12 +125,13 @@ def rag_nll(
     prior: Prior = "paper",
     label_smoothing: float = 0.0,
     first_counts: jax.Array | bool = True,
+    log_normaliser_B: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log marginal likelihood nll_B, summed over tokens (no mean), and token_logp_BKT.
 
     With label smoothing e: (1-e) * nll - (e/V) * smooth, as in transformers. `first_counts`, a scalar: whether the
-    first target token is part of the likelihood (of the smoothing term it always is). Raises KeyError for an unknown
-    objective and ValueError for shapes that do not fit together.
+    first target token is part of the likelihood (of the smoothing term it always is). log_normaliser_B: see prior_logp.
+    Raises KeyError for an unknown objective and ValueError for shapes that do not fit together.
     """
     logp, smooth = OBJECTIVES[objective]
     B, K, T, _ = logits_BKTV.shape
@@ -136,7 +141,7 @@ def rag_nll(
             f"got {targets_BT.shape} and {scores_BK.shape}"
         )
     token_logp_BKT = target_logp(logits_BKTV, jnp.broadcast_to(targets_BT[:, None], (B, K, T)))
-    prior_BK = prior_logp(scores_BK)
+    prior_BK = prior_logp(scores_BK, log_normaliser_B)
     counted_BKT = token_logp_BKT
     if first_counts is not True:
         counted_BKT = token_logp_BKT.at[..., 0].set(jnp.where(first_counts, token_logp_BKT[..., 0], 0.0))

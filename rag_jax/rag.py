@@ -242,8 +242,9 @@ class Rag:
         label_smoothing: float = 0.0,
         dropout: jax.Array | None = None,
         exclude_bos_score: bool = False,
+        log_normaliser_B: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """nll_B and the posterior log p(z_k|x,y) [B, K]."""
+        """nll_B and the posterior log p(z_k|x,y) [B, K]. log_normaliser_B: see objectives.prior_logp."""
         check_contexts(context_ids_BKL, context_mask_BKL, scores_BK, labels_BT)
         targets_BT, mask_BT = shift_left(labels_BT, self.config.reader)
         logits_BKTV = self.logits(params, context_ids_BKL, context_mask_BKL, labels_BT, dropout)
@@ -260,6 +261,7 @@ class Rag:
             prior=prior,
             label_smoothing=label_smoothing,
             first_counts=first_counts,
+            log_normaliser_B=log_normaliser_B,
         )
         return nll_B, objectives.posterior_logp(token_logp_BKT, objectives.prior_logp(scores_BK), mask_BT)
 

@@ -7,13 +7,13 @@ index/        snapshot for those         metrics.jsonl, tensorboard/, report.jso
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rag_jax import checkpoint, config, sharding
@@ -22,9 +22,9 @@ from rag_jax.data import tokenizers
 from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
 from rag_jax.rag import Params, Passages, Rag, RagConfig
+from rag_jax.refresh import Index, encoded
 from rag_jax.retrieval import encode, index
 from rag_jax.retrieval.corpus import Corpus
-from rag_jax.steps import Index
 
 IDENTITY = "corpus.json"
 PROVENANCE = "hf"  # the configuration files that converted parameters came with, for an export
@@ -91,18 +91,15 @@ def abstract_params(rag: Rag) -> Any:
     return jax.eval_shape(rag.init, jax.random.key(0))
 
 
-def embedder(loaded: Loaded) -> Callable[[Params, int], Index]:
-    """A function (params, step) -> a fresh index of all passages, on device; compiled once."""
-    encoder, passages = loaded.rag.encoder, loaded.passages
-    table = encode.embed_table(lambda side, ids, mask: encoder.apply({"params": side}, ids, mask), loaded.mesh)
-    everywhere = sharding.replicated(loaded.mesh)
-
-    def embed(params: Params, step: int) -> Index:
-        side = jax.device_put(params[loaded.encoder_side], everywhere)
-        embeddings = table(side, passages.encoder_ids_NL, passages.encoder_length_N)
-        return Index(embeddings, jax.device_put(np.int32(step), everywhere))
-
-    return embed
+def index_on_device(loaded: Loaded, snapshot: index.Snapshot, dtype: str = "float32") -> Index:
+    """A snapshot's embeddings on the devices, as this type; all rows made at the snapshot's step."""
+    embeddings, scale = snapshot.embeddings_NE, None
+    step_N = np.full(len(embeddings), snapshot.manifest.step, np.int32)
+    rows = sharding.shard_rows(loaded.mesh, embeddings, 0)
+    place = sharding.sharding(loaded.mesh, ("rows", None)), sharding.sharding(loaded.mesh, ("rows",))
+    if dtype != str(rows.dtype):
+        rows, scale = jax.jit(lambda x: encoded(x, jnp.dtype(dtype)), out_shardings=(place[0], place[1]))(rows)
+    return Index(rows, sharding.shard_rows(loaded.mesh, step_N, 0), scale)
 
 
 def identity(corpus: Corpus) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rag_jax import objectives, optimizer
-from rag_jax.config import StageConfig
+from rag_jax import objectives, optimizer, refresh, schedule
+from rag_jax.config import SearchConfig, StageConfig
 from rag_jax.rag import Params, Passages, Rag, join, shift_left
+from rag_jax.refresh import Index
 from rag_jax.retrieval import mips
 
 Batch = dict[str, jax.Array]
@@ -26,13 +27,6 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-class Index(NamedTuple):
-    """Passage embeddings, rows sharded over the mesh and padded, and the step of the encoder that made them."""
-
-    embeddings_NE: jax.Array
-    step: jax.Array
-
-
 class Setting(NamedTuple):
     """What a step closes over: static things and special ids."""
 
@@ -41,6 +35,15 @@ class Setting(NamedTuple):
     mesh: jax.sharding.Mesh
     n_passages: int
     prefix_ids: tuple[int, ...]
+    search: SearchConfig = SearchConfig()
+    epoch: int = 1  # steps of one, for the words of `refresh`
+
+
+class Fresh(NamedTuple):
+    """Rows [X] of the index and what they are now [X, E], embedded without dropout: for `write_back`."""
+
+    rows: jax.Array
+    embeddings: jax.Array
 
 
 def masked(length_B: jax.Array, width: int) -> jax.Array:
@@ -88,31 +91,110 @@ def is_gold(rows_BK: jax.Array, gold_BG: jax.Array) -> jax.Array:
     return ((rows_BK[:, :, None] == gold_BG[:, None]) & (gold_BG[:, None] >= 0)).any(-1)
 
 
+def find(s: Setting, q_BE: jax.Array, index: Index, k: int) -> tuple[jax.Array, jax.Array]:
+    """(scores_BK, rows_BK) of the k passages with the largest inner products, in graph, without a gradient."""
+    how = {"scale_N": index.scale_N, "live_N": index.live_N, "recall_target": s.search.recall_target}
+    how = {k: v for k, v in how.items() if v not in (None, 1.0)}
+    return mips.search(q_BE, index.embeddings_NE, k, mesh=s.mesh, n_valid=s.n_passages, **how)
+
+
+class Found(NamedTuple):
+    """Passages for a batch: places in the tables, their numbers in the corpus, scores_BK = q.d, log Z or None."""
+
+    rows_BK: jax.Array
+    numbers_BK: jax.Array
+    scores_BK: jax.Array
+    log_normaliser_B: jax.Array | None
+    fresh: Fresh | None
+    metrics: Metrics
+
+
+def retrieve(
+    s: Setting,
+    params: Params,
+    trains_passages: bool,
+    batch: Batch,
+    index: Index,
+    passages: Passages,
+    keys: tuple[jax.Array, jax.Array],
+    now: jax.Array,
+) -> Found:
+    """The passages of every question, found in graph or given (`documents`: their places in the tables, found on the
+    host), and their scores, through which the gradient reaches the encoders.
+
+    Passages that train are embedded afresh. With n_retrieved = L > n_docs, L are found, embedded as they are now, and
+    the K best of them by that are kept (Izacard et al. 2022, Atlas, section 2.4, re-ranking).
+    """
+    question_key, passage_key = keys
+    stage = s.stage
+    q_BE = embed_questions(s, params, batch, question_key)
+    if "documents" in batch:
+        rows_BK = batch["documents"]
+    else:
+        _, rows_BK = find(s, q_BE, index, max(stage.n_docs, stage.n_retrieved))
+    stored_BKE = jax.lax.stop_gradient(refresh.stored(index, rows_BK))
+    d_BKE, fresh = stored_BKE, None
+    if stage.n_retrieved:
+        now_BLE = jax.lax.stop_gradient(embed_rows(s, params, passages, rows_BK, None))
+        fresh = Fresh(rows_BK.reshape(-1), now_BLE.reshape(-1, now_BLE.shape[-1]))
+        best_BK = jax.lax.top_k(jax.lax.stop_gradient(jnp.einsum("be,ble->bl", q_BE, now_BLE)), stage.n_docs)[1]
+        rows_BK = jnp.take_along_axis(rows_BK, best_BK, 1)
+        d_BKE, stored_BKE = (jnp.take_along_axis(x, best_BK[..., None], 1) for x in (now_BLE, stored_BKE))
+    if trains_passages:
+        d_BKE = embed_rows(s, params, passages, rows_BK, passage_key)
+        if fresh is None:
+            fresh = Fresh(rows_BK.reshape(-1), jax.lax.stop_gradient(d_BKE).reshape(-1, d_BKE.shape[-1]))
+    scores_BK = jnp.einsum("be,bke->bk", q_BE, d_BKE)
+    gap_BK = jnp.abs(jax.lax.stop_gradient(scores_BK - jnp.einsum("be,bke->bk", q_BE, stored_BKE)))
+    age_BK = now - index.step_N[rows_BK]
+    metrics = {"row_age": age_BK.mean(), "row_age_max": age_BK.max()}
+    if fresh is not None:
+        metrics["score_gap"] = gap_BK.mean()
+    log_normaliser_B = None
+    if stage.normaliser == "corpus":
+        log_normaliser_B = corpus_normaliser(s, q_BE, index, scores_BK, stored_BKE)
+        metrics["prior_mass"] = jnp.exp(objectives.logsumexp(scores_BK, axis=-1) - log_normaliser_B).mean()
+    if not stage.prior_gradient:
+        scores_BK, log_normaliser_B = jax.lax.stop_gradient((scores_BK, log_normaliser_B))
+    numbers_BK = batch.get("document_rows", rows_BK)
+    if stage.n_retrieved and "document_rows" in batch:
+        numbers_BK = jnp.take_along_axis(numbers_BK, best_BK, 1)
+    return Found(rows_BK, numbers_BK, scores_BK, log_normaliser_B, fresh, metrics)
+
+
+def corpus_normaliser(
+    s: Setting, q_BE: jax.Array, index: Index, scores_BK: jax.Array, stored_BKE: jax.Array
+) -> jax.Array:
+    """log of the sum over the whole corpus of exp(q.d) [B], where what was retrieved counts with its fresh scores."""
+    how = {"scale_N": index.scale_N, "live_N": index.live_N}
+    log_z_B = mips.log_normaliser(q_BE, index.embeddings_NE, mesh=s.mesh, n_valid=s.n_passages, **how)
+    stale_B = objectives.logsumexp(jnp.einsum("be,bke->bk", q_BE, stored_BKE), axis=-1)
+    rest_B = log_z_B + jnp.log1p(-jnp.exp(jnp.minimum(stale_B - log_z_B, -1e-6)))
+    return jnp.logaddexp(rest_B, objectives.logsumexp(scores_BK, axis=-1))
+
+
 def rag_loss(
-    s: Setting, params: Params, trains_passages: bool, batch: Batch, index: Index, passages: Passages, key: jax.Array
-) -> tuple[jax.Array, Metrics]:
+    s: Setting,
+    params: Params,
+    trains_passages: bool,
+    batch: Batch,
+    index: Index,
+    passages: Passages,
+    key: jax.Array,
+    now: jax.Array,
+) -> tuple[jax.Array, tuple[Metrics, Fresh | None]]:
     """The marginal likelihood of the answers under the retrieved (or gold, or given) passages; mean over the
     questions.
     """
     question_key, passage_key, generator_key = jax.random.split(key, 3)
+    found = None
     if s.stage.documents == "gold":
-        rows_BK = batch["gold"][:, :1]
+        rows_BK = batch["documents"] if "documents" in batch else batch["gold"][:, :1]
         scores_BK = jnp.zeros(rows_BK.shape, jnp.float32)
     else:
-        q_BE = embed_questions(s, params, batch, question_key)
-        if "documents" in batch:
-            rows_BK = batch["documents"]
-        else:
-            _, rows_BK = mips.search(
-                jax.lax.stop_gradient(q_BE), index.embeddings_NE, s.stage.n_docs, mesh=s.mesh, n_valid=s.n_passages
-            )
-        if trains_passages:
-            d_BKE = embed_rows(s, params, passages, rows_BK, passage_key)
-        else:
-            d_BKE = jax.lax.stop_gradient(index.embeddings_NE[rows_BK])
-        scores_BK = jnp.einsum("be,bke->bk", q_BE, d_BKE)
-        if not s.stage.prior_gradient:
-            scores_BK = jax.lax.stop_gradient(scores_BK)
+        keys = question_key, passage_key
+        found = retrieve(s, params, trains_passages, batch, index, passages, keys, now)
+        rows_BK, scores_BK = found.rows_BK, found.scores_BK
     ids_BKL, mask_BKL = contexts(s, passages, rows_BK, batch)
     nll_B, posterior_BK = s.rag.loss(
         params,
@@ -123,13 +205,15 @@ def rag_loss(
         s.stage.hf_compat,
         s.stage.label_smoothing,
         generator_key,
+        log_normaliser_B=found and found.log_normaliser_B,
     )
     counted = shift_left(batch["labels"], s.rag.config.reader)[1].sum()
     tokens = mask_BKL.sum() + counted * rows_BK.shape[1]
     metrics = {"nll_per_token": nll_B.sum() / counted, "tokens": tokens}
-    if s.stage.documents != "gold":
-        metrics |= retrieval_metrics(rows_BK, scores_BK, posterior_BK, batch["gold"])
-    return nll_B.mean(), metrics
+    if found is None:
+        return nll_B.mean(), (metrics, None)
+    metrics |= found.metrics | retrieval_metrics(found.numbers_BK, scores_BK, posterior_BK, batch["gold"])
+    return nll_B.mean(), (metrics, found.fresh)
 
 
 def retrieval_metrics(rows_BK: jax.Array, scores_BK: jax.Array, posterior_BK: jax.Array, gold_BG: jax.Array) -> Metrics:
@@ -160,12 +244,17 @@ def contrastive_loss(
     """
     question_key, passage_key = jax.random.split(key)
     q_BE = embed_questions(s, params, batch, question_key)
-    B, rows_P = len(q_BE), batch["gold"][:, 0]
-    if s.stage.hard_negatives:
-        _, hard = mips.search(q_BE, index.embeddings_NE, s.stage.hard_negatives, mesh=s.mesh, n_valid=s.n_passages)
-        rows_P = jnp.concatenate([rows_P, hard.reshape(-1)])
+    B = len(q_BE)
+    if "documents" in batch:
+        rows_P, numbers_P = batch["documents"], batch["document_rows"]
+    else:
+        rows_P = batch["gold"][:, 0]
+        if s.stage.hard_negatives:
+            _, hard = find(s, q_BE, index, s.stage.hard_negatives)
+            rows_P = jnp.concatenate([rows_P, hard.reshape(-1)])
+        numbers_P = rows_P
     d_PE = embed_rows(s, params, passages, rows_P, passage_key)
-    also_right_BP = is_gold(jnp.broadcast_to(rows_P[None], (B, len(rows_P))), batch["gold"])
+    also_right_BP = is_gold(jnp.broadcast_to(numbers_P[None], (B, len(rows_P))), batch["gold"])
     loss_B = objectives.in_batch_contrastive(q_BE, d_PE, jnp.eye(B, len(rows_P), dtype=bool), also_right_BP)
     right_B = also_right_BP[jnp.arange(B), (q_BE @ d_PE.T).argmax(-1)]
     tokens = batch["question_length"].sum() + passages.encoder_length_N[rows_P].astype(jnp.int32).sum()
@@ -194,28 +283,53 @@ def denoise_loss(s: Setting, params: Params, batch: Batch, key: jax.Array) -> tu
     }
 
 
-def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, Metrics]]:
-    """step(state, batch, index, passages, key) -> (state, metrics), not yet jitted. `steps_before`: those of earlier
-    stages.
+def changes_index(s: Setting) -> bool:
+    """Whether the step gives an index back: rolling refresh, and write-back."""
+    return schedule.parse(s.stage.refresh, s.epoch).kind == "rolling" or s.stage.write_back
+
+
+def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, Index | None, Metrics]]:
+    """step(state, batch, index, passages, key) -> (state, index or None, metrics), not yet jitted. `steps_before`:
+    those of earlier stages.
+
+    The index comes back where the step changes it. Rolling refresh and write-back use the parameters before the update.
     """
     config = s.stage.optimizer
     tx, rate = optimizer.make(config, s.stage.steps), optimizer.schedule(config, s.stage.steps)
+    side = "question_encoder" if s.rag.config.tie_encoders else "context_encoder"
+    when = schedule.parse(s.stage.refresh, s.epoch)
 
-    def loss(trainable: Params, frozen: Params, batch: Batch, index: Index, passages: Passages, key: jax.Array) -> Any:
+    def loss(
+        trainable: Params,
+        frozen: Params,
+        batch: Batch,
+        index: Index,
+        passages: Passages,
+        key: jax.Array,
+        now: jax.Array,
+    ) -> Any:
         params = {**frozen, **trainable}
         if s.stage.objective == "contrastive":
-            return contrastive_loss(s, params, batch, index, passages, key)
+            value, metrics = contrastive_loss(s, params, batch, index, passages, key)
+            return value, (metrics, None)
         if s.stage.objective == "denoise":
-            return denoise_loss(s, params, batch, key)
-        side = "question_encoder" if s.rag.config.tie_encoders else "context_encoder"
-        return rag_loss(s, params, side in trainable, batch, index, passages, key)
+            value, metrics = denoise_loss(s, params, batch, key)
+            return value, (metrics, None)
+        return rag_loss(s, params, side in trainable, batch, index, passages, key, now)
 
     def step(state: TrainState, batch: Batch, index: Index, passages: Passages, key: jax.Array) -> Any:
         trainable, frozen = optimizer.split(config, state.params)
         key = jax.random.fold_in(key, state.step)
-        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
-            trainable, frozen, batch, index, passages, key
+        (value, (metrics, fresh)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            trainable, frozen, batch, index, passages, key, state.step
         )
+        new_index = None
+        if changes_index(s):
+            new_index = index
+            if when.kind == "rolling":
+                new_index = refresh.roll(s.rag, s.mesh, state.params, new_index, passages, state.step, when.turn)
+            if s.stage.write_back and fresh is not None:
+                new_index = refresh.put(new_index, fresh.rows, fresh.embeddings, state.step)
         updates, opt_state = tx.update(gradients, state.opt_state, trainable)
         params = {**frozen, **optax.apply_updates(trainable, updates)}
         metrics |= {
@@ -223,15 +337,32 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": rate(state.step - steps_before),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state), new_index, metrics
 
     return step
 
 
-def jit_step(s: Setting, steps_before: int, state: TrainState) -> Any:
-    """The step, jitted; it takes the memory of the old state, and each array of the new one lies where the old one lay.
+def jit_step(s: Setting, steps_before: int, state: TrainState, index: Index | None = None) -> Any:
+    """The step, jitted; it takes the memory of the old state (and of an index that it changes), and each array of the
+    new one lies where the old one lay.
 
     (Left free, the compiler may move them after the first step, and a resumed run would compile another program.)
     """
-    places = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(make_step(s, steps_before), donate_argnums=0, out_shardings=(places, None))
+    places = jax.tree.map(lambda x: x.sharding, (state, index if changes_index(s) else None))
+    donated = (0, 2) if changes_index(s) else 0
+    return jax.jit(make_step(s, steps_before), donate_argnums=donated, out_shardings=(*places, None))
+
+
+def make_drift(s: Setting) -> Any:
+    """drift(params, batch, index, passages, rows_S) -> recall@k of the index as it stands against one made now, for
+    this batch's questions, among the passages at rows_S; jitted. k: n_docs, or the number of hard negatives.
+    """
+    k = s.stage.n_docs if s.stage.objective == "rag" else s.stage.hard_negatives
+
+    @jax.jit
+    def drift(params: Params, batch: Batch, index: Index, passages: Passages, rows_S: jax.Array) -> jax.Array:
+        live_S = jnp.ones(rows_S.shape, bool) if index.live_N is None else index.live_N[rows_S]
+        q_BE, fresh_SE = embed_questions(s, params, batch, None), embed_rows(s, params, passages, rows_S, None)
+        return refresh.overlap(q_BE, refresh.stored(index, rows_S), fresh_SE, live_S, min(k, len(rows_S)))
+
+    return drift

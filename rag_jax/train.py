@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import checkpoint, config, evaluate, logs, metrics, optimizer, sharding
+from rag_jax import checkpoint, config, evaluate, logs, metrics, optimizer, refresh, sharding
 from rag_jax import run as runs
 from rag_jax.answer import AnswerConfig, AnswerFn, make_answer
 from rag_jax.config import StageConfig, TrainConfig
@@ -27,9 +26,11 @@ from rag_jax.data import formats, pipeline
 from rag_jax.errors import InputError
 from rag_jax.logs import MetricWriter, Progress
 from rag_jax.models.lexical import inverse_document_frequency, lexical_start
+from rag_jax.refresh import Index, Refresher, on_devices
 from rag_jax.retrieval import index as snapshots
 from rag_jax.retrieval.corpus import Corpus
-from rag_jax.steps import Index, Setting, TrainState, jit_step
+from rag_jax.steps import Setting, TrainState, jit_step
+from rag_jax.upkeep import Feed, OnDevice, Upkeep, kept_fields
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Interval:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, jax.Array]] = []
+        self.measured: dict[str, float] = {}  # the last of what is not measured in every step
         self.begun = time.perf_counter()
         self.restart_clock()
 
@@ -164,11 +166,12 @@ class Interval:
         timed = len(self.rows) - self.untimed
         seconds = time.perf_counter() - (self.started if timed else self.begun)
         steps = timed or len(self.rows)
-        return values | {
+        times = {
             "step_seconds": seconds / steps,
             "tokens_per_second": values.pop("tokens") * steps / seconds,
             "host_share": self.host_seconds / seconds,
         }
+        return values | times | self.measured
 
 
 class Session(NamedTuple):
@@ -176,14 +179,19 @@ class Session(NamedTuple):
 
     cfg: TrainConfig
     directory: Path
+    data: Data
     loaded: runs.Loaded
-    embed: Any
+    refresher: Refresher
     keeper: checkpoint.Checkpoints
     writer: MetricWriter
     batches: list[grain.MapDataset]
     dev: list[formats.Question]
     answering: AnswerConfig
     program: AnswerFn
+
+    def upkeep(self, number: int, index: Any) -> Upkeep:
+        """What stage `number` does about its index."""
+        return upkeep_of(self.cfg, self.loaded, self.data, self.refresher, number, index)
 
 
 def init_state(loaded: runs.Loaded, stage: StageConfig, params: Any, step: int) -> TrainState:
@@ -197,33 +205,61 @@ def init_state(loaded: runs.Loaded, stage: StageConfig, params: Any, step: int) 
     return TrainState(jax.device_put(np.int32(step), place), params, sharding.init(loaded.mesh, opt_state))
 
 
-def save(session: Session, stage: StageConfig, state: TrainState, index: Index, seconds: float) -> None:
-    arrays = {"state": state._asdict()} | ({"index": index._asdict()} if config.searches(stage) else {})
-    session.keeper.save(int(state.step), arrays, {"seconds": seconds})
+def make_refresher(cfg: TrainConfig, loaded: runs.Loaded) -> Refresher:
+    """What makes the run's index anew."""
+    make = on_devices(loaded.rag, loaded.mesh, loaded.passages, cfg.search.dtype)
+    return Refresher(make, loaded.mesh, loaded.encoder_side)
 
 
-def restore(
-    session: Session, stage: StageConfig, params: Any, index: Index, step: int
-) -> tuple[TrainState, Index, float]:
-    """State, index and training seconds of the checkpoint of `step`, which lies in this stage."""
+def upkeep_of(
+    cfg: TrainConfig, loaded: runs.Loaded, data: Data, refresher: Refresher, number: int, index: Any
+) -> Upkeep:
+    """What stage `number` does about its index, which is `index` so far."""
+    stage = cfg.stages[number]
+    setting = Setting(
+        rag=loaded.rag,
+        stage=stage,
+        mesh=loaded.mesh,
+        n_passages=len(loaded.corpus),
+        prefix_ids=loaded.corpus.generator_tokenizer.prefix_ids,
+        search=cfg.search,
+        epoch=max(1, len(data.examples) // stage.batch),
+    )
+    way: Feed = OnDevice(setting, loaded.passages)
+    return Upkeep(setting, way, refresher, cfg.seed, cfg.drift_sample, index)
+
+
+def save(session: Session, state: TrainState, upkeep: Upkeep, seconds: float) -> None:
+    arrays = {"state": state._asdict(), **upkeep.arrays()}
+    session.keeper.save(int(state.step), arrays, {"seconds": seconds, **upkeep.position()})
+
+
+def restore(session: Session, number: int, params: Any, step: int) -> tuple[TrainState, Upkeep, float]:
+    """State, index and training seconds of the checkpoint of `step`, which lies in stage `number`."""
+    stage, refresher = session.cfg.stages[number], session.refresher
+    position = session.keeper.position(step)
     like = {"state": init_state(session.loaded, stage, params, 0)._asdict()}
-    like |= {"index": index._asdict()} if config.searches(stage) else {}
+    if config.searches(stage):
+        like["index"] = kept_fields(blank_index(session))
+    if "pending_step" in position:
+        like["pending"] = refresher.encoder(params)
     arrays = session.keeper.restore(step, like)
+    index = blank_index(session)._replace(**arrays["index"]) if config.searches(stage) else None
+    if "pending_step" in position:
+        refresher.resume(arrays["pending"], position["pending_step"])
     logs.info(f"{session.directory}: going on from step {step}")
-    index = Index(**arrays["index"]) if config.searches(stage) else index
-    return TrainState(**arrays["state"]), index, session.keeper.position(step)["seconds"]
+    return TrainState(**arrays["state"]), session.upkeep(number, index), position["seconds"]
 
 
 def run_stage(
-    session: Session, number: int, start: int, state: TrainState, index: Index, seconds: float
-) -> tuple[TrainState, Index, float]:
-    """The steps of one stage that are still to do; returns state, index and the training seconds of the run so far."""
-    cfg, loaded = session.cfg, session.loaded
-    stage, mesh = cfg.stages[number], loaded.mesh
+    session: Session, number: int, start: int, state: TrainState, upkeep: Upkeep, seconds: float
+) -> tuple[TrainState, float]:
+    """The steps of one stage that are still to do; returns state and the training seconds of the run so far."""
+    cfg = session.cfg
+    stage = cfg.stages[number]
     begun = time.perf_counter()
     first, end = int(state.step), start + stage.steps
-    setting = Setting(loaded.rag, stage, mesh, len(loaded.corpus), loaded.corpus.generator_tokenizer.prefix_ids)
-    step_fn = jit_step(setting, start, state)
+    step_fn: Any = None
     iterator = pipeline.iterate(session.batches[number], first - start)
     key = jax.random.key(cfg.seed)
     interval = Interval()
@@ -232,12 +268,16 @@ def run_stage(
     ) as progress:
         for step in range(first, end):
             into = step - start
-            if config.searches(stage) and (into == 0 or (stage.refresh_every and into % stage.refresh_every == 0)):
-                index = session.embed(state.params, step)
             before = time.perf_counter()
-            batch = sharding.shard_batch(mesh, next(iterator))
-            interval.host_seconds += time.perf_counter() - before
-            state, metrics = step_fn(state, batch, index, loaded.passages, key)
+            drawn = next(iterator)
+            waited = time.perf_counter() - before
+            interval.measured |= upkeep.before(state.params, into, step, drawn)
+            before = time.perf_counter()
+            fed = upkeep.feed(state.params, drawn)
+            interval.host_seconds += waited + time.perf_counter() - before
+            step_fn = step_fn or jit_step(upkeep.setting, start, state, fed.table)
+            state, changed, metrics = step_fn(state, *fed, key)
+            upkeep.after(changed)
             interval.rows.append(metrics)
             jax.block_until_ready(interval.rows[max(-2, -len(interval.rows))])  # at most two steps under way
             if step == first:  # compilation is not step time
@@ -248,22 +288,22 @@ def run_stage(
             progress.update(1, loss=metrics["loss"])
             logged = (into + 1) % cfg.log_every == 0 or step + 1 == end
             if logged:
-                row = {"stage": stage.name, **interval.summary()}
-                if config.searches(stage):
-                    row["index_age"] = step - int(index.step)
+                row = {"stage": stage.name, **interval.summary(), **upkeep.age(step)}
                 if cfg.evaluate_every and ((into + 1) % cfg.evaluate_every == 0 or step + 1 == end):
-                    row |= evaluate_dev(session, state.params, index if config.searches(stage) else None, step)
+                    row |= evaluate_dev(session, state.params, upkeep.index, step)
                 session.writer.write(step + 1, row)
+            if step + 1 == end:
+                upkeep.refresher.drop()
             if (into + 1) % cfg.checkpoint_every == 0 or step + 1 == end:
-                save(session, stage, state, index, seconds + time.perf_counter() - begun)
+                save(session, state, upkeep, seconds + time.perf_counter() - begun)
             if logged:
                 interval = Interval()
-    return state, index, seconds + time.perf_counter() - begun
+    return state, seconds + time.perf_counter() - begun
 
 
-def evaluate_dev(session: Session, params: Any, index: Index | None, step: int) -> dict[str, float]:
+def evaluate_dev(session: Session, params: Any, index: Any, step: int) -> dict[str, float]:
     """Exact match and recall on the first `evaluate_questions` of the dev questions, as eval/... metrics."""
-    index = session.embed(params, step) if index is None else index
+    index = session.refresher.full(params, step) if index is None else index
     summary = metrics.summarize(
         evaluate.predict(session.loaded, params, index, session.dev, session.answering, session.program)
     )
@@ -298,8 +338,9 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
     session = Session(
         cfg=cfg,
         directory=directory,
+        data=data,
         loaded=loaded,
-        embed=runs.embedder(loaded),
+        refresher=make_refresher(cfg, loaded),
         keeper=keeper,
         writer=MetricWriter(directory, resume_step=done),
         batches=every_batch,
@@ -308,17 +349,18 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
         program=make_answer(loaded, answering),
     )
     params = init_params(loaded, cfg.seed, cfg.init if not done else "")
-    index = empty_index(loaded)
+    given = given_index(session, params) if cfg.index and not done else None
     seconds, start = 0.0, 0
     for number, stage in enumerate(cfg.stages):
         end = start + stage.steps
         if done <= end:
             if start < done:
-                state, index, seconds = restore(session, stage, params, index, done)
+                state, upkeep, seconds = restore(session, number, params, done)
             else:
                 state = init_state(loaded, stage, params, start)
+                upkeep = session.upkeep(number, given if start == 0 else None)
             if done < end:
-                state, index, seconds = run_stage(session, number, start, state, index, seconds)
+                state, seconds = run_stage(session, number, start, state, upkeep, seconds)
             params = state.params
         start = end
     session.writer.close()
@@ -358,11 +400,19 @@ def init_params(loaded: runs.Loaded, seed: int, init_from: str) -> Any:
     return params
 
 
-def empty_index(loaded: runs.Loaded) -> Index:
-    """Zeros in the shape of the index, for stages that do not search."""
-    shape = (loaded.passages.encoder_ids_NL.shape[0], loaded.rag.config.encoder.output_width)
-    rows, everywhere = sharding.sharding(loaded.mesh, ("rows", None)), sharding.replicated(loaded.mesh)
-    return Index(jnp.zeros(shape, jnp.float32, device=rows), jax.device_put(np.int32(0), everywhere))
+def blank_index(session: Session) -> Index:
+    """An index of zeros, in the shapes and places of one that the run makes."""
+    loaded = session.loaded
+    rows, width = len(loaded.passages.encoder_length_N), loaded.rag.config.encoder.output_width
+    return refresh.blank(loaded.mesh, rows, width, session.cfg.search.dtype)
+
+
+def given_index(session: Session, params: Any) -> Index:
+    """The index that the configuration names; InputError where it is of another corpus or encoder."""
+    loaded = session.loaded
+    snapshot = snapshots.open_snapshot(session.cfg.index)
+    snapshots.check(snapshot, loaded.corpus.hash, runs.encoder_hash(loaded, params))
+    return runs.index_on_device(loaded, snapshot, session.cfg.search.dtype)._replace(step_N=blank_index(session).step_N)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

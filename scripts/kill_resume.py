@@ -46,7 +46,7 @@ def get_config(data: str) -> ConfigDict:
         stage("retriever", encoder, objective="contrastive"),
         stage("denoise", generator, objective="denoise", source_length=96),
         stage("read", generator, documents="gold", window=32, source_length=96),
-        stage("joint", {**encoder, **generator}, n_docs=3, refresh_every=7),
+        stage("joint", {**encoder, **generator}, n_docs=3, refresh="7"),
     )
     return c
 

@@ -86,7 +86,7 @@ def main() -> None:
                 steps=args.steps,
                 batch=16,
                 n_docs=6,
-                refresh_every=20,
+                refresh="20",
                 prior_gradient=gradient,
                 optimizer=adam,
             )

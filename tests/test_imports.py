@@ -15,15 +15,17 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_jax"
 LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors"],
-    ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "optimizer"],
+    ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "optimizer", "schedule"],
     ["decoding", "checkpoint", "plots", "tensors"],
     ["models"],
     ["data"],
     ["retrieval"],
     ["generate"],
     ["rag"],
+    ["refresh"],
     ["config", "report"],
     ["steps"],
+    ["upkeep"],
     ["run"],
     ["pretrained"],
     ["saving"],

@@ -20,8 +20,9 @@ from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
 from rag_jax.optimizer import OptimizerConfig
 from rag_jax.rag import Passages, Rag, RagConfig
+from rag_jax.refresh import Index
 from rag_jax.retrieval.corpus import Corpus
-from rag_jax.steps import Index, Setting, TrainState
+from rag_jax.steps import Setting, TrainState
 
 B, K, E, LENGTH = 8, 3, 6, 152
 
@@ -94,7 +95,12 @@ def batch(examples):
 def index(params, corpus, mesh):
     """Of an older encoder, so that searching in it and scoring with fresh embeddings differ."""
     older = params["context_encoder"] + np.random.default_rng(1).normal(0, 0.5, params["context_encoder"].shape)
-    return Index(sharding.shard_rows(mesh, embed_all(older, corpus).astype(np.float32), 0), jnp.int32(0))
+    return index_of(mesh, embed_all(older, corpus))
+
+
+def index_of(mesh, embeddings, step=0):
+    rows = sharding.shard_rows(mesh, np.asarray(embeddings, np.float32), 0)
+    return Index(rows, sharding.shard_rows(mesh, np.full(len(rows), step, np.int32), 0))
 
 
 def setting(rag, stage, mesh, corpus):
@@ -112,10 +118,11 @@ def embed_all(table, corpus):
 def by_hand(params, batch, corpus, variant, stored, fresh, rows=None):
     """(mean loss, metrics, prior, posterior, rows), float64; stored, fresh: embeddings to search and to score with."""
     table = np.asarray(params["generator"], np.float64)
-    losses, priors, posteriors, found, tokens, counted = [], [], [], [], 0, 0
+    losses, priors, posteriors, found, questions, tokens, counted = [], [], [], [], [], 0, 0
     for b in range(B):
         question = batch["question_ids"][b, : batch["question_length"][b]]
         q = np.asarray(params["question_encoder"], np.float64)[question].mean(0)
+        questions.append(q)
         mine = np.argsort(-(stored @ q), kind="stable")[:K] if rows is None else rows[b]
         prior = oracles.softmax(fresh[mine] @ q)
         label = batch["labels"][b][batch["labels"][b] != 1]
@@ -143,7 +150,12 @@ def by_hand(params, batch, corpus, variant, stored, fresh, rows=None):
         "unique_documents": len({int(row) for rows in found for row in rows}) / (B * K),
         "recall_at_1": np.mean(first),
         "recall_at_3": np.mean([any(hit) for hit in hits]),
+        "row_age": 3,
+        "row_age_max": 3,
     }
+    if fresh is not stored:
+        gaps = [abs((fresh[row] - stored[row]) @ q) for q, mine in zip(questions, found, strict=True) for row in mine]
+        metrics["score_gap"] = np.mean(gaps)
     return np.mean(losses), metrics, np.array(priors), np.array(posteriors), np.array(found)
 
 
@@ -156,7 +168,10 @@ def joint(corpus, mesh, passages, index):
         s = setting(bags(corpus, variant=variant), StageConfig("joint", n_docs=K, **stage), mesh, corpus)
 
         def loss(params, batch):
-            return steps.rag_loss(s, params, trains_passages, batch, index, passages, jax.random.key(0))
+            value, (metrics, _) = steps.rag_loss(
+                s, params, trains_passages, batch, index, passages, jax.random.key(0), jnp.int32(3)
+            )
+            return value, metrics
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -239,9 +254,9 @@ def test_gold_reading_through_a_window(params, batch, corpus, mesh, passages, in
 
     @jax.jit
     def loss(params, batch):
-        return steps.rag_loss(s, params, False, batch, index, passages, jax.random.key(0))
+        return steps.rag_loss(s, params, False, batch, index, passages, jax.random.key(0), jnp.int32(0))
 
-    value, metrics = loss(params, {**batch, "gold": gold, "window": window})
+    value, (metrics, _) = loss(params, {**batch, "gold": gold, "window": window})
     table, losses, tokens, counted = np.asarray(params["generator"], np.float64), [], 0, 0
     for b in range(B):
         row = gold[b, 0]
@@ -354,7 +369,7 @@ def test_the_index_is_never_gathered(corpus, mesh):
     tables = rng.integers(0, 400, (2, n, 16)).astype(np.uint16)
     lengths = np.full(n, 16, np.uint16)
     table = Passages(*(sharding.shard_rows(mesh, x, 0) for x in (tables[0], lengths, tables[1], lengths)))
-    index = Index(sharding.shard_rows(mesh, rng.normal(size=(n, E)).astype(np.float32), 0), jnp.int32(0))
+    index = index_of(mesh, rng.normal(size=(n, E)))
     stage = StageConfig("joint", n_docs=K, optimizer=OptimizerConfig(groups={"question_encoder": 1.0}))
     s = Setting(bags(corpus), stage, mesh, n, (0,))
     params = {name: jnp.ones((400, E)) for name in ("question_encoder", "context_encoder", "generator")}
@@ -417,7 +432,7 @@ def two_steps(stage, variant, corpus, examples, mesh):
     params = drawn_params(loaded)
     state = train.init_state(loaded, stage, params, 5)
     embeddings = np.random.default_rng(1).normal(size=(len(corpus), ENCODER.width)).astype(np.float32)
-    index = Index(sharding.shard_rows(mesh, embeddings, 0), jnp.int32(0))
+    index = index_of(mesh, embeddings)
     if stage.objective == "denoise":
         data = pipeline.denoise_batches(corpus, batch=B, seed=0, length=48)
     else:
@@ -428,7 +443,7 @@ def two_steps(stage, variant, corpus, examples, mesh):
     step = steps.jit_step(setting(loaded.rag, stage, mesh, corpus), 4, state)
     metrics = []
     for i in range(2):
-        state, found = step(state, sharding.shard_batch(mesh, data[i]), index, loaded.passages, jax.random.key(1))
+        state, _, found = step(state, sharding.shard_batch(mesh, data[i]), index, loaded.passages, jax.random.key(1))
         metrics.append(jax.device_get(found))
     assert int(state.step) == 7
     assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding == place, state, places))
@@ -469,7 +484,7 @@ def test_dropout_goes_by_the_step_and_the_key(corpus, examples):
     step = jax.jit(steps.make_step(setting(loaded.rag, stage, mesh, corpus), 0))
 
     def loss(at, key):
-        _, metrics = step(state._replace(step=jnp.int32(at)), batch, None, loaded.passages, jax.random.key(key))
+        _, _, metrics = step(state._replace(step=jnp.int32(at)), batch, None, loaded.passages, jax.random.key(key))
         return float(metrics["loss"])
 
     assert loss(3, 0) == loss(3, 0)

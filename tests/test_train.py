@@ -89,6 +89,7 @@ def test_metrics(tiny_run):
         "denoise": {"token_accuracy"},
         "joint": {
             *("nll_per_token", "prior_entropy", "unique_documents", "posterior_prior_gap", "index_age"),
+            *("row_age", "row_age_max", "score_gap"),
             *("recall_at_1", "recall_at_3"),
         },
     }

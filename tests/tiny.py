@@ -39,7 +39,7 @@ def get_config(data: str) -> ConfigDict:
         stage("retriever", 60, objective="contrastive", groups=encoder),
         stage("read", 20, documents="gold", window=16, source_length=64, groups=generator),
         stage("denoise", 10, objective="denoise", source_length=64, groups=generator),
-        stage("joint", 20, n_docs=3, refresh_every=4, groups={**encoder, **generator}),
+        stage("joint", 20, n_docs=3, refresh="4", groups={**encoder, **generator}),
     )
     return c
 

@@ -1,0 +1,218 @@
+"""The index while training: rows on the devices, each with the step of its encoder, and the ways to make it anew.
+
+One program embeds a block of every device's own rows. All blocks one after another are a synchronous refresh; the same
+beside training is a background one; one block in every training step is a rolling one. None has a collective over rows.
+"""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rag_jax import sharding
+from rag_jax.logs import Progress
+from rag_jax.rag import Params, Passages, Rag
+from rag_jax.retrieval import mips
+
+CHUNK = 64  # passages of one device that are embedded at once
+BLOCK = 8 * CHUNK  # rows of one device that one dispatch embeds
+
+
+class Index(NamedTuple):
+    """Passage embeddings, rows sharded over the mesh and padded, and for each row the step of its encoder.
+
+    scale_N: of int8 rows, which are row * scale. live_N: False for deleted passages; None: there are none.
+    """
+
+    embeddings_NE: jax.Array
+    step_N: jax.Array
+    scale_N: jax.Array | None = None
+    live_N: jax.Array | None = None
+
+
+def encoded(embeddings: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Embeddings [..., E] as an index of this type holds them, and their scales where it is int8."""
+    return mips.quantise(embeddings) if dtype == jnp.int8 else (embeddings.astype(dtype), None)
+
+
+def stored(index: Index, rows: jax.Array) -> jax.Array:
+    """Embeddings of rows [...] as they stand in the index: float32 [..., E]."""
+    found = index.embeddings_NE[rows].astype(jnp.float32)
+    return found if index.scale_N is None else found * index.scale_N[rows][..., None]
+
+
+def put(index: Index, rows: jax.Array, embeddings: jax.Array, step: jax.Array) -> Index:
+    """The index with other embeddings [X, E] at rows [X], made at `step`. A row that is named twice has to have the
+    same embedding twice.
+    """
+    new, scale_X = encoded(embeddings, index.embeddings_NE.dtype)
+    return index._replace(
+        embeddings_NE=index.embeddings_NE.at[rows].set(new),
+        step_N=index.step_N.at[rows].set(step),
+        scale_N=None if scale_X is None or index.scale_N is None else index.scale_N.at[rows].set(scale_X),
+    )
+
+
+def rows_at_once(n: int, devices: int, turn: int) -> int:
+    """How many of its rows a device has to embed in each step, so that all n are done within `turn` steps."""
+    return -(-(n // devices) // min(turn, n // devices))
+
+
+def embed_block(
+    rag: Rag,
+    mesh: jax.sharding.Mesh,
+    params: Params,
+    index: Index,
+    passages: Passages,
+    number: Any,
+    step: Any,
+    size: int,
+) -> Index:
+    """Each device embeds `size` of its own rows, from row number * size on; the last block reaches back to be full.
+
+    params: the part that embeds passages is enough. `step` is written beside the rows.
+    """
+    devices, local = mesh.size, len(index.embeddings_NE) // mesh.size
+    size = min(size, local)
+    chunk = min(CHUNK, size)
+    first = jnp.minimum(number * size, local - size)
+    place = sharding.sharding(mesh, ("rows", None, None))
+
+    def by_device(table: jax.Array) -> jax.Array:
+        return table.reshape(devices, local, *table.shape[1:])
+
+    def some(i: Any, index: Index) -> Index:
+        at = first + jnp.minimum(i * chunk, size - chunk)
+        ids = lax.dynamic_slice_in_dim(by_device(passages.encoder_ids_NL), at, chunk, 1)
+        ids = lax.with_sharding_constraint(ids, place).reshape(devices * chunk, -1).astype(jnp.int32)
+        lengths = lax.dynamic_slice_in_dim(by_device(passages.encoder_length_N), at, chunk, 1).reshape(-1)
+        mask = jnp.arange(ids.shape[1])[None] < lengths.astype(jnp.int32)[:, None]
+        fresh = lax.stop_gradient(rag.embed_passages(params, ids, mask))
+        new, scale = encoded(fresh, index.embeddings_NE.dtype)
+
+        def written(table: jax.Array, rows: jax.Array) -> jax.Array:
+            rows = rows.reshape(devices, chunk, *table.shape[1:])
+            return lax.dynamic_update_slice_in_dim(by_device(table), rows, at, 1).reshape(table.shape)
+
+        return index._replace(
+            embeddings_NE=written(index.embeddings_NE, new),
+            step_N=written(index.step_N, jnp.full(devices * chunk, step, jnp.int32)),
+            scale_N=None if index.scale_N is None or scale is None else written(index.scale_N, scale),
+        )
+
+    chunks = -(-size // chunk)
+    return some(0, index) if chunks == 1 else lax.fori_loop(0, chunks, some, index)
+
+
+def roll(
+    rag: Rag, mesh: jax.sharding.Mesh, params: Params, index: Index, passages: Passages, step: jax.Array, turn: int
+) -> Index:
+    """The block that step `step` of a rolling refresh embeds: after `turn` steps every row has been."""
+    local = len(index.embeddings_NE) // mesh.size
+    size = rows_at_once(len(index.embeddings_NE), mesh.size, turn)
+    return embed_block(rag, mesh, params, index, passages, step % -(-local // size), step, size)
+
+
+def overlap(q_BE: jax.Array, stored_SE: jax.Array, fresh_SE: jax.Array, live_S: jax.Array, k: int) -> jax.Array:
+    """Recall@k of stored against fresh embeddings of the same S passages: a scalar, 1 where the k best are the same."""
+
+    def best(d_SE: jax.Array) -> jax.Array:
+        scores = jnp.where(live_S, jnp.einsum("be,se->bs", q_BE, d_SE), -jnp.inf)
+        return lax.top_k(scores.astype(jnp.float32), k)[1]
+
+    return (best(stored_SE)[:, :, None] == best(fresh_SE)[:, None]).any(1).mean()
+
+
+def sample(seed: tuple[int, ...], n: int, size: int) -> np.ndarray:
+    """min(size, n) different rows of n, ascending int32: one drawn from each of equally long stretches."""
+    size = min(size, n)
+    edges = (np.arange(size + 1, dtype=np.int64) * n) // size
+    return np.random.default_rng(seed).integers(edges[:-1], edges[1:]).astype(np.int32)
+
+
+def blank(mesh: jax.sharding.Mesh, n: int, width: int, dtype: str = "float32", live_N: Any = None) -> Index:
+    """Zeros in the shape of an index of n rows (already a multiple of the devices)."""
+    rows, table = sharding.sharding(mesh, ("rows",)), sharding.sharding(mesh, ("rows", None))
+    return Index(
+        jnp.zeros((n, width), jnp.dtype(dtype), device=table),
+        jnp.zeros(n, jnp.int32, device=rows),
+        jnp.zeros(n, jnp.float32, device=rows) if dtype == "int8" else None,
+        live_N,
+    )
+
+
+# (encoder, step, the old index, whose memory may be taken, or None; say nothing) -> a fresh index
+Make = Callable[[Params, int, Any, bool], Any]
+
+
+def on_devices(rag: Rag, mesh: jax.sharding.Mesh, passages: Passages, dtype: str, live_N: Any = None) -> Make:
+    """Makes an Index of all passages on the devices, a block at a time."""
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def block(params: Params, index: Index, passages: Passages, number: Any, step: Any) -> Index:
+        return embed_block(rag, mesh, params, index, passages, number, step, BLOCK)
+
+    rows = len(passages.encoder_length_N)
+    local = rows // mesh.size
+    blocks = -(-local // BLOCK)
+
+    def make(encoder: Params, step: int, index: Index | None, quiet: bool) -> Index:
+        index = blank(mesh, rows, rag.config.encoder.output_width, dtype, live_N) if index is None else index
+        shown = Progress(rows, "embedding passages", "passage") if blocks >= 8 and not quiet else None
+        with shown or nullcontext():
+            for number in range(blocks):
+                index = block(encoder, index, passages, np.int32(number), np.int32(step))
+                jax.block_until_ready(index.embeddings_NE)  # one at a time: steps of training get in between
+                if shown:
+                    shown.update(min(BLOCK, local - number * BLOCK) * mesh.size)
+        return index
+
+    return make
+
+
+class Refresher:
+    """Makes the index anew, while the caller waits or in a thread beside training."""
+
+    def __init__(self, make: Make, mesh: jax.sharding.Mesh, side: str) -> None:
+        self.make, self.mesh, self.side = make, mesh, side
+        self._thread = ThreadPoolExecutor(1, "refresh")
+        self._begun: tuple[int, Params, Future[Any]] | None = None
+
+    def encoder(self, params: Params) -> Params:
+        """The part that embeds passages, copied to every device: training may go on with its own."""
+        copied = jax.tree.map(lambda x: jnp.array(x, copy=True), params[self.side])
+        return {self.side: jax.device_put(copied, sharding.replicated(self.mesh))}
+
+    def full(self, params: Params, step: int, old: Any = None) -> Any:
+        """A fresh index; it takes the memory of the old one where one is given."""
+        return self.make(self.encoder(params), step, old, False)
+
+    def begin(self, params: Params, step: int) -> None:
+        """Begin the same in a thread; `take` has the result."""
+        self.resume(self.encoder(params), step)
+
+    def resume(self, encoder: Params, step: int) -> None:
+        """As `begin`, with an encoder that a checkpoint kept (`pending`)."""
+        self._begun = step, encoder, self._thread.submit(self.make, encoder, step, None, True)
+
+    @property
+    def pending(self) -> tuple[int, Params] | None:
+        """(step, encoder) of what was begun and not yet taken: what a checkpoint needs to begin it again."""
+        return None if self._begun is None else self._begun[:2]
+
+    def take(self) -> Any:
+        """What was begun, when it is done."""
+        assert self._begun is not None
+        future, self._begun = self._begun[2], None
+        return future.result()
+
+    def drop(self) -> None:
+        """Wait for what was begun, and forget it."""
+        if self._begun is not None:
+            self.take()

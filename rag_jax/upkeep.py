@@ -1,0 +1,179 @@
+"""The index of a stage of training: made anew when the schedule says so, given to each step, kept in checkpoints.
+
+`OnDevice`: the step searches it in graph. `OnHost`: ScaNN, BM25 or both search between steps; the passages found are
+gathered on the host and go into the same step as small tables of their own.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from rag_jax import config, refresh, schedule, sharding
+from rag_jax.rag import Params, Passages
+from rag_jax.refresh import Index, Refresher
+from rag_jax.retrieval.corpus import Corpus
+from rag_jax.retrieval.search import Queries, Searcher
+from rag_jax.steps import Batch, Setting, embed_questions, make_drift
+
+
+class HostIndex(NamedTuple):
+    """Embeddings in memory, the step of each row's encoder, and what searches them."""
+
+    embeddings_NE: np.ndarray
+    step_N: np.ndarray
+    searcher: Searcher
+
+
+class Fed(NamedTuple):
+    """What a step is called with besides its state and key."""
+
+    batch: Batch
+    table: Index | None
+    passages: Passages
+
+
+class Feed(Protocol):
+    """Where the two ways differ."""
+
+    def feed(self, params: Params, batch: dict[str, np.ndarray], index: Any) -> Fed: ...
+
+    def rows(self, index: Any, rows_S: np.ndarray) -> tuple[Index | None, Passages, np.ndarray]:
+        """Tables that hold these rows of the corpus, and their places there."""
+
+
+class OnDevice:
+    """The tables are on the devices, and the step finds its passages in them."""
+
+    def __init__(self, setting: Setting, passages: Passages) -> None:
+        self.setting, self.passages = setting, passages
+
+    def feed(self, params: Params, batch: dict[str, np.ndarray], index: Index) -> Fed:
+        arrays = {name: x for name, x in batch.items() if name != "source"}
+        return Fed(sharding.shard_batch(self.setting.mesh, arrays), index, self.passages)
+
+    def rows(self, index: Index, rows_S: np.ndarray) -> tuple[Index, Passages, np.ndarray]:
+        return index, self.passages, rows_S
+
+
+class OnHost:
+    """Passages are found and gathered here; `texts` are the questions that `source` of a batch counts."""
+
+    def __init__(self, setting: Setting, corpus: Corpus, texts: Sequence[str]) -> None:
+        self.setting, self.corpus, self.texts = setting, corpus, texts
+        self._embed = jax.jit(lambda params, batch: embed_questions(setting, params, batch, None))
+
+    def feed(self, params: Params, batch: dict[str, np.ndarray], index: HostIndex) -> Fed:
+        stage, mesh = self.setting.stage, self.setting.mesh
+        arrays = {name: x for name, x in batch.items() if name != "source"}
+        if not config.searches(stage):
+            rows = arrays["gold"][:, :1] if "gold" in arrays else np.zeros((len(arrays["labels"]), 0), np.int32)
+        else:
+            wanted = stage.hard_negatives if stage.objective == "contrastive" else max(stage.n_docs, stage.n_retrieved)
+            on_device = sharding.shard_batch(mesh, arrays)
+            q_BE = np.asarray(self._embed(params, on_device), np.float32)
+            texts = [self.texts[source] for source in batch["source"]]
+            rows = filled(index.searcher.search(Queries(q_BE, texts), wanted).ids_BK, len(self.corpus))
+        if stage.objective == "contrastive":
+            rows = np.concatenate([arrays["gold"][:, 0], rows.reshape(-1)]) if config.searches(stage) else rows[:, 0]
+        places = np.arange(rows.size, dtype=np.int32).reshape(rows.shape)
+        arrays |= {"documents": places, "document_rows": rows.astype(np.int32)}
+        tables, passages = gather(self.corpus, index, rows.reshape(-1))
+        return Fed(*sharding.shard_batch(mesh, (arrays, tables, passages)))
+
+    def rows(self, index: HostIndex, rows_S: np.ndarray) -> tuple[Index | None, Passages, np.ndarray]:
+        tables, passages = gather(self.corpus, index, rows_S)
+        return tables, passages, np.arange(len(rows_S), dtype=np.int32)
+
+
+def kept_fields(index: Index | HostIndex) -> dict[str, Any]:
+    """The arrays of an index that a checkpoint keeps."""
+    names = ("embeddings_NE", "step_N", "scale_N")
+    found = {name: getattr(index, name, None) for name in names}
+    return {name: array for name, array in found.items() if array is not None}
+
+
+def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple[Index | None, Passages]:
+    """Tables of these rows alone, from the memory-mapped ones of the corpus."""
+    tables = (corpus.encoder_ids, corpus.encoder_length, corpus.generator_ids, corpus.generator_length)
+    found = index and Index(index.embeddings_NE[rows_X], index.step_N[rows_X])
+    return found, Passages(*(table[rows_X] for table in tables))
+
+
+def filled(ids_BK: np.ndarray, n: int) -> np.ndarray:
+    """Where a search found fewer than K passages (-1), the first ones of the corpus that it has not found."""
+    out = ids_BK.copy()
+    for row in out[(out < 0).any(1)]:
+        missing = np.flatnonzero(row < 0)
+        others = np.setdiff1d(np.arange(min(n, 2 * len(row))), row)
+        row[missing] = others[: len(missing)]
+    return out
+
+
+class Upkeep:
+    """Before each step: is the index made anew? After it: what a checkpoint keeps of it."""
+
+    def __init__(
+        self, setting: Setting, feed: Feed, refresher: Refresher, seed: int, sample: int, index: Any = None
+    ) -> None:
+        self.setting, self.way, self.refresher, self.index = setting, feed, refresher, index
+        self.when = schedule.parse(setting.stage.refresh, setting.epoch)
+        self.seed, self.sample = seed, sample
+        self._drift = make_drift(setting) if config.searches(setting.stage) else None
+
+    def before(self, params: Params, into: int, step: int, batch: dict[str, np.ndarray]) -> dict[str, float]:
+        """Brings the index to where step `into` of the stage wants it; returns what was measured on the way."""
+        stage, when = self.setting.stage, self.when
+        measured: dict[str, float] = {}
+        if not config.searches(stage):
+            return measured
+        if into == 0:
+            if self.index is None:
+                self.index = self.refresher.full(params, step)
+            return measured
+        if when.kind == "background":
+            if when.begun(into) is not None and self.refresher.pending is not None:
+                self.index = self.refresher.take()
+            if when.due(into):
+                self.refresher.begin(params, step)
+        anew = when.kind == "synchronous" and when.due(into)
+        check = when.kind == "when" and when.due(into)
+        if check or (stage.drift_every and into % stage.drift_every == 0):
+            measured["index_overlap"] = self.overlap(params, step, batch)
+            anew |= check and measured["index_overlap"] < when.overlap
+        if anew:
+            self.index = self.refresher.full(params, step, self.index)
+        return measured
+
+    def after(self, index: Index | None) -> None:
+        """Takes the index that a step gave back."""
+        if index is not None:
+            self.index = index
+
+    def age(self, step: int) -> dict[str, float]:
+        """Steps since the encoder of the index' rows, on average over all rows, where the stage searches."""
+        if not config.searches(self.setting.stage):
+            return {}
+        return {"index_age": step - float(self.index.step_N[: self.setting.n_passages].mean())}
+
+    def arrays(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the index, and the encoder of a build that is under way."""
+        kept: dict[str, Any] = {"index": kept_fields(self.index)} if config.searches(self.setting.stage) else {}
+        return kept | ({"pending": self.refresher.pending[1]} if self.refresher.pending else {})
+
+    def position(self) -> dict[str, Any]:
+        """The step of that build, for the JSON part of the checkpoint."""
+        return {"pending_step": self.refresher.pending[0]} if self.refresher.pending else {}
+
+    def overlap(self, params: Params, step: int, batch: dict[str, np.ndarray]) -> float:
+        """Recall@k of the stale index against a fresh one, on a sample of passages and this batch's questions."""
+        rows = refresh.sample((self.seed, step), self.setting.n_passages, self.sample)
+        index, passages, places = self.way.rows(self.index, rows)
+        questions = {name: batch[name] for name in ("question_ids", "question_length")}
+        assert self._drift is not None
+        on_device = sharding.shard_batch(self.setting.mesh, questions)
+        return float(self._drift(params, on_device, index, passages, places))
+
+    def feed(self, params: Params, batch: dict[str, np.ndarray]) -> Fed:
+        return self.way.feed(params, batch, self.index)

@@ -1,0 +1,181 @@
+"""Ways of making the index anew, against embeddings of every passage computed one by one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_steps
+from test_steps import ENCODER, GENERATOR, Bags, drawn_params, embed_all, index_of
+
+from rag_jax import refresh, sharding
+from rag_jax import run as runs
+from rag_jax.models.bert import BertConfig
+from rag_jax.rag import RagConfig
+from rag_jax.refresh import Index, Refresher
+from rag_jax.retrieval.corpus import Corpus
+
+E = 6
+
+
+def bags(corpus):
+    return test_steps.bags(corpus, encoder=BertConfig(width=E, heads=1))
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny_data):
+    return Corpus.open(tiny_data / "corpus")
+
+
+@pytest.fixture(scope="module", params=[1, 8])
+def mesh(request):
+    return sharding.make_mesh(None, jax.devices()[: request.param])
+
+
+@pytest.fixture(scope="module")
+def passages(corpus, mesh):
+    return runs.load(RagConfig(encoder=BertConfig(vocab_size=0, positions=96)), corpus, mesh).passages
+
+
+@pytest.fixture(scope="module")
+def params(corpus):
+    size = corpus.encoder_tokenizer.vocab_size
+    return {"context_encoder": jnp.asarray(np.random.default_rng(0).normal(size=(size, E)), jnp.float32)}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks and chunks for a corpus of 40 passages, the last ones not full."""
+    monkeypatch.setattr(refresh, "CHUNK", 3)
+    monkeypatch.setattr(refresh, "BLOCK", 7)
+
+
+def assert_fresh(index, corpus, params, rows=slice(None), step=None, **close):
+    expected = embed_all(params["context_encoder"], corpus)[rows]
+    found = np.asarray(refresh.stored(index, jnp.arange(len(corpus))))[rows]
+    np.testing.assert_allclose(found, expected, **({"atol": 1e-5} | close))
+    if step is not None:
+        assert (np.asarray(index.step_N)[: len(corpus)][rows] == step).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_all_passages_made_anew(corpus, mesh, passages, params, dtype, small_blocks):
+    make = refresh.on_devices(bags(corpus), mesh, passages, dtype)
+    index = make(params, 5, None, True)
+    rtol = {"float32": 0, "bfloat16": 2**-8, "int8": 0}[dtype]
+    atol = {"float32": 1e-5, "bfloat16": 0, "int8": np.abs(embed_all(params["context_encoder"], corpus)).max() / 200}
+    assert_fresh(index, corpus, params, step=5, rtol=rtol, atol=atol[dtype])
+    assert index.embeddings_NE.dtype == dtype and index.embeddings_NE.sharding.spec[0] == sharding.AXES
+    again = make({"context_encoder": -params["context_encoder"]}, 6, index, True)
+    assert index.embeddings_NE.is_deleted()  # its memory was taken
+    assert_fresh(again, corpus, {"context_encoder": -params["context_encoder"]}, step=6, rtol=rtol, atol=atol[dtype])
+
+
+@pytest.mark.parametrize("turn", [1, 3, 11, 1000])
+def test_rolling_reaches_every_row_within_a_turn(corpus, mesh, passages, params, turn):
+    rag, n = bags(corpus), len(passages.encoder_length_N)
+    roll = jax.jit(lambda index, step: refresh.roll(rag, mesh, params, index, passages, step, turn))
+    index = index_of(mesh, np.zeros((len(corpus), E)), -1)
+    turn_steps = min(turn, n // mesh.size)
+    made = []
+    for step in range(100, 100 + 2 * turn_steps):
+        before = np.asarray(index.step_N)
+        index = roll(index, jnp.int32(step))
+        made.append((np.asarray(index.step_N) != before).sum())
+        assert (np.asarray(index.step_N) == step).sum() == mesh.size * refresh.rows_at_once(n, mesh.size, turn)
+        if step + 1 - 100 >= turn_steps:
+            assert (step - np.asarray(index.step_N)).max() < turn
+    assert_fresh(index, corpus, params)
+
+
+def test_no_device_sees_the_rows_of_another(corpus, passages, params, mesh):
+    """The rolling block is compiled without a collective over the rows of the index or of the token table."""
+    rag, n = bags(corpus), len(passages.encoder_length_N)
+    roll = jax.jit(lambda index, step: refresh.roll(rag, mesh, params, index, passages, step, 4))
+    text = roll.lower(index_of(mesh, np.zeros((n, E))), jnp.int32(0)).compile().as_text()
+    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_put(mesh, dtype):
+    rng = np.random.default_rng(0)
+    old, new = rng.normal(size=(40, E)).astype(np.float32), rng.normal(size=(4, E)).astype(np.float32)
+    index = index_of(mesh, old)
+    if dtype == "int8":
+        rows, scale = refresh.encoded(index.embeddings_NE, jnp.dtype("int8"))
+        index = Index(rows, index.step_N, scale)
+    rows = np.array([3, 39, 0, 3])
+    new[3] = new[0]  # row 3 twice, with the same embedding
+    put = jax.jit(refresh.put)(index, rows, new, jnp.int32(9))
+    expected, steps = old.copy(), np.zeros(40)
+    expected[rows], steps[rows] = new, 9
+    atol = 0 if dtype == "float32" else np.abs(expected).max() / 250
+    np.testing.assert_allclose(refresh.stored(put, jnp.arange(40)), expected, atol=atol)
+    assert np.asarray(put.step_N).tolist() == steps.tolist()
+
+
+def test_overlap():
+    rng = np.random.default_rng(0)
+    q, stored, fresh = (rng.normal(size=(n, E)).astype(np.float32) for n in (5, 30, 30))
+    live = rng.random(30) < 0.8
+    best = [[set(sorted(np.flatnonzero(live), key=lambda row: -(d[row] @ x))[:4]) for x in q] for d in (stored, fresh)]
+    expected = np.mean([len(a & b) / 4 for a, b in zip(*best, strict=True)])
+    np.testing.assert_allclose(refresh.overlap(q, stored, fresh, live, 4), expected, rtol=1e-6)
+    assert 0 < expected < 1 and refresh.overlap(q, stored, stored, live, 4) == 1
+
+
+@pytest.mark.parametrize(("n", "size"), [(10, 10), (10, 99), (1000, 7), (21_015_300, 1024)])
+def test_sample(n, size):
+    drawn = [refresh.sample((0, step), n, size) for step in range(3)]
+    for rows in drawn:
+        assert len(rows) == min(n, size) and (np.diff(rows) > 0).all() and rows[0] >= 0 and rows[-1] < n
+    assert (drawn[0] == refresh.sample((0, 0), n, size)).all()
+    assert size >= n or (drawn[0] != drawn[1]).any()
+
+
+def test_beside_training(corpus, mesh, passages, params, small_blocks):
+    """What is begun goes by the parameters of that moment, whatever becomes of them."""
+    refresher = Refresher(refresh.on_devices(bags(corpus), mesh, passages, "float32"), mesh, "context_encoder")
+    on_device = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    refresher.begin(on_device, 7)
+    jax.tree.map(lambda x: x.delete(), on_device)  # as a step that is given them does
+    step, encoder = refresher.pending
+    assert step == 7
+    index = refresher.take()
+    assert refresher.pending is None
+    assert_fresh(index, corpus, params, step=7)
+    refresher.resume(encoder, 7)
+    np.testing.assert_array_equal(refresher.take().embeddings_NE, index.embeddings_NE)
+    refresher.begin(params, 8)
+    refresher.drop()
+    assert refresher.pending is None
+
+
+def test_a_failed_build_is_said_when_it_is_taken(mesh):
+    def make(*args):
+        raise ValueError("no passages")
+
+    refresher = Refresher(make, mesh, "context_encoder")
+    refresher.begin({"context_encoder": np.ones(3)}, 0)
+    with pytest.raises(ValueError, match="no passages"):
+        refresher.take()
+
+
+def test_with_a_real_encoder_and_sharded_parameters(corpus):
+    """On every mesh the rolling block gives what the encoder gives for the passage alone."""
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    model = RagConfig(
+        encoder=dataclasses.replace(ENCODER, dropout=0.1), generator=GENERATOR, source_length=152, question_length=24
+    )
+    loaded = runs.load(model, corpus, mesh)
+    params = drawn_params(loaded)
+    assert not isinstance(loaded.rag, Bags)
+    index = refresh.blank(mesh, len(loaded.passages.encoder_length_N), ENCODER.width)
+    roll = jax.jit(lambda params, index, step: refresh.roll(loaded.rag, mesh, params, index, loaded.passages, step, 3))
+    for step in range(3):
+        index = roll(params, index, jnp.int32(step))
+    row = 17
+    ids = jnp.asarray(corpus.encoder_ids[row : row + 1, : corpus.encoder_length[row]], jnp.int32)
+    alone = loaded.rag.embed_passages(jax.device_get(params), ids, jnp.ones(ids.shape, bool))
+    np.testing.assert_allclose(index.embeddings_NE[row], alone[0], atol=2e-5)
