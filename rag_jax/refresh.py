@@ -43,8 +43,7 @@ def encoded(embeddings: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | N
 
 def stored(index: Index, rows: jax.Array) -> jax.Array:
     """Embeddings of rows [...] as they stand in the index: float32 [..., E]."""
-    found = index.embeddings_NE[rows].astype(jnp.float32)
-    return found if index.scale_N is None else found * index.scale_N[rows][..., None]
+    return mips.rows_at(index.embeddings_NE, rows, index.scale_N)
 
 
 def put(index: Index, rows: jax.Array, embeddings: jax.Array, step: jax.Array) -> Index:

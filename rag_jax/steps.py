@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.nn import logsumexp
 
 from rag_jax import objectives, optimizer, refresh, schedule
 from rag_jax.config import SearchConfig, StageConfig
@@ -93,9 +94,12 @@ def is_gold(rows_BK: jax.Array, gold_BG: jax.Array) -> jax.Array:
 
 def find(s: Setting, q_BE: jax.Array, index: Index, k: int) -> tuple[jax.Array, jax.Array]:
     """(scores_BK, rows_BK) of the k passages with the largest inner products, in graph, without a gradient."""
-    how = {"scale_N": index.scale_N, "live_N": index.live_N, "recall_target": s.search.recall_target}
-    how = {k: v for k, v in how.items() if v not in (None, 1.0)}
-    return mips.search(q_BE, index.embeddings_NE, k, mesh=s.mesh, n_valid=s.n_passages, **how)
+    return mips.search(q_BE, index.embeddings_NE, k, recall_target=s.search.recall_target, **table(s, index))
+
+
+def table(s: Setting, index: Index) -> dict[str, Any]:
+    """What all searches in graph are told about the index."""
+    return {"scale_N": index.scale_N, "live_N": index.live_N, "mesh": s.mesh, "n_valid": s.n_passages}
 
 
 class Found(NamedTuple):
@@ -104,7 +108,7 @@ class Found(NamedTuple):
     rows_BK: jax.Array
     numbers_BK: jax.Array
     scores_BK: jax.Array
-    log_normaliser_B: jax.Array | None
+    log_z_B: jax.Array | None
     fresh: Fresh | None
     metrics: Metrics
 
@@ -126,12 +130,14 @@ def retrieve(
     the K best of them by that are kept (Izacard et al. 2022, Atlas, section 2.4, re-ranking).
     """
     question_key, passage_key = keys
-    stage = s.stage
+    stage, wanted, log_z_B = s.stage, max(s.stage.n_docs, s.stage.n_retrieved), None
     q_BE = embed_questions(s, params, batch, question_key)
     if "documents" in batch:
         rows_BK = batch["documents"]
+    elif stage.normaliser == "corpus":
+        _, rows_BK, log_z_B = mips.search_with_normaliser(q_BE, index.embeddings_NE, wanted, **table(s, index))
     else:
-        _, rows_BK = find(s, q_BE, index, max(stage.n_docs, stage.n_retrieved))
+        _, rows_BK = find(s, q_BE, index, wanted)
     stored_BKE = jax.lax.stop_gradient(refresh.stored(index, rows_BK))
     d_BKE, fresh = stored_BKE, None
     if stage.n_retrieved:
@@ -150,27 +156,22 @@ def retrieve(
     metrics = {"row_age": age_BK.mean(), "row_age_max": age_BK.max()}
     if fresh is not None:
         metrics["score_gap"] = gap_BK.mean()
-    log_normaliser_B = None
-    if stage.normaliser == "corpus":
-        log_normaliser_B = corpus_normaliser(s, q_BE, index, scores_BK, stored_BKE)
-        metrics["prior_mass"] = jnp.exp(objectives.logsumexp(scores_BK, axis=-1) - log_normaliser_B).mean()
+    if log_z_B is not None:
+        log_z_B = fresh_normaliser(log_z_B, jnp.einsum("be,bke->bk", q_BE, stored_BKE), scores_BK)
+        metrics["prior_mass"] = jnp.exp(logsumexp(scores_BK, axis=-1) - log_z_B).mean()
     if not stage.prior_gradient:
-        scores_BK, log_normaliser_B = jax.lax.stop_gradient((scores_BK, log_normaliser_B))
+        scores_BK, log_z_B = jax.lax.stop_gradient((scores_BK, log_z_B))
     numbers_BK = batch.get("document_rows", rows_BK)
     if stage.n_retrieved and "document_rows" in batch:
         numbers_BK = jnp.take_along_axis(numbers_BK, best_BK, 1)
-    return Found(rows_BK, numbers_BK, scores_BK, log_normaliser_B, fresh, metrics)
+    return Found(rows_BK, numbers_BK, scores_BK, log_z_B, fresh, metrics)
 
 
-def corpus_normaliser(
-    s: Setting, q_BE: jax.Array, index: Index, scores_BK: jax.Array, stored_BKE: jax.Array
-) -> jax.Array:
-    """log of the sum over the whole corpus of exp(q.d) [B], where what was retrieved counts with its fresh scores."""
-    how = {"scale_N": index.scale_N, "live_N": index.live_N}
-    log_z_B = mips.log_normaliser(q_BE, index.embeddings_NE, mesh=s.mesh, n_valid=s.n_passages, **how)
-    stale_B = objectives.logsumexp(jnp.einsum("be,bke->bk", q_BE, stored_BKE), axis=-1)
-    rest_B = log_z_B + jnp.log1p(-jnp.exp(jnp.minimum(stale_B - log_z_B, -1e-6)))
-    return jnp.logaddexp(rest_B, objectives.logsumexp(scores_BK, axis=-1))
+def fresh_normaliser(log_z_B: jax.Array, stored_BK: jax.Array, fresh_BK: jax.Array) -> jax.Array:
+    """log Z over the corpus, where the passages retrieved count with their fresh scores instead of the stored ones."""
+    share_B = jnp.exp(logsumexp(stored_BK, axis=-1) - log_z_B)
+    rest_B = log_z_B + jnp.log1p(-jnp.minimum(share_B, 1 - 1e-6))
+    return jnp.logaddexp(rest_B, logsumexp(fresh_BK, axis=-1))
 
 
 def rag_loss(
@@ -205,7 +206,7 @@ def rag_loss(
         s.stage.hf_compat,
         s.stage.label_smoothing,
         generator_key,
-        log_normaliser_B=found and found.log_normaliser_B,
+        log_normaliser_B=found and found.log_z_B,
     )
     counted = shift_left(batch["labels"], s.rag.config.reader)[1].sum()
     tokens = mask_BKL.sum() + counted * rows_BK.shape[1]

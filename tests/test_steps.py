@@ -225,6 +225,108 @@ def test_documents_from_outside(params, batch, corpus, mesh, index, joint):
     assert abs(loss - retrieved) > 0.1
 
 
+def test_over_retrieved_passages_are_ranked_afresh(params, batch, corpus, mesh, index, joint):
+    """Seven are found by the stored embeddings; of these the three best by fresh ones are read."""
+    (value, metrics), _ = joint(n_retrieved=7)(params, sharding.shard_batch(mesh, batch))
+    stored = np.asarray(index.embeddings_NE, np.float64)[: len(corpus)]
+    fresh = embed_all(params["context_encoder"], corpus)
+    ids = [batch["question_ids"][b, : batch["question_length"][b]] for b in range(B)]
+    q = np.stack([np.asarray(params["question_encoder"], np.float64)[row].mean(0) for row in ids])
+    found = np.argsort(-(q @ stored.T), axis=1, kind="stable")[:, :7]
+    kept = np.stack([row[np.argsort(-(fresh[row] @ x))[:K]] for row, x in zip(found, q, strict=True)])
+    loss, expected, *_ = by_hand(params, batch, corpus, "sequence", stored, fresh, kept)
+    np.testing.assert_allclose(value, loss, rtol=1e-4)
+    assert_metrics(metrics, expected)
+    assert (kept != found[:, :K]).any()
+    (given, _), _ = joint(n_retrieved=7)(params, sharding.shard_batch(mesh, {**batch, "documents": found}))
+    np.testing.assert_allclose(given, value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("trains_passages", [False, True])
+def test_prior_over_the_whole_corpus(params, batch, corpus, mesh, index, joint, trains_passages):
+    """log p(z|x) = q.d - log Z over all passages: those not retrieved count with their stored embeddings."""
+    given = sharding.shard_batch(mesh, batch)
+    (value, metrics), gradients = joint(trains_passages, normaliser="corpus")(params, given)
+    (plain, _), _ = joint(trains_passages)(params, given)
+    stored = np.asarray(index.embeddings_NE, np.float64)[: len(corpus)]
+    fresh = embed_all(params["context_encoder"], corpus)
+    missing = []
+    for b in range(B):
+        q = np.asarray(params["question_encoder"], np.float64)[batch["question_ids"][b, : batch["question_length"][b]]]
+        scores = stored @ q.mean(0)
+        found = np.argsort(-scores, kind="stable")[:K]
+        if trains_passages:
+            scores[found] = fresh[found] @ q.mean(0)
+        missing.append(np.log(np.exp(scores).sum()) - np.log(np.exp(scores[found]).sum()))
+    np.testing.assert_allclose(value - plain, np.mean(missing), rtol=1e-3)
+    np.testing.assert_allclose(metrics["prior_mass"], np.exp(-np.array(missing)).mean(), rtol=1e-3)
+    assert 0.05 < metrics["prior_mass"] < 0.99
+    # a step along the gradient changes the loss by what the gradient says
+    direction = {"question_encoder": np.random.default_rng(5).normal(size=params["question_encoder"].shape)}
+    eps = 1e-3
+    ends = [
+        joint(trains_passages, normaliser="corpus")(
+            params | {"question_encoder": (params["question_encoder"] + sign * eps * direction["question_encoder"])
+                      .astype(np.float32)}, given
+        )[0][0]
+        for sign in (1, -1)
+    ]  # fmt: skip
+    slope = (np.asarray(gradients["question_encoder"], np.float64) * direction["question_encoder"]).sum()
+    np.testing.assert_allclose((ends[0] - ends[1]) / (2 * eps), slope, rtol=0.03, atol=0.02)
+
+
+def whole_step(corpus, mesh, stage, params, batch, index, passages, **model):
+    """(index afterwards, metrics) of one step at step 8, with an encoder that trains."""
+    rag = bags(corpus, **model)
+    trained = dict.fromkeys(("question_encoder", "context_encoder", "generator"), 1.0)
+    stage = dataclasses.replace(stage, optimizer=OptimizerConfig(groups=trained))
+    state = TrainState(jnp.int32(8), params, optimizer.make(stage.optimizer, 1).init(params))
+    step = jax.jit(steps.make_step(setting(rag, stage, mesh, corpus), 0))
+    _, after, metrics = step(state, sharding.shard_batch(mesh, batch), index, passages, jax.random.key(0))
+    return after, metrics
+
+
+def test_write_back_puts_into_the_index_what_was_embedded_anyway(params, batch, corpus, mesh, index, passages):
+    for over in (0, 7):
+        stage = StageConfig("joint", n_docs=K, n_retrieved=over, write_back=True)
+        after, metrics = whole_step(corpus, mesh, stage, params, batch, index, passages)
+        stored, fresh = (np.asarray(index.embeddings_NE)[: len(corpus)], embed_all(params["context_encoder"], corpus))
+        ids = [batch["question_ids"][b, : batch["question_length"][b]] for b in range(B)]
+        q = np.stack([params["question_encoder"][row].mean(0) for row in ids])
+        touched = np.unique(np.argsort(-(q @ stored.T), axis=1, kind="stable")[:, : over or K])
+        expected, ages = stored.copy(), np.zeros(len(corpus))
+        expected[touched], ages[touched] = fresh[touched], 8
+        np.testing.assert_allclose(np.asarray(after.embeddings_NE)[: len(corpus)], expected, atol=1e-5)
+        assert np.asarray(after.step_N)[: len(corpus)].tolist() == ages.tolist()
+        assert metrics["row_age"] == 8 and 0 < len(touched) < len(corpus)
+
+
+def test_a_rolling_refresh_is_part_of_the_step(params, batch, corpus, mesh, index, passages):
+    stage = StageConfig("joint", n_docs=K, refresh="rolling:5")
+    after, _ = whole_step(corpus, mesh, stage, params, batch, index, passages)
+    made = np.asarray(after.step_N)[: len(corpus)] == 8
+    assert made.sum() == len(corpus) // 5
+    fresh = embed_all(params["context_encoder"], corpus)
+    np.testing.assert_allclose(np.asarray(after.embeddings_NE)[: len(corpus)][made], fresh[made], atol=1e-5)
+    untouched = np.asarray(after.embeddings_NE)[: len(corpus)][~made]
+    np.testing.assert_array_equal(untouched, np.asarray(index.embeddings_NE)[: len(corpus)][~made])
+
+
+def test_drift(params, batch, corpus, mesh, index, passages):
+    s = setting(bags(corpus), StageConfig("joint", n_docs=K), mesh, corpus)
+    rows = np.sort(np.random.default_rng(0).permutation(len(corpus))[:30]).astype(np.int32)
+    given = sharding.shard_batch(mesh, {name: batch[name] for name in ("question_ids", "question_length")})
+    found = steps.make_drift(s)(params, given, index, passages, rows)
+    stored, fresh = np.asarray(index.embeddings_NE)[rows], embed_all(params["context_encoder"], corpus)[rows]
+    shares = []
+    for b in range(B):
+        q = params["question_encoder"][batch["question_ids"][b, : batch["question_length"][b]]].mean(0)
+        best = [set(np.argsort(-(d @ q), kind="stable")[:K].tolist()) for d in (stored, fresh)]
+        shares.append(len(best[0] & best[1]) / K)
+    np.testing.assert_allclose(found, np.mean(shares), rtol=1e-5)
+    assert 0 < found < 1
+
+
 def test_the_questions_gradient_is_prior_minus_posterior(params, batch, corpus, mesh, index, joint):
     """Nothing else reaches the question encoder: d loss / d q is the sum over k of (prior - posterior) d_k."""
     _, gradients = joint()(params, sharding.shard_batch(mesh, batch))
