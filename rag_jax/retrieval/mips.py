@@ -1,131 +1,256 @@
 """Exact maximum inner product search over an index whose rows lie on many devices, inside any jitted program.
 
-Each device scans its own rows a chunk at a time and keeps the k best; then the candidates [B,k] of all devices, and
-nothing larger, are gathered and merged. Inside a chunk only the maximum of each block of 32 rows is ranked: the k best
-rows lie in the k blocks with the largest maxima, so the others need no ranking (on CPU, k = 5, 1.5 to 2 times as fast
-as ranking the whole chunk).
+Each device scans its own rows (`mips_device`); then the candidates [B,k] of all devices, and nothing larger, are
+exchanged and merged. The index may be float32, bfloat16 or int8. Of the two small types the candidates are found with
+queries rounded alike, where that multiplies faster, more of them than asked for, and then scored again with the full
+queries. The log of the sum of exponentials of all scores, log Z, can be had in the same pass, with its gradient.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from rag_jax.errors import InputError
+from rag_jax.retrieval import mips_device
+from rag_jax.retrieval.mips_device import LOWEST, Best, Mass, Pass, Rows, decoded, quantise
 
-BLOCK = 32
-# A valid row never scores lower than this, not even NaN or -inf, and a row that must not be returned scores -inf. So
-# rows past n_valid lose against every valid one, and k <= n_valid is all it takes to keep them out.
-LOWEST = float(np.finfo(np.float32).min)
+__all__ = ["OVERSAMPLE", "log_normaliser", "quantise", "rows_at", "search", "search_with_normaliser"]
 
-Best = tuple[jax.Array, jax.Array]  # scores_BK, ids_BK: scores descending, equal scores by ascending id
+CHUNK = 32768
+OVERSAMPLE = {"float32": 1, "bfloat16": 2, "uint16": 2, "int8": 4}
 
 
-@functools.partial(jax.jit, static_argnames=("k", "mesh", "n_valid", "chunk"))
+@functools.partial(
+    jax.jit, static_argnames=("k", "mesh", "n_valid", "chunk", "oversample", "recall_target", "out_axes")
+)
 def search(
     queries_BE: jax.Array,
     index_NE: jax.Array,
     k: int,
     *,
+    scale_N: jax.Array | None = None,
+    live_N: jax.Array | None = None,
     mesh: Mesh | None = None,
     n_valid: int | None = None,
-    chunk: int = 8192,
+    chunk: int = CHUNK,
+    oversample: int | None = None,
+    recall_target: float = 1.0,
+    out_axes: tuple[str, ...] = (),
 ) -> Best:
     """The k rows with the largest inner product: (scores_BK float32, ids_BK int32), best first, ties to the lower id.
 
-    With a mesh the rows of the index are cut over all its axes (`sharding.shard_rows`) and the result is replicated;
-    without one everything is on one device. Rows from n_valid on are padding and are never returned. A NaN score counts
-    as -inf. No gradient flows. Memory beyond the arguments: [B,chunk] scores and [chunk,E] rows on each device, with a
-    chunk of at least k rows.
-    Raises InputError, when traced, for k outside 1..n_valid and for shapes that do not fit.
+    index_NE: float32, bfloat16 (or uint16, its bits: on a CPU XLA copies a bfloat16 index at every call, and not its
+    bits), or int8 with scale_N (`quantise`). live_N: bool, false for deleted rows. Rows from n_valid on are padding.
+    Neither is ever returned; where fewer than k rows are live the missing places have score -inf and id -1. A score of
+    NaN counts as -inf. Products and sums may overflow and denormal numbers may count as zero, as the device has it.
+
+    With a mesh the rows of index_NE, scale_N and live_N are cut over all its axes (`sharding.shard_rows`). The results
+    are replicated, or have their batch cut over `out_axes` of the mesh, which then must divide B. Queries may lie
+    anywhere: they are gathered, the index never is. Results depend neither on the mesh nor on the chunk, up to the
+    rounding of the products. No gradient flows.
+
+    oversample: candidates looked at for each of the k (OVERSAMPLE for the type of the index).
+    recall_target: below 1, a TPU ranks each chunk with `lax.approx_max_k`, and the lower id of a tie may lose. Other
+    devices have no such instruction (XLA sorts everything there) and stay exact.
+    Memory beyond the arguments: [B,chunk] scores and some rows (on a CPU 2,048, else a chunk) on each device.
+    Raises InputError, when traced, for k outside 1..n_valid and for shapes and types that do not fit.
     """
-    n, n_devices = index_NE.shape[0], 1 if mesh is None else mesh.size
-    n_valid = n if n_valid is None else n_valid
-    _check(queries_BE.shape, index_NE.shape, k, n_valid, n_devices, chunk)
-    queries_BE, index_NE = lax.stop_gradient((queries_BE, index_NE))
-    if mesh is None:
-        scores_BK, ids_BK = _search_rows(queries_BE, index_NE, 0, k, n_valid, chunk)
-    else:
-        axes = mesh.axis_names
-
-        def on_device(queries_BE: jax.Array, rows_NE: jax.Array) -> Best:
-            offset = lax.axis_index(axes) * rows_NE.shape[0]
-            best = _search_rows(queries_BE, rows_NE, offset, k, n_valid, chunk)
-            # In the order of the devices, hence of the ids: the merge below keeps ties at the lower id.
-            gathered = [lax.all_gather(x, axes, axis=1, tiled=True, to="invarying") for x in best]
-            return _top(gathered[0], gathered[1], k)
-
-        specs = PartitionSpec(), PartitionSpec(axes)
-        scores_BK, ids_BK = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())(
-            queries_BE, index_NE
-        )
-    return jnp.where(scores_BK > LOWEST, scores_BK, -jnp.inf), ids_BK
+    rows, how = _checked(queries_BE, index_NE, scale_N, live_N, mesh, n_valid, chunk, out_axes)
+    if not 1 <= k <= how.n_valid:
+        raise InputError(f"k = {k}, but the index has {how.n_valid} passages; ask for 1 to {how.n_valid}")
+    oversample = OVERSAMPLE[str(index_NE.dtype)] if oversample is None else oversample
+    if oversample < 1 or not 0 < recall_target <= 1:
+        raise InputError(f"oversample = {oversample} must be at least 1, recall_target = {recall_target} in (0, 1]")
+    how = dataclasses.replace(
+        how, k=min(k * oversample, how.n_valid), exact=index_NE.dtype == jnp.float32, recall_target=recall_target
+    )
+    scores_BK, ids_BK = _on_mesh(lax.stop_gradient(queries_BE), rows, how, k, mesh, out_axes)[0]
+    return scores_BK, ids_BK
 
 
-def _check(queries: tuple, index: tuple, k: int, n_valid: int, n_devices: int, chunk: int) -> None:
+@functools.partial(jax.jit, static_argnames=("k", "mesh", "n_valid", "chunk", "out_axes"))
+def search_with_normaliser(
+    queries_BE: jax.Array,
+    index_NE: jax.Array,
+    k: int,
+    *,
+    scale_N: jax.Array | None = None,
+    live_N: jax.Array | None = None,
+    mesh: Mesh | None = None,
+    n_valid: int | None = None,
+    chunk: int = CHUNK,
+    out_axes: tuple[str, ...] = (),
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`search` and, in the same pass, log Z: (scores_BK, ids_BK, log_z_B).
+
+    log_z_B is the logsumexp over all live rows of the exact scores, of the stored rows in small types; NaN counts as
+    -inf. Its gradient to the queries is the mean of the rows under their softmax; it is accumulated in the same pass,
+    with twice the products, only where a gradient is taken. None flows to the index and none through the scores.
+    """
+    rows, how = _checked(queries_BE, index_NE, scale_N, live_N, mesh, n_valid, chunk, out_axes)
+    if not 1 <= k <= how.n_valid:
+        raise InputError(f"k = {k}, but the index has {how.n_valid} passages; ask for 1 to {how.n_valid}")
+    how = dataclasses.replace(how, k=k, mass="sum")
+    (scores_BK, ids_BK), log_z_B = _normalised(how, mesh, out_axes, queries_BE, rows)
+    return lax.stop_gradient(scores_BK), ids_BK, log_z_B
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "n_valid", "chunk", "out_axes"))
+def log_normaliser(
+    queries_BE: jax.Array,
+    index_NE: jax.Array,
+    *,
+    scale_N: jax.Array | None = None,
+    live_N: jax.Array | None = None,
+    mesh: Mesh | None = None,
+    n_valid: int | None = None,
+    chunk: int = CHUNK,
+    out_axes: tuple[str, ...] = (),
+) -> jax.Array:
+    """log_z_B of `search_with_normaliser` without the search: -inf, with gradient 0, where no row is live."""
+    rows, how = _checked(queries_BE, index_NE, scale_N, live_N, mesh, n_valid, chunk, out_axes)
+    return _normalised(dataclasses.replace(how, mass="sum"), mesh, out_axes, queries_BE, rows)[1]
+
+
+def rows_at(index_NE: jax.Array, ids_X: jax.Array, scale_N: jax.Array | None = None) -> jax.Array:
+    """The rows with these ids [...,E] in float32, whatever the type of the index. An id of -1 gives the last row."""
+    rows_XE = decoded(index_NE[ids_X])
+    return rows_XE if scale_N is None else rows_XE * scale_N[ids_X][..., None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _normalised(
+    how: Pass, mesh: Mesh | None, out_axes: tuple[str, ...], queries_BE: jax.Array, rows: Rows
+) -> tuple[Best, jax.Array]:
+    best, mass = _on_mesh(queries_BE, rows, how, how.k, mesh, out_axes)
+    assert mass is not None
+    return best, mass.top_B + jnp.log(mass.sum_B)
+
+
+def _normalised_forward(
+    how: Pass, mesh: Mesh | None, out_axes: tuple[str, ...], queries_BE: jax.Array, rows: Rows
+) -> tuple[tuple[Best, jax.Array], jax.Array]:
+    best, mass = _on_mesh(queries_BE, rows, dataclasses.replace(how, mass="mean"), how.k, mesh, out_axes)
+    assert mass is not None and mass.weighted_BE is not None
+    mean_BE = mass.weighted_BE / jnp.where(mass.sum_B > 0, mass.sum_B, 1)[:, None]
+    return (best, mass.top_B + jnp.log(mass.sum_B)), mean_BE.astype(queries_BE.dtype)
+
+
+def _normalised_backward(
+    how: Pass, mesh: Mesh | None, out_axes: tuple[str, ...], mean_BE: jax.Array, gradient: tuple[Best, jax.Array]
+) -> tuple[jax.Array, None]:
+    return (gradient[1][:, None] * mean_BE).astype(mean_BE.dtype), None
+
+
+_normalised.defvjp(_normalised_forward, _normalised_backward)
+
+
+def _checked(
+    queries_BE: jax.Array,
+    index_NE: jax.Array,
+    scale_N: jax.Array | None,
+    live_N: jax.Array | None,
+    mesh: Mesh | None,
+    n_valid: int | None,
+    chunk: int,
+    out_axes: tuple[str, ...],
+) -> tuple[Rows, Pass]:
+    """The rows as they are scanned, and a pass that finds nothing yet. Raises InputError."""
+    queries, index, dtype = queries_BE.shape, index_NE.shape, str(index_NE.dtype)
     if len(queries) != 2 or len(index) != 2 or queries[1] != index[1]:
         raise InputError(f"queries {queries} and index {index} must be [B,E] and [N,E] with the same E")
-    if not 0 <= n_valid <= index[0] < 2**31:
+    if dtype not in OVERSAMPLE:
+        raise InputError(f"the index is {dtype}; it must be one of {', '.join(OVERSAMPLE)} (int8: mips.quantise)")
+    if (scale_N is not None) != (dtype == "int8"):
+        raise InputError(f"an index of {dtype} with{'' if scale_N is not None else 'out'} scale_N; int8 alone has it")
+    for name, x, kind in (("scale_N", scale_N, "float32"), ("live_N", live_N, "bool")):
+        if x is not None and (x.shape != index[:1] or str(x.dtype) != kind):
+            raise InputError(f"{name} is {x.dtype}{list(x.shape)}; for an index {index} it must be {kind}[{index[0]}]")
+    n_valid = index[0] if n_valid is None else n_valid
+    if not 0 <= n_valid <= index[0] < 2**31 - chunk:
         raise InputError(f"n_valid = {n_valid} of {index[0]} rows; it must lie within them, and ids are 32 bits")
-    if not 1 <= k <= n_valid:
-        raise InputError(f"k = {k}, but the index has {n_valid} passages; ask for 1 to {n_valid}")
-    if index[0] % n_devices:
-        raise InputError(f"{index[0]} rows do not divide over {n_devices} devices; pad them with sharding.shard_rows")
+    if index[0] % (1 if mesh is None else mesh.size):
+        raise InputError(f"{index[0]} rows do not divide over {mesh.size} devices; pad them with sharding.shard_rows")
     if chunk < 1:
         raise InputError(f"chunk = {chunk} rows; it must be at least 1")
+    sizes = {} if mesh is None else dict(mesh.shape)
+    cuts = [sizes.get(axis, 0) for axis in out_axes]
+    if 0 in cuts or len(set(out_axes)) < len(out_axes):
+        raise InputError(f"out_axes = {out_axes} must be different axes of the mesh, which has {tuple(sizes)}")
+    n_cuts = functools.reduce(lambda a, b: a * b, cuts, 1)
+    if queries[0] % n_cuts:
+        raise InputError(f"{queries[0]} queries do not divide over {n_cuts} devices of out_axes = {out_axes}")
+    platform = _platform(mesh)
+    if dtype == "bfloat16" and platform == "cpu":
+        index_NE = lax.bitcast_convert_type(index_NE, jnp.uint16)  # XLA would make all of it float32 before the scan
+    rows = jax.tree.map(lax.stop_gradient, Rows(index_NE, scale_N, live_N))
+    return rows, Pass(0, n_valid, chunk, platform, exact=True, axes=() if mesh is None else mesh.axis_names)
 
 
-def _search_rows(
-    queries_BE: jax.Array, rows_NE: jax.Array, offset: jax.Array | int, k: int, n_valid: int, chunk: int
-) -> Best:
-    """The min(k, N) best of these rows, the first of which has id `offset`; rows past n_valid come out as -inf."""
-    n = rows_NE.shape[0]
-    k = min(k, n)
-    chunk = min(max(chunk, k), n)
-    even = -(-n // -(-n // chunk))  # chunks of one size, so that the last has little to go over again
-    chunk = max(k, min(chunk, even + -even % BLOCK))
-
-    def one_chunk(i: jax.Array | int) -> Best:
-        first = i * chunk
-        start = jnp.minimum(first, n - chunk)  # the last chunk reaches back over rows already seen, to be full
-        rows_CE = lax.dynamic_slice_in_dim(rows_NE, start, chunk)
-        scores_BC = jnp.einsum(
-            "BE,CE->BC", queries_BE, rows_CE, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-        )
-        row_C = start + jnp.arange(chunk)
-        wanted_C = (row_C >= first) & (row_C + offset < n_valid)
-        scores_BC = jnp.where(scores_BC > LOWEST, scores_BC, LOWEST)  # false for NaN
-        scores_BX, column_BX = _shortlist(jnp.where(wanted_C, scores_BC, -jnp.inf), k)
-        return scores_BX, column_BX + (start + offset)
-
-    def step(best: Best, i: jax.Array) -> tuple[Best, None]:
-        scores_BX, ids_BX = one_chunk(i)
-        # Ids of earlier chunks are lower, so they stand first.
-        return _top(jnp.concatenate([best[0], scores_BX], 1), jnp.concatenate([best[1], ids_BX], 1), k), None
-
-    best = _top(*one_chunk(0), k)
-    n_chunks = -(-n // chunk)
-    return best if n_chunks == 1 else lax.scan(step, best, jnp.arange(1, n_chunks))[0]
+def _platform(mesh: Mesh | None) -> str:
+    """Where the program will run; not always here, when it is compiled ahead of time."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-def _shortlist(scores_BC: jax.Array, k: int) -> Best:
-    """Columns among which are the k best of each row, in ascending order, and their scores."""
-    batch, n = scores_BC.shape
-    if k * BLOCK >= n:
-        return scores_BC, jnp.broadcast_to(jnp.arange(n), (batch, n))
-    padded = jnp.pad(scores_BC, ((0, 0), (0, -n % BLOCK)), constant_values=-jnp.inf)
-    blocks_BRW = padded.reshape(batch, -1, BLOCK)
-    # The k largest maxima, of equal ones the first: whatever lies outside these blocks has k better or earlier columns.
-    block_BK = jnp.sort(lax.top_k(blocks_BRW.max(-1), k)[1], axis=1)
-    scores_BKW = jnp.take_along_axis(blocks_BRW, block_BK[:, :, None], axis=1)
-    column_BKW = block_BK[:, :, None] * BLOCK + jnp.arange(BLOCK)
-    return scores_BKW.reshape(batch, -1), column_BKW.reshape(batch, -1)
+def _on_mesh(
+    queries_BE: jax.Array, rows: Rows, how: Pass, k: int, mesh: Mesh | None, out_axes: tuple[str, ...]
+) -> tuple[Best, Mass | None]:
+    def on_device(queries_BE: jax.Array, rows: Rows) -> tuple[Best, Mass | None]:
+        offset = lax.axis_index(how.axes) * rows.embeddings_NE.shape[0] if how.axes else 0
+        best, mass = mips_device.scan(queries_BE, rows, offset, how)
+        found = [*best] if how.exact else [*best, mips_device.rescored(queries_BE, rows, best[1], offset)]
+        if how.axes and how.k:
+            found = _merged(found, how, out_axes)
+        if not how.exact:
+            _, ids_BK, exact_BK = found
+            found = _best([exact_BK, ids_BK], k)
+        scores_BK, ids_BK = found
+        mass = _total(mass, how.axes, out_axes) if how.axes and mass is not None else mass
+        return (jnp.where(scores_BK > LOWEST, scores_BK, -jnp.inf), ids_BK), mass
+
+    if mesh is None:
+        return on_device(queries_BE, rows)
+    cut, whole = PartitionSpec(out_axes or None), PartitionSpec()
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(whole, PartitionSpec(mesh.axis_names)), out_specs=cut)(
+        queries_BE, rows
+    )
 
 
-def _top(scores_BX: jax.Array, ids_BX: jax.Array, k: int) -> Best:
-    """The k best; `lax.top_k` takes the first of equal ones."""
-    scores_BK, at_BK = lax.top_k(scores_BX, k)
-    return scores_BK, jnp.take_along_axis(ids_BX, at_BK, axis=1)
+def _best(found: list[jax.Array], k: int) -> list[jax.Array]:
+    """The k best of [B,X] arrays: by the first, which are scores, then by the second, which are ids."""
+    scores, *others = lax.sort([-found[0], *found[1:]], num_keys=2)
+    return [x[:, :k] for x in (-scores, *others)]
+
+
+def _merged(found: list[jax.Array], how: Pass, out_axes: tuple[str, ...]) -> list[jax.Array]:
+    """The how.k best of all devices. Where the devices divide the batch each merges a part of it and passes that on,
+    which moves 2 B k entries to a device instead of B k from each.
+    """
+    rest = tuple(axis for axis in how.axes if axis not in out_axes)
+    even = found[0].shape[0] % lax.axis_size(how.axes) == 0
+    split = (*out_axes, *rest) if even else out_axes
+    if split:
+        found = [lax.all_to_all(x, split, 0, 1, tiled=True) for x in found]
+        found = _best(found, how.k)
+    if rest:
+        found = [lax.all_gather(x, rest, axis=0 if even else 1, tiled=True, to="invarying") for x in found]
+    return found if even else _best(found, how.k)
+
+
+def _total(mass: Mass, axes: tuple[str, ...], out_axes: tuple[str, ...]) -> Mass:
+    """The mass of all devices, for this device's part of the batch."""
+    top_B = lax.pmax(mass.top_B, axes)
+    share_B = jnp.exp(mass.top_B - jnp.where(jnp.isfinite(top_B), top_B, 0))
+    sum_B = lax.psum(mass.sum_B * share_B, axes)
+    weighted_BE = None
+    if mass.weighted_BE is not None:
+        weighted_BE = lax.psum(mass.weighted_BE * share_B[:, None], axes)
+    total = Mass(top_B, sum_B, weighted_BE)
+    if not out_axes:
+        return total
+    part = top_B.shape[0] // lax.axis_size(out_axes)
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, lax.axis_index(out_axes) * part, part), total)
