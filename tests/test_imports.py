@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_jax"
 LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors"],
-    ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "optimizer"],
+    ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "optimizer", "distributed"],
     ["decoding", "checkpoint", "plots", "tensors"],
     ["models"],
     ["data"],
@@ -25,7 +25,7 @@ LEVELS = [
     ["config", "report"],
     ["steps"],
     ["run"],
-    ["pretrained"],
+    ["pretrained", "encode_corpus"],
     ["saving"],
     ["answer"],
     ["evaluate"],
