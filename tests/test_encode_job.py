@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import shutil
 import threading
 import time
 
@@ -73,6 +74,7 @@ def test_a_job_goes_on_with_what_is_missing_and_ends_with_the_same_bytes(whole, 
     (whole / f".{names[2]}.building").write_bytes(b"half a shard" * 50)
     (whole / names[6]).unlink()
     (whole / f".{names[4]}.building").write_bytes(b"of a shard that is there")
+    (whole / ".job.json.1234").write_bytes(b"{")
     asked = []
 
     def spy(first, last, done):
@@ -127,6 +129,12 @@ def rewrite(path, identity):
 
 
 def test_a_directory_of_something_else_is_no_job(tmp_path):
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / ".job.json.12ab").write_text("{")  # by a process that was killed, or that is at it now
+    encode_job.begin(begun, JOB)
+    assert encode_job.read_job(begun) == JOB
+    shutil.rmtree(begun)
     (tmp_path / "thesis.txt").write_text("all my work")
     with pytest.raises(InputError, match="exists and is no encode job; choose another --out"):
         encode_job.begin(tmp_path, JOB)

@@ -57,14 +57,16 @@ def read_job(directory: Path) -> Job:
 
 def begin(directory: Path, job: Job) -> None:
     """Writes job.json, or finds that the one there is of the same job; InputError with both values if it is not."""
-    if not is_job(directory):
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise InputError(f"{directory}: exists and is no {KIND}; choose another --out")
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # looked at before job.json, which is written first: another process may be beginning the same job
+        strange = [path.name for path in directory.iterdir() if not path.name.startswith(f".{JOB}.")]
+        if not is_job(directory):
+            if strange:
+                raise InputError(f"{directory}: exists and is no {KIND}; choose another --out")
             files.write_sealed(directory / JOB, KIND, VERSION, asdict(job))
-        except OSError as error:
-            raise InputError(f"{directory}: cannot be written ({error}); choose another --out") from error
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written ({error}); choose another --out") from error
     have = asdict(read_job(directory))
     for name, want in asdict(job).items():
         if have[name] != want and name not in ("run", "corpus"):
@@ -105,8 +107,8 @@ def make(directory: Path, job: Job, embed_rows: EmbedRows, process: int = 0, pro
             if len(done) == before:
                 time.sleep(POLL)
                 progress.update(0)
-    for stale in directory.glob(".rows-*.building"):  # of shards that another process finished
-        stale.unlink(missing_ok=True)
+    for left_over in (*directory.glob(".rows-*.building"), *directory.glob(f".{JOB}.*")):  # by killed processes
+        left_over.unlink(missing_ok=True)
     return made
 
 
