@@ -21,7 +21,11 @@ from rag_jax.errors import InputError
 COMMANDS = {
     "world": ("rag_jax.data.world", "write the built-in fictional world: passages and questions as JSONL"),
     "corpus": ("rag_jax.retrieval.corpus", "read passages and tokenise them once, into a corpus directory"),
-    "index": ("rag_jax.build_index", "embed every passage of a corpus, into an index directory"),
+    "encode": ("rag_jax.encode_corpus", "embed every passage of a corpus shard by shard; killed, it goes on"),
+    "index": (
+        "rag_jax.build_index",
+        "make an index directory: of an encode job, of a corpus and a run, or by updating another",
+    ),
     "train": ("rag_jax.train", "train question encoder, context encoder and generator together"),
     "evaluate": ("rag_jax.evaluate", "answer a file of questions and score the answers and the retrieval"),
     "ask": ("rag_jax.ask", "answer one question and show the passages the answer came from"),

@@ -1,4 +1,4 @@
-"""Directories that are whole or not there: written under a temporary name, synced, renamed."""
+"""Directories and files that are whole or not there: written under a temporary name, synced, renamed."""
 
 import fcntl
 import glob
@@ -7,10 +7,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rag_jax.errors import InputError
 
@@ -114,38 +114,115 @@ def canonical_sha256(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def write_manifest(directory: Path, kind: str, version: int, fields: dict[str, Any]) -> None:
-    """Writes manifest.json: kind, format version, `fields`, and size and hash of every file below `directory`."""
-    files = {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    manifest = {"kind": kind, "format_version": version, **fields, "files": files}
-    manifest["manifest_hash"] = canonical_sha256(manifest)
-    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    (directory / MANIFEST).write_text(text, encoding="utf-8")
+@contextmanager
+def claimed(path: Path) -> Iterator[BinaryIO | None]:
+    """Yields an unbuffered file to fill, which becomes `path` if the block ends well and is removed if it does not.
+
+    None where `path` is there, or another process is making it: it holds a lock, which the kernel gives back when it
+    dies. What it left half written is written anew. So processes share a list of files to make without a word.
+    """
+    temporary = path.with_name(f".{path.name}.building")
+    with temporary.open("ab", buffering=0) as stream:
+        if not _claim(stream, temporary, path):
+            yield None
+            return
+        stream.truncate(0)
+        try:
+            yield stream
+            os.fsync(stream.fileno())
+            temporary.rename(path)
+            _sync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _claim(stream: BinaryIO, temporary: Path, path: Path) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    try:
+        ours = os.path.samestat(os.fstat(stream.fileno()), temporary.stat())
+    except FileNotFoundError:
+        ours = False
+    if ours and path.exists():
+        temporary.unlink()
+    return ours and not path.exists()  # not ours: between opening and locking it was finished and renamed
+
+
+def write_all(stream: BinaryIO, parts: Iterable[Any]) -> None:
+    """Writes byte strings or arrays to an unbuffered file, which may take less than is offered."""
+    for part in parts:
+        left = memoryview(part).cast("B")
+        while left:
+            left = left[stream.write(left) :]
+
+
+def link(source: Path, target: Path) -> None:
+    """`target` shares the bytes of `source` where the file system can, else it is a copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def write_sealed(path: Path, kind: str, version: int, fields: Mapping[str, Any]) -> None:
+    """A JSON file with kind, format version, `fields` and a hash over all of it; there whole or not at all."""
+    sealed = {"kind": kind, "format_version": version, **fields}
+    sealed["manifest_hash"] = canonical_sha256(sealed)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("wb", buffering=0) as stream:
+            write_all(stream, [(json.dumps(sealed, indent=1, ensure_ascii=False) + "\n").encode()])
+            os.fsync(stream.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def read_sealed(path: Path, kind: str, version: int, again: str) -> dict[str, Any]:
+    """What `write_sealed` wrote, without the hash; InputError, ending in the words `again`, for anything else."""
+    try:
+        fields = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path.parent}: not a finished {kind} (no {path.name}); {again}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: unreadable ({error}); {again}") from error
+    if not isinstance(fields, dict) or fields.get("kind") != kind:
+        raise InputError(f"{path}: not the manifest of a {kind}")
+    if fields.get("format_version") != version:
+        found = fields.get("format_version")
+        raise InputError(f"{path}: format version {found}, this program reads {version}; {again}")
+    if fields.pop("manifest_hash", None) != canonical_sha256(fields):
+        raise InputError(f"{path}: altered after it was written; {again}")
+    return fields
+
+
+def write_manifest(
+    directory: Path, kind: str, version: int, fields: dict[str, Any], known: Mapping[str, str] | None = None
+) -> None:
+    """Writes manifest.json: kind, format version, `fields`, and size and hash of every file below `directory`.
+
+    known: hashes of files that need not be read again.
+    """
+    known = known or {}
+    files: dict[str, Any] = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            name = path.relative_to(directory).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
+    write_sealed(directory / MANIFEST, kind, version, {**fields, "files": files})
 
 
 def read_manifest(directory: Path, kind: str, version: int, verify: bool = False) -> dict[str, Any]:
     """The manifest, after checking kind, version, its own hash and the size (with `verify` the hash) of every file."""
-    path = directory / MANIFEST
     again = f"build the {kind} again"
     if not directory.is_dir():
         raise InputError(f"{directory}: no such {kind} directory")
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{directory}: not a finished {kind} (no {MANIFEST}); {again}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: unreadable ({error}); {again}") from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
-        raise InputError(f"{path}: not the manifest of a {kind}")
-    if manifest.get("format_version") != version:
-        found = manifest.get("format_version")
-        raise InputError(f"{path}: format version {found}, this program reads {version}; {again}")
-    if manifest.pop("manifest_hash", None) != canonical_sha256(manifest):
-        raise InputError(f"{path}: altered after it was written; {again}")
+    manifest = read_sealed(directory / MANIFEST, kind, version, again)
     for name, expected in manifest["files"].items():
         file = directory / name
         size = file.stat().st_size if file.is_file() else None

@@ -23,7 +23,7 @@ from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
 from rag_jax.rag import Params, Passages, Rag, RagConfig
 from rag_jax.refresh import Index, encoded
-from rag_jax.retrieval import encode, index
+from rag_jax.retrieval import encode, encode_job, index
 from rag_jax.retrieval.corpus import Corpus
 
 IDENTITY = "corpus.json"
@@ -185,18 +185,21 @@ def encoder_hash(loaded: Loaded, params: Params) -> str:
 
 def write_index(loaded: Loaded, params: Params, step: int, out: Path, overwrite: bool = False) -> index.Snapshot:
     """Embed the corpus and write the snapshot."""
-    encoder, side = loaded.rag.encoder, params[loaded.encoder_side]
-    corpus = loaded.corpus
+    encoder, corpus = loaded.rag.encoder, loaded.corpus
     manifest = index.Manifest(
         corpus=str(corpus.directory.resolve()),
         corpus_hash=corpus.hash,
         encoder_hash=encoder_hash(loaded, params),
+        tokenizer_hash=corpus.encoder_tokenizer.hash,
         step=step,
         n_passages=len(corpus),
         width=loaded.rag.config.encoder.output_width,
         dtype="float32",
     )
-    stream = encode.embed_stream(
-        lambda p, ids, mask: encoder.apply({"params": p}, ids, mask), side, corpus.encoder_ids, corpus.encoder_length
+    embed_rows = encode.row_embedder(
+        lambda p, ids, mask: encoder.apply({"params": p}, ids, mask),
+        jax.tree.map(np.asarray, params[loaded.encoder_side]),  # whole, from however many devices it lies on
+        corpus.encoder_ids,
+        corpus.encoder_length,
     )
-    return index.write(out, manifest, stream, overwrite)
+    return index.write(out, manifest, encode_job.blocks(embed_rows, range(len(corpus))), overwrite)

@@ -385,7 +385,7 @@ def test_an_index_of_another_encoder_or_corpus_is_refused(tiny_data, run, edited
 
 def test_damaged_indexes_are_refused(run, tmp_path, capsys):
     mine = copied(run, tmp_path / "run")
-    manifest, embeddings = mine / "index/manifest.json", mine / "index/embeddings.npy"
+    manifest, embeddings = mine / "index/manifest.json", snapshots.open_snapshot(mine / "index").shards[0].path
     whole, text = embeddings.read_bytes(), manifest.read_text()
     for damage, message in (
         (lambda: embeddings.write_bytes(whole[:-4]), f"{len(whole) - 4} bytes, the manifest says {len(whole)}"),
@@ -393,7 +393,7 @@ def test_damaged_indexes_are_refused(run, tmp_path, capsys):
         (lambda: manifest.unlink(), "not a finished index (no manifest.json)"),
         (lambda: manifest.write_text(text[:50]), "unreadable"),
         (lambda: manifest.write_text(text.replace('"step": 110', '"step": 111')), "altered after it was written"),
-        (lambda: manifest.write_text(text.replace('"format_version": 1', '"format_version": 2')), "format version 2"),
+        (lambda: manifest.write_text(text.replace('"format_version": 2', '"format_version": 3')), "format version 3"),
     ):
         damage()
         said = refused(capsys, "ask", "who?", "--run", mine)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_jax"
 LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors"],
-    ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "optimizer", "schedule"],
+    ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "optimizer", "schedule", "distributed"],
     ["decoding", "checkpoint", "plots", "tensors"],
     ["models"],
     ["data"],
@@ -27,7 +27,7 @@ LEVELS = [
     ["steps"],
     ["upkeep"],
     ["run"],
-    ["pretrained"],
+    ["pretrained", "encode_corpus"],
     ["saving"],
     ["answer"],
     ["evaluate"],

@@ -1,15 +1,24 @@
 """A world, a corpus, a configuration and a run so small that training takes seconds, for the tests of training."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
 from ml_collections import ConfigDict
 
 from rag_jax import __main__ as cli
+from rag_jax import checkpoint
+from rag_jax import run as runs
+from rag_jax.models.bert import BertConfig
+from rag_jax.rag import Rag, RagConfig
+from rag_jax.retrieval.corpus import Corpus
 
 ENTITIES = 40
 STEPS = 110  # of the whole run
@@ -58,6 +67,20 @@ def make_data(out: Path) -> Path:
     assert rag_jax("corpus", out / "world/passages.jsonl", "--out", out / "corpus", *train, *lengths) == 0
     same = ["--tokenizers-from", out / "corpus"]
     assert rag_jax("corpus", out / "edited/passages.jsonl", "--out", out / "edited-corpus", *same) == 0
+    return out
+
+
+def untrained_run(corpus_dir: Path, out: Path, seed: int = 0, **encoder: Any) -> Path:
+    """A run directory whose encoder was drawn and never trained, for what needs embeddings of any kind."""
+    corpus = Corpus.open(corpus_dir)
+    shape = {"width": 32, "layers": 1, "heads": 2, "hidden": 64, "positions": 96, "pooling": "mean", **encoder}
+    model = RagConfig(encoder=BertConfig(vocab_size=corpus.encoder_tokenizer.vocab_size, **shape), generator=None)
+    model = dataclasses.replace(model, tie_encoders=True)
+    out.mkdir(parents=True)
+    runs.write_empty_run(out, model, runs.identity(corpus))
+    shutil.copytree(corpus.directory / "tokenizers", out / "tokenizers")
+    params = nn.unbox(Rag(model).init(jax.random.key(seed)))
+    checkpoint.save_params(out / "params", jax.tree.map(lambda x: x + 0.05, params).items())
     return out
 
 

@@ -1,18 +1,17 @@
-"""Passages -> embeddings: the whole table on device at once (refresh while training), or a corpus into an index
-snapshot.
+"""Passages -> embeddings: the whole table on device at once (refresh while training), or range by range from a table
+that need not fit in memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
-
-from rag_jax.logs import Progress
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Embed = Callable[[Any, jax.Array, jax.Array], jax.Array]  # (params, ids_BL, mask_BL) -> d_BE
+BATCH = 256
 
 
 def _mask(length_B: jax.Array, width: int) -> jax.Array:
@@ -42,30 +41,48 @@ def embed_table(embed: Embed, mesh: Mesh, batch: int = 64) -> Callable[[Any, jax
     )
 
 
-def embed_stream(
-    embed: Embed, params: Any, ids_NL: np.ndarray, length_N: np.ndarray, batch: int = 256, window: int = 64
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows [X], embeddings [X, E]) block by block over tables that need not fit in memory, with progress.
+EmbedRows = Callable[[int, int, Callable[[int], None]], np.ndarray]  # (first, last, done) -> embeddings_XE
 
-    Among `window` batches the passages go in order of length, and a batch is as wide as its longest one needs, up to
-    the next eighth of the table's width: short passages cost little, and no more than eight programs are compiled.
+
+def row_embedder(
+    embed: Embed, params: Any, ids_NL: Any, length_N: Any, batch: int = BATCH, devices: list[jax.Device] | None = None
+) -> EmbedRows:
+    """A function (first, last, done) -> float32 embeddings [last - first, E] of these rows of the tables; `done` hears
+    how many more are ready.
+
+    Within a range the passages go in order of length, and a batch is as wide as its longest one needs, up to the next
+    eighth of the table's width: short passages cost little, and no more than eight programs are compiled. The batch is
+    cut over the devices (default: all of this process; the parameters are on each), and the next one is on its way
+    before the last is fetched. Equal ranges give equal bytes.
     """
-    n, width = ids_NL.shape
+    devices = devices or jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
+    params = jax.device_put(params, everywhere)
+    batch = -(-batch // mesh.size) * mesh.size
+    width = ids_NL.shape[1]
     step = -(-width // 8)
 
     @jax.jit
     def block(params: Any, ids: jax.Array, lengths: jax.Array) -> jax.Array:
-        return embed(params, ids.astype(jnp.int32), _mask(lengths, ids.shape[1]))
+        return embed(params, ids.astype(jnp.int32), _mask(lengths, ids.shape[1])).astype(jnp.float32)
 
-    with Progress(n, "embedding passages", "passage") as progress:
-        for first in range(0, n, batch * window):
-            length_W = np.asarray(length_N[first : first + batch * window])
-            order = np.argsort(length_W, kind="stable")
-            for start in range(0, len(order), batch):
-                here = order[start : start + batch]
-                wide = min(max(-(-int(length_W[here].max()) // step), 1) * step, width)
-                ids = np.zeros((batch, wide), ids_NL.dtype)
-                lengths = np.zeros(batch, length_N.dtype)
-                ids[: len(here)], lengths[: len(here)] = ids_NL[first + here, :wide], length_W[here]
-                yield first + here, np.asarray(block(params, ids, lengths))[: len(here)]
-                progress.update(len(here))
+    def dispatch(ids_XL: np.ndarray, length_X: np.ndarray, here: np.ndarray) -> jax.Array:
+        wide = min(max(-(-int(length_X[here].max()) // step), 1) * step, width)
+        ids, lengths = np.zeros((batch, wide), ids_XL.dtype), np.zeros(batch, length_X.dtype)
+        ids[: len(here)], lengths[: len(here)] = ids_XL[here, :wide], length_X[here]
+        return block(params, *jax.device_put((ids, lengths), rows))
+
+    def embed_rows(first: int, last: int, done: Callable[[int], None]) -> np.ndarray:
+        ids_XL, length_X = np.asarray(ids_NL[first:last]), np.asarray(length_N[first:last])
+        order = np.argsort(length_X, kind="stable")
+        batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+        waiting = dispatch(ids_XL, length_X, batches[0])
+        out_XE = np.empty((last - first, waiting.shape[1]), np.float32)
+        for i, here in enumerate(batches):
+            ready, waiting = waiting, dispatch(ids_XL, length_X, batches[i + 1]) if i + 1 < len(batches) else waiting
+            out_XE[here] = np.asarray(ready)[: len(here)]
+            done(len(here))
+        return out_XE
+
+    return embed_rows

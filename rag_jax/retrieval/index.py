@@ -1,27 +1,36 @@
-"""An index snapshot on disk: embeddings [N, E], bound to a corpus and to the encoder that made them."""
+"""An index snapshot on disk: embeddings [N, E] in shard files, bound to a corpus and to the encoder that made them.
 
-from collections.abc import Iterable
+A snapshot never changes. One made of an encode job, or of an older snapshot, shares their files.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from rag_jax import files
 from rag_jax.errors import InputError
+from rag_jax.retrieval import encode_job, shards
+from rag_jax.retrieval.corpus import Corpus
+from rag_jax.retrieval.shards import Identity, Shard
+from rag_jax.retrieval.stacked import Part, Scaled, Stacked, stack
 
-KIND, VERSION = "index", 1
-EMBEDDINGS = "embeddings.npy"
+KIND, VERSION = "index", 2
 
 
 @dataclass(frozen=True)
 class Manifest:
     """corpus: where the passages are, corpus_hash: what they were; encoder_hash and step: which parameters embedded
-    them.
+    them; tokenizer_hash: the tokenizer of both.
     """
 
     corpus: str
     corpus_hash: str
     encoder_hash: str
+    tokenizer_hash: str
     step: int
     n_passages: int
     width: int
@@ -30,58 +39,114 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An opened snapshot; the embeddings are memory-mapped."""
+    """An opened snapshot. Nothing is read but what is asked for.
+
+    embeddings_NE: array-like (see `stacked.Rows`), float32 where they are stored as int8, else as stored.
+    rows_NE and scale_N: as stored; scale_N is None but for int8, where embeddings = rows * scale.
+    """
 
     directory: Path
     manifest: Manifest
-    embeddings_NE: np.ndarray
+    hash: str
+    shards: tuple[Shard, ...]
+    embeddings_NE: Any
+    rows_NE: Any
+    scale_N: Any
 
 
 def write(
-    directory: str | Path, manifest: Manifest, blocks: Iterable[tuple[np.ndarray, np.ndarray]], overwrite: bool = False
+    directory: str | Path,
+    manifest: Manifest,
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]],
+    overwrite: bool = False,
+    shared: Sequence[tuple[Shard, str]] = (),
 ) -> Snapshot:
-    """Write the blocks (rows [X], embeddings [X, E]) and open the result; it appears whole or not at all.
+    """Write the blocks (rows [X], embeddings [X, E]), a file each, and open the result; it appears whole or not at all.
 
+    Rows ascend without gaps, from 0 or from where `shared` ends: shards that exist, with the sha256 of their files.
     InputError for an embedding that is not finite, and for a directory that is there and is no index (or without
     `overwrite`); ValueError where the blocks are not n_passages rows together.
     """
+    m = manifest
     with files.new_directory(directory, KIND, overwrite) as temporary:
-        shape, written = (manifest.n_passages, manifest.width), 0
-        array = np.lib.format.open_memmap(temporary / EMBEDDINGS, "w+", np.dtype(manifest.dtype), shape)
+        identities = [shard.identity for shard, _ in shared]
+        for shard, _ in shared:
+            files.link(shard.path, temporary / shard.path.name)
+        written = identities[-1].last if identities else 0
         for rows_X, embeddings_XE in blocks:
-            if not np.isfinite(embeddings_XE).all():
-                bad = int(rows_X[~np.isfinite(embeddings_XE).all(1)][0])
-                raise InputError(f"passage row {bad}: its embedding is not finite; the encoder has diverged")
-            array[rows_X] = embeddings_XE
-            written += len(rows_X)
-        if written != manifest.n_passages:
-            raise ValueError(f"{written} embeddings were written, the manifest says {manifest.n_passages}")
-        array.flush()
-        files.write_manifest(temporary, KIND, VERSION, asdict(manifest))
+            last = written + len(rows_X)
+            if not np.array_equal(rows_X, np.arange(written, last)):
+                raise ValueError(f"rows {written} to {last - 1} come next, the block is of other ones")
+            identity = Identity(m.corpus_hash, m.encoder_hash, written, last, m.width, m.dtype)
+            with (temporary / identity.name).open("xb", buffering=0) as stream:
+                shards.write(stream, identity, embeddings_XE)
+            identities.append(identity)
+            written = last
+        if written != m.n_passages:
+            raise ValueError(f"{written} embeddings were written, the manifest says {m.n_passages}")
+        known = {shard.path.name: sha256 for shard, sha256 in shared}
+        table = [asdict(identity) for identity in identities]
+        files.write_manifest(temporary, KIND, VERSION, {**asdict(m), "shards": table}, known)
     return open_snapshot(directory)
 
 
-def open_snapshot(directory: str | Path) -> Snapshot:
-    """InputError where the directory is no snapshot, is of another format, or does not match its own manifest."""
-    directory = Path(directory)
-    found = files.read_manifest(directory, KIND, VERSION)
-    manifest = Manifest(**{field.name: found[field.name] for field in fields(Manifest)})
-    try:
-        embeddings = np.load(directory / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{directory / EMBEDDINGS}: unreadable ({error}); build the index again") from error
-    if embeddings.shape != (manifest.n_passages, manifest.width) or str(embeddings.dtype) != manifest.dtype:
+def from_job(job_dir: str | Path, corpus: Corpus, out: str | Path, overwrite: bool = False) -> Snapshot:
+    """The snapshot of a finished encode job, whose files it shares; the corpus as it is now.
+
+    InputError where shards are missing, damaged or of another corpus.
+    """
+    directory = Path(job_dir)
+    job = encode_job.read_job(directory)
+    again = f"rag-jax encode {job.run} --corpus {job.corpus} --out"
+    if corpus.hash != job.corpus_hash:
         raise InputError(
-            f"{directory}: embeddings are {embeddings.shape} {embeddings.dtype}, the manifest says "
-            f"{(manifest.n_passages, manifest.width)} {manifest.dtype}; build the index again"
+            f"{directory}: embeds a corpus with hash {job.corpus_hash[:16]}, and {corpus.directory} has "
+            f"{corpus.hash[:16]}; embed that one: rag-jax encode {job.run} --corpus {corpus.directory} --out OTHER"
         )
-    return Snapshot(directory, manifest, embeddings)
+    missing = [identity for identity in job.shards if not (directory / identity.name).exists()]
+    if missing:
+        raise InputError(
+            f"{directory}: {len(missing)} of {len(job.shards)} shards are missing, the first {missing[0].name}; "
+            f"finish it with: {again} {directory}"
+        )
+    mend = f"remove that file and embed its rows again: {again} {directory}"
+    try:
+        shared = [(shard, shard.file_sha256()) for shard in shards.read_all(directory, job.shards, mend)]
+    except InputError as error:
+        raise InputError(str(error) if mend in str(error) else f"{error}; {mend}") from None
+    found = {field.name: getattr(job, field.name) for field in fields(Manifest)}
+    return write(out, Manifest(**found | {"corpus": str(corpus.directory.resolve())}), (), overwrite, shared)
 
 
-def check(snapshot: Snapshot, corpus_hash: str, encoder_hash: str) -> None:
-    """InputError with both hashes where the snapshot is of another corpus or encoder."""
+def open_snapshot(directory: str | Path, verify: bool = False) -> Snapshot:
+    """InputError where the directory is no snapshot, is of another format, or does not match its own manifest.
+
+    Looks at the sizes and headers of the files; `verify` hashes them, too.
+    """
+    directory = Path(directory)
+    found = files.read_manifest(directory, KIND, VERSION, verify)
+    manifest = Manifest(**{field.name: found[field.name] for field in fields(Manifest)})
+    identities = [Identity(**entry) for entry in found["shards"]]
+    opened = tuple(shards.read_all(directory, identities, "build the index again"))
+    embeddings = [Part(shard.identity.rows, shard.embeddings_XE) for shard in opened]
+    rows_NE = stack(embeddings, jnp.dtype(manifest.dtype), (manifest.width,))
+    if rows_NE.shape != (manifest.n_passages, manifest.width):
+        shape = (manifest.n_passages, manifest.width)
+        raise InputError(f"{directory}: shards hold {rows_NE.shape}, the manifest says {shape}; build the index again")
+    scale_N, embeddings_NE = None, rows_NE
+    if manifest.dtype == "int8":
+        scale_N = Stacked([Part(shard.identity.rows, shard.scale_X) for shard in opened], np.float32)
+        embeddings_NE = Scaled(Stacked(embeddings, np.int8, (manifest.width,)), scale_N)
+    named = {name: value for name, value in asdict(manifest).items() if name != "corpus"}
+    digest = files.canonical_sha256({**named, "files": found["files"]})
+    return Snapshot(directory, manifest, digest, opened, embeddings_NE, rows_NE, scale_N)
+
+
+def check(snapshot: Snapshot, corpus_hash: str, encoder_hash: str, tokenizer_hash: str | None = None) -> None:
+    """InputError with both hashes where the snapshot is of another tokenizer, corpus or encoder."""
     found = snapshot.manifest
     for have, want, now in (
+        (found.tokenizer_hash, tokenizer_hash or found.tokenizer_hash, "a tokenizer other than the run's, which is"),
         (found.corpus_hash, corpus_hash, f"the corpus {found.corpus}, which is now"),
         (found.encoder_hash, encoder_hash, "an encoder other than the run's, which is"),
     ):
