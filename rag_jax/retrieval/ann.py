@@ -162,12 +162,12 @@ class Scann:
             return self  # exact
 
         def reaches(leaves: int, reorder: int) -> bool:
-            return _recall(self._with(leaves, reorder).search(Queries(queries_BE), k).ids_BK, truth_BK) >= recall
+            return recall_at(self._with(leaves, reorder).search(Queries(queries_BE), k).ids_BK, truth_BK) >= recall
 
         most = min(20 * k, len(self.rows_N))
         leaves = _least(1, self.config.leaves, lambda x: reaches(x, most))
         tuned = self._with(leaves, _least(min(k, most), most, lambda x: reaches(leaves, x)))
-        found = _recall(tuned.search(Queries(queries_BE), k).ids_BK, truth_BK)
+        found = recall_at(tuned.search(Queries(queries_BE), k).ids_BK, truth_BK)
         if found < recall:
             info(f"ScaNN: recall@{k} is {found:.3f}, not {recall:.3f}; another reorder_dtype may give more")
         return tuned
@@ -287,7 +287,7 @@ def _check_finite(embeddings_NE: np.ndarray, rows_N: np.ndarray) -> None:
             raise InputError(f"passage row {row}: its embedding is not finite; the encoder has diverged")
 
 
-def _recall(ids_BK: np.ndarray, truth_BK: np.ndarray) -> float:
+def recall_at(ids_BK: np.ndarray, truth_BK: np.ndarray) -> float:
     """Share of the right rows that were found."""
     wanted_BK = truth_BK >= 0
     found_BK = (truth_BK[:, :, None] == ids_BK[:, None, :]).any(2) & wanted_BK
