@@ -16,7 +16,8 @@ from rag_jax.retrieval.search import Queries, Source
 pytest.importorskip("scann")
 
 SOURCE = Source("c" * 64, "e" * 64, 7)
-TREE = AnnConfig(leaves=60, leaves_to_search=60, reorder_dtype="float32")  # all leaves: nothing but codes is inexact
+# All leaves and many scored again: almost exact. No two builds of ScaNN are the same, so the margins here are wide.
+TREE = AnnConfig(leaves=60, leaves_to_search=60, reorder=600, reorder_dtype="float32")
 
 
 def clustered(n: int = 6000, width: int = 24, batch: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

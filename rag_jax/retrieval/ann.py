@@ -91,7 +91,10 @@ class Scann:
         return search.manifest(KIND, self.source, {**asdict(self.config), **changed})
 
     def search(self, queries: Queries, k: int) -> SearchResult:
-        """Scores are those of `reorder_dtype`. Fewer than k may come back: a search sees `leaves_to_search` leaves."""
+        """Scores are those of `reorder_dtype`. Fewer than k may come back: a search sees `leaves_to_search` leaves.
+
+        Equal scores are in order of their ids, but which of them are among those scored again is for ScaNN to say.
+        """
         queries_BE = search.query_embeddings(queries, self.width, k)
         if not len(queries_BE):
             return SearchResult(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))
@@ -104,18 +107,22 @@ class Scann:
         return search.best(ids_BX, scores_BX, k)
 
     def _indexed(self, queries_BE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """At least the k best of ScaNN's index that are not gone, with -1 for those that are."""
-        n, most = min(k, len(self.rows_N)), min(k + len(self.gone), len(self.rows_N))
+        """The k best of ScaNN's index that are not gone, and more; -1 for none.
+
+        All that were scored again are asked for: equal scores can be put in order, and rows that are gone seldom leave
+        too few.
+        """
+        most = len(self.rows_N)
+        n = min(max(self.config.reorder or max(4 * k, 100), k), most)
+        wanted = max(k, n // 2)  # of those that are not gone
         while True:
-            reorder = max(self.config.reorder or max(100, 4 * n), n)
-            ids_BX, scores_BX = self.index.search_batched_parallel(
-                queries_BE, n, reorder, self.config.leaves_to_search or None
-            )
+            leaves = self.config.leaves_to_search or None
+            ids_BX, scores_BX = self.index.search_batched_parallel(queries_BE, n, n, leaves)
             found_BX = np.isfinite(scores_BX)  # what ScaNN could not fill has id 0 and score NaN
             ids_BX = np.where(found_BX, self.rows_N[ids_BX], -1)
             live_BX = found_BX & ~np.isin(ids_BX, self.gone)
-            enough_B = (live_BX.sum(1) >= k) | ~found_BX.all(1)  # or there is no more in these leaves
-            if n >= most or enough_B.all():
+            enough_B = (live_BX.sum(1) >= wanted) | ~found_BX.all(1)  # or there is no more in these leaves
+            if n == most or enough_B.all():
                 return np.where(live_BX, ids_BX, -1), scores_BX
             n = min(2 * n, most)
 
@@ -155,12 +162,12 @@ class Scann:
             return self  # exact
 
         def reaches(leaves: int, reorder: int) -> bool:
-            return _recall(self._with(leaves, reorder).search(Queries(queries_BE), k).ids_BK, truth_BK) >= recall
+            return recall_at(self._with(leaves, reorder).search(Queries(queries_BE), k).ids_BK, truth_BK) >= recall
 
         most = min(20 * k, len(self.rows_N))
         leaves = _least(1, self.config.leaves, lambda x: reaches(x, most))
         tuned = self._with(leaves, _least(min(k, most), most, lambda x: reaches(leaves, x)))
-        found = _recall(tuned.search(Queries(queries_BE), k).ids_BK, truth_BK)
+        found = recall_at(tuned.search(Queries(queries_BE), k).ids_BK, truth_BK)
         if found < recall:
             info(f"ScaNN: recall@{k} is {found:.3f}, not {recall:.3f}; another reorder_dtype may give more")
         return tuned
@@ -280,7 +287,7 @@ def _check_finite(embeddings_NE: np.ndarray, rows_N: np.ndarray) -> None:
             raise InputError(f"passage row {row}: its embedding is not finite; the encoder has diverged")
 
 
-def _recall(ids_BK: np.ndarray, truth_BK: np.ndarray) -> float:
+def recall_at(ids_BK: np.ndarray, truth_BK: np.ndarray) -> float:
     """Share of the right rows that were found."""
     wanted_BK = truth_BK >= 0
     found_BK = (truth_BK[:, :, None] == ids_BK[:, None, :]).any(2) & wanted_BK

@@ -109,29 +109,48 @@ def best(ids_BX: np.ndarray, scores_BX: np.ndarray, k: int) -> SearchResult:
 class Exact:
     """Exact search on the devices (`mips.search`), for callers on the host.
 
-    embeddings_NE: a host array, cut over the mesh here, or the sharded array of a training state with its `n_valid`.
-    Questions are padded to a few batch sizes, so that few programs are compiled. With several processes all must
-    search for the same questions at the same time.
+    embeddings_NE, scale_N, live_N: as in `mips.search`; host arrays, cut over the mesh here, or the sharded arrays of a
+    training state with their `n_valid`. Questions are padded to a few batch sizes, so that few programs are compiled.
+    With several processes all must search for the same questions at the same time.
     """
 
     def __init__(
-        self, embeddings_NE: np.ndarray | jax.Array, mesh: Mesh, source: Source, *, n_valid: int | None = None
+        self,
+        embeddings_NE: np.ndarray | jax.Array,
+        mesh: Mesh,
+        source: Source,
+        *,
+        scale_N: np.ndarray | jax.Array | None = None,
+        live_N: np.ndarray | jax.Array | None = None,
+        n_valid: int | None = None,
     ) -> None:
-        self.size = int(embeddings_NE.shape[0]) if n_valid is None else n_valid
-        on_devices = isinstance(embeddings_NE, jax.Array)
-        self._index_NE = embeddings_NE if on_devices else sharding.shard_rows(mesh, embeddings_NE, 0)
-        self._mesh = mesh
+        def placed(array_NX: np.ndarray | jax.Array) -> jax.Array:
+            return array_NX if isinstance(array_NX, jax.Array) else sharding.shard_rows(mesh, array_NX, 0)
+
+        self._n_valid = int(embeddings_NE.shape[0]) if n_valid is None else n_valid
+        self.size = self._n_valid if live_N is None else int(live_N[: self._n_valid].sum())
+        self._mesh, self._index_NE = mesh, placed(embeddings_NE)
+        self._scale_N = None if scale_N is None else placed(scale_N)
+        self._live_N = None if live_N is None else placed(live_N)
         self.manifest = manifest("exact", source, {"dtype": str(embeddings_NE.dtype), "devices": mesh.size})
 
     def search(self, queries: Queries, k: int) -> SearchResult:
         """InputError for missing, misshaped or not finite embeddings. k larger than `size` is filled with -1."""
         queries_BE = query_embeddings(queries, self._index_NE.shape[1], k)
-        n, found = min(k, self.size), []
+        n, found = min(k, self._n_valid), []
         for start in range(0, len(queries_BE), BATCH):
             part_BE = queries_BE[start : start + BATCH]
             padded_BE = np.pad(part_BE, ((0, _padded(len(part_BE)) - len(part_BE)), (0, 0)))
             on_mesh = jax.device_put(padded_BE, sharding.replicated(self._mesh))
-            pair = mips.search(on_mesh, self._index_NE, n, mesh=self._mesh, n_valid=self.size)
+            pair = mips.search(
+                on_mesh,
+                self._index_NE,
+                n,
+                scale_N=self._scale_N,
+                live_N=self._live_N,
+                mesh=self._mesh,
+                n_valid=self._n_valid,
+            )
             found.append([np.asarray(x)[: len(part_BE)] for x in pair])
         empty = [np.zeros((0, n), np.float32), np.zeros((0, n), np.int32)]
         scores_BK, ids_BK = (np.concatenate(parts) for parts in zip(empty, *found, strict=True))
@@ -193,6 +212,7 @@ class Hybrid:
 
     def search(self, queries: Queries, k: int) -> SearchResult:
         """Needs embeddings and texts. No more passages come back than the candidates of both searches."""
+        check_k(k)
         ids_BC, dense_BC, bm25_BC = self.candidates(queries, max(k, self.fusion.candidates))
         return best(ids_BC, fuse(ids_BC, dense_BC, bm25_BC, self.fusion), k)
 
@@ -222,8 +242,11 @@ def _union(one_BK: np.ndarray, other_BK: np.ndarray) -> np.ndarray:
 def fuse(ids_BC: np.ndarray, dense_BC: np.ndarray, bm25_BC: np.ndarray, fusion: Fusion) -> np.ndarray:
     """Scores_BC of candidates from both scores of each; -inf where the id is -1."""
     valid_BC = ids_BC >= 0
-    parts = [_ranked(s, valid_BC, fusion.rrf_k) if fusion.kind == "rrf" else NORMS[fusion.norm](s, valid_BC)
-             for s in (dense_BC, bm25_BC)]  # fmt: skip
+    parts = []
+    for scores_BC in (dense_BC, bm25_BC):
+        scores_BC = np.where(valid_BC, scores_BC, 0).astype(np.float64)
+        ranked = fusion.kind == "rrf"
+        parts.append(_ranked(scores_BC, valid_BC, fusion.rrf_k) if ranked else NORMS[fusion.norm](scores_BC, valid_BC))
     return np.where(valid_BC, fusion.weight * parts[0] + (1 - fusion.weight) * parts[1], -np.inf).astype(np.float32)
 
 

@@ -1,5 +1,6 @@
 """Text to the words that BM25 counts: lower case, no stop words, stems; for Chinese characters and their pairs."""
 
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -87,4 +88,5 @@ def library() -> Any:
         import bm25s
     except ImportError as error:
         raise InputError(f"BM25 needs bm25s ({error}): pip install 'rag-jax[bm25]'") from error
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for its debug lines to be shown
     return bm25s
