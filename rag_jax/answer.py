@@ -4,6 +4,8 @@ program.
 
 import argparse
 import dataclasses
+import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,17 +16,20 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from rag_jax import checkpoint, config, decoding, objectives, sharding, steps
+from rag_jax import checkpoint, config, decoding, objectives, refresh, sharding, steps
 from rag_jax import run as runs
-from rag_jax.config import StageConfig, TrainConfig
+from rag_jax.config import SearchConfig, StageConfig, TrainConfig
 from rag_jax.data import pipeline
 from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
+from rag_jax.hosted import HostIndex, Searchers, filled, gather
 from rag_jax.logs import Progress
-from rag_jax.rag import Params, Passages
+from rag_jax.rag import Params, Passages, Rag
 from rag_jax.refresh import Index
 from rag_jax.retrieval import index as snapshots
 from rag_jax.retrieval.corpus import Corpus
+from rag_jax.retrieval.search import Queries
+from rag_jax.steps import Batch
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class AnswerConfig:
     batch: int = 16
     closed_book: bool = False
     retrieval_only: bool = False
+    prior: Literal["dense", "search"] = "dense"
     candidates: int = 0
     doc_chunk: int = 0
     min_length: int = 0
@@ -95,12 +101,26 @@ class Answer:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of answering that commands share."""
     parser.add_argument("--decoding", default="", metavar="FILE[:NAME]", help="as configs/decoding.py:paper_sequence")
+    parser.add_argument(
+        "--search", metavar="KIND|JSON", help="exact, scann, bm25, hybrid (default: as trained), or all of SearchConfig"
+    )
     parser.add_argument("--n-docs", type=int, help="passages read per question (default: as trained)")
     parser.add_argument("--num-beams", type=int, help="1: greedy (the default)")
     parser.add_argument("--mode", choices=("thorough", "fast"), help="decoding of RAG-Sequence (default: thorough)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any field of rag_jax.answer.AnswerConfig"
     )
+
+
+def search_from_argument(text: str | None) -> SearchConfig | None:
+    """What --search says: a kind, or the keys of SearchConfig as JSON; None where it is not given."""
+    if not text:
+        return None
+    try:
+        values = json.loads(text) if text.startswith("{") else {"kind": text}
+    except ValueError as error:
+        raise InputError(f"--search {text}: not JSON ({error})") from error
+    return config.build(SearchConfig, values, "--search")
 
 
 def from_arguments(args: argparse.Namespace, base: AnswerConfig) -> AnswerConfig:
@@ -117,7 +137,7 @@ class AnswerFn(Protocol):
     """A jitted program; `number` is that of the batch, which what is drawn (do_sample) depends on."""
 
     def __call__(
-        self, params: Params, index: Index, passages: Passages, batch: dict[str, jax.Array], number: int = 0
+        self, params: Params, index: Index | None, passages: Passages, batch: Batch, number: int = 0
     ) -> Answers: ...
 
 
@@ -204,12 +224,15 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
             ids, mask = steps.contexts(setting, passages, rows_BR, batch | {"window": nothing}, length)
         else:
             q_BE = steps.embed_questions(setting, params, batch, None)
-            scores_BR, rows_BR = steps.find(setting, q_BE, index, wanted)
+            if "documents" in batch:
+                rows_BR, scores_BR = batch["documents"], batch["scores"]
+                if cfg.prior == "dense":
+                    scores_BR = jnp.einsum("be,bre->br", q_BE, refresh.stored(index, rows_BR))
+            else:
+                scores_BR, rows_BR = steps.find(setting, q_BE, index, wanted)
             if cfg.retrieval_only:
-                prior_BK, nothing = (
-                    jnp.exp(objectives.prior_logp(scores_BR[:, :n_docs])),
-                    jnp.zeros((len(q_BE), 0), int),
-                )
+                prior_BK = jnp.exp(objectives.prior_logp(scores_BR[:, :n_docs]))
+                nothing = jnp.zeros((len(q_BE), 0), int)
                 return Answers(nothing, nothing.sum(-1), rows_BR, prior_BK, prior_BK)
             ids, mask = steps.contexts(setting, passages, rows_BR[:, :n_docs], batch, length)
         scores_BK = scores_BR[:, :n_docs]
@@ -220,10 +243,59 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
 
     program = jax.jit(answer)
 
-    def call(params: Params, index: Index, passages: Passages, batch: dict[str, jax.Array], number: int = 0) -> Answers:
+    def call(
+        params: Params, index: Index | None, passages: Passages, batch: dict[str, jax.Array], number: int = 0
+    ) -> Answers:
         return program(params, index, passages, batch, tree, np.int32(number))
 
     return call
+
+
+class Hosted(NamedTuple):
+    """What was found on the host: rows_BR of the corpus, best first, -1 where there are fewer; and what the program is
+    given of the ones that are read.
+    """
+
+    rows_BR: np.ndarray
+    table: Index | None
+    passages: Passages
+    batch: Batch
+
+
+def found_on_host(
+    loaded: runs.Loaded, params: Params, index: HostIndex, cfg: AnswerConfig, texts: Sequence[str], batch: Batch
+) -> Hosted:
+    """Searches for one batch, and gathers the passages that are read."""
+    n_docs, n = cfg.n_docs or loaded.rag.config.n_docs, len(loaded.corpus)
+    if cfg.closed_book:
+        rows_BR = np.full((len(texts), 1), -1, np.int32)
+        tables = gather(loaded.corpus, index, np.zeros(len(texts), np.int32))
+        table, passages = sharding.shard_batch(loaded.mesh, tables)
+        return Hosted(rows_BR, table, passages, batch)
+    q_BE = np.asarray(_question_program(loaded.rag)(params, batch), np.float32)
+    found = index.searcher.search(Queries(q_BE, list(texts)), min(max(cfg.n_retrieved, n_docs), n))
+    read_BK, scores_BK = filled(found.ids_BK[:, :n_docs], n), found.scores_BK[:, :n_docs]
+    least_B1 = np.where(np.isfinite(scores_BK), scores_BK, np.inf).min(1, keepdims=True)
+    least_B1 = np.where(np.isfinite(least_B1), least_B1, 0)
+    given = {
+        "documents": np.arange(read_BK.size, dtype=np.int32).reshape(read_BK.shape),
+        "scores": np.where(np.isfinite(scores_BK), scores_BK, least_B1).astype(np.float32),
+    }
+    tables = gather(loaded.corpus, index, read_BK.reshape(-1))
+    given, table, passages = sharding.shard_batch(loaded.mesh, (given, *tables))
+    rows_BR = np.concatenate([read_BK, found.ids_BK[:, n_docs:]], axis=1)
+    return Hosted(rows_BR, table, passages, {**batch, **given})
+
+
+@functools.cache
+def _question_program(rag: Rag) -> Any:
+    """(params, batch) -> q_BE, jitted."""
+
+    def embed(params: Params, batch: Batch) -> jax.Array:
+        ids = batch["question_ids"]
+        return rag.embed_questions(params, ids, steps.masked(batch["question_length"], ids.shape[1]))
+
+    return jax.jit(embed)
 
 
 def bucket(length: int, longest: int, least: int = 16) -> int:
@@ -237,7 +309,7 @@ def bucket(length: int, longest: int, least: int = 16) -> int:
 def answer_questions(
     loaded: runs.Loaded,
     params: Params,
-    index: Index,
+    index: Index | HostIndex,
     questions: Sequence[str],
     cfg: AnswerConfig,
     program: AnswerFn | None = None,
@@ -262,7 +334,15 @@ def answer_questions(
             rows = order[np.minimum(np.arange(start, start + size), len(questions) - 1)]
             width = bucket(int(length_N[rows].max()), loaded.rag.config.question_length)
             batch = {name: table[rows][:, :width] if table.ndim == 2 else table[rows] for name, table in tables.items()}
-            out = program(params, index, loaded.passages, sharding.shard_batch(loaded.mesh, batch), number)
+            on_devices = sharding.shard_batch(loaded.mesh, batch)
+            if isinstance(index, HostIndex):
+                texts = [questions[row] for row in rows]
+                here = found_on_host(loaded, params, index, cfg, texts, on_devices)
+                out = program(params, here.table, here.passages, here.batch, number)
+                out = out._replace(rows=here.rows_BR)  # type: ignore[arg-type]
+            else:
+                assert loaded.passages is not None
+                out = program(params, index, loaded.passages, on_devices, number)
             count = min(size, len(questions) - start)
             found = collect(corpus, jax.device_get(out), count, cfg.closed_book)
             for row, one in zip(rows, found, strict=False):
@@ -276,11 +356,12 @@ def collect(corpus: Corpus, out: Any, count: int, closed_book: bool) -> list[Ans
     answers = []
     for i in range(count):
         read = []
-        for row, prior, posterior in zip(out.rows[i], out.prior[i], out.posterior[i], strict=False):
-            p = corpus[int(row)]
-            read.append(Passage(p.id, p.title, p.text, float(prior), float(posterior)))
+        order = np.argsort(-out.prior[i], kind="stable")  # a search on the host may rank by something else
+        for place in order:
+            p = corpus[int(out.rows[i][place])]
+            read.append(Passage(p.id, p.title, p.text, float(out.prior[i][place]), float(out.posterior[i][place])))
         text = corpus.generator_tokenizer.decode([int(token) for token in out.sequences[i]]).strip()
-        retrieved = () if closed_book else tuple(corpus[int(row)].id for row in out.rows[i])
+        retrieved = () if closed_book else tuple(corpus[int(row)].id for row in out.rows[i] if row >= 0)
         answers.append(Answer(text, float(out.scores[i]), () if closed_book else tuple(read), retrieved))
     return answers
 
@@ -292,14 +373,17 @@ class Pipeline:
     config: TrainConfig
     loaded: runs.Loaded
     params: Params
-    index: Index
+    index: Index | HostIndex
     snapshot: snapshots.Snapshot
+    search: SearchConfig = field(default_factory=SearchConfig)
     programs: dict[AnswerConfig, AnswerFn] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_run(cls, path: str | Path, index: str | Path | None = None) -> "Pipeline":
+    def from_run(
+        cls, path: str | Path, index: str | Path | None = None, search: SearchConfig | None = None
+    ) -> "Pipeline":
         """Open a run with its own index, or with another made by `rag-jax index` (hot swap: other passages, no
-        retraining).
+        retraining). search: how passages are searched, if not as the run was trained.
 
         InputError where the index was made by another encoder, or its corpus with other tokenizers or passages.
         """
@@ -309,10 +393,23 @@ class Pipeline:
         snapshot = snapshots.open_snapshot(index or directory / "index")
         corpus = Corpus.open(snapshot.manifest.corpus)
         runs.check_tokenizers(directory, corpus)
-        loaded = runs.load(config.model, corpus, sharding.make_mesh(config.mesh or None))
+        search = search or config.search
+        loaded = runs.load(config.model, corpus, sharding.make_mesh(config.mesh or None), search.kind == "exact")
         params = runs.read_params(directory, loaded.rag, loaded.mesh)
-        snapshots.check(snapshot, corpus.hash, runs.encoder_hash(loaded, params))
-        return cls(config, loaded, params, runs.index_on_device(loaded, snapshot, config.search.dtype), snapshot)
+        runs.check_snapshot(loaded, params, snapshot)
+        if search.kind == "exact":
+            return cls(config, loaded, params, runs.index_on_device(loaded, snapshot, search.dtype), snapshot, search)
+        manifest, embeddings_NE = snapshot.manifest, snapshot.embeddings_NE
+        searchers = Searchers(search, corpus, loaded.mesh, directory / "search")
+        searcher = searchers.make(embeddings_NE, manifest.encoder_hash, manifest.step, keep=True)
+        step_N = np.full(len(corpus), manifest.step, np.int32)
+        return cls(config, loaded, params, HostIndex(embeddings_NE, step_N, searcher), snapshot, search)
+
+    def search_manifest(self) -> dict[str, Any]:
+        """What the search is made of, for reports."""
+        if isinstance(self.index, HostIndex):
+            return dict(self.index.searcher.manifest)
+        return {"kind": "exact", "dtype": self.search.dtype, "recall_target": self.search.recall_target}
 
     def answer_config(self, **changes: Any) -> AnswerConfig:
         """How the run answers by default, with changes."""

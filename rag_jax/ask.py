@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    pipeline = Pipeline.from_run(args.run, args.index)
+    pipeline = Pipeline.from_run(args.run, args.index, answer.search_from_argument(args.search))
     cfg = answer.from_arguments(args, pipeline.answer_config(batch=len(args.question)))
     answers = pipeline.answer(args.question, cfg)
     text = "\n\n".join(render(*pair) for pair in zip(args.question, answers, strict=True))

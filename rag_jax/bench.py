@@ -20,6 +20,7 @@ from rag_jax.bench_limits import matmul_limit, spread, timed
 from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.data import pipeline
 from rag_jax.errors import InputError
+from rag_jax.hosted import Searchers
 from rag_jax.logs import Progress
 from rag_jax.retrieval.corpus import Corpus
 from rag_jax.steps import jit_step, make_step
@@ -53,11 +54,11 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
     mesh = sharding.make_mesh(cfg.mesh or None)
     train.check(cfg, corpus, mesh)
     data = train.prepare(cfg, corpus)
-    loaded = runs.load(cfg.model, corpus, mesh)
+    loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact")
     params = train.init_params(loaded, cfg.seed, cfg.init)
     state = train.init_state(loaded, stage, params, 0)
     number = cfg.stages.index(stage)
-    refresher = train.make_refresher(cfg, loaded)
+    refresher = train.make_refresher(cfg, loaded, Searchers(cfg.search, corpus, mesh))
     upkeep = train.upkeep_of(cfg, loaded, data, refresher, number, None)
     batches = train.batches(stage, cfg, data, number)
     key = jax.random.key(cfg.seed)

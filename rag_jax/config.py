@@ -19,6 +19,9 @@ from rag_jax import optimizer, schedule
 from rag_jax.errors import InputError
 from rag_jax.optimizer import OptimizerConfig
 from rag_jax.rag import RagConfig
+from rag_jax.retrieval.ann import AnnConfig
+from rag_jax.retrieval.bm25 import Bm25Config
+from rag_jax.retrieval.search import Fusion
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,17 @@ class SearchConfig:
     """How passages are searched. `exact`: on the devices, inside the step; the others on the host, between steps.
 
     dtype: of the index on the devices. recall_target: below 1, the search may miss that share where this is faster
-    (TPU). The rest is of the host: see retrieval/ann.py, bm25.py and search.py.
+    (TPU). scann, bm25: how those are built. fusion: how `hybrid` makes one ranking of BM25's and that of the `dense`
+    search.
     """
 
     kind: Literal["exact", "scann", "bm25", "hybrid"] = "exact"
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     recall_target: float = 1.0
+    dense: Literal["exact", "scann"] = "exact"
+    scann: AnnConfig = field(default_factory=AnnConfig)
+    bm25: Bm25Config = field(default_factory=Bm25Config)
+    fusion: Fusion = field(default_factory=Fusion)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from rag_jax import answer, config, metrics
 from rag_jax import run as runs
 from rag_jax.answer import Answer, AnswerConfig, Pipeline
+from rag_jax.config import SearchConfig
 from rag_jax.data import formats
 from rag_jax.data.formats import Question
 from rag_jax.errors import InputError
@@ -82,13 +83,14 @@ def evaluate(
     where: str = "",
     limit: int = 0,
     configure: Callable[[AnswerConfig], AnswerConfig] = lambda cfg: cfg,
+    search: SearchConfig | None = None,
 ) -> dict[str, Any]:
     """Score a run on a question file (its own dev questions by default) and write the two files into `out`.
 
-    configure: what to change of how the run answers by default.
+    configure: what to change of how the run answers by default. search: as of Pipeline.from_run.
     """
     begun = time.perf_counter()
-    pipeline = Pipeline.from_run(directory, index)
+    pipeline = Pipeline.from_run(directory, index, search)
     if questions is None and not pipeline.config.dev:
         raise InputError(f"{directory}: a converted model names no questions; pass --questions FILE")
     file = questions or Path(pipeline.config.dev)
@@ -106,7 +108,10 @@ def evaluate(
         "where": where,
         "corpus": manifest.corpus,
         "index": str(pipeline.snapshot.directory),
+        "index_hash": pipeline.snapshot.hash,
         "index_step": manifest.step,
+        "encoder_hash": manifest.encoder_hash,
+        "search": pipeline.search_manifest(),
         "corpus_hash": manifest.corpus_hash,
         "variant": pipeline.loaded.rag.variant,
         **config.plain(cfg),
@@ -140,4 +145,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     configured = partial(answer.from_arguments, args)
-    return evaluate(args.run, args.questions, args.out or args.run, args.index, args.where, args.limit, configured)
+    search = answer.search_from_argument(args.search)
+    out = args.out or args.run
+    return evaluate(args.run, args.questions, out, args.index, args.where, args.limit, configured, search)

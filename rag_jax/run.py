@@ -54,19 +54,20 @@ def resolve(model: RagConfig, encoder: Tokenizer, generator: Tokenizer) -> RagCo
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its corpus on a mesh; the token table's rows lie over all devices."""
+    """A model with its corpus on a mesh; the token table's rows lie over all devices. None: it stays on the host."""
 
     rag: Rag
     corpus: Corpus
     mesh: jax.sharding.Mesh
-    passages: Passages
+    passages: Passages | None
 
     @property
     def encoder_side(self) -> str:
         return "question_encoder" if self.rag.config.tie_encoders else "context_encoder"
 
 
-def load(model: RagConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> Loaded:
+def load(model: RagConfig, corpus: Corpus, mesh: jax.sharding.Mesh, on_devices: bool = True) -> Loaded:
+    """The model for a corpus; on_devices: with the token table there, for the search in graph."""
     encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
     tables = (
         (corpus.encoder_ids, encoder.pad_id),
@@ -74,7 +75,7 @@ def load(model: RagConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> Loaded:
         (corpus.generator_ids, generator.pad_id),
         (corpus.generator_length, 0),
     )
-    passages = Passages(*(sharding.shard_rows(mesh, table, fill) for table, fill in tables))
+    passages = Passages(*(sharding.shard_rows(mesh, table, fill) for table, fill in tables)) if on_devices else None
     rag = Rag(resolve(model, encoder, generator))
     longest = int(corpus.encoder_ids.shape[1])
     if longest > rag.config.encoder.positions:
@@ -93,13 +94,17 @@ def abstract_params(rag: Rag) -> Any:
 
 def index_on_device(loaded: Loaded, snapshot: index.Snapshot, dtype: str = "float32") -> Index:
     """A snapshot's embeddings on the devices, as this type; all rows made at the snapshot's step."""
-    embeddings, scale = snapshot.embeddings_NE, None
-    step_N = np.full(len(embeddings), snapshot.manifest.step, np.int32)
-    rows = sharding.shard_rows(loaded.mesh, embeddings, 0)
-    place = sharding.sharding(loaded.mesh, ("rows", None)), sharding.sharding(loaded.mesh, ("rows",))
-    if dtype != str(rows.dtype):
-        rows, scale = jax.jit(lambda x: encoded(x, jnp.dtype(dtype)), out_shardings=(place[0], place[1]))(rows)
-    return Index(rows, sharding.shard_rows(loaded.mesh, step_N, 0), scale)
+    mesh, step = loaded.mesh, snapshot.manifest.step
+    step_N = sharding.shard_rows(mesh, np.full(len(snapshot.embeddings_NE), step, np.int32), 0)
+    if dtype == "int8" and snapshot.scale_N is not None:
+        rows, scale = (sharding.shard_rows(mesh, x, 0) for x in (snapshot.rows_NE, snapshot.scale_N))
+        return Index(rows, step_N, scale)
+    rows = sharding.shard_rows(mesh, snapshot.embeddings_NE, 0)
+    if dtype == str(rows.dtype):
+        return Index(rows, step_N)
+    places = sharding.sharding(mesh, ("rows", None)), sharding.sharding(mesh, ("rows",)) if dtype == "int8" else None
+    rows, scale_N = jax.jit(lambda x: encoded(x, jnp.dtype(dtype)), out_shardings=places)(rows)
+    return Index(rows, step_N, scale_N)
 
 
 def identity(corpus: Corpus) -> dict[str, Any]:
@@ -181,6 +186,12 @@ def write_empty_run(directory: Path, model: RagConfig, identity: dict[str, Any])
 def encoder_hash(loaded: Loaded, params: Params) -> str:
     """Which parameters embed passages."""
     return checkpoint.tree_hash(params[loaded.encoder_side])
+
+
+def check_snapshot(loaded: Loaded, params: Params, snapshot: index.Snapshot) -> None:
+    """InputError, with both hashes, for an index of another corpus, encoder or tokenizer."""
+    corpus = loaded.corpus
+    index.check(snapshot, corpus.hash, encoder_hash(loaded, params), corpus.encoder_tokenizer.hash)
 
 
 def write_index(loaded: Loaded, params: Params, step: int, out: Path, overwrite: bool = False) -> index.Snapshot:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rag_jax import checkpoint, config, evaluate, logs, metrics, optimizer, refresh, sharding
@@ -24,13 +25,14 @@ from rag_jax.answer import AnswerConfig, AnswerFn, make_answer
 from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.data import formats, pipeline
 from rag_jax.errors import InputError
+from rag_jax.hosted import HostIndex, Searchers, on_host
 from rag_jax.logs import MetricWriter, Progress
 from rag_jax.models.lexical import inverse_document_frequency, lexical_start
 from rag_jax.refresh import Index, Refresher, on_devices
 from rag_jax.retrieval import index as snapshots
 from rag_jax.retrieval.corpus import Corpus
 from rag_jax.steps import Setting, TrainState, jit_step
-from rag_jax.upkeep import Feed, OnDevice, Upkeep, kept_fields
+from rag_jax.upkeep import Feed, OnDevice, OnHost, Upkeep, kept_fields
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Data:
 
     examples: pipeline.Examples
     corpus: Corpus
+    texts: tuple[str, ...]  # the questions, as `source` of a batch counts them
 
 
 def prepare(cfg: TrainConfig, corpus: Corpus) -> Data:
@@ -50,7 +53,7 @@ def prepare(cfg: TrainConfig, corpus: Corpus) -> Data:
         target_length=cfg.target_length,
         every_answer=cfg.every_answer,
     )
-    return Data(examples, corpus)
+    return Data(examples, corpus, tuple(question.question for question in questions))
 
 
 def batches(stage: StageConfig, cfg: TrainConfig, data: Data, number: int) -> grain.MapDataset:
@@ -181,6 +184,7 @@ class Session(NamedTuple):
     directory: Path
     data: Data
     loaded: runs.Loaded
+    searchers: Searchers
     refresher: Refresher
     keeper: checkpoint.Checkpoints
     writer: MetricWriter
@@ -205,9 +209,12 @@ def init_state(loaded: runs.Loaded, stage: StageConfig, params: Any, step: int) 
     return TrainState(jax.device_put(np.int32(step), place), params, sharding.init(loaded.mesh, opt_state))
 
 
-def make_refresher(cfg: TrainConfig, loaded: runs.Loaded) -> Refresher:
+def make_refresher(cfg: TrainConfig, loaded: runs.Loaded, searchers: Searchers) -> Refresher:
     """What makes the run's index anew."""
-    make = on_devices(loaded.rag, loaded.mesh, loaded.passages, cfg.search.dtype)
+    if loaded.passages is None:
+        make = on_host(loaded.rag, searchers)
+    else:
+        make = on_devices(loaded.rag, loaded.mesh, loaded.passages, cfg.search.dtype)
     return Refresher(make, loaded.mesh, loaded.encoder_side)
 
 
@@ -225,7 +232,9 @@ def upkeep_of(
         search=cfg.search,
         epoch=max(1, len(data.examples) // stage.batch),
     )
-    way: Feed = OnDevice(setting, loaded.passages)
+    way: Feed = OnHost(setting, loaded.corpus, data.texts)
+    if loaded.passages is not None:
+        way = OnDevice(setting, loaded.passages)
     return Upkeep(setting, way, refresher, cfg.seed, cfg.drift_sample, index)
 
 
@@ -244,7 +253,7 @@ def restore(session: Session, number: int, params: Any, step: int) -> tuple[Trai
     if "pending_step" in position:
         like["pending"] = refresher.encoder(params)
     arrays = session.keeper.restore(step, like)
-    index = blank_index(session)._replace(**arrays["index"]) if config.searches(stage) else None
+    index = whole_index(session, arrays["index"]) if config.searches(stage) else None
     if "pending_step" in position:
         refresher.resume(arrays["pending"], position["pending_step"])
     logs.info(f"{session.directory}: going on from step {step}")
@@ -327,7 +336,7 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
         seconds = keeper.position(done)["seconds"]
         keeper.close()
         return result(directory, total, seconds)
-    loaded = runs.load(cfg.model, corpus, mesh)
+    loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact")
     answering = AnswerConfig(
         n_docs=cfg.model.n_docs,
         n_retrieved=20,
@@ -335,12 +344,14 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
         batch=64,
         retrieval_only=cfg.model.generator is None,
     )
+    searchers = Searchers(cfg.search, corpus, mesh, directory / "search")
     session = Session(
         cfg=cfg,
         directory=directory,
         data=data,
         loaded=loaded,
-        refresher=make_refresher(cfg, loaded),
+        searchers=searchers,
+        refresher=make_refresher(cfg, loaded, searchers),
         keeper=keeper,
         writer=MetricWriter(directory, resume_step=done),
         batches=every_batch,
@@ -403,16 +414,34 @@ def init_params(loaded: runs.Loaded, seed: int, init_from: str) -> Any:
 def blank_index(session: Session) -> Index:
     """An index of zeros, in the shapes and places of one that the run makes."""
     loaded = session.loaded
-    rows, width = len(loaded.passages.encoder_length_N), loaded.rag.config.encoder.output_width
-    return refresh.blank(loaded.mesh, rows, width, session.cfg.search.dtype)
+    width = loaded.rag.config.encoder.output_width
+    if loaded.passages is None:
+        n = len(loaded.corpus)
+        arrays: Any = np.zeros((n, width), np.float32), np.zeros(n, np.int32)
+        return Index(*arrays)
+    return refresh.blank(loaded.mesh, len(loaded.passages.encoder_length_N), width, session.cfg.search.dtype)
 
 
-def given_index(session: Session, params: Any) -> Index:
+def whole_index(session: Session, arrays: dict[str, Any]) -> Index | HostIndex:
+    """The index whose arrays a checkpoint kept."""
+    if session.loaded.passages is not None:
+        return blank_index(session)._replace(**arrays)
+    embeddings_NE, step_N = (np.asarray(arrays[name]) for name in ("embeddings_NE", "step_N"))
+    return HostIndex(embeddings_NE, step_N, session.searchers.make(embeddings_NE, None, int(step_N.max())))
+
+
+def given_index(session: Session, params: Any) -> Index | HostIndex:
     """The index that the configuration names; InputError where it is of another corpus or encoder."""
     loaded = session.loaded
     snapshot = snapshots.open_snapshot(session.cfg.index)
-    snapshots.check(snapshot, loaded.corpus.hash, runs.encoder_hash(loaded, params))
-    return runs.index_on_device(loaded, snapshot, session.cfg.search.dtype)._replace(step_N=blank_index(session).step_N)
+    runs.check_snapshot(loaded, params, snapshot)
+    if loaded.passages is None:
+        step_N, encoder_hash = np.zeros(len(loaded.corpus), np.int32), snapshot.manifest.encoder_hash
+        return HostIndex(
+            snapshot.embeddings_NE, step_N, session.searchers.make(snapshot.embeddings_NE, encoder_hash, 0)
+        )
+    index = runs.index_on_device(loaded, snapshot, session.cfg.search.dtype)
+    return index._replace(step_N=jnp.zeros_like(index.step_N))
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -11,19 +11,12 @@ import jax
 import numpy as np
 
 from rag_jax import config, refresh, schedule, sharding
+from rag_jax.hosted import HostIndex, filled, gather
 from rag_jax.rag import Params, Passages
 from rag_jax.refresh import Index, Refresher
 from rag_jax.retrieval.corpus import Corpus
-from rag_jax.retrieval.search import Queries, Searcher
+from rag_jax.retrieval.search import Queries
 from rag_jax.steps import Batch, Setting, embed_questions, make_drift
-
-
-class HostIndex(NamedTuple):
-    """Embeddings in memory, the step of each row's encoder, and what searches them."""
-
-    embeddings_NE: np.ndarray
-    step_N: np.ndarray
-    searcher: Searcher
 
 
 class Fed(NamedTuple):
@@ -92,23 +85,6 @@ def kept_fields(index: Index | HostIndex) -> dict[str, Any]:
     names = ("embeddings_NE", "step_N", "scale_N")
     found = {name: getattr(index, name, None) for name in names}
     return {name: array for name, array in found.items() if array is not None}
-
-
-def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple[Index | None, Passages]:
-    """Tables of these rows alone, from the memory-mapped ones of the corpus."""
-    tables = (corpus.encoder_ids, corpus.encoder_length, corpus.generator_ids, corpus.generator_length)
-    found = index and Index(index.embeddings_NE[rows_X], index.step_N[rows_X])
-    return found, Passages(*(table[rows_X] for table in tables))
-
-
-def filled(ids_BK: np.ndarray, n: int) -> np.ndarray:
-    """Where a search found fewer than K passages (-1), the first ones of the corpus that it has not found."""
-    out = ids_BK.copy()
-    for row in out[(out < 0).any(1)]:
-        missing = np.flatnonzero(row < 0)
-        others = np.setdiff1d(np.arange(min(n, 2 * len(row))), row)
-        row[missing] = others[: len(missing)]
-    return out
 
 
 class Upkeep:

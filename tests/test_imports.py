@@ -24,7 +24,7 @@ LEVELS = [
     ["rag"],
     ["refresh"],
     ["config", "report"],
-    ["steps"],
+    ["steps", "hosted"],
     ["upkeep"],
     ["run"],
     ["pretrained", "encode_corpus"],

@@ -165,8 +165,8 @@ def window_around(answer_B2: np.ndarray, length_B: np.ndarray, widest: int, rng:
 def question_batches(
     examples: Examples, passage_lengths: np.ndarray, *, batch: int, seed: int, window: int = 0
 ) -> grain.MapDataset:
-    """Endless shuffled batches of questions; `batches[step]` is one. With `window` > 0 each has `window_B2`, a part
-    of its first gold passage that holds the answer: the reading curriculum.
+    """Endless shuffled batches of questions; `batches[step]` is one, `source` says of which questions. With `window` >
+    0 each has `window_B2`, a part of its first gold passage that holds the answer: the reading curriculum.
     """
     if len(examples) < batch:
         raise InputError(
@@ -178,9 +178,7 @@ def question_batches(
         if window:
             lengths = passage_lengths[np.maximum(taken["gold_NG"][:, 0], 0)].astype(np.int32)
             taken["window_B2"] = window_around(taken["answer_N2"], lengths, window, rng)
-        return {
-            name[: name.rindex("_")]: value for name, value in taken.items() if name not in ("answer_N2", "source_N")
-        }
+        return {name[: name.rindex("_")]: value for name, value in taken.items() if name != "answer_N2"}
 
     return (
         grain.MapDataset.range(len(examples))

@@ -1,14 +1,13 @@
-"""Passages -> embeddings: the whole table on device at once (refresh while training), or range by range from a table
-that need not fit in memory.
-"""
+"""Passages -> embeddings, range by range from a table that need not fit in memory."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Embed = Callable[[Any, jax.Array, jax.Array], jax.Array]  # (params, ids_BL, mask_BL) -> d_BE
 BATCH = 256
@@ -18,27 +17,15 @@ def _mask(length_B: jax.Array, width: int) -> jax.Array:
     return jnp.arange(width)[None] < length_B.astype(jnp.int32)[:, None]
 
 
-def embed_table(embed: Embed, mesh: Mesh, batch: int = 64) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """A jitted function (params, ids_NL, length_N) -> embeddings_NE; each device embeds its own rows, `batch` at a
-    time.
+@functools.lru_cache(maxsize=8)
+def _program(embed: Embed) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """One for each function, so that embedding again with other parameters compiles nothing."""
 
-    N must divide over the devices of the mesh (`sharding.shard_rows`); rows come back where they were.
-    """
-    rows = PartitionSpec(mesh.axis_names)
+    @jax.jit
+    def block(params: Any, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+        return embed(params, ids.astype(jnp.int32), _mask(lengths, ids.shape[1])).astype(jnp.float32)
 
-    def on_device(params: Any, ids_NL: jax.Array, length_N: jax.Array) -> jax.Array:
-        n, width = ids_NL.shape
-        size = min(batch, n)
-        pad = -n % size
-        ids = jnp.pad(ids_NL, ((0, pad), (0, 0))).reshape(-1, size, width)
-        lengths = jnp.pad(length_N, (0, pad)).reshape(-1, size)
-        out = jax.lax.map(lambda x: embed(params, x[0].astype(jnp.int32), _mask(x[1], width)), (ids, lengths))
-        return out.reshape(n + pad, -1)[:n]
-
-    # the encoder's parameters are replicated for this, so varying and invariant values mix freely
-    return jax.jit(
-        jax.shard_map(on_device, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=rows, check_vma=False)
-    )
+    return block
 
 
 EmbedRows = Callable[[int, int, Callable[[int], None]], np.ndarray]  # (first, last, done) -> embeddings_XE
@@ -63,9 +50,7 @@ def row_embedder(
     width = ids_NL.shape[1]
     step = -(-width // 8)
 
-    @jax.jit
-    def block(params: Any, ids: jax.Array, lengths: jax.Array) -> jax.Array:
-        return embed(params, ids.astype(jnp.int32), _mask(lengths, ids.shape[1])).astype(jnp.float32)
+    block = _program(embed)
 
     def dispatch(ids_XL: np.ndarray, length_X: np.ndarray, here: np.ndarray) -> jax.Array:
         wide = min(max(-(-int(length_X[here].max()) // step), 1) * step, width)

@@ -1,0 +1,122 @@
+"""Search on the host: ScaNN, BM25 or both find passages between steps, and what a step needs of them is gathered here.
+
+The step is the same as in graph: its tables are small ones, of the passages of its batch alone.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rag_jax import files
+from rag_jax.config import SearchConfig, plain
+from rag_jax.errors import InputError
+from rag_jax.logs import info
+from rag_jax.rag import Params, Passages, Rag
+from rag_jax.refresh import Index, Make
+from rag_jax.retrieval import ann, encode, encode_job
+from rag_jax.retrieval.bm25 import Bm25, passage_texts
+from rag_jax.retrieval.corpus import Corpus
+from rag_jax.retrieval.search import Exact, Hybrid, Searcher, Source
+
+
+class HostIndex(NamedTuple):
+    """Embeddings, float32 rows in memory or a file, the step of each row's encoder, and what searches them."""
+
+    embeddings_NE: Any
+    step_N: np.ndarray
+    searcher: Searcher
+
+
+def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple[Index | None, Passages]:
+    """Tables of these rows alone, from the memory-mapped ones of the corpus."""
+    tables: Any = (corpus.encoder_ids, corpus.encoder_length, corpus.generator_ids, corpus.generator_length)
+    kept: Any = index and (np.asarray(index.embeddings_NE[rows_X], np.float32), index.step_N[rows_X])
+    return kept and Index(*kept), Passages(*[table[rows_X] for table in tables])
+
+
+def filled(ids_BK: np.ndarray, n: int) -> np.ndarray:
+    """Where a search found fewer than K passages (-1), the first ones of the corpus that it has not found."""
+    out = ids_BK.copy()
+    for row in out:
+        missing = np.flatnonzero(row < 0)
+        if len(missing):
+            row[missing] = np.setdiff1d(np.arange(min(n, 2 * len(row))), row)[: len(missing)]
+    return out
+
+
+class Searchers:
+    """Makes the searches of a configuration. `cache`: a directory that keeps what takes long, or None."""
+
+    def __init__(self, cfg: SearchConfig, corpus: Corpus, mesh: jax.sharding.Mesh, cache: Path | None = None) -> None:
+        self.cfg, self.corpus, self.mesh, self.cache = cfg, corpus, mesh, cache
+        self._bm25: Bm25 | None = None
+
+    def make(self, embeddings_NE: Any, encoder_hash: str | None, step: int, keep: bool = False) -> Searcher:
+        """The search over these embeddings; keep: look for it in the cache, and put it there."""
+        kind = self.cfg.kind
+        if kind == "bm25":
+            return self.bm25()
+        source = Source(self.corpus.hash, encoder_hash, step)
+        if kind == "scann" or (kind == "hybrid" and self.cfg.dense == "scann"):
+            dense: Searcher = self.scann(embeddings_NE, source, keep)
+        else:
+            dense = Exact(embeddings_NE, self.mesh, source)
+        return Hybrid(dense, self.bm25(), embeddings_NE, self.cfg.fusion) if kind == "hybrid" else dense
+
+    def bm25(self) -> Bm25:
+        """That of the corpus, built once."""
+        if self._bm25 is None:
+
+            def build() -> Bm25:
+                texts, total = passage_texts(self.corpus), len(self.corpus)
+                return Bm25.build(texts, self.corpus.hash, self.cfg.bm25, total)
+
+            path = self._path("bm25", [self.corpus.hash, plain(self.cfg.bm25)])
+            self._bm25 = self._kept(path, lambda p: Bm25.load(p, self.corpus.hash), build)
+        return self._bm25
+
+    def scann(self, embeddings_NE: Any, source: Source, keep: bool) -> ann.Scann:
+        def build() -> ann.Scann:
+            return ann.build(embeddings_NE, source, self.cfg.scann)
+
+        path = self._path("scann", [*source, plain(self.cfg.scann)]) if keep else None
+        return self._kept(path, lambda p: ann.Scann.load(p, source), build)
+
+    def _path(self, kind: str, made_of: list[Any]) -> Path | None:
+        return self.cache and self.cache / f"{kind}-{files.canonical_sha256(made_of)[:12]}"
+
+    def _kept(self, path: Path | None, load: Callable[[Path], Any], build: Callable[[], Any]) -> Any:
+        if path is not None and path.is_dir():
+            try:
+                return load(path)
+            except InputError as error:
+                info(f"{error}; it is built anew")
+        made = build()
+        if path is not None:
+            try:
+                made.save(path, overwrite=True)
+            except (OSError, InputError) as error:  # a run on a medium that cannot be written to still answers
+                info(f"{path}: not kept ({error})")
+        return made
+
+
+def on_host(rag: Rag, searchers: Searchers) -> Make:
+    """Embeds all passages into memory and makes the search over them."""
+    corpus = searchers.corpus
+
+    def embed(params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        return rag.embed_passages(params, ids, mask)
+
+    def make(encoder: Params, step: int, old: Any, quiet: bool) -> HostIndex:
+        params = jax.tree.map(np.asarray, encoder)
+        embed_rows = encode.row_embedder(embed, params, corpus.encoder_ids, corpus.encoder_length)
+        width = rag.config.encoder.output_width
+        embeddings_NE = np.empty((len(corpus), width), np.float32)
+        for rows, some in encode_job.blocks(embed_rows, range(len(corpus))):
+            embeddings_NE[rows] = some
+        return HostIndex(embeddings_NE, np.full(len(corpus), step, np.int32), searchers.make(embeddings_NE, None, step))
+
+    return make
