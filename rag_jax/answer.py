@@ -268,7 +268,7 @@ def found_on_host(
     """Searches for one batch, and gathers the passages that are read."""
     n_docs, n = cfg.n_docs or loaded.rag.config.n_docs, len(loaded.corpus)
     if cfg.closed_book:
-        rows_BR = np.full((len(texts), 1), -1, np.int32)
+        rows_BR = np.zeros((len(texts), 1), np.int32)
         tables = gather(loaded.corpus, index, np.zeros(len(texts), np.int32))
         table, passages = sharding.shard_batch(loaded.mesh, tables)
         return Hosted(rows_BR, table, passages, batch)

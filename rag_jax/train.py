@@ -240,7 +240,8 @@ def upkeep_of(
 
 def save(session: Session, state: TrainState, upkeep: Upkeep, seconds: float) -> None:
     arrays = {"state": state._asdict(), **upkeep.arrays()}
-    session.keeper.save(int(state.step), arrays, {"seconds": seconds, **upkeep.position()})
+    begun_with = {"index_hash": snapshots.open_snapshot(session.cfg.index).hash} if session.cfg.index else {}
+    session.keeper.save(int(state.step), arrays, {"seconds": seconds, **upkeep.position(), **begun_with})
 
 
 def restore(session: Session, number: int, params: Any, step: int) -> tuple[TrainState, Upkeep, float]:

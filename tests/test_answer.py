@@ -77,8 +77,8 @@ def reuse(monkeypatch, opened):
     """Commands open a run without compiling its program again."""
     from_run = Pipeline.from_run
 
-    def with_programs(path, index=None):
-        return dataclasses.replace(from_run(path, index), programs=opened.programs)
+    def with_programs(path, index=None, search=None):
+        return dataclasses.replace(from_run(path, index, search), programs=opened.programs)
 
     monkeypatch.setattr(Pipeline, "from_run", staticmethod(with_programs))
 
