@@ -33,7 +33,7 @@ LEVELS = [
     ["evaluate"],
     ["train"],
     ["bench_limits"],
-    ["bench_decode"],
+    ["bench_decode", "bench_search"],
     ["ask", "bench", "build_index", "convert", "export"],
     ["__main__"],
 ]
@@ -66,6 +66,7 @@ ALONE = {
     "tensorboardX": "logs",
     "matplotlib": "plots",
     "torch": "tensors, bench_decode",
+    "faiss": "bench_search",
 }  # library: the modules that have it
 
 
