@@ -76,6 +76,22 @@ def test_ties_go_to_the_lower_row() -> None:
     np.testing.assert_array_equal(found.ids_BK, [[1, 2, 3, 4, 5, 6, 7], [0, 101, -1, -1, -1, -1, -1]])
 
 
+@pytest.mark.parametrize("k", [1, 3, 5, 8, 60])
+def test_many_rows(k: int) -> None:
+    # thousands of rows, so that most blocks of scores are passed over; ties within and across blocks
+    rng = np.random.default_rng(k)
+    texts = [" ".join(f"w{i}" for i in rng.integers(0, 300, 4)) for _ in range(3001)]
+    queries = [f"w{i} w{j}" for i, j in rng.integers(0, 310, (25, 2))]
+    index = Bm25.build(texts, CORPUS, PLAIN).without(range(1000, 1300))
+    ids, scores = index.search(Queries(texts=queries), k)
+    every = index.scores(queries, np.tile(np.arange(3001), (25, 1)))
+    every[:, 1000:1300] = 0
+    expected = np.argsort(-every, axis=1, kind="stable")[:, :k]
+    expected_scores = np.take_along_axis(every, expected, 1)
+    np.testing.assert_array_equal(ids, np.where(expected_scores > 0, expected, -1))
+    np.testing.assert_array_equal(scores, np.where(expected_scores > 0, expected_scores, -np.inf))
+
+
 def test_scores_of_given_rows() -> None:
     index = Bm25.build(TEXTS, CORPUS, PLAIN)
     rows = np.random.default_rng(0).integers(-1, 200, (len(QUESTIONS), 40)).astype(np.int32)
