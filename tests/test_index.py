@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import resource
 import shutil
 
 import jax
@@ -221,6 +222,24 @@ def change_manifest(out, old, new):
     path = out / "manifest.json"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
+
+
+def test_a_full_disk_leaves_nothing_half_written(job, corpus, tmp_path):
+    whole = index.from_job(job, corpus, tmp_path / "whole")
+    rows = [(np.arange(len(corpus)), whole.embeddings_NE[:])]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole.embeddings_NE[:].nbytes // 2, hard))
+    try:
+        with pytest.raises(InputError, match=r"out: cannot be written \(.*File too large.*\); make room"):
+            index.write(tmp_path / "out", whole.manifest, rows)
+        begun = dataclasses.replace(encode_job.read_job(job), shard_rows=40)
+        encode_job.begin(tmp_path / "job", begun)
+        with pytest.raises(InputError, match="File too large.*finished shards are kept: mend it and give the same"):
+            encode_job.make(tmp_path / "job", begun, lambda first, last, done: rows[0][1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job", "whole"]
+    assert [path.name for path in (tmp_path / "job").iterdir()] == ["job.json"]
 
 
 def test_a_snapshot_of_other_things_is_refused_with_both_hashes(job, corpus, encoder, tmp_path):
