@@ -61,7 +61,8 @@ class Trial:
         return [self.encode(job, *meet, "--process", i) for i in range(2)]
 
     def finish(self, *processes: "subprocess.Popen[bytes]") -> None:
-        if any([process.wait() for process in processes]):
+        statuses = [process.wait() for process in processes]
+        if any(statuses):
             sys.exit(f"the command failed; see {self.out / 'log.txt'}")
 
     def prepare(self, entities: int) -> None:

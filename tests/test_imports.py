@@ -31,7 +31,7 @@ LEVELS = [
     ["evaluate"],
     ["train"],
     ["bench_limits"],
-    ["bench_decode"],
+    ["bench_decode", "bench_encode"],
     ["ask", "bench", "build_index", "convert", "export"],
     ["__main__"],
 ]
@@ -63,7 +63,7 @@ ALONE = {
     "orbax": "checkpoint",
     "tensorboardX": "logs",
     "matplotlib": "plots",
-    "torch": "tensors, bench_decode",
+    "torch": "tensors, bench_decode, bench_encode",
 }  # library: the modules that have it
 
 
