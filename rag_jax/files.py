@@ -1,5 +1,6 @@
 """Directories and files that are whole or not there: written under a temporary name, synced, renamed."""
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 from rag_jax.errors import InputError
 
 MANIFEST = "manifest.json"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
@@ -47,6 +49,10 @@ def new_directory(out: str | Path, kind: str, overwrite: bool = False) -> Iterat
         else:
             temporary.rename(out)
         _sync(out.parent)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise InputError(f"{out}: cannot be written ({error}); make room or choose another --out") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:

@@ -197,10 +197,12 @@ def check_snapshot(loaded: Loaded, params: Params, snapshot: index.Snapshot) -> 
 def write_index(loaded: Loaded, params: Params, step: int, out: Path, overwrite: bool = False) -> index.Snapshot:
     """Embed the corpus and write the snapshot."""
     encoder, corpus = loaded.rag.encoder, loaded.corpus
+    whole = jax.device_put(params[loaded.encoder_side], sharding.replicated(loaded.mesh))
+    side = jax.tree.map(np.asarray, whole)  # from however many devices and processes it lies on
     manifest = index.Manifest(
         corpus=str(corpus.directory.resolve()),
         corpus_hash=corpus.hash,
-        encoder_hash=encoder_hash(loaded, params),
+        encoder_hash=checkpoint.tree_hash(side),
         tokenizer_hash=corpus.encoder_tokenizer.hash,
         step=step,
         n_passages=len(corpus),
@@ -209,7 +211,7 @@ def write_index(loaded: Loaded, params: Params, step: int, out: Path, overwrite:
     )
     embed_rows = encode.row_embedder(
         lambda p, ids, mask: encoder.apply({"params": p}, ids, mask),
-        jax.tree.map(np.asarray, params[loaded.encoder_side]),  # whole, from however many devices it lies on
+        side,
         corpus.encoder_ids,
         corpus.encoder_length,
     )

@@ -33,7 +33,7 @@ LEVELS = [
     ["evaluate"],
     ["train"],
     ["bench_limits"],
-    ["bench_decode", "bench_search"],
+    ["bench_decode", "bench_encode", "bench_search"],
     ["ask", "bench", "build_index", "convert", "export"],
     ["__main__"],
 ]
@@ -65,7 +65,7 @@ ALONE = {
     "orbax": "checkpoint",
     "tensorboardX": "logs",
     "matplotlib": "plots",
-    "torch": "tensors, bench_decode",
+    "torch": "tensors, bench_decode, bench_encode",
     "faiss": "bench_search",
 }  # library: the modules that have it
 

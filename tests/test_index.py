@@ -2,8 +2,13 @@
 
 import dataclasses
 import json
+import os
 import random
+import resource
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -223,6 +228,24 @@ def change_manifest(out, old, new):
     path.write_text(path.read_text().replace(old, new))
 
 
+def test_a_full_disk_leaves_nothing_half_written(job, corpus, tmp_path):
+    whole = index.from_job(job, corpus, tmp_path / "whole")
+    rows = [(np.arange(len(corpus)), whole.embeddings_NE[:])]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole.embeddings_NE[:].nbytes // 2, hard))
+    try:
+        with pytest.raises(InputError, match=r"out: cannot be written \(.*File too large.*\); make room"):
+            index.write(tmp_path / "out", whole.manifest, rows)
+        begun = dataclasses.replace(encode_job.read_job(job), shard_rows=40)
+        encode_job.begin(tmp_path / "job", begun)
+        with pytest.raises(InputError, match=r"File too large.*finished shards are kept: mend it and give the same"):
+            encode_job.make(tmp_path / "job", begun, lambda first, last, done: rows[0][1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job", "whole"]
+    assert [path.name for path in (tmp_path / "job").iterdir()] == ["job.json"]
+
+
 def test_a_snapshot_of_other_things_is_refused_with_both_hashes(job, corpus, encoder, tmp_path):
     snapshot = index.from_job(job, corpus, tmp_path / "index")
     own = (corpus.hash, encoder.hash, corpus.encoder_tokenizer.hash)
@@ -248,3 +271,16 @@ def test_the_hash_is_of_the_content_not_of_the_place(job, corpus, tmp_path):
     assert json.loads((tmp_path / "c/manifest.json").read_text())["corpus"] == "elsewhere"
     again = index.write(tmp_path / "e", one.manifest, whole)
     assert again.hash == moved.hash
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_in_two_processes_the_files_are_the_same(tmp_path):
+    """scripts/kill_encode.py finds no difference, and did kill."""
+    script = Path(__file__).resolve().parents[1] / "scripts/kill_encode.py"
+    dropped = ("XLA_FLAGS", "JAX_ENABLE_COMPILATION_CACHE")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    command = [sys.executable, str(script), "--out", str(tmp_path / "out"), "--kills", "6"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["kills"] >= 4 and len(report["checks"]) == 4 and all(report["checks"].values())

@@ -1,18 +1,20 @@
 """The corpus directory: passages in a random-access store, and the token table for encoder and generator.
 
-manifest.json          counts, inputs and tokenizers with their hashes, lengths; written last
+manifest.json          counts, inputs and tokenizers with their hashes, lengths, segments; written last
 passages.jsonl         {"id", "title", "text", "document"} a line; offsets.npy uint64 [N+1]
 encoder_ids.npy        [N, Le] [CLS] title [SEP] text [SEP], padded; encoder_length.npy [N]
 generator_ids.npy      [N, Lg] `title / text` without specials, padded; generator_length.npy [N]
 id_hashes.npy, id_rows.npy   row of an id; tokenizers/encoder, tokenizers/generator
+segments/0001/         the same files for the passages of an update; deleted.npy int64, rows that are no longer there
+
+An update makes a new directory, which shares the files of the one before. Rows keep their numbers.
 """
 
 import argparse
-import json
-import mmap
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,27 +26,39 @@ from rag_jax.data.formats import Passage
 from rag_jax.data.joining import join, join_tail
 from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
-from rag_jax.retrieval.ids import hash_ids, matches
+from rag_jax.retrieval.segment import Segment
+from rag_jax.retrieval.stacked import Part, stack
 
-__all__ = ["KIND", "VERSION", "Corpus", "build", "configure", "join", "join_tail", "run"]
+__all__ = ["DELETED", "KIND", "VERSION", "Corpus", "build", "configure", "join", "join_tail", "run", "update"]
 
-KIND, VERSION = "corpus", 1
+KIND, VERSION = "corpus", 2
+DELETED = "deleted.npy"
 
 
 class Corpus:
-    """An opened corpus directory. Nothing is read into memory but what is asked for."""
+    """An opened corpus directory. Nothing is read into memory but what is asked for.
+
+    len, rows and iteration count deleted passages, too, so that embeddings stay where they are; `live_N` tells them
+    apart, and no id leads to one. chain: (hash, number of rows) of the corpus as it was built and after each update.
+    """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory, self.manifest = directory, manifest
         self.hash: str = manifest["hash"]
-        n = manifest["n_passages"]
-        self._offsets = self._array("offsets.npy", (n + 1,))
-        self.encoder_ids = self._array("encoder_ids.npy", (n, manifest["lengths"]["encoder"]))
-        self.encoder_length = self._array("encoder_length.npy", (n,))
-        self.generator_ids = self._array("generator_ids.npy", (n, manifest["lengths"]["generator"]))
-        self.generator_length = self._array("generator_length.npy", (n,))
-        with open(directory / "passages.jsonl", "rb") as stream:
-            self._passages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        ends = np.cumsum([entry["n_passages"] for entry in manifest["segments"]]).tolist()
+        self.chain = [(entry["hash"], end) for entry, end in zip(manifest["segments"], ends, strict=True)]
+        self._segments = [
+            Segment(directory / entry["directory"], end - entry["n_passages"], entry["n_passages"])
+            for entry, end in zip(manifest["segments"], ends, strict=True)
+            if entry["n_passages"]
+        ]
+        # array-like, see stacked.Rows
+        self.encoder_ids = self._table("encoder_ids.npy", manifest["dtype"]["encoder"], manifest["lengths"]["encoder"])
+        self.encoder_length = self._table("encoder_length.npy", "<u2")
+        self.generator_ids = self._table(
+            "generator_ids.npy", manifest["dtype"]["generator"], manifest["lengths"]["generator"]
+        )
+        self.generator_length = self._table("generator_length.npy", "<u2")
 
     @classmethod
     def open(cls, directory: str | Path, verify: bool = False) -> Self:
@@ -59,8 +73,17 @@ class Corpus:
         row = int(row)
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a corpus of {len(self)} passages")
-        line = self._passages[int(self._offsets[row]) : int(self._offsets[row + 1])]
-        return Passage(**json.loads(line))
+        segment = self._segments[bisect_right(self._segments, row, key=lambda segment: segment.first) - 1]
+        return segment.passage(row - segment.first)
+
+    @cached_property
+    def live_N(self) -> np.ndarray | None:
+        """False for the rows that were deleted or replaced; None where there are none."""
+        if not self.manifest["n_deleted"]:
+            return None
+        live_N = np.ones(len(self), bool)
+        live_N[np.load(self.directory / DELETED, allow_pickle=False)] = False
+        return live_N
 
     def row(self, passage_id: str) -> int:
         """Row of a passage id; InputError if there is none."""
@@ -70,13 +93,13 @@ class Corpus:
         """Rows [n] int64 of ids; an unknown one gives `missing`, or raises InputError where that is None."""
         rows = np.full(len(passage_ids), -1, np.int64)
         for position, row in self._candidates(passage_ids):
-            if self[row].id == passage_ids[position]:
+            if self._live(row) and self[row].id == passage_ids[position]:
                 rows[position] = row
         unknown = np.flatnonzero(rows < 0)
         if len(unknown) and missing is None:
             passage_id = passage_ids[unknown[0]]
             cut = self.pieces(passage_id)
-            why = f"was cut into {len(cut)} passages ({passage_id}-0 ...)" if cut else "is not in this corpus"
+            why = f"was cut into {len(cut)} passages ({self[cut[0]].id} ...)" if cut else "is not in this corpus"
             raise InputError(f"{self.directory}: passage {passage_id!r} {why}")
         if missing is not None:
             rows[unknown] = missing
@@ -85,13 +108,14 @@ class Corpus:
     def pieces(self, passage_id: str) -> list[int]:
         """Rows of a passage, or of all it was cut into at build; empty if it is unknown."""
         for _, row in self._candidates([passage_id]):
-            if self[row].id == passage_id:
-                return [row]
+            found = [row]
             if self[row].id == f"{passage_id}-0":
-                last = row + 1
-                while last < len(self) and self[last].id == f"{passage_id}-{last - row}":
-                    last += 1
-                return list(range(row, last))
+                while (last := found[-1] + 1) < len(self) and self[last].id == f"{passage_id}-{last - row}":
+                    found.append(last)
+            elif self[row].id != passage_id:
+                continue
+            if live := [piece for piece in found if self._live(piece)]:
+                return live
         return []
 
     @cached_property
@@ -102,13 +126,15 @@ class Corpus:
     def generator_tokenizer(self) -> Tokenizer:
         return self._tokenizer("generator")
 
-    @cached_property
-    def _id_table(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._array("id_hashes.npy"), self._array("id_rows.npy")
+    def _live(self, row: int) -> bool:
+        return self.live_N is None or bool(self.live_N[row])
 
     def _candidates(self, passage_ids: Sequence[str]) -> list[tuple[int, int]]:
-        hashes, rows = self._id_table
-        return [(position, int(rows[place])) for position, place in matches(hashes, hash_ids(passage_ids))]
+        return [
+            (position, segment.first + row)
+            for segment in self._segments
+            for position, row in segment.candidates(passage_ids)
+        ]
 
     def _tokenizer(self, role: str) -> Tokenizer:
         tokenizer = tokenizers.load(self.directory / "tokenizers" / role)
@@ -120,15 +146,9 @@ class Corpus:
             )
         return tokenizer
 
-    def _array(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        path = self.directory / name
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: unreadable ({error}); build the corpus again") from error
-        if shape is not None and array.shape != shape:
-            raise InputError(f"{path}: shape {array.shape}, the manifest says {shape}; build the corpus again")
-        return array
+    def _table(self, name: str, dtype: str, *columns: int) -> Any:
+        parts = [Part(s.rows, partial(s.array, name, (s.rows, *columns))) for s in self._segments]
+        return stack(parts, np.dtype(dtype).newbyteorder("<"), columns)
 
 
 def build(
@@ -169,9 +189,29 @@ def build(
     return Corpus.open(out)
 
 
+def update(
+    base: str | Path,
+    out: str | Path,
+    *,
+    add: Sequence[str | Path] = (),
+    replace: Sequence[str | Path] = (),
+    delete: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Corpus:
+    """Makes the corpus `out` of `base` with passages added, replaced and deleted, and opens it; `base` stays as it is.
+
+    add, replace: inputs as for `build`, of ids that are new, and that are there. delete: ids of passages, or of
+    documents, whose pieces all go. InputError names the id that is not as it should be.
+    """
+    from rag_jax.retrieval import corpus_update
+
+    corpus_update.write(Corpus.open(base), out, add, replace, delete, overwrite)
+    return Corpus.open(out)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `rag-jax corpus`."""
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="JSONL or TSV (also .gz, part sets), or text folder")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="JSONL or TSV (also .gz, part sets), or text folder")
     parser.add_argument("--out", required=True, help="corpus directory to make")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is already there")
     parser.add_argument("--train-tokenizer", action="store_true", help="train the tokenizers not given on this corpus")
@@ -187,17 +227,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--skip-bad-lines", action="store_true", help="count and report bad lines instead of stopping")
     parser.add_argument("--workers", type=int, default=0, help="threads for tokenising (default: all cores)")
+    change = parser.add_argument_group("another corpus with changes (its files are shared, rows keep their numbers)")
+    change.add_argument("--update", type=Path, metavar="CORPUS", help="the corpus to begin with; it is left as it is")
+    change.add_argument("--add", nargs="+", default=[], metavar="INPUT", help="passages with new ids")
+    change.add_argument("--replace", nargs="+", default=[], metavar="INPUT", help="passages for ids that are there")
+    change.add_argument("--delete", nargs="+", default=[], metavar="ID|@FILE", help="ids, or files of one id a line")
     parser.epilog = (
         "examples:\n"
         "  rag-jax corpus passages.jsonl --out corpora/mine --train-tokenizer\n"
         "  rag-jax corpus psgs_w100.tsv.gz --out corpora/wiki --encoder-tokenizer DIR --generator-tokenizer DIR\n"
-        "  rag-jax corpus edited.jsonl --out corpora/edited --tokenizers-from corpora/mine"
+        "  rag-jax corpus edited.jsonl --out corpora/edited --tokenizers-from corpora/mine\n"
+        "  rag-jax corpus --update corpora/mine --add new.jsonl --delete p7 @gone.txt --out corpora/monday"
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Builds the corpus and says what it holds."""
+    """Builds or updates the corpus and says what it holds."""
     started = time.monotonic()
+    changes = {name: getattr(args, name) for name in ("add", "replace", "delete")}
+    if args.update is not None:
+        if args.inputs:
+            raise InputError(f"{args.inputs[0]}: with --update, passages are named by --add or --replace")
+        changes["delete"] = read_ids(args.delete)
+        corpus = update(args.update, args.out, **changes, overwrite=args.overwrite)
+        counts = {name: corpus.manifest[name] for name in ("n_passages", "n_deleted")}
+        seconds = round(time.monotonic() - started, 2)
+        return {"out": str(args.out), **counts, "hash": corpus.hash, "seconds": seconds}
+    wrong = [f"--{name}" for name, value in changes.items() if value]
+    if wrong or not args.inputs:
+        raise InputError(f"{wrong[0]} goes with --update CORPUS" if wrong else "no INPUT; name passages, or --update")
     corpus = build(
         args.inputs,
         args.out,
@@ -217,3 +275,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     vocabs = {f"{role}_vocab": about["vocab_size"] for role, about in corpus.manifest["tokenizers"].items()}
     times = {"seconds": round(seconds, 2), "passages_per_second": round(len(corpus) / seconds, 1)}
     return {"out": str(args.out), **counts, **vocabs, "hash": corpus.hash, **times}
+
+
+def read_ids(words: Sequence[str]) -> list[str]:
+    """Ids as given; @FILE stands for those in a file, one a line."""
+    ids: list[str] = []
+    for word in words:
+        if not word.startswith("@"):
+            ids.append(word)
+            continue
+        try:
+            lines = Path(word[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{word[1:]}: unreadable ({error}); --delete @FILE wants one id a line") from error
+        ids += [line.strip() for line in lines if line.strip()]
+    return ids

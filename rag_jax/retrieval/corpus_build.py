@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,13 +20,14 @@ from rag_jax.data.tokenizers import Tokenizer, pad_rows
 from rag_jax.errors import InputError
 from rag_jax.retrieval.corpus import KIND, VERSION
 from rag_jax.retrieval.passage_store import PassageStore
+from rag_jax.retrieval.segment import TABLES
 
 T = TypeVar("T")
 CHUNK = 2048
 TRAIN_SAMPLE = 100_000
 CHECK_SAMPLE = 256
 SHOWN_BAD_LINES = 20
-_TABLES = ("encoder_ids.npy", "encoder_length.npy", "generator_ids.npy", "generator_length.npy")
+Check = Callable[[Sequence[Located], Sequence[Sequence[Passage]]], None]  # passages and what each was cut into
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ def write(inputs: Sequence[str | Path], out: str | Path, options: Options) -> No
     sources = expand(inputs)
     options, given = _given(options)
     with files.new_directory(out, KIND, options.overwrite) as directory:
-        counts = _store(sources, directory, options)
+        counts = store(sources, directory, options)
         both = {role: given[role] or _train(role, directory, options) for role in given}
-        check_join(both["generator"], [(p.title, p.text) for p in islice(_stored(directory), CHECK_SAMPLE)])
+        check_join(both["generator"], [(p.title, p.text) for p in islice(stored(directory), CHECK_SAMPLE)])
         for role, tokenizer in both.items():
             tokenizer.save(directory / "tokenizers" / role)
-        truncated = _tokenise(directory, counts["n_passages"], both["encoder"], both["generator"], options)
+        truncated = tokenise(directory, counts["n_passages"], both["encoder"], both["generator"], options)
         _finish(directory, sources, counts, truncated, both, options)
 
 
@@ -98,7 +99,8 @@ def _normalised(passage: Passage) -> Passage:
     return replace(passage, title=normalize_title(passage.title), text=passage.text.strip())
 
 
-def _store(sources: Sequence[Source], directory: Path, options: Options) -> dict[str, Any]:
+def store(sources: Sequence[Source], directory: Path, options: Options, check: Check | None = None) -> dict[str, Any]:
+    """Pass 1: texts and ids of the sources into a directory; counts of them. `check` may refuse passages."""
     skipped = 0
 
     def on_bad(message: str) -> None:
@@ -109,10 +111,12 @@ def _store(sources: Sequence[Source], directory: Path, options: Options) -> dict
 
     n_cut = 0
     located = read_located(sources, skip_bad_lines=options.skip_bad_lines, on_bad=on_bad)
-    with PassageStore(directory, sources) as store, logs.Progress(None, "reading", unit="passages") as progress:
+    with PassageStore(directory, sources) as passages, logs.Progress(None, "reading", unit="passages") as progress:
         for batch in _chunks(located, CHUNK):
             pieces = [cut(_normalised(item.passage), options.passage_words) for item in batch]
-            repeated = _repeated(store, batch, pieces)
+            if check is not None:
+                check(batch, pieces)
+            repeated = _repeated(passages, batch, pieces)
             for position, first in sorted(repeated.items()):
                 item = batch[position]
                 message = f"{sources[item.source].path}:{item.line}: duplicate id {item.passage.id!r}, first at {first}"
@@ -122,14 +126,14 @@ def _store(sources: Sequence[Source], directory: Path, options: Options) -> dict
             keep = [i for i in range(len(batch)) if i not in repeated]
             kept, pieces = [batch[i] for i in keep], [pieces[i] for i in keep]
             if kept:
-                store.add(kept, pieces)
+                passages.add(kept, pieces)
             n_cut += sum(len(cuts) > 1 for cuts in pieces)
             progress.update(sum(map(len, pieces)))
-        if not store.count:
+        if not passages.count:
             raise InputError(f"{sources[0].path}: no passages left in the inputs")
     if skipped:
         logs.info(f"skipped {skipped:,} bad lines in all")
-    return {"n_passages": store.count, "n_cut": n_cut, "skipped": skipped, "per_input": store.per_input}
+    return {"n_passages": passages.count, "n_cut": n_cut, "skipped": skipped, "per_input": passages.per_input}
 
 
 def _repeated(store: PassageStore, batch: list[Located], pieces: Sequence[Sequence[Passage]]) -> dict[int, str]:
@@ -142,7 +146,7 @@ def _repeated(store: PassageStore, batch: list[Located], pieces: Sequence[Sequen
     return {owner[i]: place for i, place in store.duplicates(entries).items()}
 
 
-def _stored(directory: Path, rows: Iterable[int] | None = None) -> Iterator[Passage]:
+def stored(directory: Path, rows: Iterable[int] | None = None) -> Iterator[Passage]:
     """All stored passages, or those of ascending `rows`."""
     wanted = None if rows is None else iter(rows)
     following = None if wanted is None else next(wanted, -1)
@@ -158,7 +162,7 @@ def _train(role: str, directory: Path, options: Options) -> Tokenizer:
     assert options.train_tokenizer is not None
     n = len(np.load(directory / "offsets.npy", mmap_mode="r")) - 1
     rows = None if n <= TRAIN_SAMPLE else (i * n // TRAIN_SAMPLE for i in range(TRAIN_SAMPLE))
-    texts = (passage_text(p.title, p.text) for p in _stored(directory, rows))
+    texts = (passage_text(p.title, p.text) for p in stored(directory, rows))
     logs.info(f"training the {role} tokenizer on {min(n, TRAIN_SAMPLE):,} passages")
     encoder_vocab, generator_vocab = options.train_tokenizer
     if role == "encoder":
@@ -217,7 +221,7 @@ def encoder_rows(tokenizer: Tokenizer, passages: Sequence[Passage], length: int)
     return rows, full_lengths
 
 
-def _tokenise(directory: Path, n: int, encoder: Tokenizer, generator: Tokenizer, options: Options) -> dict[str, int]:
+def tokenise(directory: Path, n: int, encoder: Tokenizer, generator: Tokenizer, options: Options) -> dict[str, int]:
     """Pass 2: both tables, each filled by one thread: one packs rows while the other tokenises on all cores."""
     assert options.encoder_length is not None and options.generator_length is not None
     encoder_table = _Table(directory, "encoder", n, options.encoder_length, encoder)
@@ -233,7 +237,7 @@ def _tokenise(directory: Path, n: int, encoder: Tokenizer, generator: Tokenizer,
     waiting: list[Future[None]] = []
     with ThreadPoolExecutor(2) as pool, logs.Progress(n, "tokenising", unit="passages") as progress:
         done = 0
-        for chunk in _chunks(_stored(directory), CHUNK):
+        for chunk in _chunks(stored(directory), CHUNK):
             for future in waiting:
                 future.result()
             progress.update(done)
@@ -255,15 +259,17 @@ def _finish(
     options: Options,
 ) -> None:
     """The manifest; the corpus' hash covers texts, token tables and tokenizers."""
-    content = {name: files.file_sha256(directory / name) for name in ("passages.jsonl", *_TABLES)}
-    content |= {role: tokenizer.hash for role, tokenizer in both.items()}
+    content = content_hashes(directory) | {role: tokenizer.hash for role, tokenizer in both.items()}
+    corpus_hash = files.canonical_sha256(content)
     fields = {
         "n_passages": counts["n_passages"],
         "n_cut": counts["n_cut"],
         "skipped": counts["skipped"],
         "truncated": truncated,
-        "hash": files.canonical_sha256(content),
-        "inputs": _inputs(sources, counts["per_input"]),
+        "hash": corpus_hash,
+        "n_deleted": 0,
+        "segments": [{"directory": "", "n_passages": counts["n_passages"], "hash": corpus_hash}],
+        "inputs": inputs_of(sources, counts["per_input"]),
         "tokenizers": {role: {"hash": t.hash, "vocab_size": t.vocab_size} for role, t in both.items()},
         "lengths": {"encoder": options.encoder_length, "generator": options.generator_length},
         "dtype": {role: id_dtype(tokenizer.vocab_size).name for role, tokenizer in both.items()},
@@ -272,7 +278,12 @@ def _finish(
     files.write_manifest(directory, KIND, VERSION, fields)
 
 
-def _inputs(sources: Sequence[Source], passages: Sequence[int]) -> list[dict[str, Any]]:
+def content_hashes(directory: Path) -> dict[str, str]:
+    """Of the files that say all about the passages of a segment."""
+    return {name: files.file_sha256(directory / name) for name in ("passages.jsonl", *TABLES)}
+
+
+def inputs_of(sources: Sequence[Source], passages: Sequence[int]) -> list[dict[str, Any]]:
     """Name, hash and passages of each input as it was named; of several files: the hash of their names and hashes."""
     inputs = []
     for number, count in enumerate(passages):

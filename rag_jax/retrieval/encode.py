@@ -31,6 +31,13 @@ def _program(embed: Embed) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
 EmbedRows = Callable[[int, int, Callable[[int], None]], np.ndarray]  # (first, last, done) -> embeddings_XE
 
 
+def plan(length_X: np.ndarray, batch: int, width: int) -> list[tuple[np.ndarray, int]]:
+    """Batches of rows in order of length, each with the width it is padded to: the next eighth of `width`."""
+    order, step = np.argsort(length_X, kind="stable"), -(-width // 8)
+    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+    return [(here, min(max(-(-int(length_X[here].max()) // step), 1) * step, width)) for here in batches]
+
+
 def row_embedder(
     embed: Embed, params: Any, ids_NL: Any, length_N: Any, batch: int = BATCH, devices: list[jax.Device] | None = None
 ) -> EmbedRows:
@@ -48,24 +55,23 @@ def row_embedder(
     params = jax.device_put(params, everywhere)
     batch = -(-batch // mesh.size) * mesh.size
     width = ids_NL.shape[1]
-    step = -(-width // 8)
 
     block = _program(embed)
 
-    def dispatch(ids_XL: np.ndarray, length_X: np.ndarray, here: np.ndarray) -> jax.Array:
-        wide = min(max(-(-int(length_X[here].max()) // step), 1) * step, width)
+    def dispatch(ids_XL: np.ndarray, length_X: np.ndarray, here: np.ndarray, wide: int) -> jax.Array:
         ids, lengths = np.zeros((batch, wide), ids_XL.dtype), np.zeros(batch, length_X.dtype)
         ids[: len(here)], lengths[: len(here)] = ids_XL[here, :wide], length_X[here]
         return block(params, *jax.device_put((ids, lengths), rows))
 
     def embed_rows(first: int, last: int, done: Callable[[int], None]) -> np.ndarray:
         ids_XL, length_X = np.asarray(ids_NL[first:last]), np.asarray(length_N[first:last])
-        order = np.argsort(length_X, kind="stable")
-        batches = [order[start : start + batch] for start in range(0, len(order), batch)]
-        waiting = dispatch(ids_XL, length_X, batches[0])
+        batches = plan(length_X, batch, width)
+        waiting = dispatch(ids_XL, length_X, *batches[0])
         out_XE = np.empty((last - first, waiting.shape[1]), np.float32)
-        for i, here in enumerate(batches):
-            ready, waiting = waiting, dispatch(ids_XL, length_X, batches[i + 1]) if i + 1 < len(batches) else waiting
+        for i, (here, _) in enumerate(batches):
+            ready = waiting
+            if i + 1 < len(batches):
+                waiting = dispatch(ids_XL, length_X, *batches[i + 1])
             out_XE[here] = np.asarray(ready)[: len(here)]
             done(len(here))
         return out_XE

@@ -118,6 +118,39 @@ def from_job(job_dir: str | Path, corpus: Corpus, out: str | Path, overwrite: bo
     return write(out, Manifest(**found | {"corpus": str(corpus.directory.resolve())}), (), overwrite, shared)
 
 
+def update(
+    old: Snapshot,
+    manifest: Manifest,
+    corpus: Corpus,
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]],
+    out: str | Path,
+    overwrite: bool = False,
+) -> Snapshot:
+    """The snapshot of an updated corpus: the old one's files, and blocks (see `write`) for the rows after them.
+
+    InputError where the encoder is another one, or the corpus is no update of the old one.
+    """
+    check_update(old, manifest, corpus)
+    hashes = files.read_manifest(old.directory, KIND, VERSION)["files"]
+    shared = [(shard, hashes[shard.path.name]["sha256"]) for shard in old.shards]
+    return write(out, manifest, blocks, overwrite, shared)
+
+
+def check_update(old: Snapshot, manifest: Manifest, corpus: Corpus) -> None:
+    """InputError with both hashes where the old embeddings are not the first ones of the new manifest's."""
+    was = old.manifest
+    anew = f"embed it all: rag-jax index RUN --corpus {corpus.directory} --out DIR"
+    for name in ("encoder_hash", "tokenizer_hash", "width", "dtype"):
+        have, want = (str(getattr(of, name))[:16] for of in (was, manifest))
+        if have != want:
+            raise InputError(f"{old.directory}: was made with {name} {have}, and this is {want}; {anew}")
+    if (was.corpus_hash, was.n_passages) not in corpus.chain:
+        raise InputError(
+            f"{old.directory}: is of a corpus with hash {was.corpus_hash[:16]}, and {corpus.directory}, "
+            f"{corpus.hash[:16]}, is no update of that one; {anew}"
+        )
+
+
 def open_snapshot(directory: str | Path, verify: bool = False) -> Snapshot:
     """InputError where the directory is no snapshot, is of another format, or does not match its own manifest.
 
