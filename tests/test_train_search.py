@@ -143,7 +143,7 @@ def test_answers_with_every_search(kind, tiny_data, tiny_run, tmp_path):
         corpus = pipeline.loaded.corpus
         right = pipeline.index.searcher.search(Queries(None, questions), 10).ids_BK
         for one, ids in zip(found, right, strict=True):
-            assert set(corpus[int(row)].id for row in ids if row >= 0) <= set(one.retrieved)
+            assert {corpus[int(row)].id for row in ids if row >= 0} <= set(one.retrieved)
         assert (
             len(found[2].retrieved) == 3 and len(found[2].passages) == 3
         )  # no word known: the first passages are read
