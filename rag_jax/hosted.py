@@ -22,7 +22,6 @@ from rag_jax.retrieval.bm25 import Bm25, passage_texts
 from rag_jax.retrieval.corpus import Corpus
 from rag_jax.retrieval.search import Exact, Hybrid, Searcher, Source
 
-
 STALE = 0.1  # share of ScaNN's rows that came or went since it was built: time to build it anew
 
 

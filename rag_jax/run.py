@@ -75,8 +75,12 @@ class Loaded:
     @property
     def n_rows(self) -> int:
         """Rows that a search is told of; `live_N` says which of them are passages."""
-        n = len(self.corpus)
-        return -(-capacity(n) // self.mesh.size) * self.mesh.size if self.live else n
+        return self.table_rows() if self.live else len(self.corpus)
+
+    def table_rows(self, n: int = 0) -> int:
+        """Rows of the tables on the devices, for n passages or those of the corpus: a multiple of the devices."""
+        n = n or len(self.corpus)
+        return -(-(capacity(n) if self.live else n) // self.mesh.size) * self.mesh.size
 
     @property
     def live_N(self) -> np.ndarray | None:
@@ -105,14 +109,18 @@ def load(
 
 def token_tables(loaded: Loaded) -> Passages:
     """The corpus' token table over the devices."""
-    corpus = loaded.corpus
-    tables = (
+    columns = token_columns(loaded.corpus)
+    return Passages(*(sharding.shard_rows(loaded.mesh, table, fill, loaded.n_rows) for table, fill in columns))
+
+
+def token_columns(corpus: Corpus) -> tuple[tuple[Any, int], ...]:
+    """The tables of `Passages` on the host, with what fills them up."""
+    return (
         (corpus.encoder_ids, corpus.encoder_tokenizer.pad_id),
         (corpus.encoder_length, 1),
         (corpus.generator_ids, corpus.generator_tokenizer.pad_id),
         (corpus.generator_length, 0),
     )
-    return Passages(*(sharding.shard_rows(loaded.mesh, table, fill, loaded.n_rows) for table, fill in tables))
 
 
 def check_length(rag: Rag, corpus: Corpus) -> None:
