@@ -454,7 +454,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init", type=Path, help="start from the parameters of this run directory or converted checkpoint"
     )
-    parser.add_argument("--refresh", metavar="WHEN", help="of all stages that search: 250, rolling:500, see schedule.py")
+    parser.add_argument("--refresh", metavar="WHEN", help="in all stages that search: 250, rolling:500, ... (README)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the configuration"
     )
