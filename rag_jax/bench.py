@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rag_jax import bench_decode, config, sharding, train
+from rag_jax import bench_decode, bench_search, config, sharding, train
 from rag_jax import run as runs
 from rag_jax.bench_limits import matmul_limit, spread, timed
 from rag_jax.config import StageConfig, TrainConfig
@@ -113,6 +113,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name, configure_kind, text in (
         ("train", configure_train, "the training step of each stage of a configuration"),
         ("decode", bench_decode.configure, "writing answers, beside transformers and beside the limit"),
+        ("search", bench_search.configure, "exact search by types of the index, beside faiss, NumPy and ScaNN"),
     ):
         kind = kinds.add_parser(name, help=text, description=text)
         kind.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object")
@@ -130,7 +131,7 @@ def configure_train(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     jax.config.update("jax_enable_compilation_cache", False)  # or compile times would be those of reading it
-    return bench_decode.run(args) if args.what == "decode" else run_train(args)
+    return {"train": run_train, "decode": bench_decode.run, "search": bench_search.run}[args.what](args)
 
 
 def run_train(args: argparse.Namespace) -> dict[str, Any]:

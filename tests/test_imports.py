@@ -31,7 +31,7 @@ LEVELS = [
     ["evaluate"],
     ["train"],
     ["bench_limits"],
-    ["bench_decode"],
+    ["bench_decode", "bench_search"],
     ["ask", "bench", "build_index", "convert", "export"],
     ["__main__"],
 ]
@@ -64,6 +64,7 @@ ALONE = {
     "tensorboardX": "logs",
     "matplotlib": "plots",
     "torch": "tensors, bench_decode",
+    "faiss": "bench_search",
 }  # library: the modules that have it
 
 

@@ -1,5 +1,6 @@
 """Exact search against a NumPy sort of all scores, on 1 and on 8 devices."""
 
+import functools
 import re
 
 import jax
@@ -26,10 +27,14 @@ def brute_force(queries: np.ndarray, index: np.ndarray, k: int) -> tuple[np.ndar
 def search_on(
     n_devices: int, queries: np.ndarray, index: np.ndarray, k: int, **options
 ) -> tuple[np.ndarray, np.ndarray]:
+    """`options` of which the arrays are as long as the index."""
+    arrays = {name: x for name, x in options.items() if isinstance(x, np.ndarray)}
     if n_devices == 0:  # no mesh at all
+        options |= {name: jnp.asarray(x) for name, x in arrays.items()}
         return tuple(np.asarray(x) for x in mips.search(jnp.asarray(queries), jnp.asarray(index), k, **options))
     mesh = sharding.make_mesh(devices=jax.devices()[:n_devices])
     rows = sharding.shard_rows(mesh, index, 0)  # padding scores 0: better than half of the random rows
+    options |= {name: sharding.shard_rows(mesh, x, 1) for name, x in arrays.items()}  # padding that would be live
     found = mips.search(jnp.asarray(queries), rows, k, mesh=mesh, n_valid=len(index), **options)
     return tuple(np.asarray(x) for x in found)
 
@@ -114,15 +119,6 @@ def test_rows_that_are_not_finite_come_last(n_devices: int, chunk: int) -> None:
     assert np.all(np.isneginf(scores[:, 200:]))
 
 
-def test_bfloat16_index_is_scored_in_float32() -> None:
-    queries, index = data("random", 2003)
-    half = jnp.asarray(index, jnp.bfloat16)
-    scores, ids = search_on(8, queries, np.asarray(half), 5, chunk=100)
-    expected = brute_force(queries, np.asarray(half, np.float32), 5)
-    np.testing.assert_array_equal(ids, expected[1])
-    np.testing.assert_allclose(scores, expected[0], rtol=1e-5)
-
-
 def test_inside_a_jitted_step_with_sharded_queries() -> None:
     queries, index = data("random", 4001, batch=16)
     mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
@@ -153,26 +149,252 @@ def test_no_gradient_flows() -> None:
     assert not np.any(gradients[0]) and not np.any(gradients[1])
 
 
-def test_compiled_program_moves_candidates_only() -> None:
-    n, batch, k, chunk = 64_000, 7, 5, 512
-    mesh = sharding.make_mesh()
-    index = jax.ShapeDtypeStruct((n, 16), jnp.float32, sharding=sharding.sharding(mesh, ("rows", None)))
-    queries = jax.ShapeDtypeStruct((batch, 16), jnp.float32, sharding=sharding.replicated(mesh))
-    text = mips.search.lower(queries, index, k, mesh=mesh, chunk=chunk).compile().as_text()
-    gathers = [line for line in text.splitlines() if re.search(r"= .*all-(gather|to-all|reduce)(-start)?\(", line)]
-    assert gathers
-    sizes = [max(shape_sizes(line)) for line in gathers]
-    assert max(sizes) <= mesh.size * batch * k, gathers
+SMALL = ["bfloat16", "bits", "int8"]
+
+
+def stored(index: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """The index in a type, its scale, and what its rows are worth in float32."""
+    if kind == "int8":
+        rows, scale = (np.asarray(x) for x in mips.quantise(jnp.asarray(index)))
+        return rows, scale, rows.astype(np.float32) * scale[:, None]
+    if kind == "float32":
+        return index, None, index
+    half = np.asarray(jnp.asarray(index, jnp.bfloat16))
+    return (half.view(np.uint16) if kind == "bits" else half), None, half.astype(np.float32)
+
+
+@pytest.mark.parametrize("n_devices", [0, 8])
+@pytest.mark.parametrize("kind", ["random", "tied", "constant", "clustered"])
+@pytest.mark.parametrize("dtype", SMALL)
+def test_small_types_score_the_stored_rows_in_float32(n_devices: int, kind: str, dtype: str) -> None:
+    queries, index = data(kind, 5003)
+    rows, scale, worth = stored(index, dtype)
+    scores, ids = search_on(n_devices, queries, rows, 20, scale_N=scale, chunk=700, oversample=4)
+    expected_scores, expected_ids = brute_force(queries, worth, 20)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
+    if kind in ("tied", "constant"):
+        np.testing.assert_array_equal(ids, expected_ids)
+    else:
+        returned = np.einsum("BE,BKE->BK", queries.astype(np.float64), worth[ids].astype(np.float64))
+        np.testing.assert_allclose(returned, expected_scores, rtol=1e-5, atol=1e-5)
+        assert all(len(set(row)) == 20 for row in ids)
+    np.testing.assert_array_equal(
+        mips.rows_at(jnp.asarray(rows), ids, None if scale is None else jnp.asarray(scale)), worth[ids]
+    )
+
+
+def test_rounded_queries_lose_little_and_candidates_make_up_for_it() -> None:
+    """int8, 1,000 best of 20,000: with rounded queries alone some are missed, with twice as many candidates none."""
+    queries, index = data("random", 20_000, width=64, batch=16)
+    rows, scale, worth = stored(index, "int8")
+    expected = brute_force(queries, worth, 1000)[1]
+    recall = [
+        np.mean([len(set(a) & set(b)) / 1000 for a, b in zip(expected, found, strict=True)])
+        for found in (search_on(8, queries, rows, 1000, scale_N=scale, oversample=x)[1] for x in (1, 2))
+    ]
+    assert 0.9 < recall[0] < recall[1] == 1.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", *SMALL])
+def test_equal_rows_stand_by_id_on_every_mesh_and_chunk(dtype: str) -> None:
+    """50 different rows, 60 times each: all scores are ties, and the results are the same to the last bit."""
+    queries, index = data("random", 50)
+    index = index[np.random.default_rng(1).integers(0, 50, 3001)]
+    rows, scale, worth = stored(index, dtype)
+    first = search_on(0, queries, rows, 100, scale_N=scale)
+    np.testing.assert_array_equal(first[1], brute_force(queries, worth, 100)[1])
+    for n_devices, chunk in ((0, 200), (1, 97), (8, None), (8, 64)):
+        again = search_on(n_devices, queries, rows, 100, scale_N=scale, chunk=chunk)
+        np.testing.assert_array_equal(again[1], first[1])
+        np.testing.assert_array_equal(again[0], first[0])
+
+
+@pytest.mark.parametrize("n_devices", [0, 8])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("left", [0, 1, 9, 300, 3001])
+def test_deleted_rows_are_never_returned(n_devices: int, dtype: str, left: int) -> None:
+    queries, index = data("tied", 3001)
+    live = np.zeros(3001, bool)
+    live[np.random.default_rng(left).choice(3001, left, replace=False)] = True
+    rows, scale, worth = stored(index, dtype)
+    scores, ids = search_on(n_devices, queries, rows, 10, scale_N=scale, live_N=live, chunk=256)
+    found = min(left, 10)
+    expected_scores, expected_ids = brute_force(queries, worth[live], found)
+    np.testing.assert_array_equal(ids[:, :found], np.flatnonzero(live)[expected_ids])
+    np.testing.assert_allclose(scores[:, :found], expected_scores, rtol=1e-6)
+    assert np.all(ids[:, found:] == -1) and np.all(np.isneginf(scores[:, found:]))
+
+
+@pytest.mark.parametrize("n_devices", [0, 8])
+@pytest.mark.parametrize("dtype", ["float32", *SMALL])
+def test_extreme_numbers(n_devices: int, dtype: str) -> None:
+    """Scores of both infinities, near the largest float32, of both zeros and of NaN; deletions among them."""
+    values = [3e38, -3e38, 1e30, 0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-30, 2.0]
+    index = np.stack([np.tile(np.float32(values), 50), np.zeros(600, np.float32)], 1)
+    queries = np.float32([[1, 1], [-1, 1], [8, 0]])
+    live = np.ones(600, bool)
+    live[::7] = False
+    rows, scale, worth = stored(index, dtype)
+    if dtype == "int8":  # a row that is not finite scores as NaN does
+        assert np.array_equal(np.isnan(scale), ~np.isfinite(index[:, 0]))
+    scores, ids = search_on(n_devices, queries, rows, 600, scale_N=scale, live_N=live, chunk=64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        exact = queries[:, :1] * worth[:, 0]
+    exact[np.isnan(exact)] = -np.inf
+    n_live = live.sum()
+    order = np.flatnonzero(live)[np.argsort(-exact[:, live], axis=1, kind="stable")]
+    np.testing.assert_array_equal(ids[:, :n_live], order)
+    np.testing.assert_array_equal(scores[:, :n_live], np.take_along_axis(exact, order, 1))
+    assert np.all(ids[:, n_live:] == -1) and np.all(np.isneginf(scores[:, n_live:]))
+
+
+def test_denormal_numbers_are_kept_or_zero() -> None:
+    """Every row is found once, and a score is what the numbers say or zero, as it is where a device flushes them."""
+    index = np.float32(np.arange(-150, 150)[:, None] * 1e-43)
+    scores, ids = search_on(8, np.ones((1, 1), np.float32), index, 300)
+    assert sorted(ids[0]) == list(range(300))
+    assert np.all((scores[0] == index[ids[0], 0]) | (scores[0] == 0))
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "tensor": 2}])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("batch", [8, 24])
+def test_results_cut_as_the_batch_is(shape: dict[str, int], dtype: str, batch: int) -> None:
+    queries, index = data("tied", 3001, batch=batch)
+    rows, scale, worth = stored(index, dtype)
+    mesh = sharding.make_mesh(shape)
+    placed = [sharding.shard_rows(mesh, x, 0) for x in (rows, np.ones(3001, np.float32) if scale is None else scale)]
+    options = {"mesh": mesh, "n_valid": 3001, "chunk": 100, "scale_N": None if scale is None else placed[1]}
+    expected = brute_force(queries, worth, 30)
+    for out_axes in (("data", "fsdp"), ("tensor",), ("fsdp", "data")):  # a merge must not rely on the order of devices
+
+        @jax.jit
+        def call(queries_BE, out_axes=out_axes):
+            return mips.search(queries_BE, placed[0], 30, out_axes=out_axes, **options)
+
+        scores, ids = call(sharding.shard_batch(mesh, queries))
+        wanted = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(out_axes))
+        assert ids.sharding.is_equivalent_to(wanted, 2) and scores.sharding.is_equivalent_to(wanted, 2)
+        np.testing.assert_array_equal(ids, expected[1])
+        np.testing.assert_allclose(scores, expected[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("n_devices", [0, 8])
+@pytest.mark.parametrize("dtype", ["float32", *SMALL])
+@pytest.mark.parametrize("spread", [0.1, 30.0])
+def test_log_normaliser_and_its_gradient(n_devices: int, dtype: str, spread: float) -> None:
+    """Against the logsumexp of all scores, in float64."""
+    queries, index = data("random", 2003, batch=8)
+    queries *= np.float32(spread)
+    live = np.random.default_rng(2).random(2003) < 0.7
+    rows, scale, worth = stored(index, dtype)
+    mesh = sharding.make_mesh(devices=jax.devices()[:n_devices]) if n_devices else None
+    options = {"chunk": 128, "mesh": mesh, "n_valid": 2000}
+    place = jnp.asarray if mesh is None else lambda x: sharding.shard_rows(mesh, x, 0)
+    placed = place(rows)
+    options |= {"live_N": place(live), "scale_N": None if scale is None else place(scale)}
+    weight_B = np.arange(8.0) - 3
+
+    scores = queries.astype(np.float64) @ worth[:2000][live[:2000]].T.astype(np.float64)
+    top = scores.max(1, keepdims=True)
+    expected = top[:, 0] + np.log(np.exp(scores - top).sum(1))
+    softmax = np.exp(scores - expected[:, None])
+    expected_gradient = weight_B[:, None] * (softmax @ worth[:2000][live[:2000]].astype(np.float64))
+
+    for out_axes in [(), ("data",)] if n_devices else [()]:
+
+        def loss(queries_BE, out_axes=out_axes):
+            scores_BK, ids_BK, log_z_B = mips.search_with_normaliser(
+                queries_BE, placed, 5, out_axes=out_axes, **options
+            )
+            return log_z_B @ weight_B + scores_BK.sum(), (scores_BK, ids_BK, log_z_B)
+
+        (_, (top_scores, ids, log_z)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(queries)
+        np.testing.assert_allclose(log_z, expected, rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-5, atol=2e-5)
+        alone = mips.log_normaliser(queries, placed, out_axes=out_axes, **options)
+        np.testing.assert_allclose(alone, expected, rtol=2e-6, atol=2e-6)
+    np.testing.assert_array_equal(ids, np.flatnonzero(live[:2000])[np.argsort(-scores, 1, kind="stable")[:, :5]])
+    np.testing.assert_allclose(top_scores, -np.sort(-scores, 1)[:, :5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_devices", [0, 8])
+def test_normaliser_of_nothing_and_of_rows_that_are_not_finite(n_devices: int) -> None:
+    queries, index = data("random", 160)
+    mesh = sharding.make_mesh(devices=jax.devices()[:n_devices]) if n_devices else None
+    place = jnp.asarray if mesh is None else lambda x: sharding.shard_rows(mesh, x, 0)
+    value = jax.value_and_grad(lambda q, x, live: mips.log_normaliser(q, x, live_N=live, mesh=mesh, chunk=16)[0])
+    log_z, gradient = value(queries, place(index), place(np.zeros(160, bool)))
+    assert np.isneginf(log_z) and not np.any(gradient)
+    live = np.arange(160) % 2 == 0
+    expected = value(queries, place(index), place(live & (np.arange(160) > 20)))
+    index[:20] = np.nan
+    index[20] = -np.inf * np.sign(queries[0])
+    index[1::2] = np.inf  # not live
+    found = value(queries, place(index), place(live))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-6)
+
+
+def test_normaliser_gives_no_gradient_to_the_index() -> None:
+    queries, index = data("random", 300)
+    gradient = jax.grad(lambda x: mips.log_normaliser(jnp.asarray(queries), x).sum())(jnp.asarray(index))
+    assert not np.any(gradient)
+
+
+def test_recall_target_is_exact_here_and_an_instruction_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, index = data("random", 5003)
+    found = search_on(8, queries, index, 20, chunk=512, recall_target=0.9)
+    np.testing.assert_array_equal(found[1], search_on(8, queries, index, 20, chunk=512)[1])
+
+    def lowered(recall_target: float) -> str:
+        program = jax.jit(lambda q, x: mips.search(q, x, 20, recall_target=recall_target))
+        return program.trace(queries, index).lower(lowering_platforms=("tpu",)).as_text()
+
+    monkeypatch.setattr(mips, "_platform", lambda mesh: "tpu")
+    assert "ApproxTopK" in lowered(0.9) and "recall_target = 0.89" in lowered(0.9)
+    assert "ApproxTopK" not in lowered(1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bits", "int8"])
+@pytest.mark.parametrize("what", ["search", "normaliser", "gradient"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_compiled_program_moves_candidates_only(dtype: str, what: str, cut: bool) -> None:
+    """Queries cut over the data axis, in a jitted step: what is exchanged and how large the largest arrays are."""
+    n, batch, k, chunk, width = 64_000, 24, 5, 512, 16
+    mesh = sharding.make_mesh({"data": 4, "tensor": 2})
+
+    def array(shape: tuple, kind: str, names: tuple) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=sharding.sharding(mesh, names))
+
+    index = array((n, width), {"bits": "uint16"}.get(dtype, dtype), ("rows", None))
+    scale = array((n,), "float32", ("rows",)) if dtype == "int8" else None
+    live, queries = array((n,), "bool", ("rows",)), array((batch, width), "float32", ("batch", None))
+    options = {"mesh": mesh, "chunk": chunk, "n_valid": n - 3, "out_axes": ("data", "fsdp") if cut else ()}
+
+    def step(queries, index, scale, live):
+        if what == "search":
+            return mips.search(queries, index, k, scale_N=scale, live_N=live, **options)
+        find = functools.partial(mips.search_with_normaliser, scale_N=scale, live_N=live, **options)
+        if what == "normaliser":
+            return find(queries, index, k)
+        return jax.grad(lambda queries: find(queries, index, k)[2].sum())(queries)
+
+    text = jax.jit(step).lower(queries, index, scale, live).compile().as_text()
+    exchanges = re.findall(r"= (.*?) (?:all-gather|all-to-all|all-reduce|collective-permute)(?:-start)?\(", text)
+    assert exchanges
+    assert max(size for kind in exchanges for size in shape_sizes(kind)) <= batch * max(width, k * 2 * mesh.size)
     # On a device: the shard of the index, a chunk of it, and the scores of one chunk; never scores of the whole shard.
     rows = n // mesh.size
-    assert max(shape_sizes(text)) == rows * 16
-    assert not re.search(rf"\[{batch},{rows}\]|\[{rows},{batch}\]|\[{batch},{n}\]", text)
+    sizes = sorted(set(shape_sizes(text)))
+    assert sizes[-1] == rows * width
+    assert batch * rows not in sizes and batch * n not in sizes
+    assert max(size for size in sizes if size < rows * width) <= max(rows, batch * chunk, chunk * width)
 
 
 def shape_sizes(hlo: str) -> list[int]:
-    return [
-        int(np.prod([int(d) for d in dims.split(",")])) for dims in re.findall(r"(?:f32|s32|u32|pred)\[([\d,]+)\]", hlo)
-    ]
+    return [int(np.prod([int(d) for d in dims.split(",")])) for dims in re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", hlo)]
 
 
 def test_bad_arguments() -> None:
@@ -185,6 +407,29 @@ def test_bad_arguments() -> None:
         mips.search(queries, index, 0)
     with pytest.raises(InputError, match=r"\(2, 3\).*\(24, 4\)"):
         mips.search(queries[:, :3], index, 1)
+    whole, scale = jnp.ones((24, 4), jnp.int8), jnp.ones(24)
+    with pytest.raises(InputError, match=r"int8 without scale_N"):
+        mips.search(queries, whole, 1)
+    with pytest.raises(InputError, match=r"float32 with scale_N"):
+        mips.search(queries, index, 1, scale_N=scale)
+    with pytest.raises(InputError, match=r"scale_N is float32\[23\].*float32\[24\]"):
+        mips.search(queries, whole, 1, scale_N=scale[1:])
+    with pytest.raises(InputError, match=r"live_N is float32\[24\].*bool\[24\]"):
+        mips.log_normaliser(queries, index, live_N=scale)
+    with pytest.raises(InputError, match="the index is float16"):
+        mips.search(queries, index.astype(jnp.float16), 1)
+    with pytest.raises(InputError, match="oversample = 0"):
+        mips.search(queries, whole, 1, scale_N=scale, oversample=0)
+    with pytest.raises(InputError, match=r"recall_target = 1.5"):
+        mips.search(queries, index, 1, recall_target=1.5)
+    with pytest.raises(InputError, match=r"k = 0"):
+        mips.search_with_normaliser(queries, index, 0)
+    with pytest.raises(InputError, match=r"out_axes = \('batch',\).*'data', 'fsdp', 'tensor'"):
+        mips.search(queries, index, 1, mesh=sharding.make_mesh(), out_axes=("batch",))
+    with pytest.raises(InputError, match=r"2 queries do not divide over 8 devices"):
+        mips.search(queries, index, 1, mesh=sharding.make_mesh(), out_axes=("data",))
+    with pytest.raises(InputError, match="chunk = 0"):
+        mips.search(queries, index, 1, chunk=0)
     with pytest.raises(InputError, match="n_valid = 25 of 24"):
         mips.search(queries, index, 1, n_valid=25)
     with pytest.raises(InputError, match="23 rows do not divide over 8 devices"):

@@ -20,8 +20,7 @@ from rag_jax.retrieval.mips_device import LOWEST, Best, Mass, Pass, Rows, decode
 
 __all__ = ["OVERSAMPLE", "log_normaliser", "quantise", "rows_at", "search", "search_with_normaliser"]
 
-CHUNK = 32768
-OVERSAMPLE = {"float32": 1, "bfloat16": 2, "uint16": 2, "int8": 4}
+OVERSAMPLE = {"float32": 1, "bfloat16": 2, "uint16": 2, "int8": 2}
 
 
 @functools.partial(
@@ -36,7 +35,7 @@ def search(
     live_N: jax.Array | None = None,
     mesh: Mesh | None = None,
     n_valid: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     oversample: int | None = None,
     recall_target: float = 1.0,
     out_axes: tuple[str, ...] = (),
@@ -53,7 +52,8 @@ def search(
     anywhere: they are gathered, the index never is. Results depend neither on the mesh nor on the chunk, up to the
     rounding of the products. No gradient flows.
 
-    oversample: candidates looked at for each of the k (OVERSAMPLE for the type of the index).
+    chunk: rows whose scores are ranked at once; without it, as many as `mips_device.default_chunk` thinks good.
+    oversample: candidates looked at for each of the k, where queries are rounded (OVERSAMPLE for the index's type).
     recall_target: below 1, a TPU ranks each chunk with `lax.approx_max_k`, and the lower id of a tie may lose. Other
     devices have no such instruction (XLA sorts everything there) and stay exact.
     Memory beyond the arguments: [B,chunk] scores and some rows (on a CPU 2,048, else a chunk) on each device.
@@ -65,11 +65,13 @@ def search(
     oversample = OVERSAMPLE[str(index_NE.dtype)] if oversample is None else oversample
     if oversample < 1 or not 0 < recall_target <= 1:
         raise InputError(f"oversample = {oversample} must be at least 1, recall_target = {recall_target} in (0, 1]")
-    how = dataclasses.replace(
-        how, k=min(k * oversample, how.n_valid), exact=index_NE.dtype == jnp.float32, recall_target=recall_target
-    )
-    scores_BK, ids_BK = _on_mesh(lax.stop_gradient(queries_BE), rows, how, k, mesh, out_axes)[0]
-    return scores_BK, ids_BK
+    # A CPU multiplies bfloat16 rows with full queries anyway.
+    exact = index_NE.dtype == jnp.float32 or (index_NE.dtype != jnp.int8 and how.platform == "cpu")
+    candidates = k if exact else min(k * oversample, how.n_valid)
+    how = dataclasses.replace(how, k=candidates, exact=exact, recall_target=recall_target)
+    best, _ = _on_mesh(lax.stop_gradient(queries_BE), rows, how, k, mesh, out_axes)
+    assert best is not None
+    return best
 
 
 @functools.partial(jax.jit, static_argnames=("k", "mesh", "n_valid", "chunk", "out_axes"))
@@ -82,7 +84,7 @@ def search_with_normaliser(
     live_N: jax.Array | None = None,
     mesh: Mesh | None = None,
     n_valid: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     out_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`search` and, in the same pass, log Z: (scores_BK, ids_BK, log_z_B).
@@ -95,7 +97,9 @@ def search_with_normaliser(
     if not 1 <= k <= how.n_valid:
         raise InputError(f"k = {k}, but the index has {how.n_valid} passages; ask for 1 to {how.n_valid}")
     how = dataclasses.replace(how, k=k, mass="sum")
-    (scores_BK, ids_BK), log_z_B = _normalised(how, mesh, out_axes, queries_BE, rows)
+    best, log_z_B = _normalised(how, mesh, out_axes, queries_BE, rows)
+    assert best is not None
+    scores_BK, ids_BK = best
     return lax.stop_gradient(scores_BK), ids_BK, log_z_B
 
 
@@ -108,7 +112,7 @@ def log_normaliser(
     live_N: jax.Array | None = None,
     mesh: Mesh | None = None,
     n_valid: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     out_axes: tuple[str, ...] = (),
 ) -> jax.Array:
     """log_z_B of `search_with_normaliser` without the search: -inf, with gradient 0, where no row is live."""
@@ -125,7 +129,7 @@ def rows_at(index_NE: jax.Array, ids_X: jax.Array, scale_N: jax.Array | None = N
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _normalised(
     how: Pass, mesh: Mesh | None, out_axes: tuple[str, ...], queries_BE: jax.Array, rows: Rows
-) -> tuple[Best, jax.Array]:
+) -> tuple[Best | None, jax.Array]:
     best, mass = _on_mesh(queries_BE, rows, how, how.k, mesh, out_axes)
     assert mass is not None
     return best, mass.top_B + jnp.log(mass.sum_B)
@@ -133,7 +137,7 @@ def _normalised(
 
 def _normalised_forward(
     how: Pass, mesh: Mesh | None, out_axes: tuple[str, ...], queries_BE: jax.Array, rows: Rows
-) -> tuple[tuple[Best, jax.Array], jax.Array]:
+) -> tuple[tuple[Best | None, jax.Array], jax.Array]:
     best, mass = _on_mesh(queries_BE, rows, dataclasses.replace(how, mass="mean"), how.k, mesh, out_axes)
     assert mass is not None and mass.weighted_BE is not None
     mean_BE = mass.weighted_BE / jnp.where(mass.sum_B > 0, mass.sum_B, 1)[:, None]
@@ -141,7 +145,7 @@ def _normalised_forward(
 
 
 def _normalised_backward(
-    how: Pass, mesh: Mesh | None, out_axes: tuple[str, ...], mean_BE: jax.Array, gradient: tuple[Best, jax.Array]
+    how: Pass, mesh: Mesh | None, out_axes: tuple[str, ...], mean_BE: jax.Array, gradient: tuple[Best | None, jax.Array]
 ) -> tuple[jax.Array, None]:
     return (gradient[1][:, None] * mean_BE).astype(mean_BE.dtype), None
 
@@ -156,7 +160,7 @@ def _checked(
     live_N: jax.Array | None,
     mesh: Mesh | None,
     n_valid: int | None,
-    chunk: int,
+    chunk: int | None,
     out_axes: tuple[str, ...],
 ) -> tuple[Rows, Pass]:
     """The rows as they are scanned, and a pass that finds nothing yet. Raises InputError."""
@@ -171,11 +175,16 @@ def _checked(
         if x is not None and (x.shape != index[:1] or str(x.dtype) != kind):
             raise InputError(f"{name} is {x.dtype}{list(x.shape)}; for an index {index} it must be {kind}[{index[0]}]")
     n_valid = index[0] if n_valid is None else n_valid
-    if not 0 <= n_valid <= index[0] < 2**31 - chunk:
+    if not 0 <= n_valid <= index[0] < 2**31:
         raise InputError(f"n_valid = {n_valid} of {index[0]} rows; it must lie within them, and ids are 32 bits")
-    if index[0] % (1 if mesh is None else mesh.size):
-        raise InputError(f"{index[0]} rows do not divide over {mesh.size} devices; pad them with sharding.shard_rows")
-    if chunk < 1:
+    n_devices = 1 if mesh is None else mesh.size
+    if index[0] % n_devices:
+        raise InputError(f"{index[0]} rows do not divide over {n_devices} devices; pad them with sharding.shard_rows")
+    if index[0] // n_devices >= 2**30:
+        raise InputError(
+            f"{index[0] // n_devices} rows on a device; they must be fewer than 2**30, so take more devices"
+        )
+    if chunk is not None and chunk < 1:
         raise InputError(f"chunk = {chunk} rows; it must be at least 1")
     sizes = {} if mesh is None else dict(mesh.shape)
     cuts = [sizes.get(axis, 0) for axis in out_axes]
@@ -198,19 +207,20 @@ def _platform(mesh: Mesh | None) -> str:
 
 def _on_mesh(
     queries_BE: jax.Array, rows: Rows, how: Pass, k: int, mesh: Mesh | None, out_axes: tuple[str, ...]
-) -> tuple[Best, Mass | None]:
-    def on_device(queries_BE: jax.Array, rows: Rows) -> tuple[Best, Mass | None]:
+) -> tuple[Best | None, Mass | None]:
+    def on_device(queries_BE: jax.Array, rows: Rows) -> tuple[Best | None, Mass | None]:
         offset = lax.axis_index(how.axes) * rows.embeddings_NE.shape[0] if how.axes else 0
         best, mass = mips_device.scan(queries_BE, rows, offset, how)
+        if how.axes and mass is not None:
+            mass = _total(mass, how.axes, out_axes)
+        if best is None:
+            return None, mass
         found = [*best] if how.exact else [*best, mips_device.rescored(queries_BE, rows, best[1], offset)]
-        if how.axes and how.k:
+        if how.axes:
             found = _merged(found, how, out_axes)
         if not how.exact:
-            _, ids_BK, exact_BK = found
-            found = _best([exact_BK, ids_BK], k)
-        scores_BK, ids_BK = found
-        mass = _total(mass, how.axes, out_axes) if how.axes and mass is not None else mass
-        return (jnp.where(scores_BK > LOWEST, scores_BK, -jnp.inf), ids_BK), mass
+            found = _best([found[2], found[1]], k)
+        return (jnp.where(found[0] > LOWEST, found[0], -jnp.inf), found[1]), mass
 
     if mesh is None:
         return on_device(queries_BE, rows)

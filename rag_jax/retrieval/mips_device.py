@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 
 TILE = 2048  # rows multiplied at once on a CPU: 6 MB of float32 rows of 768
-# A valid row never scores lower than this, not even NaN or -inf, and a row that must not be returned scores -inf, as
-# does a place that is still empty (id -1). So a row that must not be returned never takes a place, not even an empty one.
+# A valid row never scores lower than this, not even NaN or -inf. A row that must not be returned scores -inf, as does
+# a place that is still empty (id -1) and stands before it: so it takes no place, not even an empty one.
 LOWEST = float(np.finfo(np.float32).min)
 
 Best = tuple[jax.Array, jax.Array]  # scores_BK, ids_BK: scores descending, equal scores by ascending id
@@ -51,7 +51,7 @@ class Pass:
 
     k: int
     n_valid: int
-    chunk: int
+    chunk: int | None
     platform: str
     exact: bool
     mass: Literal["", "sum", "mean"] = ""
@@ -69,6 +69,11 @@ class Cut:
     tiles: int
     tile: int
     block: int
+
+
+def default_chunk(batch: int, k: int) -> int:
+    """Rows to rank at once: many, as ranking costs by the chunk, but of 8 MB of scores, which a CPU's caches hold."""
+    return max(8192, min(65536, 2**21 // max(batch, 1)), 64 * k)
 
 
 def cut(n: int, k: int, chunk: int, tile: int) -> Cut:
@@ -109,9 +114,13 @@ def quantise(embeddings_NE: jax.Array) -> tuple[jax.Array, jax.Array]:
 def product(queries_BE: jax.Array, embeddings_CE: jax.Array) -> jax.Array:
     """Inner products [C,B] in float32: of int8 with int8 exactly, all others accumulated in float32.
 
-    Rows stand first: on a CPU that is up to 1.5 times as fast as [B,C].
+    The rows become what the queries are. Rows stand first: on a CPU that is up to 1.5 times as fast as [B,C].
     """
     integers = queries_BE.dtype == jnp.int8
+    if queries_BE.dtype == jnp.float32:
+        embeddings_CE = decoded(embeddings_CE)
+    elif not integers and embeddings_CE.dtype == jnp.uint16:
+        embeddings_CE = lax.bitcast_convert_type(embeddings_CE, jnp.bfloat16)
     products_CB = lax.dot_general(
         embeddings_CE,
         queries_BE,
@@ -122,38 +131,35 @@ def product(queries_BE: jax.Array, embeddings_CE: jax.Array) -> jax.Array:
     return products_CB.astype(jnp.float32)
 
 
-def rounded(queries_BE: jax.Array, embeddings_NE: jax.Array, platform: str) -> jax.Array:
-    """The queries in the type that multiplies fastest with rows of this type; a scale of a query changes no order.
+def rounded(queries_BE: jax.Array, embeddings_NE: jax.Array, platform: str) -> tuple[jax.Array, jax.Array | None]:
+    """The queries in the type that multiplies fastest with rows of this type, and a scale of each if they have one.
 
     int8 with int8 everywhere. bfloat16 with bfloat16 on accelerators only: CPUs multiply in float32 faster.
     """
     if embeddings_NE.dtype == jnp.int8:
-        return quantise(queries_BE)[0]
+        return quantise(queries_BE)
     half = embeddings_NE.dtype in (jnp.bfloat16, jnp.uint16) and platform != "cpu"
-    return queries_BE.astype(jnp.bfloat16 if half else jnp.float32)
+    return queries_BE.astype(jnp.bfloat16 if half else jnp.float32), None
 
 
-def scan(queries_BE: jax.Array, rows: Rows, offset: jax.Array | int, how: Pass) -> tuple[Best, Mass | None]:
+def scan(queries_BE: jax.Array, rows: Rows, offset: jax.Array | int, how: Pass) -> tuple[Best | None, Mass | None]:
     """The k best of these rows, the first of which has id `offset`, and the mass of all of them.
 
-    Missing places have score -inf and id -1; scores of -inf or NaN are LOWEST. Without `how.exact` int8 scores lack the
-    scale of the query.
+    Missing places have score -inf and id -1; scores of -inf or NaN are LOWEST.
     """
     n, batch = rows.embeddings_NE.shape[0], queries_BE.shape[0]
-    into = cut(n, how.k, how.chunk, TILE if how.platform == "cpu" else how.chunk)
-    left_BE = queries_BE.astype(jnp.float32) if how.exact else rounded(queries_BE, rows.embeddings_NE, how.platform)
+    chunk = default_chunk(batch, how.k) if how.chunk is None else how.chunk
+    into = cut(n, how.k, chunk, TILE if how.platform == "cpu" else chunk)
+    left_BE, scale_B = queries_BE.astype(jnp.float32), None
+    if not how.exact:
+        left_BE, scale_B = rounded(queries_BE, rows.embeddings_NE, how.platform)
 
     def one_tile(mass: Mass | None, first: jax.Array) -> tuple[Mass | None, tuple[jax.Array, jax.Array] | None]:
         start = jnp.minimum(first, n - into.tile)
         part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, into.tile), rows)
-        embeddings_CE = part.embeddings_NE
-        if left_BE.dtype == jnp.float32:
-            embeddings_CE = decoded(embeddings_CE)
-        elif left_BE.dtype == jnp.bfloat16:
-            embeddings_CE = lax.bitcast_convert_type(embeddings_CE, jnp.bfloat16)
-        scores_CB = product(left_BE, embeddings_CE)
-        if part.scale_N is not None:
-            scores_CB *= part.scale_N[:, None]
+        scores_CB = product(left_BE, part.embeddings_NE)
+        scores_CB = scores_CB if scale_B is None else scores_CB * scale_B
+        scores_CB = scores_CB if part.scale_N is None else scores_CB * part.scale_N[:, None]
         row_C = start + jnp.arange(into.tile, dtype=jnp.int32)
         wanted_C = (row_C >= first) & (row_C + offset < how.n_valid)
         if part.live_N is not None:
@@ -166,11 +172,11 @@ def scan(queries_BE: jax.Array, rows: Rows, offset: jax.Array | int, how: Pass) 
         scores_CB = jnp.where(wanted_C[:, None], scores_CB, -jnp.inf)
         return mass, (scores_CB, scores_CB.reshape(-1, into.block, batch).max(1))
 
-    def one_chunk(carry: tuple[Best, Mass | None], i: jax.Array) -> tuple[tuple[Best, Mass | None], None]:
+    def one_chunk(carry: tuple[Best | None, Mass | None], i: jax.Array) -> tuple[tuple[Best | None, Mass | None], None]:
         best, mass = carry
         first_T = (i * into.tiles + jnp.arange(into.tiles, dtype=jnp.int32)) * into.tile
         mass, found = lax.scan(one_tile, mass, first_T)
-        if found is not None:
+        if best is not None and found is not None:
             scores_CB, maxima_RB = (x.reshape(-1, batch) for x in found)
             scores_BX, at_BX = _shortlist(scores_CB, maxima_RB, best[0][:, -1:], how, n)
             row_BX = i * (into.tiles * into.tile) + at_BX
@@ -200,8 +206,8 @@ def rescored(queries_BE: jax.Array, rows: Rows, ids_BK: jax.Array, offset: jax.A
     return lax.map(lambda pair: one(*pair), pairs, batch_size=min(at_once, len(ids_BK)))
 
 
-def _nothing(batch: int, width: int, how: Pass) -> tuple[Best, Mass | None]:
-    best = jnp.full((batch, how.k), -jnp.inf), jnp.full((batch, how.k), -1, jnp.int32)
+def _nothing(batch: int, width: int, how: Pass) -> tuple[Best | None, Mass | None]:
+    best = (jnp.full((batch, how.k), -jnp.inf), jnp.full((batch, how.k), -1, jnp.int32)) if how.k else None
     weighted_BE = jnp.zeros((batch, width)) if how.mass == "mean" else None
     mass = Mass(jnp.full(batch, -jnp.inf), jnp.zeros(batch), weighted_BE) if how.mass else None
     return lax.pcast((best, mass), how.axes, to="varying") if how.axes else (best, mass)
@@ -224,7 +230,7 @@ def _more(mass: Mass, scores_CB: jax.Array, part: Rows) -> Mass:
 
 
 def _shortlist(scores_CB: jax.Array, maxima_RB: jax.Array, least_B1: jax.Array, how: Pass, n: int) -> Best:
-    """Scores [B,X] among which are the k best above the least so far, in the order of the rows, and where they stand."""
+    """Scores [B,X] among which are the k best above the least so far, by ascending row, and where they stand."""
     (chunk, batch), blocks = scores_CB.shape, maxima_RB.shape[0]
     if how.recall_target < 1 and how.platform == "tpu":
         found_KB, at_KB = lax.approx_max_k(
