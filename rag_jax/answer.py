@@ -4,7 +4,6 @@ program.
 
 import argparse
 import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from rag_jax import checkpoint, config, decoding, objectives, refresh, sharding, steps
+from rag_jax import checkpoint, config, decoding, live, objectives, refresh, sharding, steps
 from rag_jax import run as runs
 from rag_jax.config import SearchConfig, StageConfig, TrainConfig
 from rag_jax.data import pipeline
@@ -24,7 +23,7 @@ from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
 from rag_jax.hosted import HostIndex, Searchers, filled, gather
 from rag_jax.logs import Progress
-from rag_jax.rag import Params, Passages, Rag
+from rag_jax.rag import Params, Passages
 from rag_jax.refresh import Index
 from rag_jax.retrieval import index as snapshots
 from rag_jax.retrieval.corpus import Corpus
@@ -174,7 +173,7 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
     """The program, jitted; compiled anew only where a batch has other shapes. Without passages (closed book) the
     generator sees an empty passage before the question. InputError for what cannot be.
     """
-    model, n_passages = loaded.rag.config, len(loaded.corpus)
+    model, n_rows = loaded.rag.config, loaded.n_rows
     n_docs = cfg.n_docs or model.n_docs
     for name, value, least in (
         ("n_docs", n_docs, 1),
@@ -185,8 +184,7 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
     ):
         if value < least:
             raise InputError(f"{name}={value} must be at least {least}")
-    if n_docs > n_passages:
-        raise InputError(f"n_docs={n_docs}, but the corpus has {n_passages} passages; ask for at most {n_passages}")
+    check_docs(loaded, cfg)
     if cfg.closed_book and cfg.retrieval_only:
         raise InputError("closed book and retrieval alone leave nothing to do; ask for one of them")
     how, tree = {}, None
@@ -203,8 +201,8 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
             raise InputError(str(error)) from error
     stage = StageConfig("answer", n_docs=n_docs)
     prefix_ids = loaded.corpus.generator_tokenizer.prefix_ids
-    setting = steps.Setting(loaded.rag, stage, loaded.mesh, n_passages, prefix_ids)
-    wanted = min(max(cfg.n_retrieved, n_docs), n_passages)
+    setting = steps.Setting(loaded.rag, stage, loaded.mesh, n_rows, prefix_ids)
+    wanted = min(max(cfg.n_retrieved, n_docs), n_rows)
 
     def answer(
         params: Params,
@@ -251,6 +249,13 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
     return call
 
 
+def check_docs(loaded: runs.Loaded, cfg: AnswerConfig) -> None:
+    """InputError where more passages are to be read than there are."""
+    n_docs, n = cfg.n_docs or loaded.rag.config.n_docs, loaded.corpus.n_live
+    if n_docs > n:
+        raise InputError(f"n_docs={n_docs}, but the corpus has {n} passages; ask for at most {n}")
+
+
 class Hosted(NamedTuple):
     """What was found on the host: rows_BR of the corpus, best first, -1 where there are fewer; and what the program is
     given of the ones that are read.
@@ -266,15 +271,15 @@ def found_on_host(
     loaded: runs.Loaded, params: Params, index: HostIndex, cfg: AnswerConfig, texts: Sequence[str], batch: Batch
 ) -> Hosted:
     """Searches for one batch, and gathers the passages that are read."""
-    n_docs, n = cfg.n_docs or loaded.rag.config.n_docs, len(loaded.corpus)
+    n_docs, n = cfg.n_docs or loaded.rag.config.n_docs, loaded.corpus.n_live
     if cfg.closed_book:
         rows_BR = np.zeros((len(texts), 1), np.int32)
         tables = gather(loaded.corpus, index, np.zeros(len(texts), np.int32))
         table, passages = sharding.shard_batch(loaded.mesh, tables)
         return Hosted(rows_BR, table, passages, batch)
-    q_BE = np.asarray(_question_program(loaded.rag)(params, batch), np.float32)
+    q_BE = np.asarray(steps.question_program(loaded.rag)(params, batch), np.float32)
     found = index.searcher.search(Queries(q_BE, list(texts)), min(max(cfg.n_retrieved, n_docs), n))
-    read_BK, scores_BK = filled(found.ids_BK[:, :n_docs], n), found.scores_BK[:, :n_docs]
+    read_BK, scores_BK = filled(found.ids_BK[:, :n_docs], loaded.corpus), found.scores_BK[:, :n_docs]
     least_B1 = np.where(np.isfinite(scores_BK), scores_BK, np.inf).min(1, keepdims=True)
     least_B1 = np.where(np.isfinite(least_B1), least_B1, 0)
     given = {
@@ -285,17 +290,6 @@ def found_on_host(
     given, table, passages = sharding.shard_batch(loaded.mesh, (given, *tables))
     rows_BR = np.concatenate([read_BK, found.ids_BK[:, n_docs:]], axis=1)
     return Hosted(rows_BR, table, passages, {**batch, **given})
-
-
-@functools.cache
-def _question_program(rag: Rag) -> Any:
-    """(params, batch) -> q_BE, jitted."""
-
-    def embed(params: Params, batch: Batch) -> jax.Array:
-        ids = batch["question_ids"]
-        return rag.embed_questions(params, ids, steps.masked(batch["question_length"], ids.shape[1]))
-
-    return jax.jit(embed)
 
 
 def bucket(length: int, longest: int, least: int = 16) -> int:
@@ -319,6 +313,7 @@ def answer_questions(
     Questions of like length go together, and lengths and the number of questions are padded to a few sizes (`bucket`),
     so that other questions of the same sizes need no compilation.
     """
+    check_docs(loaded, cfg)
     program = program or make_answer(loaded, cfg)
     corpus = loaded.corpus
     tables = pipeline.encode_questions(
@@ -366,10 +361,24 @@ def collect(corpus: Corpus, out: Any, count: int, closed_book: bool) -> list[Ans
     return answers
 
 
+def host_index(directory: Path, loaded: runs.Loaded, snapshot: snapshots.Snapshot, search: SearchConfig) -> HostIndex:
+    """A snapshot with the search over it on the host, which the run's directory keeps."""
+    manifest, embeddings_NE = snapshot.manifest, snapshot.embeddings_NE
+    searchers = Searchers(search, loaded.corpus, loaded.mesh, directory / "search")
+    searcher = searchers.make(embeddings_NE, manifest.encoder_hash, manifest.step, keep=True)
+    step_N = np.full(len(loaded.corpus), manifest.step, np.int32)
+    return HostIndex(embeddings_NE, step_N, searcher, loaded.corpus.live_N)
+
+
 @dataclass(frozen=True)
 class Pipeline:
-    """A trained run, ready to answer: `Pipeline.from_run(path).ask("Who ...?")`. Programs are compiled once each."""
+    """A trained run, ready to answer: `Pipeline.from_run(path).ask("Who ...?")`. Programs are compiled once each.
 
+    `with_index` gives one with other passages, which shares parameters and programs; a server changes over by one
+    assignment, and questions under way are answered from the old one.
+    """
+
+    directory: Path
     config: TrainConfig
     loaded: runs.Loaded
     params: Params
@@ -380,10 +389,11 @@ class Pipeline:
 
     @classmethod
     def from_run(
-        cls, path: str | Path, index: str | Path | None = None, search: SearchConfig | None = None
+        cls, path: str | Path, index: str | Path | None = None, search: SearchConfig | None = None, live: bool = False
     ) -> "Pipeline":
         """Open a run with its own index, or with another made by `rag-jax index` (hot swap: other passages, no
-        retraining). search: how passages are searched, if not as the run was trained.
+        retraining). search: how passages are searched, if not as the run was trained. live: tables with spare rows
+        (`run.capacity`), so that `with_index` to an update of the corpus that fits in them compiles nothing.
 
         InputError where the index was made by another encoder, or its corpus with other tokenizers or passages.
         """
@@ -394,16 +404,35 @@ class Pipeline:
         corpus = Corpus.open(snapshot.manifest.corpus)
         runs.check_tokenizers(directory, corpus)
         search = search or config.search
-        loaded = runs.load(config.model, corpus, sharding.make_mesh(config.mesh or None), search.kind == "exact")
+        mesh = sharding.make_mesh(config.mesh or None)
+        loaded = runs.load(config.model, corpus, mesh, search.kind == "exact", live)
         params = runs.read_params(directory, loaded.rag, loaded.mesh)
         runs.check_snapshot(loaded, params, snapshot)
         if search.kind == "exact":
-            return cls(config, loaded, params, runs.index_on_device(loaded, snapshot, search.dtype), snapshot, search)
-        manifest, embeddings_NE = snapshot.manifest, snapshot.embeddings_NE
-        searchers = Searchers(search, corpus, loaded.mesh, directory / "search")
-        searcher = searchers.make(embeddings_NE, manifest.encoder_hash, manifest.step, keep=True)
-        step_N = np.full(len(corpus), manifest.step, np.int32)
-        return cls(config, loaded, params, HostIndex(embeddings_NE, step_N, searcher), snapshot, search)
+            made: Index | HostIndex = runs.index_on_device(loaded, snapshot, search.dtype)
+        else:
+            made = host_index(directory, loaded, snapshot, search)
+        return cls(directory, config, loaded, params, made, snapshot, search)
+
+    def with_index(self, path: str | Path) -> "Pipeline":
+        """The same with another snapshot, usually of an update of the corpus; this one stays as it is, and both share
+        what is the same in both. Answers are those of the run opened with that snapshot.
+
+        Compiled programs stay of use where the tables have as many rows as before (see `live` of from_run), and always
+        where the search is on the host. InputError as in from_run.
+        """
+        snapshot = snapshots.open_snapshot(path)
+        corpus = Corpus.open(snapshot.manifest.corpus)
+        runs.check_tokenizers(self.directory, corpus)
+        snapshots.check(snapshot, corpus.hash, self.snapshot.manifest.encoder_hash, corpus.encoder_tokenizer.hash)
+        loaded = live.updated(self.loaded, corpus)
+        if isinstance(self.index, Index):
+            index: Index | HostIndex = live.swapped(self.index, loaded, self.snapshot, snapshot)
+        else:
+            index = host_index(self.directory, loaded, snapshot, self.search)
+        same = loaded.passages is None or loaded.n_rows == self.loaded.n_rows
+        programs = self.programs if same else {}
+        return dataclasses.replace(self, loaded=loaded, index=index, snapshot=snapshot, programs=programs)
 
     def search_manifest(self) -> dict[str, Any]:
         """What the search is made of, for reports."""

@@ -84,7 +84,8 @@ class TrainConfig:
 
     init: a run directory, or a converted checkpoint, whose parameters are the start, "" for new ones; what `model`
     leaves open is then as there. index: an index of the first parameters, made by rag-jax index, "" to embed at the
-    start. drift_sample: passages that the drift of the index is measured on.
+    start. drift_sample: passages that the drift of the index is measured on. live: at every log line, training looks
+    whether `corpus` leads to an update of the one in use, and goes on with that.
     """
 
     corpus: str
@@ -96,6 +97,7 @@ class TrainConfig:
     index: str = ""
     search: SearchConfig = field(default_factory=SearchConfig)
     drift_sample: int = 1024
+    live: bool = False
     mesh: Mapping[str, int] = field(default_factory=dict)
     target_length: int = 32
     every_answer: bool = False

@@ -4,6 +4,7 @@ The step is the same as in graph: its tables are small ones, of the passages of 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +22,18 @@ from rag_jax.retrieval.bm25 import Bm25, passage_texts
 from rag_jax.retrieval.corpus import Corpus
 from rag_jax.retrieval.search import Exact, Hybrid, Searcher, Source
 
+STALE = 0.1  # share of ScaNN's rows that came or went since it was built: time to build it anew
+
 
 class HostIndex(NamedTuple):
-    """Embeddings, float32 rows in memory or a file, the step of each row's encoder, and what searches them."""
+    """Embeddings, float32 rows in memory or a file, the step of each row's encoder, what searches them, and False for
+    deleted rows, or None.
+    """
 
     embeddings_NE: Any
     step_N: np.ndarray
     searcher: Searcher
+    live_N: np.ndarray | None = None
 
 
 def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple[Index | None, Passages]:
@@ -37,14 +43,26 @@ def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple
     return kept and Index(*kept), Passages(*[table[rows_X] for table in tables])
 
 
-def filled(ids_BK: np.ndarray, n: int) -> np.ndarray:
-    """Where a search found fewer than K passages (-1), the first ones of the corpus that it has not found."""
-    out = ids_BK.copy()
+def filled(ids_BK: np.ndarray, corpus: Corpus) -> np.ndarray:
+    """Where a search found fewer than K passages (-1), the first live ones of the corpus that it has not found."""
+    if (ids_BK >= 0).all():
+        return ids_BK
+    out, usable = ids_BK.copy(), first_live(corpus, 2 * ids_BK.shape[1])
     for row in out:
         missing = np.flatnonzero(row < 0)
         if len(missing):
-            row[missing] = np.setdiff1d(np.arange(min(n, 2 * len(row))), row)[: len(missing)]
+            row[missing] = np.setdiff1d(usable, row)[: len(missing)]
     return out
+
+
+def first_live(corpus: Corpus, count: int) -> np.ndarray:
+    """The first `count` rows that are not deleted, or all where there are fewer."""
+    if corpus.live_N is None:
+        return np.arange(min(count, len(corpus)))
+    looked = count
+    while len(found := np.flatnonzero(corpus.live_N[:looked])) < count and looked < len(corpus):
+        looked *= 2
+    return found[:count]
 
 
 class Searchers:
@@ -61,18 +79,36 @@ class Searchers:
             return self.bm25()
         source = Source(self.corpus.hash, encoder_hash, step)
         if kind == "scann" or (kind == "hybrid" and self.cfg.dense == "scann"):
-            dense: Searcher = self.scann(embeddings_NE, source, keep)
-        else:
-            dense = Exact(embeddings_NE, self.mesh, source)
-        return Hybrid(dense, self.bm25(), embeddings_NE, self.cfg.fusion) if kind == "hybrid" else dense
+            return self._whole(self.scann(embeddings_NE, source, keep), embeddings_NE)
+        return self._whole(Exact(embeddings_NE, self.mesh, source, live_N=self.corpus.live_N), embeddings_NE)
+
+    def update(self, searcher: Searcher, old: Corpus, embeddings_NE: Any, step: int) -> Searcher:
+        """The search over an update of the corpus of `searcher`: ScaNN's own index stays as it is, until STALE of it is
+        no longer right; the others are made anew.
+        """
+        dense = searcher.dense if isinstance(searcher, Hybrid) else searcher
+        if not isinstance(dense, ann.Scann):
+            return self.make(embeddings_NE, None, step)
+        now_N = np.ones(len(self.corpus), bool) if self.corpus.live_N is None else self.corpus.live_N
+        was_N = np.ones(len(old), bool) if old.live_N is None else old.live_N
+        came = len(old) + np.flatnonzero(now_N[len(old) :])
+        dense = dense.upsert(came, embeddings_NE[came]).delete(np.flatnonzero(was_N & ~now_N[: len(old)]))
+        if dense.stale > STALE:
+            return self.make(embeddings_NE, None, step)
+        return self._whole(replace(dense, source=Source(self.corpus.hash, None, step)), embeddings_NE)
+
+    def _whole(self, dense: Searcher, embeddings_NE: Any) -> Searcher:
+        """The dense search, with BM25 where both are wanted."""
+        return Hybrid(dense, self.bm25(), embeddings_NE, self.cfg.fusion) if self.cfg.kind == "hybrid" else dense
 
     def bm25(self) -> Bm25:
         """That of the corpus, built once."""
         if self._bm25 is None:
 
             def build() -> Bm25:
-                texts, total = passage_texts(self.corpus), len(self.corpus)
-                return Bm25.build(texts, self.corpus.hash, self.cfg.bm25, total)
+                texts, total, live_N = passage_texts(self.corpus), len(self.corpus), self.corpus.live_N
+                made = Bm25.build(texts, self.corpus.hash, self.cfg.bm25, total)
+                return made if live_N is None else made.without(np.flatnonzero(~live_N))
 
             path = self._path("bm25", [self.corpus.hash, plain(self.cfg.bm25)])
             self._bm25 = self._kept(path, lambda p: Bm25.load(p, self.corpus.hash), build)
@@ -80,7 +116,10 @@ class Searchers:
 
     def scann(self, embeddings_NE: Any, source: Source, keep: bool) -> ann.Scann:
         def build() -> ann.Scann:
-            return ann.build(embeddings_NE, source, self.cfg.scann)
+            if self.corpus.live_N is None:
+                return ann.build(embeddings_NE, source, self.cfg.scann)
+            rows = np.flatnonzero(self.corpus.live_N)
+            return ann.build(embeddings_NE[rows], source, self.cfg.scann, rows)
 
         path = self._path("scann", [*source, plain(self.cfg.scann)]) if keep else None
         return self._kept(path, lambda p: ann.Scann.load(p, source), build)
@@ -107,16 +146,19 @@ def on_host(rag: Rag, searchers: Searchers) -> Make:
     """Embeds all passages into memory and makes the search over them."""
     corpus = searchers.corpus
 
-    def embed(params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        return rag.embed_passages(params, ids, mask)
-
     def make(encoder: Params, step: int, old: Any, quiet: bool) -> HostIndex:
-        params = jax.tree.map(np.asarray, encoder)
-        embed_rows = encode.row_embedder(embed, params, corpus.encoder_ids, corpus.encoder_length)
-        width = rag.config.encoder.output_width
-        embeddings_NE = np.empty((len(corpus), width), np.float32)
-        for rows, some in encode_job.blocks(embed_rows, range(len(corpus))):
-            embeddings_NE[rows] = some
-        return HostIndex(embeddings_NE, np.full(len(corpus), step, np.int32), searchers.make(embeddings_NE, None, step))
+        embeddings_NE = embedded(rag, encoder, corpus, 0)
+        step_N = np.full(len(corpus), step, np.int32)
+        return HostIndex(embeddings_NE, step_N, searchers.make(embeddings_NE, None, step), corpus.live_N)
 
     return make
+
+
+def embedded(rag: Rag, encoder: Params, corpus: Corpus, first: int) -> np.ndarray:
+    """Embeddings [N - first, E] float32 of the corpus' rows from `first` on; encoder: the part that embeds passages."""
+    params = jax.tree.map(np.asarray, encoder)
+    embed_rows = encode.row_embedder(rag.embed_passages, params, corpus.encoder_ids, corpus.encoder_length)
+    embeddings_ME = np.empty((len(corpus) - first, rag.config.encoder.output_width), np.float32)
+    for rows, some in encode_job.blocks(embed_rows, range(first, len(corpus))):
+        embeddings_ME[rows - first] = some
+    return embeddings_ME

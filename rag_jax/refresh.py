@@ -18,7 +18,7 @@ from jax import lax
 from rag_jax import sharding
 from rag_jax.logs import Progress
 from rag_jax.rag import Params, Passages, Rag
-from rag_jax.retrieval import mips
+from rag_jax.retrieval import mips, shards
 
 CHUNK = 64  # passages of one device that are embedded at once
 BLOCK = 8 * CHUNK  # rows of one device that one dispatch embeds
@@ -39,6 +39,21 @@ class Index(NamedTuple):
 def encoded(embeddings: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
     """Embeddings [..., E] as an index of this type holds them, and their scales where it is int8."""
     return mips.quantise(embeddings) if dtype == jnp.int8 else (embeddings.astype(dtype), None)
+
+
+def extended(index: Index, first: int, new_ME: Any, step: int, rows: int, live_N: jax.Array) -> Index:
+    """The index with embeddings [M, E] float32, made at `step`, at the rows from `first` on, of other ones that are
+    live. It has `rows` rows, a multiple of the devices; where that is as many as before nothing is compiled.
+    """
+    kept: dict[str, Any] = {name: x for name, x in index._asdict().items() if x is not None and name != "live_N"}
+    if rows != len(index.step_N):
+        kept = {name: sharding.with_more_rows(x, rows) for name, x in kept.items()}
+    new = shards.tensors(np.asarray(new_ME, np.float32), str(index.embeddings_NE.dtype))
+    kept["embeddings_NE"] = sharding.with_rows(kept["embeddings_NE"], first, new["embeddings"])
+    kept["step_N"] = sharding.with_rows(kept["step_N"], first, np.full(len(new_ME), step, np.int32))
+    if "scale_N" in kept:
+        kept["scale_N"] = sharding.with_rows(kept["scale_N"], first, new["scale"])
+    return Index(**kept, live_N=live_N)
 
 
 def stored(index: Index, rows: jax.Array) -> jax.Array:
@@ -150,19 +165,33 @@ def blank(mesh: jax.sharding.Mesh, n: int, width: int, dtype: str = "float32", l
 Make = Callable[[Params, int, Any, bool], Any]
 
 
-def on_devices(rag: Rag, mesh: jax.sharding.Mesh, passages: Passages, dtype: str, live_N: Any = None) -> Make:
-    """Makes an Index of all passages on the devices, a block at a time."""
+@functools.lru_cache(maxsize=8)
+def _block_program(rag: Rag, mesh: jax.sharding.Mesh, size: int, chunk: int) -> Any:
+    """(params, index, passages, number, step) -> index, jitted; kept, so that another version of the corpus with tables
+    of the same size compiles nothing. chunk: CHUNK, which the program was made with.
+    """
 
     @functools.partial(jax.jit, donate_argnums=1)
     def block(params: Params, index: Index, passages: Passages, number: Any, step: Any) -> Index:
-        return embed_block(rag, mesh, params, index, passages, number, step, BLOCK)
+        return embed_block(rag, mesh, params, index, passages, number, step, size)
 
+    return block
+
+
+def on_devices(
+    rag: Rag, mesh: jax.sharding.Mesh, passages: Passages, dtype: str, live_N: np.ndarray | None = None
+) -> Make:
+    """Makes an Index of all passages on the devices, a block at a time. live_N: on the host, of as many rows as the
+    tables or fewer; the index says the same, whatever an older one said.
+    """
+    block = _block_program(rag, mesh, BLOCK, CHUNK)
     rows = len(passages.encoder_length_N)
     local = rows // mesh.size
     blocks = -(-local // BLOCK)
 
     def make(encoder: Params, step: int, index: Index | None, quiet: bool) -> Index:
-        index = blank(mesh, rows, rag.config.encoder.output_width, dtype, live_N) if index is None else index
+        index = blank(mesh, rows, rag.config.encoder.output_width, dtype) if index is None else index
+        index = index._replace(live_N=None)
         shown = Progress(rows, "embedding passages", "passage") if blocks >= 8 and not quiet else None
         with shown or nullcontext():
             for number in range(blocks):
@@ -170,7 +199,8 @@ def on_devices(rag: Rag, mesh: jax.sharding.Mesh, passages: Passages, dtype: str
                 jax.block_until_ready(index.embeddings_NE)  # one at a time: steps of training get in between
                 if shown:
                     shown.update(min(BLOCK, local - number * BLOCK) * mesh.size)
-        return index
+        # an array of its own: a step that is given the index may take its memory
+        return index._replace(live_N=None if live_N is None else sharding.shard_rows(mesh, live_N, False, rows))
 
     return make
 

@@ -6,6 +6,7 @@ index/        snapshot for those         metrics.jsonl, tensorboard/, report.jso
 """
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,31 +53,78 @@ def resolve(model: RagConfig, encoder: Tokenizer, generator: Tokenizer) -> RagCo
     return dataclasses.replace(model, encoder=resolved_encoder, generator=resolved)
 
 
+def capacity(n: int) -> int:
+    """Rows of tables for n passages that may become more: the next multiple of an eighth of a power of two up to n."""
+    step = 1 << max(n.bit_length() - 4, 0)
+    return (n // step + 1) * step
+
+
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its corpus on a mesh; the token table's rows lie over all devices. None: it stays on the host."""
+    """A model with its corpus on a mesh; the token table's rows lie over all devices. None: it stays on the host.
+
+    live: the tables have spare rows, for versions of the corpus that come later.
+    """
 
     rag: Rag
     corpus: Corpus
     mesh: jax.sharding.Mesh
     passages: Passages | None
+    live: bool = False
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that a search is told of; `live_N` says which of them are passages."""
+        return self.table_rows() if self.live else len(self.corpus)
+
+    def table_rows(self, n: int = 0) -> int:
+        """Rows of the tables on the devices, for n passages or those of the corpus: a multiple of the devices."""
+        n = n or len(self.corpus)
+        return -(-(capacity(n) if self.live else n) // self.mesh.size) * self.mesh.size
+
+    @property
+    def live_N(self) -> np.ndarray | None:
+        """[n_rows], False for deleted passages and spare rows; None where there are none of either."""
+        live_N = self.corpus.live_N
+        if not self.live:
+            return live_N
+        live_R = np.arange(self.n_rows) < len(self.corpus)
+        live_R[: len(self.corpus)] &= True if live_N is None else live_N
+        return live_R
 
     @property
     def encoder_side(self) -> str:
         return "question_encoder" if self.rag.config.tie_encoders else "context_encoder"
 
 
-def load(model: RagConfig, corpus: Corpus, mesh: jax.sharding.Mesh, on_devices: bool = True) -> Loaded:
-    """The model for a corpus; on_devices: with the token table there, for the search in graph."""
-    encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
-    tables = (
-        (corpus.encoder_ids, encoder.pad_id),
+def load(
+    model: RagConfig, corpus: Corpus, mesh: jax.sharding.Mesh, on_devices: bool = True, live: bool = False
+) -> Loaded:
+    """The model for a corpus; on_devices: with the token table there, for the search in graph. live: see Loaded."""
+    rag = Rag(resolve(model, corpus.encoder_tokenizer, corpus.generator_tokenizer))
+    check_length(rag, corpus)
+    loaded = Loaded(rag, corpus, mesh, None, live)
+    return dataclasses.replace(loaded, passages=token_tables(loaded)) if on_devices else loaded
+
+
+def token_tables(loaded: Loaded) -> Passages:
+    """The corpus' token table over the devices."""
+    columns = token_columns(loaded.corpus)
+    return Passages(*(sharding.shard_rows(loaded.mesh, table, fill, loaded.n_rows) for table, fill in columns))
+
+
+def token_columns(corpus: Corpus) -> tuple[tuple[Any, int], ...]:
+    """The tables of `Passages` on the host, with what fills them up."""
+    return (
+        (corpus.encoder_ids, corpus.encoder_tokenizer.pad_id),
         (corpus.encoder_length, 1),
-        (corpus.generator_ids, generator.pad_id),
+        (corpus.generator_ids, corpus.generator_tokenizer.pad_id),
         (corpus.generator_length, 0),
     )
-    passages = Passages(*(sharding.shard_rows(mesh, table, fill) for table, fill in tables)) if on_devices else None
-    rag = Rag(resolve(model, encoder, generator))
+
+
+def check_length(rag: Rag, corpus: Corpus) -> None:
+    """InputError where the corpus' passages are longer than what the encoder can embed."""
     longest = int(corpus.encoder_ids.shape[1])
     if longest > rag.config.encoder.positions:
         raise InputError(
@@ -84,7 +132,6 @@ def load(model: RagConfig, corpus: Corpus, mesh: jax.sharding.Mesh, on_devices: 
             f"{rag.config.encoder.positions} positions; rebuild the corpus with --encoder-length, "
             "or raise model.encoder.positions"
         )
-    return Loaded(rag, corpus, mesh, passages)
 
 
 def abstract_params(rag: Rag) -> Any:
@@ -94,17 +141,31 @@ def abstract_params(rag: Rag) -> Any:
 
 def index_on_device(loaded: Loaded, snapshot: index.Snapshot, dtype: str = "float32") -> Index:
     """A snapshot's embeddings on the devices, as this type; all rows made at the snapshot's step."""
-    mesh, step = loaded.mesh, snapshot.manifest.step
-    step_N = sharding.shard_rows(mesh, np.full(len(snapshot.embeddings_NE), step, np.int32), 0)
+
+    def placed(array_NX: Any) -> jax.Array:
+        return sharding.shard_rows(loaded.mesh, array_NX, 0, loaded.n_rows)
+
+    step_N = placed(np.full(len(snapshot.embeddings_NE), snapshot.manifest.step, np.int32))
+    live_N = live_on_device(loaded)
     if dtype == "int8" and snapshot.scale_N is not None:
-        rows, scale = (sharding.shard_rows(mesh, x, 0) for x in (snapshot.rows_NE, snapshot.scale_N))
-        return Index(rows, step_N, scale)
-    rows = sharding.shard_rows(mesh, snapshot.embeddings_NE, 0)
-    if dtype == str(rows.dtype):
-        return Index(rows, step_N)
+        return Index(placed(snapshot.rows_NE), step_N, placed(snapshot.scale_N), live_N)
+    rows, scale_N = placed(snapshot.embeddings_NE), None
+    if dtype != str(rows.dtype):
+        rows, scale_N = _encode_program(loaded.mesh, dtype)(rows)
+    return Index(rows, step_N, scale_N, live_N)
+
+
+def live_on_device(loaded: Loaded) -> jax.Array | None:
+    """`live_N` as an index has it."""
+    live_N = loaded.live_N
+    return None if live_N is None else sharding.shard_rows(loaded.mesh, live_N, False)
+
+
+@functools.lru_cache(maxsize=8)
+def _encode_program(mesh: jax.sharding.Mesh, dtype: str) -> Any:
+    """rows_NE -> (rows, scales or None) of an index of this type, jitted."""
     places = sharding.sharding(mesh, ("rows", None)), sharding.sharding(mesh, ("rows",)) if dtype == "int8" else None
-    rows, scale_N = jax.jit(lambda x: encoded(x, jnp.dtype(dtype)), out_shardings=places)(rows)
-    return Index(rows, step_N, scale_N)
+    return jax.jit(lambda x: encoded(x, jnp.dtype(dtype)), out_shardings=places)
 
 
 def identity(corpus: Corpus) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -109,13 +110,13 @@ def _boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
-def shard_rows(mesh: Mesh, array_NX: Any, fill: Any) -> jax.Array:
-    """Rows over all devices, padded with `fill` to a multiple of their number: [ceil(N/D)*D, ...].
+def shard_rows(mesh: Mesh, array_NX: Any, fill: Any, least: int = 0) -> jax.Array:
+    """Rows over all devices, padded with `fill` to a multiple of their number: [ceil(N/D)*D, ...], or to `least` rows.
 
     Only the rows of this process's devices are read, so `array_NX` may be a memory map larger than memory.
     """
     n = array_NX.shape[0]
-    n_padded = -(-n // mesh.size) * mesh.size
+    n_padded = -(-max(n, least) // mesh.size) * mesh.size
     shape = (n_padded, *array_NX.shape[1:])
 
     def rows(index: Any) -> np.ndarray:
@@ -126,6 +127,33 @@ def shard_rows(mesh: Mesh, array_NX: Any, fill: Any) -> jax.Array:
         return part
 
     return jax.make_array_from_callback(shape, sharding(mesh, ("rows", *[None] * (len(shape) - 1))), rows)
+
+
+def with_rows(array_NX: jax.Array, first: int, new_MX: Any) -> jax.Array:
+    """The sharded array with other rows [first, first + M); the old array stays as it is, and nothing is compiled.
+
+    A shard that holds none of them is shared by both arrays; the others go by way of the host.
+    """
+    n, last = array_NX.shape[0], first + new_MX.shape[0]
+    if not 0 <= first <= last <= n:
+        raise ValueError(f"rows {first} to {last} of an array {array_NX.shape}")
+    parts = []
+    for shard in array_NX.addressable_shards:
+        start, stop, _ = shard.index[0].indices(n)
+        low, high = max(start, first), min(stop, last)
+        part = shard.data
+        if low < high:
+            rows = np.array(part)
+            rows[low - start : high - start] = new_MX[low - first : high - first]
+            part = jax.device_put(rows, shard.device)
+        parts.append(part)
+    return jax.make_array_from_single_device_arrays(array_NX.shape, array_NX.sharding, parts)
+
+
+def with_more_rows(array_NX: jax.Array, n: int) -> jax.Array:
+    """The array with zeros behind its rows, up to n of them: a multiple of the devices. Compiled for each size."""
+    widths = [(0, n - array_NX.shape[0]), *[(0, 0)] * (array_NX.ndim - 1)]
+    return jax.jit(lambda x: jnp.pad(x, widths), out_shardings=array_NX.sharding)(array_NX)
 
 
 def shard_batch(mesh: Mesh, batch: Any) -> Any:

@@ -2,6 +2,7 @@
 to the host.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +30,9 @@ class TrainState(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a step closes over: static things and special ids."""
+    """What a step closes over: static things and special ids. n_passages: rows that are searched, those of the corpus
+    or, where it is live, all of the tables.
+    """
 
     rag: Rag
     stage: StageConfig
@@ -54,6 +57,17 @@ def masked(length_B: jax.Array, width: int) -> jax.Array:
 def embed_questions(s: Setting, params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
     ids = batch["question_ids"]
     return s.rag.embed_questions(params, ids, masked(batch["question_length"], ids.shape[1]), key)
+
+
+@functools.lru_cache(maxsize=8)
+def question_program(rag: Rag) -> Any:
+    """(params, batch) -> q_BE without dropout, jitted; one for a model, whatever its corpus."""
+
+    def embed(params: Params, batch: Batch) -> jax.Array:
+        ids = batch["question_ids"]
+        return rag.embed_questions(params, ids, masked(batch["question_length"], ids.shape[1]))
+
+    return jax.jit(embed)
 
 
 def embed_rows(s: Setting, params: Params, passages: Passages, rows: jax.Array, key: jax.Array | None) -> jax.Array:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import checkpoint, config, evaluate, logs, metrics, optimizer, refresh, sharding
+from rag_jax import checkpoint, config, evaluate, live, logs, metrics, optimizer, refresh, sharding
 from rag_jax import run as runs
 from rag_jax.answer import AnswerConfig, AnswerFn, make_answer
 from rag_jax.config import StageConfig, TrainConfig
@@ -41,19 +42,21 @@ class Data:
 
     examples: pipeline.Examples
     corpus: Corpus
-    texts: tuple[str, ...]  # the questions, as `source` of a batch counts them
+    questions: tuple[formats.Question, ...]  # as `source` of a batch counts them
 
 
-def prepare(cfg: TrainConfig, corpus: Corpus) -> Data:
-    questions = formats.read_questions(cfg.train)
+def prepare(cfg: TrainConfig, corpus: Corpus, questions: Sequence[formats.Question] = ()) -> Data:
+    """questions: those of the configuration, where they were read before."""
+    questions = questions or formats.read_questions(cfg.train)
     examples = pipeline.tokenise(
         questions,
         corpus,
         question_length=cfg.model.question_length,
         target_length=cfg.target_length,
         every_answer=cfg.every_answer,
+        live=cfg.live,
     )
-    return Data(examples, corpus, tuple(question.question for question in questions))
+    return Data(examples, corpus, tuple(questions))
 
 
 def batches(stage: StageConfig, cfg: TrainConfig, data: Data, number: int) -> grain.MapDataset:
@@ -84,10 +87,12 @@ def check(cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
     config.check(cfg)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for stage in cfg.stages:
-        wanted = "n_docs" if stage.objective == "rag" else "hard_negatives"
-        if config.searches(stage) and getattr(stage, wanted) > len(corpus):
-            asked = f"{wanted}={getattr(stage, wanted)}"
-            raise InputError(f"stage {stage.name}: {asked}, but the corpus has {len(corpus)} passages")
+        for wanted in ("n_docs", "n_retrieved", "hard_negatives") if config.searches(stage) else ():
+            if wanted == "n_docs" and stage.objective != "rag":
+                continue
+            if getattr(stage, wanted) > corpus.n_live:
+                asked = f"{wanted}={getattr(stage, wanted)}"
+                raise InputError(f"stage {stage.name}: {asked}, but the corpus has {corpus.n_live} passages")
         if stage.batch % shards:
             raise InputError(
                 f"stage {stage.name}: batch={stage.batch} does not divide over {shards} devices; make it a multiple"
@@ -97,14 +102,17 @@ def check(cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
 def open_run(cfg: TrainConfig, directory: Path, data: Data) -> None:
     """Make the run directory, or agree to go on in it; InputError where it was started with something else."""
     known = directory / "config.json"
-    identity = runs.identity(data.corpus) | {"questions": data.examples.fingerprint()}
+    identity = runs.identity(data.corpus) | {"questions": data.examples.fingerprint(questions_only=cfg.live)}
     if known.exists():
         differing = differences(config.plain(config.read(known)), config.plain(cfg))
         if differing:
             raise InputError(
                 f"{directory} was started with another configuration ({differing}); name another --run directory"
             )
-        differing = differences(runs.read_identity(directory), identity)
+        begun = runs.read_identity(directory)
+        if cfg.live and begun["corpus_hash"] in dict(data.corpus.chain):
+            identity["corpus_hash"] = begun["corpus_hash"]  # an update of what the run began with
+        differing = differences(begun, identity)
         if differing:
             raise InputError(
                 f"{directory} was started with other data ({differing}); put back what {cfg.corpus} and {cfg.train} "
@@ -192,6 +200,7 @@ class Session(NamedTuple):
     dev: list[formats.Question]
     answering: AnswerConfig
     program: AnswerFn
+    versions: live.Versions | None
 
     def upkeep(self, number: int, index: Any) -> Upkeep:
         """What stage `number` does about its index."""
@@ -214,7 +223,7 @@ def make_refresher(cfg: TrainConfig, loaded: runs.Loaded, searchers: Searchers) 
     if loaded.passages is None:
         make = on_host(loaded.rag, searchers)
     else:
-        make = on_devices(loaded.rag, loaded.mesh, loaded.passages, cfg.search.dtype)
+        make = on_devices(loaded.rag, loaded.mesh, loaded.passages, cfg.search.dtype, loaded.live_N)
     return Refresher(make, loaded.mesh, loaded.encoder_side)
 
 
@@ -222,26 +231,32 @@ def upkeep_of(
     cfg: TrainConfig, loaded: runs.Loaded, data: Data, refresher: Refresher, number: int, index: Any
 ) -> Upkeep:
     """What stage `number` does about its index, which is `index` so far."""
+    setting, way = way_of(cfg, loaded, data, number)
+    return Upkeep(setting, way, refresher, cfg.seed, cfg.drift_sample, index)
+
+
+def way_of(cfg: TrainConfig, loaded: runs.Loaded, data: Data, number: int) -> tuple[Setting, Feed]:
+    """What the step of stage `number` closes over, and how it is fed."""
     stage = cfg.stages[number]
     setting = Setting(
         rag=loaded.rag,
         stage=stage,
         mesh=loaded.mesh,
-        n_passages=len(loaded.corpus),
+        n_passages=loaded.n_rows,
         prefix_ids=loaded.corpus.generator_tokenizer.prefix_ids,
         search=cfg.search,
         epoch=max(1, len(data.examples) // stage.batch),
     )
-    way: Feed = OnHost(setting, loaded.corpus, data.texts)
     if loaded.passages is not None:
-        way = OnDevice(setting, loaded.passages)
-    return Upkeep(setting, way, refresher, cfg.seed, cfg.drift_sample, index)
+        return setting, OnDevice(setting, loaded.passages)
+    return setting, OnHost(setting, loaded.corpus, [question.question for question in data.questions])
 
 
 def save(session: Session, state: TrainState, upkeep: Upkeep, seconds: float) -> None:
     arrays = {"state": state._asdict(), **upkeep.arrays()}
     begun_with = {"index_hash": snapshots.open_snapshot(session.cfg.index).hash} if session.cfg.index else {}
-    session.keeper.save(int(state.step), arrays, {"seconds": seconds, **upkeep.position(), **begun_with})
+    version = {"corpus": live.position(session.data.corpus)} if session.versions else {}
+    session.keeper.save(int(state.step), arrays, {"seconds": seconds, **upkeep.position(), **begun_with, **version})
 
 
 def restore(session: Session, number: int, params: Any, step: int) -> tuple[TrainState, Upkeep, float]:
@@ -249,22 +264,66 @@ def restore(session: Session, number: int, params: Any, step: int) -> tuple[Trai
     stage, refresher = session.cfg.stages[number], session.refresher
     position = session.keeper.position(step)
     like = {"state": init_state(session.loaded, stage, params, 0)._asdict()}
+    corpus = session.data.corpus
+    n = position.get("corpus", live.position(corpus))["n_passages"]  # fewer than now where that version is gone
     if config.searches(stage):
-        like["index"] = kept_fields(blank_index(session))
+        like["index"] = kept_fields(blank_index(session, n))
     if "pending_step" in position:
         like["pending"] = refresher.encoder(params)
     arrays = session.keeper.restore(step, like)
-    index = whole_index(session, arrays["index"]) if config.searches(stage) else None
+    index = None
+    if config.searches(stage):
+        encoder = refresher.encoder(arrays["state"]["params"]) if n < len(corpus) else {}
+        index = whole_index(session, arrays["index"], n, encoder, step)
     if "pending_step" in position:
         refresher.resume(arrays["pending"], position["pending_step"])
     logs.info(f"{session.directory}: going on from step {step}")
     return TrainState(**arrays["state"]), session.upkeep(number, index), position["seconds"]
 
 
+def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int) -> Session:
+    """Between two steps: the newest version of the corpus, if there is another one, in place of the one in use.
+
+    Only its new rows are embedded, with these parameters. A version that cannot be used is refused by a line in the
+    log, and training goes on.
+    """
+    cfg, old = session.cfg, session.data.corpus
+    corpus = session.versions.look(old) if session.versions else None
+    if corpus is None:
+        return session
+    try:
+        check(cfg, corpus, session.loaded.mesh)
+        data = prepare(cfg, corpus, session.data.questions)
+        every_batch = [batches(stage, cfg, data, number) for number, stage in enumerate(cfg.stages)]
+        loaded, searchers = live.updated(session.loaded, corpus), Searchers(cfg.search, corpus, session.loaded.mesh)
+        refresher, index = make_refresher(cfg, loaded, searchers), upkeep.index
+        if index is not None:
+            index = live.followed(index, loaded, old, searchers, refresher.encoder(params), step)
+    except InputError as error:
+        logs.info(f"{corpus.directory} ({corpus.hash[:16]}): {error}; {old.directory} ({old.hash[:16]}) stays in use")
+        return session
+    upkeep.move(*way_of(cfg, loaded, data, number), refresher, index)
+    same = loaded.n_rows == session.loaded.n_rows
+    logs.info(
+        f"step {step}: the corpus is now {corpus.directory} ({corpus.hash[:16]}): {corpus.n_live} passages, "
+        f"{len(corpus) - len(old)} new rows{'' if same else ', larger tables'}"
+    )
+    return session._replace(
+        data=data,
+        loaded=loaded,
+        searchers=searchers,
+        refresher=refresher,
+        batches=every_batch,
+        program=session.program if same else make_answer(loaded, session.answering),
+    )
+
+
 def run_stage(
     session: Session, number: int, start: int, state: TrainState, upkeep: Upkeep, seconds: float
-) -> tuple[TrainState, float]:
-    """The steps of one stage that are still to do; returns state and the training seconds of the run so far."""
+) -> tuple[Session, TrainState, float]:
+    """The steps of one stage that are still to do; returns the session, which changes with the version of the corpus,
+    the state, and the training seconds of the run so far.
+    """
     cfg = session.cfg
     stage = cfg.stages[number]
     begun = time.perf_counter()
@@ -285,30 +344,37 @@ def run_stage(
             before = time.perf_counter()
             fed = upkeep.feed(state.params, drawn)
             interval.host_seconds += waited + time.perf_counter() - before
+            compiles = step_fn is None
             step_fn = step_fn or jit_step(upkeep.setting, start, state, fed.table)
             state, changed, metrics = step_fn(state, *fed, key)
             upkeep.after(changed)
             interval.rows.append(metrics)
             jax.block_until_ready(interval.rows[max(-2, -len(interval.rows))])  # at most two steps under way
-            if step == first:  # compilation is not step time
+            if compiles:  # compilation is not step time
                 logs.info(
                     f"{stage.name}: first step after {time.perf_counter() - before:.1f} s of compiling and running"
                 )
                 interval.restart_clock()
             progress.update(1, loss=metrics["loss"])
             logged = (into + 1) % cfg.log_every == 0 or step + 1 == end
+            if step + 1 == end:
+                upkeep.refresher.drop()
             if logged:
                 row = {"stage": stage.name, **interval.summary(), **upkeep.age(step)}
+                moved = follow(session, number, upkeep, state.params, step + 1)
+                if moved is not session:
+                    row |= {"corpus": moved.data.corpus.hash, "n_passages": moved.data.corpus.n_live}
+                    iterator = pipeline.iterate(moved.batches[number], into + 1)
+                    step_fn = step_fn if moved.loaded.n_rows == session.loaded.n_rows else None
+                    session = moved
                 if cfg.evaluate_every and ((into + 1) % cfg.evaluate_every == 0 or step + 1 == end):
                     row |= evaluate_dev(session, state.params, upkeep.index, step)
                 session.writer.write(step + 1, row)
-            if step + 1 == end:
-                upkeep.refresher.drop()
             if (into + 1) % cfg.checkpoint_every == 0 or step + 1 == end:
                 save(session, state, upkeep, seconds + time.perf_counter() - begun)
             if logged:
                 interval = Interval()
-    return state, seconds + time.perf_counter() - begun
+    return session, state, seconds + time.perf_counter() - begun
 
 
 def evaluate_dev(session: Session, params: Any, index: Any, step: int) -> dict[str, float]:
@@ -322,7 +388,7 @@ def evaluate_dev(session: Session, params: Any, index: Any, step: int) -> dict[s
 
 def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
     """Run every stage, going on from the run's last checkpoint if it has one; writes params/ and index/ at the end."""
-    corpus, mesh = Corpus.open(cfg.corpus), sharding.make_mesh(cfg.mesh or None)
+    corpus, mesh = opened(cfg, directory), sharding.make_mesh(cfg.mesh or None)
     check(cfg, corpus, mesh)
     data = prepare(cfg, corpus)
     every_batch = [batches(stage, cfg, data, number) for number, stage in enumerate(cfg.stages)]
@@ -337,7 +403,7 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
         seconds = keeper.position(done)["seconds"]
         keeper.close()
         return result(directory, total, seconds)
-    loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact")
+    loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact", cfg.live)
     answering = AnswerConfig(
         n_docs=cfg.model.n_docs,
         n_retrieved=20,
@@ -345,7 +411,7 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
         batch=64,
         retrieval_only=cfg.model.generator is None,
     )
-    searchers = Searchers(cfg.search, corpus, mesh, directory / "search")
+    searchers = Searchers(cfg.search, corpus, mesh, None if cfg.live else directory / "search")
     session = Session(
         cfg=cfg,
         directory=directory,
@@ -359,6 +425,7 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
         dev=dev,
         answering=answering,
         program=make_answer(loaded, answering),
+        versions=live.Versions(cfg.corpus) if cfg.live else None,
     )
     params = init_params(loaded, cfg.seed, cfg.init if not done else "")
     given = given_index(session, params) if cfg.index and not done else None
@@ -369,18 +436,32 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
             if start < done:
                 state, upkeep, seconds = restore(session, number, params, done)
             else:
-                state = init_state(loaded, stage, params, start)
+                state = init_state(session.loaded, stage, params, start)
                 upkeep = session.upkeep(number, given if start == 0 else None)
             if done < end:
-                state, seconds = run_stage(session, number, start, state, upkeep, seconds)
+                session, state, seconds = run_stage(session, number, start, state, upkeep, seconds)
             params = state.params
         start = end
     session.writer.close()
     checkpoint.save_params(directory / "params", params.items())
     logs.info("embedding the corpus for the run's index")
-    runs.write_index(loaded, params, total, directory / "index", overwrite=True)
+    runs.write_index(session.loaded, params, total, directory / "index", overwrite=True)
     keeper.close()
     return result(directory, total, seconds)
+
+
+def opened(cfg: TrainConfig, directory: Path) -> Corpus:
+    """The corpus of the configuration; where its versions are followed, that of the run's last checkpoint."""
+    if not cfg.live:
+        return Corpus.open(cfg.corpus)
+    if (directory / "checkpoints").is_dir():
+        keeper = checkpoint.Checkpoints(directory / "checkpoints", cfg.keep_checkpoints)
+        done = keeper.latest()
+        position = keeper.position(done) if done else {}
+        keeper.close()
+        if "corpus" in position:
+            return live.reopen(position["corpus"], cfg.corpus)
+    return live.open_version(cfg.corpus)
 
 
 def finished(directory: Path, total: int) -> bool:
@@ -412,23 +493,27 @@ def init_params(loaded: runs.Loaded, seed: int, init_from: str) -> Any:
     return params
 
 
-def blank_index(session: Session) -> Index:
-    """An index of zeros, in the shapes and places of one that the run makes."""
+def blank_index(session: Session, n: int) -> Index:
+    """An index of zeros, in the shapes and places of one that the run makes of n passages."""
     loaded = session.loaded
     width = loaded.rag.config.encoder.output_width
     if loaded.passages is None:
-        n = len(loaded.corpus)
         arrays: Any = np.zeros((n, width), np.float32), np.zeros(n, np.int32)
         return Index(*arrays)
-    return refresh.blank(loaded.mesh, len(loaded.passages.encoder_length_N), width, session.cfg.search.dtype)
+    return refresh.blank(loaded.mesh, loaded.table_rows(n), width, session.cfg.search.dtype)
 
 
-def whole_index(session: Session, arrays: dict[str, Any]) -> Index | HostIndex:
-    """The index whose arrays a checkpoint kept."""
-    if session.loaded.passages is not None:
-        return blank_index(session)._replace(**arrays)
+def whole_index(session: Session, arrays: dict[str, Any], n: int, encoder: Any, step: int) -> Index | HostIndex:
+    """The index whose arrays a checkpoint kept for n passages; rows that came since are embedded as in `follow`."""
+    loaded, searchers = session.loaded, session.searchers
+    if loaded.passages is not None:
+        index = Index(**arrays, live_N=runs.live_on_device(loaded))
+        return live.longer_index(index, loaded, n, encoder, step) if n < len(loaded.corpus) else index
     embeddings_NE, step_N = (np.asarray(arrays[name]) for name in ("embeddings_NE", "step_N"))
-    return HostIndex(embeddings_NE, step_N, session.searchers.make(embeddings_NE, None, int(step_N.max())))
+    if n < len(loaded.corpus):
+        embeddings_NE, step_N = live.longer_rows(embeddings_NE, step_N, loaded, encoder, step)
+    searcher = searchers.make(embeddings_NE, None, int(step_N.max()))
+    return HostIndex(embeddings_NE, step_N, searcher, loaded.corpus.live_N)
 
 
 def given_index(session: Session, params: Any) -> Index | HostIndex:
@@ -438,9 +523,8 @@ def given_index(session: Session, params: Any) -> Index | HostIndex:
     runs.check_snapshot(loaded, params, snapshot)
     if loaded.passages is None:
         step_N, encoder_hash = np.zeros(len(loaded.corpus), np.int32), snapshot.manifest.encoder_hash
-        return HostIndex(
-            snapshot.embeddings_NE, step_N, session.searchers.make(snapshot.embeddings_NE, encoder_hash, 0)
-        )
+        searcher = session.searchers.make(snapshot.embeddings_NE, encoder_hash, 0)
+        return HostIndex(snapshot.embeddings_NE, step_N, searcher, loaded.corpus.live_N)
     index = runs.index_on_device(loaded, snapshot, session.cfg.search.dtype)
     return index._replace(step_N=jnp.zeros_like(index.step_N))
 

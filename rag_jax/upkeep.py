@@ -7,7 +7,6 @@ gathered on the host and go into the same step as small tables of their own.
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 
 from rag_jax import config, refresh, schedule, sharding
@@ -16,7 +15,7 @@ from rag_jax.rag import Params, Passages
 from rag_jax.refresh import Index, Refresher
 from rag_jax.retrieval.corpus import Corpus
 from rag_jax.retrieval.search import Queries
-from rag_jax.steps import Batch, Setting, embed_questions, make_drift
+from rag_jax.steps import Batch, Setting, make_drift, question_program
 
 
 class Fed(NamedTuple):
@@ -55,7 +54,6 @@ class OnHost:
 
     def __init__(self, setting: Setting, corpus: Corpus, texts: Sequence[str]) -> None:
         self.setting, self.corpus, self.texts = setting, corpus, texts
-        self._embed = jax.jit(lambda params, batch: embed_questions(setting, params, batch, None))
 
     def feed(self, params: Params, batch: dict[str, np.ndarray], index: HostIndex) -> Fed:
         stage, mesh = self.setting.stage, self.setting.mesh
@@ -65,9 +63,9 @@ class OnHost:
         else:
             wanted = stage.hard_negatives if stage.objective == "contrastive" else max(stage.n_docs, stage.n_retrieved)
             on_device = sharding.shard_batch(mesh, arrays)
-            q_BE = sharding.local_rows(self._embed(params, on_device)).astype(np.float32)
+            q_BE = sharding.local_rows(question_program(self.setting.rag)(params, on_device)).astype(np.float32)
             texts = [self.texts[source] for source in batch["source"]]
-            rows = filled(index.searcher.search(Queries(q_BE, texts), wanted).ids_BK, len(self.corpus))
+            rows = filled(index.searcher.search(Queries(q_BE, texts), wanted).ids_BK, self.corpus)
         if stage.objective == "contrastive":
             rows = np.concatenate([arrays["gold"][:, 0], rows.reshape(-1)]) if config.searches(stage) else rows[:, 0]
         places = np.arange(rows.size, dtype=np.int32).reshape(rows.shape) + jax.process_index() * rows.size
@@ -97,6 +95,18 @@ class Upkeep:
         self.when = schedule.parse(setting.stage.refresh, setting.epoch)
         self.seed, self.sample = seed, sample
         self._drift = make_drift(setting) if config.searches(setting.stage) else None
+
+    def move(self, setting: Setting, feed: Feed, refresher: Refresher, index: Any) -> None:
+        """Goes on with another version of the corpus, whose index this is; a build under way begins again, with the
+        encoder that it was begun with.
+        """
+        if self._drift is not None and setting != self.setting:
+            self._drift = make_drift(setting)
+        pending = self.refresher.pending
+        self.refresher.drop()
+        self.setting, self.way, self.refresher, self.index = setting, feed, refresher, index
+        if pending is not None:
+            refresher.resume(pending[1], pending[0])
 
     def before(self, params: Params, into: int, step: int, batch: dict[str, np.ndarray]) -> dict[str, float]:
         """Brings the index to where step `into` of the stage wants it; returns what was measured on the way."""
@@ -131,7 +141,9 @@ class Upkeep:
         """Steps since the encoder of the index' rows, on average over all rows, where the stage searches."""
         if not config.searches(self.setting.stage):
             return {}
-        return {"index_age": step - float(self.index.step_N[: self.setting.n_passages].mean())}
+        step_N, live_N = self.index.step_N, self.index.live_N
+        mean = step_N[: self.setting.n_passages].mean() if live_N is None else step_N.mean(where=live_N)
+        return {"index_age": step - float(mean)}
 
     def arrays(self) -> dict[str, Any]:
         """What a checkpoint keeps: the index, and the encoder of a build that is under way."""
@@ -144,7 +156,11 @@ class Upkeep:
 
     def overlap(self, params: Params, step: int, batch: dict[str, np.ndarray]) -> float:
         """Recall@k of the stale index against a fresh one, on a sample of passages and this batch's questions."""
-        rows = refresh.sample((self.seed, step), self.setting.n_passages, self.sample)
+        live_N = self.index.live_N
+        usable = None if live_N is None else np.flatnonzero(np.asarray(live_N)).astype(np.int32)
+        n = self.setting.n_passages if usable is None else len(usable)
+        rows = refresh.sample((self.seed, step), n, self.sample)
+        rows = rows if usable is None else usable[rows]
         index, passages, places = self.way.rows(self.index, rows)
         questions = {name: batch[name] for name in ("question_ids", "question_length")}
         assert self._drift is not None

@@ -27,7 +27,7 @@ LEVELS = [
     ["steps", "hosted"],
     ["upkeep"],
     ["run"],
-    ["pretrained", "encode_corpus"],
+    ["pretrained", "encode_corpus", "live"],
     ["saving"],
     ["answer"],
     ["evaluate"],

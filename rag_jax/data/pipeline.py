@@ -29,8 +29,12 @@ class PassageTable(Protocol):
     def encoder_tokenizer(self) -> Tokenizer: ...
     @property
     def generator_tokenizer(self) -> Tokenizer: ...
+    @property
+    def live_N(self) -> np.ndarray | None: ...
     def __len__(self) -> int: ...
-    def rows(self, ids: Sequence[str]) -> np.ndarray: ...
+    def rows(self, passage_ids: Sequence[str], missing: int | None = None) -> np.ndarray: ...
+    def pieces(self, passage_id: str) -> list[int]: ...
+    def deleted(self, passage_id: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,14 @@ class Examples:
     def where(self, keep: np.ndarray) -> "Examples":
         return Examples(**self.take(np.flatnonzero(keep)))
 
-    def fingerprint(self) -> str:
-        """Hash of every array: a checkpoint's data position means nothing for other data."""
+    def fingerprint(self, questions_only: bool = False) -> str:
+        """Hash of every array: a checkpoint's data position means nothing for other data. questions_only: of those that
+        are the same whatever the corpus holds.
+        """
         digest = hashlib.sha256()
-        for value in self.take(np.arange(len(self))).values():
+        for name, value in self.take(np.arange(len(self))).items():
+            if questions_only and name in ("gold_NG", "answer_N2"):
+                continue
             digest.update(str(value.shape).encode() + np.ascontiguousarray(value).tobytes())
         return digest.hexdigest()
 
@@ -103,11 +111,13 @@ def tokenise(
     question_length: int,
     target_length: int,
     every_answer: bool = False,
+    live: bool = False,
 ) -> Examples:
     """Examples for training: one pair per question (its target or first answer), or one per answer as the paper does
     for NQ.
 
-    Questions with no answer are left out. InputError names a gold passage that the corpus does not have.
+    Questions with no answer are left out. A gold passage that was deleted is none. InputError names one that the corpus
+    never had; with `live` it may still come.
     """
     encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
     pairs = []
@@ -123,15 +133,7 @@ def tokenise(
     answers = generator.encode_batch([" " + answer for _, answer in pairs])
     labels = [generator.label(ids, target_length) for ids in answers]
     labels_NT, _ = pad_rows(labels, target_length, generator.pad_id, np.int32)
-    width = max(1, *(len(q.right_passage_ids) for q in questions)) if questions else 1
-    gold = np.full((len(questions), width), -1, np.int32)
-    for i, question in enumerate(questions):
-        if question.right_passage_ids:
-            try:
-                gold[i, : len(question.right_passage_ids)] = corpus.rows(question.right_passage_ids)
-            except InputError as error:
-                raise InputError(f"question {question.id!r}: {error}") from error
-    gold_NG = gold[source_N]
+    gold_NG = gold_rows(questions, corpus, live)[source_N]
     answer_N2 = np.zeros((len(pairs), 2), np.int32)
     for i, ids in enumerate(answers):
         row = gold_NG[i, 0]
@@ -148,6 +150,27 @@ def tokenise(
         answer_N2=answer_N2,
         source_N=source_N,
     )
+
+
+def gold_rows(questions: Sequence[Question], corpus: PassageTable, live: bool = False) -> np.ndarray:
+    """Rows [n, G] int32 of the right passages of each question, those that are there first; see `tokenise`."""
+    width = max(1, *(len(q.right_passage_ids) for q in questions)) if questions else 1
+    gold_nG = np.full((len(questions), width), -1, np.int32)
+    for i, question in enumerate(questions):
+        ids = question.right_passage_ids
+        if not ids:
+            continue
+        rows = corpus.rows(ids, missing=-1)
+        for passage_id in [passage_id for passage_id, row in zip(ids, rows, strict=True) if row < 0]:
+            if corpus.deleted(passage_id) or (live and not corpus.pieces(passage_id)):
+                continue
+            try:
+                corpus.rows([passage_id])  # says what is wrong with it
+            except InputError as error:
+                raise InputError(f"question {question.id!r}: {error}") from error
+        found = rows[rows >= 0]
+        gold_nG[i, : len(found)] = found
+    return gold_nG
 
 
 def window_around(answer_B2: np.ndarray, length_B: np.ndarray, widest: int, rng: np.random.Generator) -> np.ndarray:
@@ -212,7 +235,7 @@ def denoise_batches(
     corpus: PassageTable, *, batch: int, seed: int, length: int, share: float = 0.3
 ) -> grain.MapDataset:
     """Endless batches of corrupted passages (`tail`, a whole generator input less the prefix) and `labels`, the
-    passage itself.
+    passage itself; deleted passages are left out.
     """
     tokenizer = corpus.generator_tokenizer
     mask_id = tokenizer.mask_id
@@ -220,9 +243,11 @@ def denoise_batches(
         raise InputError("the generator's tokenizer has no mask token, which the denoise stage needs")
     room = length - len(tokenizer.prefix_ids) - len(tokenizer.suffix_ids)
 
+    live = None if corpus.live_N is None else np.flatnonzero(corpus.live_N)
+
     def assemble(rows: np.ndarray, rng: np.random.Generator) -> Batch:
         sources, labels = [], []
-        for row in rows:
+        for row in rows if live is None else live[rows]:
             total = int(corpus.generator_length[row])
             start = int(rng.integers(0, max(total - room, 0) + 1))
             ids = np.asarray(corpus.generator_ids[row][start : min(start + room, total)], np.int32)
@@ -233,7 +258,7 @@ def denoise_batches(
         return {"tail_ids": tail_ids, "tail_length": tail_length, "labels": label_ids}
 
     return (
-        grain.MapDataset.range(len(corpus))
+        grain.MapDataset.range(len(corpus) if live is None else len(live))
         .seed(seed)
         .shuffle()
         .repeat()

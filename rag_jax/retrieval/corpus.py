@@ -85,6 +85,29 @@ class Corpus:
         live_N[np.load(self.directory / DELETED, allow_pickle=False)] = False
         return live_N
 
+    @property
+    def n_live(self) -> int:
+        """Passages that are there."""
+        return len(self) - self.manifest["n_deleted"]
+
+    def shared_rows(self, other: "Corpus") -> int:
+        """How many first rows are the same in both, because they come from the same builds and updates."""
+        known = set(other.chain)
+        return max((rows for digest, rows in self.chain if (digest, rows) in known), default=0)
+
+    def is_update_of(self, corpus_hash: str, rows: int) -> bool:
+        """Whether this is the corpus with that hash and number of rows, or was made of it by updates."""
+        return (corpus_hash, rows) in self.chain
+
+    def hold(self) -> None:
+        """Opens every file now: the corpus stays readable when another directory takes its place."""
+        first_S = np.array([segment.first for segment in self._segments], np.int64)
+        for table in (self.encoder_ids, self.encoder_length, self.generator_ids, self.generator_length):
+            table[first_S]
+        for segment in self._segments:
+            segment.hold()
+        _ = self.live_N, self.encoder_tokenizer, self.generator_tokenizer
+
     def row(self, passage_id: str) -> int:
         """Row of a passage id; InputError if there is none."""
         return int(self.rows([passage_id])[0])
@@ -117,6 +140,12 @@ class Corpus:
             if live := [piece for piece in found if self._live(piece)]:
                 return live
         return []
+
+    def deleted(self, passage_id: str) -> bool:
+        """Whether there was a passage, or a document, of this id that is no longer there."""
+        names = (passage_id, f"{passage_id}-0")
+        was = any(self[row].id in names for _, row in self._candidates([passage_id]))
+        return was and not self.pieces(passage_id)
 
     @cached_property
     def encoder_tokenizer(self) -> Tokenizer:

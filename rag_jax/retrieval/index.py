@@ -144,11 +144,22 @@ def check_update(old: Snapshot, manifest: Manifest, corpus: Corpus) -> None:
         have, want = (str(getattr(of, name))[:16] for of in (was, manifest))
         if have != want:
             raise InputError(f"{old.directory}: was made with {name} {have}, and this is {want}; {anew}")
-    if (was.corpus_hash, was.n_passages) not in corpus.chain:
+    if not corpus.is_update_of(was.corpus_hash, was.n_passages):
         raise InputError(
             f"{old.directory}: is of a corpus with hash {was.corpus_hash[:16]}, and {corpus.directory}, "
             f"{corpus.hash[:16]}, is no update of that one; {anew}"
         )
+
+
+def shared_rows(one: Snapshot, other: Snapshot) -> int:
+    """How many first rows of both snapshots have the same embeddings, bit for bit: those of equal shards."""
+    rows = 0
+    for a, b in zip(one.shards, other.shards, strict=False):
+        places = [(s.identity.first, s.identity.last, s.identity.dtype, s.sha256) for s in (a, b)]
+        if places[0] != places[1]:
+            break
+        rows = a.identity.last
+    return rows
 
 
 def open_snapshot(directory: str | Path, verify: bool = False) -> Snapshot:

@@ -24,6 +24,10 @@ class Segment:
     def passage(self, row: int) -> Passage:
         return Passage(**json.loads(self._texts[int(self._offsets[row]) : int(self._offsets[row + 1])]))
 
+    def hold(self) -> None:
+        """Opens what is not a table."""
+        _ = self._offsets, self._id_table, self._texts
+
     def candidates(self, passage_ids: Sequence[str]) -> list[tuple[int, int]]:
         """(position in `passage_ids`, row) for every row whose id may be that one."""
         hashes, rows = self._id_table
