@@ -9,7 +9,7 @@ from typing import Any
 
 from rag_jax import encode_corpus
 from rag_jax.errors import InputError
-from rag_jax.retrieval import encode_job, index
+from rag_jax.retrieval import encode_job, index, shards
 from rag_jax.retrieval.corpus import Corpus
 
 
@@ -24,19 +24,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus", type=Path, help="corpus tokenised as the run's corpus was (of a job: if it was moved)"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the index directory to make")
+    parser.add_argument("--out", type=Path, help="the index directory to make")
+    parser.add_argument("--dtype", choices=list(shards.DTYPES), help="as stored, of a run (default float32)")
     parser.add_argument("--update", type=Path, metavar="INDEX", help="embed only the rows that this one does not have")
     parser.add_argument("--run", type=Path, metavar="RUN", help="with --update: the run that INDEX was made with")
     parser.add_argument("--overwrite", action="store_true", help="replace an index that is there")
+    parser.add_argument("--verify", type=Path, metavar="INDEX", help="make nothing, read every file of this one")
     parser.epilog = (
         "examples:\n"
         "  rag-jax index runs/world --corpus data/edited-corpus --out data/edited-index\n"
         "  rag-jax index runs/wiki/embeddings --out indexes/wiki      (after rag-jax encode; the files are shared)\n"
-        "  rag-jax index --update indexes/wiki --run runs/wiki --corpus corpora/monday --out indexes/monday"
+        "  rag-jax index --update indexes/wiki --run runs/wiki --corpus corpora/monday --out indexes/monday\n"
+        "  rag-jax index --verify indexes/wiki"
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.verify is not None:
+        snapshot = index.open_snapshot(args.verify, verify=True)
+        return {"index": str(args.verify), "whole": True, **asdict(snapshot.manifest), "hash": snapshot.hash}
+    if args.out is None:
+        raise InputError("--out DIR says where the index is made")
+    if args.dtype and (args.update is not None or (args.source and encode_job.is_job(args.source))):
+        raise InputError("--dtype is that of the job or of the older index; it is chosen when a run embeds")
     if args.update is not None:
         run_dir = args.run or args.source
         if run_dir is None or args.corpus is None or (args.run and args.source):
@@ -49,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     elif args.corpus is None:
         raise InputError(f"{args.source}: with a run, --corpus says what to embed; it is no encode job")
     else:
-        snapshot = from_run(args.source, args.corpus, args.out, args.overwrite)
+        snapshot = from_run(args.source, args.corpus, args.out, args.overwrite, args.dtype or "float32")
     return {"index": str(args.out), **asdict(snapshot.manifest), "hash": snapshot.hash}
 
 
@@ -58,12 +68,14 @@ def from_job(job_dir: Path, corpus_dir: Path | None, out: Path, overwrite: bool 
     return index.from_job(job_dir, Corpus.open(corpus_dir or encode_job.read_job(job_dir).corpus), out, overwrite)
 
 
-def from_run(run_dir: Path, corpus_dir: Path, out: Path, overwrite: bool = False) -> index.Snapshot:
+def from_run(
+    run_dir: Path, corpus_dir: Path, out: Path, overwrite: bool = False, dtype: str = "float32"
+) -> index.Snapshot:
     """Embeds a corpus into a snapshot in one go."""
     corpus = Corpus.open(corpus_dir)
     encoder = encode_corpus.read_encoder(run_dir, corpus)
     blocks = encode_job.blocks(encoder.rows(corpus), range(len(corpus)))
-    return index.write(out, encoder.manifest(corpus), blocks, overwrite)
+    return index.write(out, encoder.manifest(corpus, dtype), blocks, overwrite)
 
 
 def from_snapshot(old_dir: Path, run_dir: Path, corpus_dir: Path, out: Path, overwrite: bool = False) -> index.Snapshot:

@@ -167,3 +167,11 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
     if jax.process_count() == 1:  # one call for the whole tree: most of the cost is per call
         return jax.device_put(arrays, places)
     return jax.tree.map(lambda x, place: jax.make_array_from_process_local_data(place, x), arrays, places)
+
+
+def local_rows(array_BX: jax.Array) -> np.ndarray:
+    """The rows of a batch that this process gave to `shard_batch`."""
+    if array_BX.is_fully_addressable:
+        return np.asarray(array_BX)
+    shards = {shard.index[0].start or 0: shard.data for shard in array_BX.addressable_shards}
+    return np.concatenate([np.asarray(shards[first]) for first in sorted(shards)])

@@ -542,6 +542,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init", type=Path, help="start from the parameters of this run directory or converted checkpoint"
     )
+    parser.add_argument("--refresh", metavar="WHEN", help="in all stages that search: 250, rolling:500, ... (README)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the configuration"
     )
@@ -560,4 +561,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if missing:
             raise InputError(f"--stage {missing[0]}: no such stage; {args.config} has {', '.join(known)}")
         cfg = dataclasses.replace(cfg, stages=tuple(stage for stage in cfg.stages if stage.name in args.stage))
+    if args.refresh is not None:
+        stages = [dataclasses.replace(s, refresh=args.refresh) if config.searches(s) else s for s in cfg.stages]
+        cfg = dataclasses.replace(cfg, stages=tuple(stages))
     return train(cfg, args.run)

@@ -63,13 +63,13 @@ class OnHost:
         else:
             wanted = stage.hard_negatives if stage.objective == "contrastive" else max(stage.n_docs, stage.n_retrieved)
             on_device = sharding.shard_batch(mesh, arrays)
-            q_BE = np.asarray(question_program(self.setting.rag)(params, on_device), np.float32)
+            q_BE = sharding.local_rows(question_program(self.setting.rag)(params, on_device)).astype(np.float32)
             texts = [self.texts[source] for source in batch["source"]]
             rows = filled(index.searcher.search(Queries(q_BE, texts), wanted).ids_BK, self.corpus)
         if stage.objective == "contrastive":
             rows = np.concatenate([arrays["gold"][:, 0], rows.reshape(-1)]) if config.searches(stage) else rows[:, 0]
-        places = np.arange(rows.size, dtype=np.int32).reshape(rows.shape)
-        arrays |= {"documents": places, "document_rows": rows.astype(np.int32)}
+        places = np.arange(rows.size, dtype=np.int32).reshape(rows.shape) + jax.process_index() * rows.size
+        arrays |= {"documents": places.astype(np.int32), "document_rows": rows.astype(np.int32)}
         tables, passages = gather(self.corpus, index, rows.reshape(-1))
         return Fed(*sharding.shard_batch(mesh, (arrays, tables, passages)))
 

@@ -58,7 +58,7 @@ def in_turn(searchers: dict[str, Searcher], queries: Queries, k: int, rounds: in
     times: dict[str, list[float]] = {name: [] for name in searchers}
     for turn in range(rounds + 1):
         for name, searcher in searchers.items():
-            taken = seconds(lambda searcher=searcher: searcher.search(queries, k))  # type: ignore[misc]
+            taken = seconds(lambda searcher=searcher: searcher.search(queries, k))
             if turn:
                 times[name].append(taken)
     return {name: {"median": statistics.median(x), "low": min(x), "high": max(x)} for name, x in times.items()}

@@ -5,7 +5,7 @@
 Embeds a corpus without interruption; then again, killed with SIGKILL at random moments (before and during compilation,
 between shards, while a shard is being written) and started again each time; then by two processes, and by two of which
 one is killed and its share left to the other command. Compares the files, and sees that no finished shard was made
-twice. Writes OUT/report.json; the exit status is 1 where anything differs. Takes about three minutes on two cores.
+twice. Writes OUT/report.json; the exit status is 1 where anything differs. Takes some minutes.
 """
 
 import argparse

@@ -127,6 +127,16 @@ def test_rows_that_come_change_and_go(built: tuple) -> None:
     assert built[2].size == 6000 and not len(built[2].gone)  # the index it began with is as it was
 
 
+def test_looks_further_where_the_best_are_gone() -> None:
+    queries, passages = clustered(3000, batch=5)
+    short = AnnConfig(leaves=30, leaves_to_search=30, reorder=80, reorder_dtype="float32")
+    gone = np.unique(exact(queries, passages, np.arange(3000), 150))
+    index = ann.build(passages, SOURCE, short).delete(gone)
+    found, left = index.search(Queries(queries), 10).ids_BK, np.setdiff1d(np.arange(3000), gone)
+    assert (found >= 0).all()
+    assert recall(found, exact(queries, passages, left, 10)) > 0.8
+
+
 def test_built_over_some_rows_of_the_corpus() -> None:
     queries, passages = clustered(3000)
     rows = np.random.default_rng(0).permutation(3000)[:1200].astype(np.int32)

@@ -22,7 +22,7 @@ WORDS = [word for name, value in TINY.items() for word in (f"--{name}", value)]
 
 @pytest.fixture(autouse=True)
 def limit(monkeypatch):
-    """Measuring it takes seconds, and has tests of its own."""
+    """Measuring it takes seconds, and pauses are for figures that count."""
     monkeypatch.setattr(bench_encode, "matmul_limit", lambda dtype: {"float32": 1e9}[dtype])
     monkeypatch.setattr(bench_encode, "PAUSE", 0)
 

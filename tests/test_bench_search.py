@@ -51,7 +51,7 @@ def test_only_what_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
 def test_scann_finds_most(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("scann")
     found = [r for r in run(capsys, "--dtype", "float32", "--rivals", "scann")["results"] if r["program"] == "scann"]
-    assert len(found) == 2 and all(0.3 < r["recall"] <= 1 and r["build_seconds"] > 0 for r in found)
+    assert len(found) == 2 and all(r["recall"] > 0.9 and r["build_seconds"] > 0 for r in found)
 
 
 def test_products_alone_are_those_of_the_search() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -142,6 +143,13 @@ def test_bad_arguments() -> None:
         index.search(Queries(np.zeros((1, 2), np.float32)), 1)
     with pytest.raises(InputError, match="do not fit"):
         index.scores(["w1"], np.array([[200]]))
+
+
+@pytest.mark.parametrize("missing", ["bm25s", "Stemmer"])
+def test_without_the_libraries(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(InputError, match=r"pip install 'rag-jax\[bm25\]'"):
+        Bm25.build(TEXTS, CORPUS)
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

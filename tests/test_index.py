@@ -192,6 +192,25 @@ def test_a_job_of_another_encoder_or_corpus_is_refused(job, data, tmp_path, caps
     assert "--corpus says what to embed" in capsys.readouterr().err
 
 
+def test_a_run_is_embedded_in_any_type_and_verified(data, expected, tmp_path, capsys):
+    out = tmp_path / "index"
+    words = ["index", data / "run", "--corpus", data / "corpus", "--out", out]
+    assert tiny.rag_jax(*words, "--dtype", "int8") == 0
+    found = np.asarray(index.open_snapshot(out).embeddings_NE[:])
+    np.testing.assert_allclose(found, expected, atol=np.abs(expected).max() / 200)
+    assert index.open_snapshot(out).manifest.dtype == "int8"
+    assert tiny.rag_jax("index", "--verify", out) == 0
+    path = next(out.glob("*.safetensors"))
+    bits = bytearray(path.read_bytes())
+    bits[-3] ^= 1
+    path.write_bytes(bits)
+    capsys.readouterr()
+    assert tiny.rag_jax("index", "--verify", out) == 2
+    assert path.name in capsys.readouterr().err
+    assert tiny.rag_jax("index", data / "run", "--corpus", data / "corpus") == 2
+    assert "--out" in capsys.readouterr().err
+
+
 def test_damaged_snapshots_are_refused(job, corpus, tmp_path):
     whole = index.from_job(job, corpus, tmp_path / "whole")
 

@@ -249,6 +249,13 @@ def test_extreme_numbers(n_devices: int, dtype: str) -> None:
     assert np.all(ids[:, n_live:] == -1) and np.all(np.isneginf(scores[:, n_live:]))
 
 
+def test_small_queries_and_large_rows_do_not_overflow_as_integers() -> None:
+    queries, index = data("random", 2000)
+    rows, scale, worth = stored(index * np.float32(1e36), "int8")
+    ids = search_on(8, queries * np.float32(1e-20), rows, 5, scale_N=scale)[1]
+    np.testing.assert_array_equal(ids, brute_force(queries, worth, 5)[1])
+
+
 def test_denormal_numbers_are_kept_or_zero() -> None:
     """Every row is found once, and a score is what the numbers say or zero, as it is where a device flushes them."""
     index = np.float32(np.arange(-150, 150)[:, None] * 1e-43)
@@ -357,7 +364,7 @@ def test_recall_target_is_exact_here_and_an_instruction_on_a_tpu(monkeypatch: py
     assert "ApproxTopK" not in lowered(1.0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bits", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bits", "int8"])
 @pytest.mark.parametrize("what", ["search", "normaliser", "gradient"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_compiled_program_moves_candidates_only(dtype: str, what: str, cut: bool) -> None:
@@ -390,6 +397,7 @@ def test_compiled_program_moves_candidates_only(dtype: str, what: str, cut: bool
     sizes = sorted(set(shape_sizes(text)))
     assert sizes[-1] == rows * width
     assert batch * rows not in sizes and batch * n not in sizes
+    assert dtype == "float32" or f"f32[{rows},{width}]" not in text
     assert max(size for size in sizes if size < rows * width) <= max(rows, batch * chunk, chunk * width)
 
 

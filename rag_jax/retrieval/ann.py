@@ -107,14 +107,13 @@ class Scann:
         return search.best(ids_BX, scores_BX, k)
 
     def _indexed(self, queries_BE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of ScaNN's index that are not gone, and more; -1 for none.
+        """The best of ScaNN's index that are not gone, -1 for none: all that were scored again, to order equal scores.
 
-        All that were scored again are asked for: equal scores can be put in order, and rows that are gone seldom leave
-        too few.
+        Those that are gone do not count: as many others are scored again as if they had never been.
         """
         most = len(self.rows_N)
-        n = min(max(self.config.reorder or max(4 * k, 100), k), most)
-        wanted = max(k, n // 2)  # of those that are not gone
+        wanted = min(max(self.config.reorder or max(4 * k, 100), k), most)
+        n = min(wanted + min(len(self.gone), wanted), most)
         while True:
             leaves = self.config.leaves_to_search or None
             ids_BX, scores_BX = self.index.search_batched_parallel(queries_BE, n, n, leaves)
