@@ -7,6 +7,7 @@ gathered on the host and go into the same step as small tables of their own.
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from rag_jax import config, refresh, schedule, sharding
