@@ -159,7 +159,8 @@ class Upkeep:
         """Recall@k of the stale index against a fresh one, on a sample of passages and this batch's questions."""
         live_N = self.index.live_N
         usable = None if live_N is None else np.flatnonzero(np.asarray(live_N)).astype(np.int32)
-        n = self.setting.n_passages if usable is None else len(usable)
+        # on the host the index has the rows of the corpus alone, on the devices maybe some to fill up the tables
+        n = min(self.setting.n_passages, len(self.index.step_N)) if usable is None else len(usable)
         rows = refresh.sample((self.seed, step), n, self.sample)
         rows = rows if usable is None else usable[rows]
         index, passages, places = self.way.rows(self.index, rows)
