@@ -86,6 +86,10 @@ def check(cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
     """What would fail late, said early."""
     config.check(cfg)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if cfg.live and jax.process_count() > 1:
+        raise InputError(f"live=True with {jax.process_count()} processes, which may see different versions; use one")
+    if cfg.model.n_docs > corpus.n_live:
+        raise InputError(f"model.n_docs={cfg.model.n_docs}, but the corpus has {corpus.n_live} passages")
     for stage in cfg.stages:
         for wanted in ("n_docs", "n_retrieved", "hard_negatives") if config.searches(stage) else ():
             if wanted == "n_docs" and stage.objective != "rag":
