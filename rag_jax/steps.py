@@ -150,6 +150,8 @@ def retrieve(
         rows_BK = batch["documents"]
     elif stage.normaliser == "corpus":
         _, rows_BK, log_z_B = mips.search_with_normaliser(q_BE, index.embeddings_NE, wanted, **table(s, index))
+        if index.drift_E is not None:  # rows are stored without what all have moved since
+            log_z_B += q_BE @ index.drift_E
     else:
         _, rows_BK = find(s, q_BE, index, wanted)
     stored_BKE = jax.lax.stop_gradient(refresh.stored(index, rows_BK))
@@ -344,7 +346,8 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
             if when.kind == "rolling":
                 new_index = refresh.roll(s.rag, s.mesh, state.params, new_index, passages, state.step, when.turn)
             if s.stage.write_back and fresh is not None:
-                new_index = refresh.put(new_index, fresh.rows, fresh.embeddings, state.step)
+                measure = when.kind != "rolling"
+                new_index = refresh.put(new_index, fresh.rows, fresh.embeddings, state.step, measure)
         updates, opt_state = tx.update(gradients, state.opt_state, trainable)
         params = {**frozen, **optax.apply_updates(trainable, updates)}
         metrics |= {

@@ -530,7 +530,8 @@ def given_index(session: Session, params: Any) -> Index | HostIndex:
         searcher = session.searchers.make(snapshot.embeddings_NE, encoder_hash, 0)
         return HostIndex(snapshot.embeddings_NE, step_N, searcher, loaded.corpus.live_N)
     index = runs.index_on_device(loaded, snapshot, session.cfg.search.dtype)
-    return index._replace(step_N=jnp.zeros_like(index.step_N))
+    drift_E = refresh.no_drift(loaded.mesh, index.embeddings_NE.shape[1])
+    return index._replace(step_N=jnp.zeros_like(index.step_N), drift_E=drift_E)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -81,7 +81,7 @@ class OnHost:
 
 def kept_fields(index: Index | HostIndex) -> dict[str, Any]:
     """The arrays of an index that a checkpoint keeps."""
-    names = ("embeddings_NE", "step_N", "scale_N")
+    names = ("embeddings_NE", "step_N", "scale_N", "drift_E")
     found = {name: getattr(index, name, None) for name in names}
     return {name: array for name, array in found.items() if array is not None}
 

@@ -2,6 +2,7 @@
 # Everything that must pass: virtual environment, install, ruff, types, tests. From any directory:
 #   scripts/test.sh [arguments of pytest]
 # VENV: where the environment is or will be (default .venv-test).  PYTHON: the interpreter that makes it (default python3).
+# WORKERS: processes that run tests side by side (default 2; 0: in this one, as a debugger wants it).
 # EXTRAS: what is installed beside the package (default test; test,parity,minilm has the comparisons with torch too).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,4 +31,4 @@ export PATH="$(cd "$venv" && pwd)/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy
-pytest "$@"
+pytest -n "${WORKERS:-2}" --dist loadfile "$@"

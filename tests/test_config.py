@@ -72,7 +72,7 @@ def test_values_arrive_in_their_dataclasses(base):
     assert [stage.name for stage in base.stages] == ["retriever", "read", "denoise", "joint"]
     assert all(isinstance(stage, StageConfig) for stage in base.stages)
     joint = base.stages[3]
-    assert joint.objective == "rag" and joint.documents == "retrieved" and joint.refresh_every == 4
+    assert joint.objective == "rag" and joint.documents == "retrieved" and joint.refresh == "4"
     assert joint.optimizer.groups == {"question_encoder": 1.0, "generator": 1.0} and joint.optimizer.b2 == 0.98
     assert base.model.encoder.pooling == "mean" and base.model.generator.logit_scale == 32**-0.5
     assert base.keep_checkpoints == TrainConfig.keep_checkpoints  # not in the file: the default
@@ -167,7 +167,7 @@ def test_override(base, assignment, path, value):
         ("evaluate_every=1.5", "--set evaluate_every=1.5: "),
         ("evaluate_every=true", "config.evaluate_every: expected int, got True"),
         ("every_answer=1", "config.every_answer: expected bool, got 1"),
-        ("init=3", "config.init: expected str, got 3"),
+        ("init=[3]", "config.init: expected str, got [3]"),
         ("model.variant=tokn", "config.model.variant: 'tokn' is not one of 'sequence', 'token'"),
         ("model.generator.dropout=low", "--set model.generator.dropout=low: "),
         ("model.generator.embedding_scale=low", "config.model.generator.embedding_scale: expected float, got 'low'"),
@@ -212,11 +212,24 @@ def test_a_list_of_stages_and_a_section_must_be_that(tmp_path):
         (["stages.read.steps=0"], "stage read: steps=0 must be at least 1"),
         (["stages.read.batch=0"], "stage read: batch=0 must be at least 1"),
         (["stages.joint.n_docs=0"], "stage joint: n_docs=0 must be at least 1"),
-        (["stages.joint.refresh_every=-1"], "stage joint: refresh_every=-1 must be at least 0"),
+        (["stages.joint.refresh=-1"], "stage joint: refresh='-1': expected steps (250, epoch"),
+        (["stages.joint.n_retrieved=3"], "stage joint: n_retrieved=3 must be more than n_docs=3, or 0"),
+        (["stages.joint.drift_every=-1"], "stage joint: drift_every=-1 must be at least 0"),
+        (["stages.joint.write_back=true"], "stage joint: write_back=True has nothing exact to write"),
+        (
+            ["stages.joint.optimizer.groups.question_encoder=0.0"],
+            "does not train question_encoder: nothing would change",
+        ),
+        (["stages.read.n_retrieved=8"], "stage read: n_retrieved=8 is only for objective='rag' with documents='retr"),
+        (["stages.joint.refresh=rolling:4", "search.kind=bm25"], "refresh='rolling:4' needs the index in graph"),
+        (["stages.joint.normaliser=corpus", "search.kind=scann"], "normaliser='corpus' needs the index in graph"),
+        (["stages.joint.n_retrieved=8", "stages.joint.write_back=true", "search.kind=hybrid"], "write_back=True needs"),
+        (["search.fusion.weight=2.0"], "weight lies in 0..1"),
+        (["search.scann.leaves=-1"], "numbers are 0 or more"),
         (["stages.joint.window=8"], "stage joint: window=8 is only for objective='rag' with documents='gold'"),
         (["stages.retriever.window=8"], "stage retriever: window=8 is only for"),
-        (["stages.read.refresh_every=8"], "stage read: refresh_every=8 is only for stages that search"),
-        (["stages.retriever.refresh_every=8"], "stage retriever: refresh_every=8 is only for stages that search"),
+        (["stages.read.refresh=8"], "stage read: refresh='8' is only for stages that search"),
+        (["stages.retriever.refresh=8"], "stage retriever: refresh='8' is only for stages that search"),
         (["stages.joint.hard_negatives=1"], "stage joint: hard_negatives=1 is only for objective='contrastive'"),
         (["stages.denoise.questions=8"], "stage denoise: questions=8 is only for"),
         (["stages.read.source_length=161"], "stage read: source_length=161 is more than the 160 positions"),
@@ -240,7 +253,7 @@ def test_contradictions(assignments, message):
 
 
 def test_what_belongs_together_passes():
-    config.check(config.load(TINY, ["stages.retriever.hard_negatives=2", "stages.retriever.refresh_every=5"]))
+    config.check(config.load(TINY, ["stages.retriever.hard_negatives=2", "stages.retriever.refresh=5"]))
 
 
 def test_no_stages(base):

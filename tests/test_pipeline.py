@@ -153,7 +153,7 @@ def test_windows_hold_the_answer(data, widest, seed):
 
 def test_batches_hold_what_the_step_reads(examples, corpus):
     data = pipeline.question_batches(examples, corpus.generator_length, batch=8, seed=0)
-    names = {"question_ids", "question_length", "tail_ids", "tail_length", "labels", "gold"}
+    names = {"question_ids", "question_length", "tail_ids", "tail_length", "labels", "gold", "source"}
     assert set(data[0]) == names
     with_answer = examples.where(examples.answer_N2[:, 1] > 0)
     data = pipeline.question_batches(with_answer, corpus.generator_length, batch=8, seed=0, window=24)

@@ -12,7 +12,7 @@ import numpy as np
 import oracles
 import pytest
 
-from rag_jax import optimizer, sharding, steps, train
+from rag_jax import optimizer, refresh, sharding, steps, train
 from rag_jax import run as runs
 from rag_jax.config import StageConfig
 from rag_jax.data import formats, joining, pipeline
@@ -100,7 +100,8 @@ def index(params, corpus, mesh):
 
 def index_of(mesh, embeddings, step=0):
     rows = sharding.shard_rows(mesh, np.asarray(embeddings, np.float32), 0)
-    return Index(rows, sharding.shard_rows(mesh, np.full(len(rows), step, np.int32), 0))
+    steps = sharding.shard_rows(mesh, np.full(len(rows), step, np.int32), 0)
+    return Index(rows, steps, drift_E=refresh.no_drift(mesh, rows.shape[1]))
 
 
 def setting(rag, stage, mesh, corpus):
@@ -294,8 +295,11 @@ def test_write_back_puts_into_the_index_what_was_embedded_anyway(params, batch, 
         ids = [batch["question_ids"][b, : batch["question_length"][b]] for b in range(B)]
         q = np.stack([params["question_encoder"][row].mean(0) for row in ids])
         touched = np.unique(np.argsort(-(q @ stored.T), axis=1, kind="stable")[:, : over or K])
+        rows = np.argsort(-(q @ stored.T), axis=1, kind="stable")[:, : over or K].reshape(-1)
+        drift = (fresh[rows] - stored[rows]).mean(0)
         expected, ages = stored.copy(), np.zeros(len(corpus))
-        expected[touched], ages[touched] = fresh[touched], 8
+        expected[touched], ages[touched] = fresh[touched] - drift, 8
+        np.testing.assert_allclose(after.drift_E, drift, atol=1e-5)
         np.testing.assert_allclose(np.asarray(after.embeddings_NE)[: len(corpus)], expected, atol=1e-5)
         assert np.asarray(after.step_N)[: len(corpus)].tolist() == ages.tolist()
         assert metrics["row_age"] == 8 and 0 < len(touched) < len(corpus)
@@ -307,7 +311,7 @@ def test_a_rolling_refresh_is_part_of_the_step(params, batch, corpus, mesh, inde
     made = np.asarray(after.step_N)[: len(corpus)] == 8
     assert made.sum() == len(corpus) // 5
     fresh = embed_all(params["context_encoder"], corpus)
-    np.testing.assert_allclose(np.asarray(after.embeddings_NE)[: len(corpus)][made], fresh[made], atol=1e-5)
+    np.testing.assert_allclose(refresh.stored(after, jnp.flatnonzero(made)), fresh[made], atol=1e-5)
     untouched = np.asarray(after.embeddings_NE)[: len(corpus)][~made]
     np.testing.assert_array_equal(untouched, np.asarray(index.embeddings_NE)[: len(corpus)][~made])
 
