@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rag_jax import bench_decode, bench_encode, bench_search, config, sharding, train
+from rag_jax import bench_decode, bench_encode, bench_search, config, preparing, sharding, train
 from rag_jax import run as runs
 from rag_jax.bench_limits import matmul_limit, spread, timed
 from rag_jax.config import StageConfig, TrainConfig
@@ -52,15 +52,15 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
     """One stage's real step on its real batches: compile time, host input work, step time, fraction of the limit."""
     corpus = Corpus.open(cfg.corpus)
     mesh = sharding.make_mesh(cfg.mesh or None)
-    train.check(cfg, corpus, mesh)
-    data = train.prepare(cfg, corpus)
+    preparing.check(cfg, corpus, mesh)
+    data = preparing.prepare(cfg, corpus)
     loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact")
     params = train.init_params(loaded, cfg.seed, cfg.init)
     state = train.init_state(loaded, stage, params, 0)
     number = cfg.stages.index(stage)
     refresher = train.make_refresher(cfg, loaded, Searchers(cfg.search, corpus, mesh))
     upkeep = train.upkeep_of(cfg, loaded, data, refresher, number, None)
-    batches = train.batches(stage, cfg, data, number)
+    batches = preparing.batches(stage, cfg, data, number)
     key = jax.random.key(cfg.seed)
     upkeep.before(params, 0, 0, batches[0])
     first = upkeep.feed(params, batches[0])

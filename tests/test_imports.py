@@ -31,6 +31,7 @@ LEVELS = [
     ["saving"],
     ["answer"],
     ["evaluate"],
+    ["preparing"],
     ["train"],
     ["bench_limits"],
     ["bench_decode", "bench_encode", "bench_search"],

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from test_train import assert_same_run, rows
 
-from rag_jax import answer, config, live, sharding, train
+from rag_jax import answer, config, live, preparing, sharding, train
 from rag_jax import run as runs
 from rag_jax.answer import Pipeline
 from rag_jax.config import SearchConfig
@@ -152,7 +152,7 @@ def test_more_than_there_are_is_refused(name, data):
     for wanted in (40, 41):
         cfg = settings(data, data / "two", {f"stages.{stage}.{name}": wanted}, [stage])
         with pytest.raises(InputError, match=f"{name}=41, but the corpus has 40 passages") if wanted > 40 else FINE:
-            train.check(cfg, corpus, mesh)
+            preparing.check(cfg, corpus, mesh)
 
 
 # --- serving ----------------------------------------------------------------------------------------------------------

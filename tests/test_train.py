@@ -15,7 +15,7 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from rag_jax import config, logs, pretrained, sharding, train
+from rag_jax import config, logs, preparing, pretrained, sharding, train
 from rag_jax import run as runs
 from rag_jax.errors import InputError
 from rag_jax.models.lexical import inverse_document_frequency, lexical_start
@@ -230,16 +230,16 @@ def test_another_configuration_is_refused(tiny_data, tiny_run, capsys, words, me
 def test_other_data_is_refused(tiny_data, tmp_path):
     cfg = tiny_config(tiny_data)
     corpus = Corpus.open(cfg.corpus)
-    data = train.prepare(cfg, corpus)
-    train.open_run(cfg, tmp_path / "run", data)
-    train.open_run(cfg, tmp_path / "run", data)
+    data = preparing.prepare(cfg, corpus)
+    preparing.open_run(cfg, tmp_path / "run", data)
+    preparing.open_run(cfg, tmp_path / "run", data)
     fewer = dataclasses.replace(data, examples=data.examples.where(np.arange(len(data.examples)) > 0))
     with pytest.raises(InputError, match=r"other data \(questions: '\w{64}' there, '\w{64}' now\); put back"):
-        train.open_run(cfg, tmp_path / "run", fewer)
+        preparing.open_run(cfg, tmp_path / "run", fewer)
     edited = dataclasses.replace(data, corpus=Corpus.open(tiny_data / "edited-corpus"))
     expected = f"corpus_hash: '{corpus.hash}' there, '{edited.corpus.hash}' now"
     with pytest.raises(InputError, match=expected):
-        train.open_run(cfg, tmp_path / "run", edited)
+        preparing.open_run(cfg, tmp_path / "run", edited)
 
 
 def questions_without(tiny_data, out, **changes):
@@ -287,10 +287,10 @@ def test_questions_that_lack_what_a_stage_needs(tiny_data, tmp_path, capsys):
 
 def test_differences():
     old = {"a": 1, "b": [{"c": 1}, {"c": 2}], "d": {}}
-    assert train.differences(old, old) == ""
-    assert train.differences(old, {**old, "b": [{"c": 1}, {"c": 3}]}) == "b[1].c: 2 there, 3 now"
-    assert train.differences(old, {**old, "d": {"e": 1}}) == "d.e: None there, 1 now"
-    assert train.differences(old, {"a": 1, "b": [{"c": 1}], "d": {}}).startswith("b: [")
+    assert preparing.differences(old, old) == ""
+    assert preparing.differences(old, {**old, "b": [{"c": 1}, {"c": 3}]}) == "b[1].c: 2 there, 3 now"
+    assert preparing.differences(old, {**old, "d": {"e": 1}}) == "d.e: None there, 1 now"
+    assert preparing.differences(old, {"a": 1, "b": [{"c": 1}], "d": {}}).startswith("b: [")
 
 
 def test_average_passes_over_what_could_not_be_measured():

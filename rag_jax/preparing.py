@@ -1,0 +1,147 @@
+"""What a training run has to have before its first step: data in batches, a directory, and nothing that fails late."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from rag_jax import checkpoint, config, live
+from rag_jax import run as runs
+from rag_jax.config import StageConfig, TrainConfig
+from rag_jax.data import formats, pipeline
+from rag_jax.errors import InputError
+from rag_jax.retrieval.corpus import Corpus
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training examples, and how long each passage is for the reading windows."""
+
+    examples: pipeline.Examples
+    corpus: Corpus
+    questions: tuple[formats.Question, ...]  # as `source` of a batch counts them
+
+
+def prepare(cfg: TrainConfig, corpus: Corpus, questions: Sequence[formats.Question] = ()) -> Data:
+    """questions: those of the configuration, where they were read before."""
+    questions = questions or formats.read_questions(cfg.train)
+    examples = pipeline.tokenise(
+        questions,
+        corpus,
+        question_length=cfg.model.question_length,
+        target_length=cfg.target_length,
+        every_answer=cfg.every_answer,
+        live=cfg.live,
+    )
+    return Data(examples, corpus, tuple(questions))
+
+
+def batches(stage: StageConfig, cfg: TrainConfig, data: Data, number: int) -> grain.MapDataset:
+    """The batches of stage `number`; InputError where the questions lack what the stage needs."""
+    seed = cfg.seed * len(cfg.stages) + number
+    if stage.objective == "denoise":
+        length = stage.source_length or cfg.model.source_length
+        return pipeline.denoise_batches(data.corpus, batch=stage.batch, seed=seed, length=length)
+    examples = data.examples
+    if stage.objective == "contrastive" or stage.documents == "gold":
+        examples = examples.where(examples.gold_NG[:, 0] >= 0)
+        if not len(examples):
+            raise InputError(f"stage {stage.name}: no training question names a gold passage (positive_passage_ids)")
+    if stage.window:
+        examples = examples.where(examples.answer_N2[:, 1] > 0)
+        if not len(examples):
+            raise InputError(
+                f"stage {stage.name}: no answer occurs in its gold passage, which window={stage.window} needs"
+            )
+    if stage.questions:
+        examples = examples.where(np.arange(len(examples)) < stage.questions)
+    lengths = data.corpus.generator_length
+    return pipeline.question_batches(examples, lengths, batch=stage.batch, seed=seed, window=stage.window)
+
+
+def check(cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
+    """What would fail late, said early."""
+    config.check(cfg)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if cfg.live and jax.process_count() > 1:
+        raise InputError(f"live=True with {jax.process_count()} processes, which may see different versions; use one")
+    if cfg.model.n_docs > corpus.n_live:
+        raise InputError(f"model.n_docs={cfg.model.n_docs}, but the corpus has {corpus.n_live} passages")
+    for stage in cfg.stages:
+        for wanted in ("n_docs", "n_retrieved", "hard_negatives") if config.searches(stage) else ():
+            if wanted == "n_docs" and stage.objective != "rag":
+                continue
+            if getattr(stage, wanted) > corpus.n_live:
+                asked = f"{wanted}={getattr(stage, wanted)}"
+                raise InputError(f"stage {stage.name}: {asked}, but the corpus has {corpus.n_live} passages")
+        if stage.batch % shards:
+            raise InputError(
+                f"stage {stage.name}: batch={stage.batch} does not divide over {shards} devices; make it a multiple"
+            )
+
+
+def open_run(cfg: TrainConfig, directory: Path, data: Data) -> None:
+    """Make the run directory, or agree to go on in it; InputError where it was started with something else."""
+    known = directory / "config.json"
+    identity = runs.identity(data.corpus) | {"questions": data.examples.fingerprint(questions_only=cfg.live)}
+    if known.exists():
+        differing = differences(config.plain(config.read(known)), config.plain(cfg))
+        if differing:
+            raise InputError(
+                f"{directory} was started with another configuration ({differing}); name another --run directory"
+            )
+        begun = runs.read_identity(directory)
+        if cfg.live and begun["corpus_hash"] in dict(data.corpus.chain):
+            identity["corpus_hash"] = begun["corpus_hash"]  # an update of what the run began with
+        differing = differences(begun, identity)
+        if differing:
+            raise InputError(
+                f"{directory} was started with other data ({differing}); put back what {cfg.corpus} and {cfg.train} "
+                "were, or name another --run directory"
+            )
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / runs.IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
+    corpus = data.corpus
+    shutil.copytree(corpus.directory / "tokenizers", directory / "tokenizers", dirs_exist_ok=True)
+    provenance = Path(cfg.init) / runs.PROVENANCE
+    if cfg.init and provenance.is_dir():
+        shutil.copytree(provenance, directory / runs.PROVENANCE, dirs_exist_ok=True)
+    temporary = known.with_suffix(".tmp")
+    config.save(cfg, temporary)
+    temporary.rename(known)
+
+
+def differences(old: Any, new: Any, path: str = "") -> str:
+    """The first key in which two plain configurations differ, with both values; "" where they agree."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            found = differences(old.get(name), new.get(name), f"{path}.{name}".strip("."))
+            if found:
+                return found
+        return ""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return next(
+            filter(None, (differences(*pair, f"{path}[{i}]") for i, pair in enumerate(zip(old, new, strict=True)))), ""
+        )
+    return "" if old == new else f"{path}: {old!r} there, {new!r} now"
+
+
+def opened(cfg: TrainConfig, directory: Path) -> Corpus:
+    """The corpus of the configuration; where its versions are followed, that of the run's last checkpoint."""
+    if not cfg.live:
+        return Corpus.open(cfg.corpus)
+    if (directory / "checkpoints").is_dir():
+        keeper = checkpoint.Checkpoints(directory / "checkpoints", cfg.keep_checkpoints)
+        done = keeper.latest()
+        position = keeper.position(done) if done else {}
+        keeper.close()
+        if "corpus" in position:
+            return live.reopen(position["corpus"], cfg.corpus)
+    return live.open_version(cfg.corpus)
