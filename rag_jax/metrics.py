@@ -76,9 +76,9 @@ def summarize(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, flo
     """The means over prediction rows {"prediction", "answers", "retrieved", "gold", "retrieved_has_answer"}.
 
     n; exact_match with its 95% interval exact_match_low, exact_match_high, and f1 over the rows with answers whose
-    prediction is not None (retrieval alone);
-    recall_at_k over the rows with gold passages; answer_recall_at_k over the rows with answers. Only those k of
-    RECALL_KS that every row retrieved; a figure that no row can give is left out.
+    prediction is not None (retrieval alone); recall_at_k over the rows with gold passages; answer_recall_at_k over the
+    rows with answers. Only those k of RECALL_KS that some row retrieved: where one has fewer, a search such as BM25
+    found no more. A figure that no row can give is left out.
     """
     if not rows:
         raise InputError("no predictions to summarize; is the question file empty?")
@@ -120,8 +120,8 @@ def _join_tokens(text: str) -> str:
 
 
 def _usable_ks(rows: Sequence[Mapping[str, Any]], column: str) -> list[int]:
-    fewest = min((len(row.get(column) or ()) for row in rows), default=0)
-    return [k for k in RECALL_KS if k <= fewest]
+    most = max((len(row.get(column) or ()) for row in rows), default=0)
+    return [k for k in RECALL_KS if k <= most]
 
 
 def _mean(values: Sequence[float]) -> float:
