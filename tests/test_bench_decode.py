@@ -36,6 +36,7 @@ def test_programs_and_figures(capsys):
     assert results[1]["flops"] > results[2]["flops"] == results[0]["flops"]
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_transformers_gives_the_same_answers(capsys):
     for r in run(capsys)[:2]:

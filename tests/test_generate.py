@@ -247,8 +247,7 @@ def test_what_cannot_be_is_refused():
     assert set(GENERATORS) == set(CONFIGS)
 
 
-@pytest.mark.parametrize("returned", [1, 2])
-@pytest.mark.parametrize("start", ["bos", "eos"])
+@pytest.mark.parametrize(("start", "returned"), [("bos", 2), ("eos", 1)])
 def test_candidates_that_cannot_win_are_not_scored(start, returned, monkeypatch):
     """The answers are the same as when all are scored; with sure readers few are, and with unsure ones all."""
     model = rag(generate_from_eos=start == "eos")

@@ -39,7 +39,7 @@ def words(mode, run):
     return ["--stage", "joint", "--init", run, "--set", "evaluate_every=0", "--set", "checkpoint_every=5", *assignments]
 
 
-QUICK = ("small", "scann")  # the others are as long, and their parts are tested in test_steps.py and test_refresh.py
+QUICK = ("small",)  # the others are as long, and their parts are tested in test_steps.py, test_refresh.py, test_live.py
 
 
 @pytest.mark.parametrize("mode", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in MODES])
