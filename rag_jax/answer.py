@@ -21,7 +21,7 @@ from rag_jax.config import SearchConfig, StageConfig, TrainConfig
 from rag_jax.data import pipeline
 from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
-from rag_jax.hosted import HostIndex, Searchers, filled, gather
+from rag_jax.hosted import HostIndex, Searchers, filled, gather, places
 from rag_jax.logs import Progress
 from rag_jax.rag import Params, Passages
 from rag_jax.refresh import Index
@@ -283,7 +283,7 @@ def found_on_host(
     least_B1 = np.where(np.isfinite(scores_BK), scores_BK, np.inf).min(1, keepdims=True)
     least_B1 = np.where(np.isfinite(least_B1), least_B1, 0)
     given = {
-        "documents": np.arange(read_BK.size, dtype=np.int32).reshape(read_BK.shape),
+        "documents": places(read_BK),
         "scores": np.where(np.isfinite(scores_BK), scores_BK, least_B1).astype(np.float32),
     }
     tables = gather(loaded.corpus, index, read_BK.reshape(-1))

@@ -21,17 +21,15 @@ import jax
 import numpy as np
 
 from rag_jax import saving
-from rag_jax.bench_limits import matmul_limit, reading_limit, spread
+from rag_jax.bench_limits import in_turn, matmul_limit, reading_limit, spread
 from rag_jax.errors import InputError
 from rag_jax.generate import Mode
-from rag_jax.logs import Progress
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
 from rag_jax.rag import Params, Rag, RagConfig
 
 Variant = Literal["sequence", "token"]
 MODES: dict[Variant, tuple[Mode, ...]] = {"token": ("thorough",), "sequence": ("thorough", "fast")}
-PAUSE = 0.5  # seconds before each call: torch's threads go on spinning for 0.2 s after theirs
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -186,16 +184,7 @@ def bench(load: Load, variant: Variant, modes: tuple[Mode, ...], repeats: int, r
 
                 model = model.to("cuda", getattr(torch, load.dtype))
             calls["transformers"] = lambda i: their_answers(model, load, inputs[i])
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        answers: dict[str, list[Any]] = {name: [] for name in calls}
-        with Progress(repeats + 1, f"bench decode {variant}", "round") as progress:
-            for i in (0, *range(repeats)):  # the first round warms up
-                for name, call in calls.items():
-                    time.sleep(PAUSE)
-                    begun = time.perf_counter()
-                    answers[name].append(call(i))
-                    seconds[name].append(time.perf_counter() - begun)
-                progress.update(1)
+        seconds, answers = in_turn(calls, repeats, f"bench decode {variant}")
     rate, reading = matmul_limit(dtype=load.dtype), reading_limit()
     results = []
     for mode in modes:

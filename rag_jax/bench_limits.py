@@ -2,10 +2,13 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from rag_jax.logs import Progress
 
 
 def timed(function: Any, repeats: int) -> list[float]:
@@ -16,6 +19,28 @@ def timed(function: Any, repeats: int) -> list[float]:
         function()
         seconds.append(time.perf_counter() - begun)
     return seconds
+
+
+PAUSE = 0.5  # seconds before each call: torch's threads go on spinning for 0.2 s after theirs
+
+
+def in_turn(
+    calls: dict[str, Callable[[int], Any]], repeats: int, title: str
+) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:
+    """Seconds and results of call(i) in each round: one call each, so that what else the machine does hits all alike.
+    The first round, with i = 0 as the second, warms up and stands first in the lists.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, list[Any]] = {name: [] for name in calls}
+    with Progress(repeats + 1, title, "round") as progress:
+        for i in (0, *range(repeats)):
+            for name, call in calls.items():
+                time.sleep(PAUSE)
+                begun = time.perf_counter()
+                found[name].append(call(i))
+                seconds[name].append(time.perf_counter() - begun)
+            progress.update(1)
+    return seconds, found
 
 
 def matmul_limit(sizes: tuple[int, ...] = (1024, 2048, 3072), repeats: int = 7, dtype: str = "float32") -> float:

@@ -36,16 +36,7 @@ class Encoder:
 
     def manifest(self, corpus: Corpus, dtype: str = "float32") -> index.Manifest:
         """That of a snapshot of the corpus."""
-        return index.Manifest(
-            corpus=str(corpus.directory.resolve()),
-            corpus_hash=corpus.hash,
-            encoder_hash=self.hash,
-            tokenizer_hash=corpus.encoder_tokenizer.hash,
-            step=self.step,
-            n_passages=len(corpus),
-            width=self.width,
-            dtype=dtype,
-        )
+        return index.Manifest.of(corpus, self.hash, self.step, self.width, dtype)
 
 
 def read_encoder(run_dir: Path, corpus: Corpus) -> Encoder:

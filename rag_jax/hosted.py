@@ -43,6 +43,11 @@ def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple
     return kept and Index(*kept), Passages(*[table[rows_X] for table in tables])
 
 
+def places(rows: np.ndarray) -> np.ndarray:
+    """Where rows [...] of this process stand in tables that `gather` and `shard_batch` make of them: int32 [...]."""
+    return (np.arange(rows.size).reshape(rows.shape) + jax.process_index() * rows.size).astype(np.int32)
+
+
 def filled(ids_BK: np.ndarray, corpus: Corpus) -> np.ndarray:
     """Where a search found fewer than K passages (-1), the first live ones of the corpus that it has not found."""
     if (ids_BK >= 0).all():

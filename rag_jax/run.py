@@ -260,16 +260,8 @@ def write_index(loaded: Loaded, params: Params, step: int, out: Path, overwrite:
     encoder, corpus = loaded.rag.encoder, loaded.corpus
     whole = jax.device_put(params[loaded.encoder_side], sharding.replicated(loaded.mesh))
     side = jax.tree.map(np.asarray, whole)  # from however many devices and processes it lies on
-    manifest = index.Manifest(
-        corpus=str(corpus.directory.resolve()),
-        corpus_hash=corpus.hash,
-        encoder_hash=checkpoint.tree_hash(side),
-        tokenizer_hash=corpus.encoder_tokenizer.hash,
-        step=step,
-        n_passages=len(corpus),
-        width=loaded.rag.config.encoder.output_width,
-        dtype="float32",
-    )
+    width = loaded.rag.config.encoder.output_width
+    manifest = index.Manifest.of(corpus, checkpoint.tree_hash(side), step, width)
     embed_rows = encode.row_embedder(
         lambda p, ids, mask: encoder.apply({"params": p}, ids, mask),
         side,

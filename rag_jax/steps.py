@@ -42,6 +42,11 @@ class Setting(NamedTuple):
     search: SearchConfig = SearchConfig()
     epoch: int = 1  # steps of one, for the words of `refresh`
 
+    @property
+    def when(self) -> schedule.Schedule:
+        """When the stage makes the index anew."""
+        return schedule.parse(self.stage.refresh, self.epoch)
+
 
 class Fresh(NamedTuple):
     """Rows [X] of the index and what they are now [X, E], embedded without dropout: for `write_back`."""
@@ -302,7 +307,7 @@ def denoise_loss(s: Setting, params: Params, batch: Batch, key: jax.Array) -> tu
 
 def changes_index(s: Setting) -> bool:
     """Whether the step gives an index back: rolling refresh, and write-back."""
-    return schedule.parse(s.stage.refresh, s.epoch).kind == "rolling" or s.stage.write_back
+    return s.when.kind == "rolling" or s.stage.write_back
 
 
 def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, Index | None, Metrics]]:
@@ -314,7 +319,7 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
     config = s.stage.optimizer
     tx, rate = optimizer.make(config, s.stage.steps), optimizer.schedule(config, s.stage.steps)
     side = "question_encoder" if s.rag.config.tie_encoders else "context_encoder"
-    when = schedule.parse(s.stage.refresh, s.epoch)
+    when = s.when
 
     def loss(
         trainable: Params,

@@ -87,6 +87,7 @@ class Session(NamedTuple):
     answering: AnswerConfig
     program: AnswerFn
     versions: live.Versions | None
+    index_hash: str  # of the index that the run began with, "" where it made its own
 
     def upkeep(self, number: int, index: Any) -> Upkeep:
         """What stage `number` does about its index."""
@@ -140,9 +141,16 @@ def way_of(cfg: TrainConfig, loaded: runs.Loaded, data: preparing.Data, number: 
 
 def save(session: Session, state: TrainState, upkeep: Upkeep, seconds: float) -> None:
     arrays = {"state": state._asdict(), **upkeep.arrays()}
-    begun_with = {"index_hash": snapshots.open_snapshot(session.cfg.index).hash} if session.cfg.index else {}
+    index = {"index_hash": session.index_hash} if session.index_hash else {}
     version = {"corpus": live.position(session.data.corpus)} if session.versions else {}
-    session.keeper.save(int(state.step), arrays, {"seconds": seconds, **upkeep.position(), **begun_with, **version})
+    session.keeper.save(int(state.step), arrays, {"seconds": seconds, **upkeep.position(), **index, **version})
+
+
+def begun_with(cfg: TrainConfig, keeper: checkpoint.Checkpoints, done: int) -> str:
+    """The hash of the index that the configuration names, "" where it names none; a checkpoint has it, too."""
+    if not cfg.index:
+        return ""
+    return keeper.position(done)["index_hash"] if done else snapshots.open_snapshot(cfg.index).hash
 
 
 def restore(session: Session, number: int, params: Any, step: int) -> tuple[TrainState, Upkeep, float]:
@@ -312,6 +320,7 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
         answering=answering,
         program=make_answer(loaded, answering),
         versions=live.Versions(cfg.corpus) if cfg.live else None,
+        index_hash=begun_with(cfg, keeper, done),
     )
     params = init_params(loaded, cfg.seed, cfg.init if not done else "")
     given = given_index(session, params) if cfg.index and not done else None

@@ -7,11 +7,10 @@ gathered on the host and go into the same step as small tables of their own.
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 
-from rag_jax import config, refresh, schedule, sharding
-from rag_jax.hosted import HostIndex, filled, gather
+from rag_jax import config, refresh, sharding
+from rag_jax.hosted import HostIndex, filled, gather, places
 from rag_jax.rag import Params, Passages
 from rag_jax.refresh import Index, Refresher
 from rag_jax.retrieval.corpus import Corpus
@@ -69,9 +68,8 @@ class OnHost:
             rows = filled(index.searcher.search(Queries(q_BE, texts), wanted).ids_BK, self.corpus)
         if stage.objective == "contrastive":
             rows = np.concatenate([arrays["gold"][:, 0], rows.reshape(-1)]) if config.searches(stage) else rows[:, 0]
-        places = np.arange(rows.size, dtype=np.int32).reshape(rows.shape) + jax.process_index() * rows.size
-        arrays |= {"documents": places.astype(np.int32), "document_rows": rows.astype(np.int32)}
         tables, passages = gather(self.corpus, index, rows.reshape(-1))
+        arrays |= {"documents": places(rows), "document_rows": rows.astype(np.int32)}
         return Fed(*sharding.shard_batch(mesh, (arrays, tables, passages)))
 
     def rows(self, index: HostIndex, rows_S: np.ndarray) -> tuple[Index | None, Passages, np.ndarray]:
@@ -93,7 +91,7 @@ class Upkeep:
         self, setting: Setting, feed: Feed, refresher: Refresher, seed: int, sample: int, index: Any = None
     ) -> None:
         self.setting, self.way, self.refresher, self.index = setting, feed, refresher, index
-        self.when = schedule.parse(setting.stage.refresh, setting.epoch)
+        self.when = setting.when
         self.seed, self.sample = seed, sample
         self._drift = make_drift(setting) if config.searches(setting.stage) else None
 
@@ -163,11 +161,11 @@ class Upkeep:
         n = min(self.setting.n_passages, len(self.index.step_N)) if usable is None else len(usable)
         rows = refresh.sample((self.seed, step), n, self.sample)
         rows = rows if usable is None else usable[rows]
-        index, passages, places = self.way.rows(self.index, rows)
+        index, passages, at = self.way.rows(self.index, rows)
         questions = {name: batch[name] for name in ("question_ids", "question_length")}
         assert self._drift is not None
         on_device = sharding.shard_batch(self.setting.mesh, questions)
-        return float(self._drift(params, on_device, index, passages, places))
+        return float(self._drift(params, on_device, index, passages, at))
 
     def feed(self, params: Params, batch: dict[str, np.ndarray]) -> Fed:
         return self.way.feed(params, batch, self.index)

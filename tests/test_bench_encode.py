@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax import bench, bench_encode
+from rag_jax import bench, bench_encode, bench_limits
 from rag_jax.bench_encode import Load
 from rag_jax.retrieval import encode
 from rag_jax.retrieval.corpus import Corpus
@@ -24,7 +24,7 @@ WORDS = [word for name, value in TINY.items() for word in (f"--{name}", value)]
 def limit(monkeypatch):
     """Measuring it takes seconds, and pauses are for figures that count."""
     monkeypatch.setattr(bench_encode, "matmul_limit", lambda dtype: {"float32": 1e9}[dtype])
-    monkeypatch.setattr(bench_encode, "PAUSE", 0)
+    monkeypatch.setattr(bench_limits, "PAUSE", 0)
 
 
 def run(capsys, *words):

@@ -6,7 +6,7 @@ A snapshot never changes. One made of an encode job, or of an older snapshot, sh
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +35,20 @@ class Manifest:
     n_passages: int
     width: int
     dtype: str
+
+    @classmethod
+    def of(cls, corpus: Corpus, encoder_hash: str, step: int, width: int, dtype: str = "float32") -> Self:
+        """That of all passages of a corpus."""
+        return cls(
+            corpus=str(corpus.directory.resolve()),
+            corpus_hash=corpus.hash,
+            encoder_hash=encoder_hash,
+            tokenizer_hash=corpus.encoder_tokenizer.hash,
+            step=step,
+            n_passages=len(corpus),
+            width=width,
+            dtype=dtype,
+        )
 
 
 @dataclass(frozen=True)
