@@ -22,7 +22,7 @@ B, K, N, E, L, T = 8, 2, 40, 16, 20, 6
 ENCODER_V, V = 45, 48  # the first does not divide over a tensor axis, the second does
 GENERATORS = {
     "bart": BartConfig(V, E, 1, 1, 4, 32, 40, dropout=0.0, init="copy"),
-    "t5": T5Config(V, E, 1, 1, 4, head_width=4, hidden=32, dropout=0.0, init="copy", buckets=8),
+    "t5": T5Config(V, E, 1, 1, 8, head_width=4, hidden=32, dropout=0.0, init="copy", buckets=8),
     "lm": LmConfig(V, E, 1, 4, hidden=32, positions=40, dropout=0.0, init="copy", tied=False),
 }
 LOSSES = {
