@@ -99,11 +99,27 @@ def together(args: argparse.Namespace, resume: Callable[[], str], preemption: bo
     """
     initialize(args, preemption=preemption)
     try:
-        yield
+        with _standard_output_apart():
+            yield
     except BaseException as error:
         if jax.process_count() == 1:
             raise
         leave(error, resume())
+
+
+@contextlib.contextmanager
+def _standard_output_apart() -> Iterator[None]:
+    """What libraries print to standard output goes to standard error: Gloo tells there of its connections."""
+    if jax.process_count() == 1:
+        yield
+        return
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def leave(error: BaseException, resume: str) -> None:
