@@ -103,7 +103,7 @@ DAMAGE = {
 def test_damage_is_seen(kind, tmp_path):
     keeper = saved(tmp_path, 1, 2)
     DAMAGE[kind](tmp_path / "2")
-    with pytest.raises(Damaged, match="its (position|arrays)|of its 3 arrays were altered"):
+    with pytest.raises(Damaged, match=r"its (position|arrays)|of its 3 arrays were altered"):
         keeper.restore(2, arrays(0))
     assert_equal(keeper.restore(1, arrays(0)), 1)
     keeper.set_aside(2)

@@ -14,7 +14,7 @@ TYPES = ("float32", "bfloat16", "int8", "int32", "uint32", "bool")
 def drawn(shape, dtype, seed=0):
     rng = np.random.default_rng(seed)
     dtype = jnp.dtype(dtype)
-    if dtype == bool:
+    if dtype == jnp.bool_:
         return rng.integers(0, 2, shape).astype(bool)
     return np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
 
