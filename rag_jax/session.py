@@ -134,19 +134,24 @@ class Restored(NamedTuple):
 
 
 def resume(session: Session) -> Restored | None:
-    """The last whole checkpoint, None where there is none; those after it are set aside, and a line says why."""
-    for step in session.keeper.steps():
+    """The last whole checkpoint, None where there are no checkpoints at all. Those after it are set aside, and a line
+    says why; InputError where none is whole.
+    """
+    keeper, damaged = session.keeper, {}
+    for step in keeper.steps():
         try:
             restored = restore(session, step)
         except checkpoint.Damaged as error:
-            where = session.keeper.set_aside(step)
-            logs.info(
-                f"warning: checkpoint {session.keeper.directory / str(step)} is not whole: {error}; it is now {where}, "
-                "and the one before it is taken"
-            )
+            damaged[step] = f"checkpoint {keeper.directory / str(step)} is not whole: {error}"
             continue
+        for number, words in damaged.items():
+            logs.info(f"warning: {words}; it is now {keeper.set_aside(number).name}, and an older one is taken")
         logs.info(f"{session.directory}: going on from step {step}")
         return restored
+    if damaged:
+        raise InputError(
+            f"{'; '.join(damaged.values())}; no other is there: put one back, or remove them to begin from the start"
+        )
     return None
 
 
