@@ -71,6 +71,7 @@ def test_what_four_processes_do_together(tiny_data, tmp_path):
     assert checkpoint.tree_hash(checkpoint.load_params(tmp_path / "params", like)) == digest
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tiny_data, tmp_path):
     """The same losses, evaluation, parameters and index, with dropout, search and refresh; written by one of them."""
     words = ["train", "--config", f"{tiny.__file__}:{tiny_data}", *RETRIEVER, "--json"]
