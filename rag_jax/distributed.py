@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -92,19 +94,44 @@ def everywhere(true: bool) -> bool:
 
 
 @contextlib.contextmanager
-def together(args: argparse.Namespace, resume: Callable[[], str], preemption: bool = False) -> Iterator[None]:
+def together(args: argparse.Namespace, checkpoints: Path | None = None, preemption: bool = False) -> Iterator[None]:
     """`initialize`; an error inside ends the process at once if it is one of several, and says why.
 
-    Python's own end would wait for the others, who may wait for this one. resume: how to go on, for the message.
+    Python's own end would wait for the others, who may wait for this one. checkpoints: from which the command goes on,
+    for the message.
     """
     initialize(args, preemption=preemption)
     try:
-        with _standard_output_apart():
+        with _standard_output_apart(), _last_words(checkpoints):
             yield
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        leave(error, resume())
+        leave(error, checkpoints)
+
+
+AGAIN = "another process died, or the network failed, or this one was killed: start all again with the same command"
+SPEAKER = """trap '' TERM INT
+read word && exit
+step=$([ -n "$2" ] && ls "$2" 2>/dev/null | grep -Ex '[0-9]+' | sort -n | tail -n 1)
+echo "$1${2:+; training goes on from step ${step:-0}}" >&2"""
+
+
+@contextlib.contextmanager
+def _last_words(checkpoints: Path | None) -> Iterator[None]:
+    """What this process says if it ends inside without a chance to: JAX aborts it when it misses another one.
+
+    A shell waits for a word, and speaks when none comes before the end of its input.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    said, where = f"rag-jax: process {jax.process_index()} has ended: {AGAIN}", str(checkpoints or "")
+    with subprocess.Popen(["sh", "-c", SPEAKER, "sh", said, where], stdin=subprocess.PIPE) as speaker:
+        try:
+            yield
+        finally:
+            speaker.communicate(b"well\n")
 
 
 @contextlib.contextmanager
@@ -122,7 +149,7 @@ def _standard_output_apart() -> Iterator[None]:
         os.close(kept)
 
 
-def leave(error: BaseException, resume: str) -> None:
+def leave(error: BaseException, checkpoints: Path | None = None) -> None:
     """Says what happened and ends this process: status 2 for an InputError, 130 when interrupted, 1 for the rest."""
     said, status = " ".join(str(error).split()), 1
     if isinstance(error, InputError):
@@ -130,8 +157,9 @@ def leave(error: BaseException, resume: str) -> None:
     elif isinstance(error, KeyboardInterrupt):
         said, status = "interrupted", 130
     elif any(word in said.lower() for word in LOST):
-        said = f"another process died, or the network failed ({said[:300]}); start all again with the same command"
-        said = f"{said}; {resume}" if resume else said
+        steps = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()] if checkpoints else []
+        goes_on = f"; training goes on from step {max(steps, default=0)}" if checkpoints else ""
+        said = f"{AGAIN}{goes_on} ({said[:300]})"
     else:
         traceback.print_exception(error)
     print(f"rag-jax: process {jax.process_index()}: {said}", file=sys.stderr)

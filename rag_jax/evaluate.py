@@ -149,7 +149,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     configured = partial(answer.from_arguments, args)
-    with distributed.together(args, lambda: ""):
+    with distributed.together(args):
         if not distributed.first():
             logs.silence()
         search = answer.search_from_argument(args.search)

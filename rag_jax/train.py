@@ -324,11 +324,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    def resume_at() -> str:
-        done = checkpoint.numbers(args.run / "checkpoints")
-        return f"training goes on from step {done[0] if done else 0}"
-
-    with distributed.together(args, resume_at, preemption=True):
+    with distributed.together(args, args.run / "checkpoints", preemption=True):
         if not distributed.first():
             logs.silence()
         found = train(configured(args), args.run)

@@ -81,6 +81,8 @@ def wait(processes: list[subprocess.Popen[str]], grace: float = GRACE_SECONDS) -
         bad = [process.returncode for process in processes if process.returncode]
         if bad and not failed:
             failed, since = bad[0], time.monotonic()
+            number = next(i for i, process in enumerate(processes) if process.returncode)
+            print(f"process {number} ended with status {failed}; the others have {grace} s to end", file=sys.stderr)
         if failed and time.monotonic() - since > grace:
             for process in processes:
                 process.kill()

@@ -184,11 +184,9 @@ def killed(trial: Trial, rng: random.Random) -> Iterator[Row]:
     begun = time.monotonic()
     said = started.end()
     statuses, seconds = [process.returncode for process in started.processes], time.monotonic() - begun
-    lines = [
-        [line for line in text.splitlines() if "process died" in line or "another task died" in line] for text in said
-    ]
+    lines = [[line for line in text.splitlines() if "goes on from step" in line] for text in said]
     clear = all(lines[i] for i in range(4) if i != victim)
-    print("\n".join(line[0] for line in lines if line))
+    print("\n".join(line[-1] for line in lines if line))
     restart = trial.whole(name, mesh, 2, 8)
     off = difference(restart, undisturbed)
     ended = seconds < 60 and all(statuses)

@@ -136,7 +136,7 @@ def main():
     parser.add_argument("data", type=Path)
     distributed.add_arguments(parser)
     args = parser.parse_args()
-    with distributed.together(args, lambda: "nothing to go on with"):
+    with distributed.together(args):
         checks(args.data)
     print("all is well")
 
