@@ -128,7 +128,7 @@ def run_stage(
         for step in range(first, end):
             into = step - start
             if session.preemption.asked(step):
-                stop(session, step, stage.name, state, upkeep, interval, seconds + time.perf_counter() - begun)
+                stop(session, number, state, upkeep, interval, into, seconds + time.perf_counter() - begun)
             before = time.perf_counter()
             drawn = next(iterator)
             waited = time.perf_counter() - before
@@ -171,13 +171,15 @@ def run_stage(
 
 
 def stop(
-    session: Session, step: int, name: str, state: TrainState, upkeep: Upkeep, interval: Interval, seconds: float
+    session: Session, number: int, state: TrainState, upkeep: Upkeep, interval: Interval, into: int, seconds: float
 ) -> None:
-    """Ends the run after `step` steps of all stages, with what was measured since the last log line and a checkpoint;
-    raises Preempted.
+    """Ends the run after `into` steps of stage `number`, with what was measured since the last log line and with a
+    checkpoint (that of the stage before, where there are none); raises Preempted.
     """
+    step = int(state.step)
     if interval.rows:
-        session.write(step, {"stage": name, **interval.summary(), **upkeep.age(step - 1)})
+        session.write(step, {"stage": session.cfg.stages[number].name, **interval.summary(), **upkeep.age(step - 1)})
+    if into:
         sessions.save(session, state, upkeep, seconds)
     session.keeper.wait()
     raise Preempted(step)

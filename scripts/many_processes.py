@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -208,6 +209,7 @@ def sigterm(trial: Trial, rng: random.Random) -> Iterator[Row]:
         undisturbed, name = trial.whole(f"whole-{processes}", mesh, processes, processes), f"sigterm-{processes}"
         shutil.rmtree(trial.out / name, ignore_errors=True)
         stops: list[int] = []
+        lost = 0  # times that a start did not go on from the step that the one before had stopped after
         for number in range(times):
             before, latest = trial.last(name), sum(STEPS.values()) * (number + 1) // times
             target = rng.randrange(before, max(latest, before + 1))
@@ -216,11 +218,20 @@ def sigterm(trial: Trial, rng: random.Random) -> Iterator[Row]:
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.3))
             started.processes[rng.randrange(processes)].send_signal(signal.SIGTERM)
-            started.finish("SIGTERM")
-            stops.append(trial.last(name))
+            said = started.finish("SIGTERM")[0]
+            lost += bool(stops) and f"going on from step {stops[-1]}\n" not in said
+            told = re.search(r"stopped after step (\d+) of", said)
+            stops.append(int(told[1]) if told else trial.last(name))
         rows = trial.whole(name, mesh, processes, processes)
         equal = untimed(rows) == untimed(undisturbed)
-        yield {"processes": processes, "stopped_after": stops, "steps": len(rows), "bit_identical": equal, "ok": equal}
+        yield {
+            "processes": processes,
+            "stopped_after": stops,
+            "steps": len(rows),
+            "steps_lost": lost,
+            "bit_identical": equal,
+            "ok": equal and not lost,
+        }
 
 
 def flip(checkpoint: Path) -> None:

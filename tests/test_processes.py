@@ -13,7 +13,7 @@ import several
 import tiny
 from conftest import ROOT
 from test_checkpoint import flipped, largest
-from test_train import assert_same_run, command, parameters, rows
+from test_train import command, parameters, rows
 
 from rag_jax import checkpoint, logs, sharding
 from rag_jax.answer import Pipeline
@@ -98,25 +98,31 @@ def test_two_processes_train_as_one(tiny_data, tmp_path):
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tiny_data, tmp_path, monkeypatch, capsys):
-    words = [*RETRIEVER, "--set", "log_every=2", "--json"]
-    plain, write = signal.getsignal(signal.SIGTERM), logs.MetricWriter.write
+    """Between two log lines and two checkpoints; what was measured up to there is logged."""
+    words = [*RETRIEVER[:4], "--set", "model.generator=null", "--set", "log_every=2", "--set", "checkpoint_every=4"]
+    words += ["--set", "evaluate_every=0", "--json"]
+    plain, update = signal.getsignal(signal.SIGTERM), logs.Progress.update
 
-    def then_terminated(self, step, values):
-        write(self, step, values)
-        if step == 4:
+    def then_terminated(self, n=1, **values):
+        update(self, n, **values)
+        if self.done == 3 and self.unit == "step":
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(logs.MetricWriter, "write", then_terminated)
+    monkeypatch.setattr(logs.Progress, "update", then_terminated)
     assert command(tiny_data, tmp_path / "run", *words) == 0
     found = capsys.readouterr()
-    assert json.loads(found.out) == {"run": str(tmp_path / "run"), "steps": 4, "of": 6, "preempted": True}
-    assert "SIGTERM: saved and stopped after step 4 of 6" in found.err
+    assert json.loads(found.out) == {"run": str(tmp_path / "run"), "steps": 3, "of": 6, "preempted": True}
+    assert "SIGTERM: saved and stopped after step 3 of 6" in found.err
     assert signal.getsignal(signal.SIGTERM) == plain and not (tmp_path / "run/params").exists()
-    monkeypatch.setattr(logs.MetricWriter, "write", write)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["3"]
+    monkeypatch.setattr(logs.Progress, "update", update)
     assert command(tiny_data, tmp_path / "run", *words) == 0
-    assert "going on from step 4" in capsys.readouterr().err
+    assert "going on from step 3" in capsys.readouterr().err
     assert command(tiny_data, tmp_path / "whole", *words) == 0
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    split, whole = rows(tmp_path / "run"), rows(tmp_path / "whole")
+    assert [row["step"] for row in split] == [2, 3, 4, 6] and [row["step"] for row in whole] == [2, 4, 6]
+    assert (split[1]["loss"] + split[2]["loss"]) / 2 == whole[1]["loss"]
+    jax.tree.map(np.testing.assert_array_equal, *(parameters(tmp_path / name) for name in ("run", "whole")))
 
 
 # --- the whole of it --------------------------------------------------------------------------------------------------
