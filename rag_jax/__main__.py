@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             module, args = parse(argv[0], argv[1:])
             with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
                 result = module.run(args)
+            if result is None:  # of several processes another one says it
+                return 0
             output = render(result, args.json)
         print(output, flush=True)
     except InputError as error:

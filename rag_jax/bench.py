@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rag_jax import bench_decode, bench_encode, bench_search, config, preparing, sharding, train
+from rag_jax import bench_decode, bench_encode, bench_search, config, preparing, session, sharding
 from rag_jax import run as runs
 from rag_jax.bench_limits import matmul_limit, spread, timed
 from rag_jax.config import StageConfig, TrainConfig
@@ -55,11 +55,11 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
     preparing.check(cfg, corpus, mesh)
     data = preparing.prepare(cfg, corpus)
     loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact")
-    params = train.init_params(loaded, cfg.seed, cfg.init)
-    state = train.init_state(loaded, stage, params, 0)
+    params = session.init_params(loaded, cfg.seed, cfg.init)
+    state = session.init_state(loaded, stage, params, 0)
     number = cfg.stages.index(stage)
-    refresher = train.make_refresher(cfg, loaded, Searchers(cfg.search, corpus, mesh))
-    upkeep = train.upkeep_of(cfg, loaded, data, refresher, number, None)
+    refresher = session.make_refresher(cfg, loaded, Searchers(cfg.search, corpus, mesh))
+    upkeep = session.upkeep_of(cfg, loaded, data, refresher, number, None)
     batches = preparing.batches(stage, cfg, data, number)
     key = jax.random.key(cfg.seed)
     upkeep.before(params, 0, 0, batches[0])

@@ -16,6 +16,7 @@ LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors"],
     ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "moments", "schedule", "distributed"],
+    ["checksums", "preemption"],
     ["decoding", "checkpoint", "optimizer", "plots", "tensors"],
     ["models"],
     ["data"],
@@ -32,6 +33,7 @@ LEVELS = [
     ["answer"],
     ["evaluate"],
     ["preparing"],
+    ["session"],
     ["train"],
     ["bench_limits"],
     ["bench_decode", "bench_encode", "bench_search"],
