@@ -37,6 +37,10 @@ class StageConfig:
     embeds anyway goes into the index. drift_every: steps between measurements of how far the index has drifted, 0 for
     none. normaliser: p(z|x) is over what was retrieved, or over the whole corpus. prior_gradient=False stops the
     gradient to the retriever. questions: train on this many of the questions only, 0 for all.
+
+    accumulate: the batch goes through the model in so many parts, one after another; the update is the same.
+    doc_chunk: so many of the n_docs are read at a time, 0 for all. logit_chunk: so much of the vocabulary has logits at
+    a time.
     """
 
     name: str
@@ -57,6 +61,9 @@ class StageConfig:
     hf_compat: bool = False
     prior_gradient: bool = True
     questions: int = 0
+    accumulate: int = 1
+    doc_chunk: int = 0
+    logit_chunk: int = 2048
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -149,9 +156,9 @@ def check(cfg: TrainConfig) -> None:
 def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
     """The same for one stage."""
     where = f"stage {stage.name}: "
-    for name in ("steps", "batch", "n_docs"):
+    for name in ("steps", "batch", "n_docs", "accumulate", "logit_chunk"):
         at_least(1, where + name, getattr(stage, name))
-    for name in ("hard_negatives", "window", "n_retrieved", "drift_every", "questions", "source_length"):
+    for name in ("hard_negatives", "window", "n_retrieved", "drift_every", "questions", "source_length", "doc_chunk"):
         at_least(0, where + name, getattr(stage, name))
     contrasts, reads = stage.objective == "contrastive", stage.objective == "rag" and stage.documents == "gold"
     retrieves = stage.objective == "rag" and not reads
@@ -161,11 +168,16 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
         ("refresh", searches(stage), "stages that search: documents='retrieved', or hard_negatives"),
         ("drift_every", searches(stage), "stages that search: documents='retrieved', or hard_negatives"),
         ("n_retrieved", retrieves, "objective='rag' with documents='retrieved'"),
+        ("doc_chunk", retrieves, "objective='rag' with documents='retrieved'"),
         ("write_back", retrieves, "objective='rag' with documents='retrieved'"),
         ("questions", stage.objective != "denoise", "objectives that have questions"),
     ):
         if getattr(stage, name) and not belongs:
             raise InputError(f"{where}{name}={getattr(stage, name)!r} is only for {place}")
+    if stage.batch % stage.accumulate:
+        raise InputError(f"{where}batch={stage.batch} is not a multiple of accumulate={stage.accumulate}")
+    if stage.doc_chunk and stage.n_docs % stage.doc_chunk:
+        raise InputError(f"{where}n_docs={stage.n_docs} is not a multiple of doc_chunk={stage.doc_chunk}")
     check_search(cfg, stage, where)
     length = stage.source_length or cfg.model.source_length
     if cfg.model.generator is None and not contrasts:
@@ -178,7 +190,7 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
             f"{cfg.model.question_length} and a first token"
         )
     optimizer.schedule(stage.optimizer, stage.steps)
-    optimizer.check_groups(stage.optimizer)
+    optimizer.check(stage.optimizer)
     trained = {group for group in stage.optimizer.groups if not optimizer.is_frozen(stage.optimizer, group)}
     if not trained or trained - reached(stage):
         raise InputError(

@@ -4,7 +4,9 @@ Knows no model. Letters: B questions, K documents per question, T target length,
 P passages of a batch. `mask_BT` is True where a target token counts. Everything is natural-log, float32.
 """
 
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,31 +24,188 @@ def prior_logp(scores_BK: jax.Array, log_normaliser_B: jax.Array | None = None) 
     return log_softmax(scores_BK, axis=-1) if log_normaliser_B is None else scores_BK - log_normaliser_B[:, None]
 
 
+class Head(NamedTuple):
+    """The output layer: logits [..., V] = scale * hidden [..., D] @ kernel_VD^T + bias_V.
+
+    parts: pieces of the vocabulary that lie on different devices; V is a multiple of it. chunk: how much of the
+    vocabulary there are logits of at a time.
+    """
+
+    kernel_VD: jax.Array
+    bias_V: jax.Array
+    scale: float = 1.0
+    chunk: int = 4096
+    parts: int = 1
+
+    def norm(self, hidden: jax.Array) -> jax.Array:
+        """logsumexp of the logits over V [...]."""
+        return vocabulary_norm(hidden, self.kernel_VD, self.bias_V, self.scale, self.chunk, self.parts)
+
+
 def target_logp(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """log p(y_t|...) [...]: logits [..., V] normalised over V and read at targets [...]."""
     logits = logits.astype(jnp.float32)
     return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - logsumexp(logits, axis=-1)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def vocabulary_norm(
-    hidden: jax.Array, kernel_VD: jax.Array, bias_V: jax.Array, scale: float = 1.0, chunk: int = 4096
+    hidden: jax.Array, kernel_VD: jax.Array, bias_V: jax.Array, scale: float = 1.0, chunk: int = 4096, parts: int = 1
 ) -> jax.Array:
-    """logsumexp over V of hidden [..., D] @ kernel^T * scale + bias [...], without the logits [..., V] ever existing.
+    """logsumexp over V of hidden [..., D] @ kernel^T * scale + bias [...], without the logits [..., V] ever existing,
+    also in the gradient, which makes them a second time.
 
-    A chunk of the vocabulary at a time, which a CPU's caches hold: more than twice as fast there as all at once.
+    A chunk of the vocabulary at a time, which a CPU's caches hold: twice as fast there as all at once.
     """
-    V, size = len(kernel_VD), min(chunk, len(kernel_VD))
-    kernel_VD = kernel_VD.astype(hidden.dtype)
+    return _norm_forward(hidden, kernel_VD, bias_V, scale, chunk, parts)[0]
+
+
+class _Chunks(NamedTuple):
+    """The vocabulary in chunks, each the same rows of every part; the last chunk begins inside the one before."""
+
+    kernel_PVD: jax.Array
+    bias_PV: jax.Array
+    scale: float
+    size: int
+
+    @classmethod
+    def of(cls, kernel_VD: jax.Array, bias_V: jax.Array, scale: float, chunk: int, parts: int) -> "_Chunks":
+        V, D = kernel_VD.shape
+        each = V // parts
+        return cls(
+            kernel_VD.reshape(parts, each, D), bias_V.reshape(parts, each), scale, min(max(chunk // parts, 1), each)
+        )
+
+    @property
+    def steps(self) -> int:
+        return -(-self.bias_PV.shape[1] // self.size)
+
+    def at(self, number: jax.Array) -> jax.Array:
+        return jnp.minimum(number * self.size, self.bias_PV.shape[1] - self.size)
+
+    def logits(self, hidden: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Logits [..., P, v] of a chunk, -inf where the chunk before had them, and the kernel's rows [P, v, D]."""
+        start = self.at(number)
+        some = jax.lax.dynamic_slice_in_dim(self.kernel_PVD, start, self.size, 1).astype(hidden.dtype)
+        logits = jnp.einsum("...d,pvd->...pv", hidden, some, preferred_element_type=jnp.float32) * self.scale
+        new = jnp.arange(self.size) + start >= number * self.size
+        bias = jax.lax.dynamic_slice_in_dim(self.bias_PV, start, self.size, 1)
+        return jnp.where(new, logits + bias, -jnp.inf), some
+
+
+def _norm_forward(
+    hidden: jax.Array, kernel_VD: jax.Array, bias_V: jax.Array, scale: float, chunk: int, parts: int
+) -> tuple[jax.Array, tuple]:
+    chunks = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts)
 
     def one(norm: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-        start = jnp.minimum(number * size, V - size)
-        some = jax.lax.dynamic_slice_in_dim(kernel_VD, start, size)
-        logits = jnp.matmul(hidden, some.T, preferred_element_type=jnp.float32) * scale
-        new = jnp.arange(size) + start >= number * size  # the last chunk begins inside the one before
-        logits = jnp.where(new, logits + jax.lax.dynamic_slice_in_dim(bias_V, start, size), -jnp.inf)
-        return jnp.logaddexp(norm, logsumexp(logits, axis=-1)), None
+        return jnp.logaddexp(norm, logsumexp(chunks.logits(hidden, number)[0], axis=(-2, -1))), None
 
-    return jax.lax.scan(one, jnp.full(hidden.shape[:-1], -jnp.inf), jnp.arange(-(-V // size)))[0]
+    norm = jax.lax.scan(one, jnp.full(hidden.shape[:-1], -jnp.inf), jnp.arange(chunks.steps))[0]
+    return norm, (hidden, kernel_VD, bias_V, norm)
+
+
+def _gradients(chunks: _Chunks, hidden: jax.Array, d_logits_of: Callable[[jax.Array], jax.Array]) -> tuple:
+    """Gradients in hidden, kernel [P, V, D] and bias [P, V] of what has the gradient d_logits_of(logits) in the logits
+    of a chunk; and the sum of that over V [...].
+    """
+
+    def add(total: jax.Array, part: jax.Array, number: jax.Array) -> jax.Array:
+        start = chunks.at(number)
+        old = jax.lax.dynamic_slice_in_dim(total, start, chunks.size, 1)
+        return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, 1)
+
+    def one(d: tuple, number: jax.Array) -> tuple[tuple, None]:
+        d_hidden, d_kernel_PVD, d_bias_PV, total = d
+        logits, some = chunks.logits(hidden, number)
+        d_logits = d_logits_of(logits)
+        d_bias = d_logits.reshape(-1, *d_logits.shape[-2:]).sum(0)
+        total = total + d_logits.sum((-2, -1))
+        d_logits = (d_logits * chunks.scale).astype(hidden.dtype)
+        d_hidden = d_hidden + jnp.einsum("...pv,pvd->...d", d_logits, some, preferred_element_type=jnp.float32)
+        d_kernel = jnp.einsum("...pv,...d->pvd", d_logits, hidden, preferred_element_type=jnp.float32)
+        return (d_hidden, add(d_kernel_PVD, d_kernel, number), add(d_bias_PV, d_bias, number), total), None
+
+    shapes = hidden.shape, chunks.kernel_PVD.shape, chunks.bias_PV.shape, hidden.shape[:-1]
+    d_hidden, *rest = jax.lax.scan(one, tuple(jnp.zeros(x) for x in shapes), jnp.arange(chunks.steps))[0]
+    return d_hidden.astype(hidden.dtype), *rest
+
+
+def _norm_backward(scale: float, chunk: int, parts: int, saved: tuple, d_norm: jax.Array) -> tuple:
+    hidden, kernel_VD, bias_V, norm = saved
+    chunks = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts)
+    d_hidden, d_kernel, d_bias, _ = _gradients(
+        chunks, hidden, lambda logits: jnp.exp(logits - norm[..., None, None]) * d_norm[..., None, None]
+    )
+    return d_hidden, d_kernel.reshape(kernel_VD.shape).astype(kernel_VD.dtype), d_bias.reshape(bias_V.shape)
+
+
+vocabulary_norm.defvjp(_norm_forward, _norm_backward)
+
+
+def logit_at(hidden_BKTD: jax.Array, head: Head, targets_BT: jax.Array) -> jax.Array:
+    """The logits of the targets alone [B, K, T]."""
+    rows_BTD = head.kernel_VD[targets_BT].astype(hidden_BKTD.dtype)
+    products = jnp.einsum("bktd,btd->bkt", hidden_BKTD, rows_BTD, preferred_element_type=jnp.float32)
+    return products * head.scale + head.bias_V[targets_BT][:, None]
+
+
+def summed_logp(hidden: jax.Array, head: Head, norm: jax.Array) -> jax.Array:
+    """Sum over V of log p [...], from hidden [..., D] and norm [...]: no logits are needed, the sum is linear."""
+    total_D = head.kernel_VD.astype(jnp.float32).sum(0)
+    products = jnp.einsum("...d,d->...", hidden.astype(jnp.float32), total_D)
+    return products * head.scale + head.bias_V.sum() - len(head.kernel_VD) * norm
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def summed_marginal(
+    hidden_BKTD: jax.Array,
+    kernel_VD: jax.Array,
+    bias_V: jax.Array,
+    norm_BKT: jax.Array,
+    prior_BK: jax.Array,
+    scale: float,
+    chunk: int,
+    parts: int,
+) -> jax.Array:
+    """Sum over V of log sum_k p(z_k|x) p(v|z_k) [B, T], a chunk of the vocabulary at a time; see `vocabulary_norm`."""
+    return _marginal_forward(hidden_BKTD, kernel_VD, bias_V, norm_BKT, prior_BK, scale, chunk, parts)[0]
+
+
+def _marginal_forward(
+    hidden: jax.Array,
+    kernel_VD: jax.Array,
+    bias_V: jax.Array,
+    norm: jax.Array,
+    prior: jax.Array,
+    scale: float,
+    chunk: int,
+    parts: int,
+) -> tuple[jax.Array, tuple]:
+    chunks, add_BKT = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts), prior[..., None] - norm
+
+    def one(total_BT: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+        marginal = logsumexp(chunks.logits(hidden, number)[0] + add_BKT[..., None, None], axis=1)
+        return total_BT + jnp.where(jnp.isneginf(marginal), 0.0, marginal).sum((-2, -1)), None
+
+    total_BT = jax.lax.scan(one, jnp.zeros((len(norm), norm.shape[2])), jnp.arange(chunks.steps))[0]
+    return total_BT, (hidden, kernel_VD, bias_V, norm, prior)
+
+
+def _marginal_backward(scale: float, chunk: int, parts: int, saved: tuple, d_total_BT: jax.Array) -> tuple:
+    hidden, kernel_VD, bias_V, norm, prior = saved
+    chunks, add_BKT = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts), prior[..., None] - norm
+
+    def d_logits_of(logits: jax.Array) -> jax.Array:
+        share = jax.nn.softmax(logits + add_BKT[..., None, None], axis=1)  # of each document in a token's probability
+        return jnp.where(jnp.isneginf(logits), 0.0, share) * d_total_BT[:, None, :, None, None]
+
+    d_hidden, d_kernel, d_bias, d_add_BKT = _gradients(chunks, hidden, d_logits_of)
+    d_kernel = d_kernel.reshape(kernel_VD.shape).astype(kernel_VD.dtype)
+    return d_hidden, d_kernel, d_bias.reshape(bias_V.shape), -d_add_BKT, d_add_BKT.sum(-1)
+
+
+summed_marginal.defvjp(_marginal_forward, _marginal_backward)
 
 
 def _check(token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array) -> None:
@@ -95,21 +254,23 @@ def posterior_logp(token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.
     return log_softmax(sequence_joint(token_logp_BKT, prior_BK, mask_BT), axis=-1)
 
 
-def _sequence_smooth(logits_BKTV: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior) -> jax.Array:
+def _sequence_smooth(
+    hidden_BKTD: jax.Array, head: Head, norm_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior
+) -> jax.Array:
     """logsumexp_k of the sum over t and V of log p, the smoothing term of RAG-Sequence [B].
 
     transformers adds the prior to all V log-probabilities of the second token, so there it counts V times.
     """
-    vocabulary = logits_BKTV.shape[-1]
-    smooth_BKT = log_softmax(logits_BKTV.astype(jnp.float32), axis=-1).sum(-1)
-    return logsumexp(sequence_joint(smooth_BKT, prior_BK * vocabulary, mask_BT, prior), axis=-1)
+    smooth_BKT = summed_logp(hidden_BKTD, head, norm_BKT)
+    return logsumexp(sequence_joint(smooth_BKT, prior_BK * len(head.kernel_VD), mask_BT, prior), axis=-1)
 
 
-def _token_smooth(logits_BKTV: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior) -> jax.Array:
+def _token_smooth(
+    hidden_BKTD: jax.Array, head: Head, norm_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior
+) -> jax.Array:
     """Sum over t and V of the marginal log-probabilities [B]."""
-    logp_BKTV = log_softmax(logits_BKTV.astype(jnp.float32), axis=-1)
-    marginal_BTV = logsumexp(logp_BKTV + prior_BK[..., None, None], axis=1)
-    return jnp.where(mask_BT, marginal_BTV.sum(-1), 0.0).sum(-1)
+    kernel_VD, bias_V, *how = head
+    return jnp.where(mask_BT, summed_marginal(hidden_BKTD, kernel_VD, bias_V, norm_BKT, prior_BK, *how), 0.0).sum(-1)
 
 
 OBJECTIVES = {"rag_sequence": (rag_sequence_logp, _sequence_smooth), "rag_token": (rag_token_logp, _token_smooth)}
@@ -117,7 +278,8 @@ OBJECTIVES = {"rag_sequence": (rag_sequence_logp, _sequence_smooth), "rag_token"
 
 def rag_nll(
     objective: str,
-    logits_BKTV: jax.Array,
+    hidden_BKTD: jax.Array,
+    head: Head,
     targets_BT: jax.Array,
     mask_BT: jax.Array,
     scores_BK: jax.Array,
@@ -129,26 +291,28 @@ def rag_nll(
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log marginal likelihood nll_B, summed over tokens (no mean), and token_logp_BKT.
 
-    With label smoothing e: (1-e) * nll - (e/V) * smooth, as in transformers. `first_counts`, a scalar: whether the
-    first target token is part of the likelihood (of the smoothing term it always is). log_normaliser_B: see prior_logp.
+    From the decoder's last states and the output layer: the logits [B, K, T, V] never exist. With label smoothing e:
+    (1-e) * nll - (e/V) * smooth, as in transformers. `first_counts`, a scalar: whether the first target token is part
+    of the likelihood (of the smoothing term it always is). log_normaliser_B: see prior_logp.
     Raises KeyError for an unknown objective and ValueError for shapes that do not fit together.
     """
     logp, smooth = OBJECTIVES[objective]
-    B, K, T, _ = logits_BKTV.shape
+    B, K, T, _ = hidden_BKTD.shape
     if targets_BT.shape != (B, T) or scores_BK.shape != (B, K):
         raise ValueError(
-            f"logits [B, K, T, V] {logits_BKTV.shape} need targets [B, T] = {(B, T)} and scores [B, K] = {(B, K)}; "
+            f"states [B, K, T, D] {hidden_BKTD.shape} need targets [B, T] = {(B, T)} and scores [B, K] = {(B, K)}; "
             f"got {targets_BT.shape} and {scores_BK.shape}"
         )
-    token_logp_BKT = target_logp(logits_BKTV, jnp.broadcast_to(targets_BT[:, None], (B, K, T)))
+    norm_BKT = head.norm(hidden_BKTD)
+    token_logp_BKT = logit_at(hidden_BKTD, head, targets_BT) - norm_BKT
     prior_BK = prior_logp(scores_BK, log_normaliser_B)
     counted_BKT = token_logp_BKT
     if first_counts is not True:
         counted_BKT = token_logp_BKT.at[..., 0].set(jnp.where(first_counts, token_logp_BKT[..., 0], 0.0))
     nll_B = -logp(counted_BKT, prior_BK, mask_BT, prior)
     if label_smoothing:
-        smooth_B = smooth(logits_BKTV, prior_BK, mask_BT, prior)
-        nll_B = (1 - label_smoothing) * nll_B - label_smoothing / logits_BKTV.shape[-1] * smooth_B
+        smooth_B = smooth(hidden_BKTD, head, norm_BKT, prior_BK, mask_BT, prior)
+        nll_B = (1 - label_smoothing) * nll_B - label_smoothing / len(head.kernel_VD) * smooth_B
     return nll_B, token_logp_BKT
 
 

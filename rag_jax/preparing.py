@@ -80,9 +80,11 @@ def check(cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
             if getattr(stage, wanted) > corpus.n_live:
                 asked = f"{wanted}={getattr(stage, wanted)}"
                 raise InputError(f"stage {stage.name}: {asked}, but the corpus has {corpus.n_live} passages")
-        if stage.batch % shards:
+        if stage.batch % (shards * stage.accumulate):
+            parts = f" in {stage.accumulate} parts" if stage.accumulate > 1 else ""
             raise InputError(
-                f"stage {stage.name}: batch={stage.batch} does not divide over {shards} devices; make it a multiple"
+                f"stage {stage.name}: batch={stage.batch}{parts} does not divide over {shards} devices; make it a "
+                "multiple"
             )
 
 

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rag_jax import decoding, objectives
+from rag_jax import decoding, objectives, sharding
 from rag_jax import generate as generating
 from rag_jax.errors import InputError
 from rag_jax.models import copying
@@ -189,17 +189,51 @@ class Rag:
         dropout: jax.Array | None = None,
     ) -> jax.Array:
         """Teacher forcing under every document: logits [B, K, T, V], where position t predicts labels[t+1]."""
-        B, K, L = check_contexts(context_ids_BKL, context_mask_BKL, labels_BT=labels_BT)
-        rngs = None if dropout is None else {"dropout": dropout}
-        logits = self.generator.apply(
-            {"params": params["generator"]},
-            context_ids_BKL.reshape(B * K, L),
-            context_mask_BKL.reshape(B * K, L),
-            spread(labels_BT, K),
-            dropout is None,
-            rngs=rngs,
-        )
-        return logits.reshape(B, K, *logits.shape[1:])
+        hidden_BKTD = self.states(params, context_ids_BKL, context_mask_BKL, labels_BT, dropout)
+        return self.generator.apply({"params": params["generator"]}, hidden_BKTD, method="logits")
+
+    def states(
+        self,
+        params: Params,
+        context_ids_BKL: jax.Array,
+        context_mask_BKL: jax.Array,
+        labels_BT: jax.Array,
+        dropout: jax.Array | None = None,
+        doc_chunk: int = 0,
+    ) -> jax.Array:
+        """The decoder's last states under every document [B, K, T, D], of which `head` makes the logits.
+
+        doc_chunk: documents that are read at a time, each time anew in the backward pass, so that what attention and
+        feed-forward keep for it is of that many only; 0 for all. ValueError where K is not a multiple.
+        """
+        B, K, _ = check_contexts(context_ids_BKL, context_mask_BKL, labels_BT=labels_BT)
+        size = doc_chunk or K
+        if K % size:
+            raise ValueError(f"doc_chunk={doc_chunk} does not divide the {K} documents")
+
+        def read(some: tuple[jax.Array, jax.Array, Any]) -> jax.Array:
+            ids_BCL, mask_BCL, key = some
+            ids, mask = (x.reshape(-1, x.shape[-1]) for x in (ids_BCL, mask_BCL))
+            variables, rngs = {"params": params["generator"]}, None if key is None else {"dropout": key}
+            hidden = self.generator.apply(
+                variables, ids, mask, spread(labels_BT, size), key is None, rngs=rngs, method="taught"
+            )
+            return hidden.reshape(B, size, *hidden.shape[1:])
+
+        if size == K:
+            return read((context_ids_BKL, context_mask_BKL, dropout))
+        ids, mask = (x.reshape(B, K // size, size, -1).swapaxes(0, 1) for x in (context_ids_BKL, context_mask_BKL))
+        keys = None if dropout is None else jax.random.split(dropout, K // size)
+        read = jax.checkpoint(read, prevent_cse=False)  # within a scan nothing can be merged
+        hidden_CBSTD = jax.lax.map(read, (ids, mask, keys))
+        return hidden_CBSTD.swapaxes(0, 1).reshape(B, K, *hidden_CBSTD.shape[3:])
+
+    def head(self, params: Params, logit_chunk: int = 4096) -> objectives.Head:
+        """The output layer, whole over `fsdp`; logit_chunk: so much of the vocabulary has logits at a time."""
+        c, module = self.config.reader, self.generator
+        kernel_VD, bias_V = module.apply({"params": params["generator"]}, method="head")
+        kernel_VD = sharding.gathered(kernel_VD, ("vocab", "embed"), jnp.dtype(c.dtype))
+        return objectives.Head(kernel_VD, bias_V, c.logit_scale, logit_chunk, sharding.vocabulary_parts(len(kernel_VD)))
 
     def nll(
         self,
@@ -209,27 +243,10 @@ class Rag:
         scores_BK: jax.Array,
         labels_BT: jax.Array,
         hf_compat: bool = False,
-        label_smoothing: float = 0.0,
-        dropout: jax.Array | None = None,
-        exclude_bos_score: bool = False,
+        **options: Any,
     ) -> jax.Array:
-        """-log p(y|x) [B], summed over tokens; labels are `<s> y </s>`, right-padded.
-
-        hf_compat: see objectives.sequence_joint. exclude_bos_score: where every row of the targets begins with bos (the
-        labels then with two first tokens, as generation from eos gives them), that token is not scored, as
-        transformers' RAG-Sequence has it; ValueError for RAG-Token, which has no such thing.
-        """
-        return self.loss(
-            params,
-            context_ids_BKL,
-            context_mask_BKL,
-            scores_BK,
-            labels_BT,
-            hf_compat,
-            label_smoothing,
-            dropout,
-            exclude_bos_score,
-        )[0]
+        """-log p(y|x) [B], summed over tokens; labels are `<s> y </s>`, right-padded. options: those of `loss`."""
+        return self.loss(params, context_ids_BKL, context_mask_BKL, scores_BK, labels_BT, hf_compat, **options)[0]
 
     def loss(
         self,
@@ -243,18 +260,27 @@ class Rag:
         dropout: jax.Array | None = None,
         exclude_bos_score: bool = False,
         log_normaliser_B: jax.Array | None = None,
+        doc_chunk: int = 0,
+        logit_chunk: int = 4096,
     ) -> tuple[jax.Array, jax.Array]:
-        """nll_B and the posterior log p(z_k|x,y) [B, K]. log_normaliser_B: see objectives.prior_logp."""
+        """nll_B and the posterior log p(z_k|x,y) [B, K].
+
+        hf_compat: see objectives.sequence_joint. exclude_bos_score: where every row of the targets begins with bos (the
+        labels then with two first tokens, as generation from eos gives them), that token is not scored, as
+        transformers' RAG-Sequence has it; ValueError for RAG-Token, which has no such thing. log_normaliser_B: see
+        objectives.prior_logp. doc_chunk: see `states`; logit_chunk: see `head`.
+        """
         check_contexts(context_ids_BKL, context_mask_BKL, scores_BK, labels_BT)
         targets_BT, mask_BT = shift_left(labels_BT, self.config.reader)
-        logits_BKTV = self.logits(params, context_ids_BKL, context_mask_BKL, labels_BT, dropout)
+        hidden_BKTD = self.states(params, context_ids_BKL, context_mask_BKL, labels_BT, dropout, doc_chunk)
         prior: objectives.Prior = "hf_compat" if hf_compat else "paper"
         if exclude_bos_score and self.variant != "sequence":
             raise ValueError("exclude_bos_score is of RAG-Sequence; this model is RAG-Token")
         first_counts = ~(targets_BT[:, 0] == self.config.reader.bos_id).all() if exclude_bos_score else True
         nll_B, token_logp_BKT = objectives.rag_nll(
             self.config.objective,
-            logits_BKTV,
+            hidden_BKTD,
+            self.head(params, logit_chunk),
             targets_BT,
             mask_BT,
             scores_BK,

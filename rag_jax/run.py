@@ -210,11 +210,12 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 def param_places(rag: Rag, mesh: jax.sharding.Mesh) -> Any:
     """Shapes, types and shardings of the parameters."""
-    return jax.tree.map(
-        lambda box: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype, sharding=sharding.sharding(mesh, box.names)),
-        abstract_params(rag),
-        is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
-    )
+
+    def placed(box: nn.LogicallyPartitioned) -> jax.ShapeDtypeStruct:
+        shape = box.value.shape
+        return jax.ShapeDtypeStruct(shape, box.value.dtype, sharding=sharding.placed(mesh, box.names, shape))
+
+    return jax.tree.map(placed, abstract_params(rag), is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
 def read_params(run_dir: Path, rag: Rag, mesh: jax.sharding.Mesh) -> Params:

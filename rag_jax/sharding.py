@@ -5,6 +5,8 @@ axis a word is cut over. A word that is not in the table, or two words on one me
 replicated by accident.
 """
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rag_jax.errors import InputError
 
@@ -81,6 +83,81 @@ def sharding(mesh: Mesh, names: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(mesh, spec(names))
 
 
+def placed(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """Where a parameter of this shape lies: `sharding`, but that a vocabulary which does not divide is not cut.
+
+    (Those of BERT and BART are odd numbers, which released checkpoints keep.) InputError for another axis that does
+    not divide.
+    """
+    kept = list(names)
+    for i, (name, size) in enumerate(zip(names, shape, strict=True)):
+        cuts = 1 if name is None else extent(mesh, name)
+        if size % cuts and (name == "vocab" or size == 1):
+            kept[i] = None
+        elif size % cuts:
+            raise InputError(
+                f"a parameter {tuple(shape)} with axes {tuple(names)}: {size} does not divide over the {cuts} devices "
+                f"that RULES gives {name!r}; choose another mesh"
+            )
+    return sharding(mesh, kept)
+
+
+def extent(mesh: Mesh | AbstractMesh, name: str) -> int:
+    """Over how many devices a logical axis is cut."""
+    axes = RULES[name] or ()
+    return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
+
+
+def on(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """While a program is traced within, `constrain` and `gathered` know this mesh; without, they do nothing."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def _current() -> AbstractMesh | None:
+    """The mesh of `on`; None outside, on one device, and within shard_map, where each device is on its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
+
+
+def vocabulary_parts(size: int) -> int:
+    """Pieces in which a vocabulary of this size lies over the mesh of `on`."""
+    mesh = _current()
+    return 1 if mesh is None or size % extent(mesh, "vocab") else extent(mesh, "vocab")
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Activations, as the mesh of `on` cuts axes of these names; a compiler that is left to guess cuts the width, too.
+
+    An axis that does not divide, as that of a batch of one, is not cut.
+    """
+    mesh = _current()
+    if mesh is None:
+        return x
+    kept = [None if name is None or n % extent(mesh, name) else name for name, n in zip(names, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, spec(kept))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(parameter: jax.Array, names: tuple[str | None, ...], dtype: Any) -> jax.Array:
+    """A parameter as it is used: whole over `fsdp`, in the type of the products (ZeRO-3, Rajbhandari et al. 2020).
+
+    What the devices send each other has that type; the gradient is summed in the parameter's own, right into shards.
+    """
+    whole = [None if name and RULES[name] == "fsdp" else name for name in names]
+    return constrain(parameter.astype(dtype), *whole)
+
+
+def _gathered_forward(parameter: jax.Array, names: tuple, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    return gathered(parameter, names, dtype), jnp.zeros(0, parameter.dtype)
+
+
+def _gathered_backward(names: tuple, _: Any, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return (constrain(gradient.astype(like.dtype), *names),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -89,15 +166,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def init(mesh: Mesh, function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)` with every array made on its own shards and out of its box of names.
 
-    Arrays are boxed by `nn.with_logical_partitioning`; an optimiser state made from boxed parameters is boxed too.
+    Arrays are boxed by `nn.with_logical_partitioning`; an optimiser state made from boxed parameters is boxed too. An
+    array with fewer axes than its names, as Adafactor keeps for rows and columns, lies whole on every device.
     Raises ValueError for an array without names, unless it is a scalar.
     """
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
-        names = leaf.names if _boxed(leaf) else ()
-        if len(names) != jax.tree.leaves(leaf)[0].ndim:
+        names, axes = leaf.names if _boxed(leaf) else (), jax.tree.leaves(leaf)[0].ndim
+        if axes < len(names):
+            return replicated(mesh)
+        if len(names) != axes:
             raise ValueError(f"{jax.tree_util.keystr(path)}: names {names} for {jax.tree.leaves(leaf)[0]}")
-        return sharding(mesh, names)
+        return placed(mesh, names, jax.tree.leaves(leaf)[0].shape)
 
     def unboxed(*args: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.value if _boxed(leaf) else leaf, function(*args), is_leaf=_boxed)

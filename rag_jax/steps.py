@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.nn import logsumexp
 
-from rag_jax import objectives, optimizer, refresh, schedule
+from rag_jax import objectives, optimizer, refresh, schedule, sharding
 from rag_jax.config import SearchConfig, StageConfig
 from rag_jax.rag import Params, Passages, Rag, join, shift_left
 from rag_jax.refresh import Index
@@ -62,6 +62,23 @@ def masked(length_B: jax.Array, width: int) -> jax.Array:
 def embed_questions(s: Setting, params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
     ids = batch["question_ids"]
     return s.rag.embed_questions(params, ids, masked(batch["question_length"], ids.shape[1]), key)
+
+
+def micro(x: jax.Array, count: int) -> jax.Array:
+    """[B, ...] -> [count, B / count, ...]: rows that lie on one device go evenly into all micro-batches."""
+    return x.reshape(len(x) // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+
+def in_turns(embed: Callable[..., jax.Array], count: int, key: jax.Array, *arrays: jax.Array) -> jax.Array:
+    """embed(key, *arrays) [B, E] with a `count`th of the rows at a time, each computed again in the backward pass.
+
+    The loss sees all rows, memory the activations of one part: GradCache (Gao et al. 2021).
+    """
+    if count == 1:
+        return embed(key, *arrays)
+    part = jax.checkpoint(lambda given: embed(*given), prevent_cse=False)  # within a scan nothing can be merged
+    found_CXE = jax.lax.map(part, (jax.random.split(key, count), *(micro(x, count) for x in arrays)))
+    return found_CXE.swapaxes(0, 1).reshape(-1, found_CXE.shape[-1])
 
 
 @functools.lru_cache(maxsize=8)
@@ -228,6 +245,8 @@ def rag_loss(
         s.stage.label_smoothing,
         generator_key,
         log_normaliser_B=found and found.log_z_B,
+        doc_chunk=s.stage.doc_chunk,
+        logit_chunk=s.stage.logit_chunk,
     )
     counted = shift_left(batch["labels"], s.rag.config.reader)[1].sum()
     tokens = mask_BKL.sum() + counted * rows_BK.shape[1]
@@ -262,10 +281,16 @@ def contrastive_loss(
     """Contrastive loss of each question against the first gold passages of all questions of the (global) batch.
 
     With `hard_negatives`, also against the passages that the index now ranks highest for any of them (as ANCE, Xiong et
-    al. 2021, section 4); right ones among those are left out.
+    al. 2021, section 4); right ones among those are left out. With `accumulate`, a part of the batch is embedded at a
+    time; the loss is the same.
     """
     question_key, passage_key = jax.random.split(key)
-    q_BE = embed_questions(s, params, batch, question_key)
+
+    def questions(key: jax.Array, ids: jax.Array, length: jax.Array) -> jax.Array:
+        return embed_questions(s, params, {"question_ids": ids, "question_length": length}, key)
+
+    turns = s.stage.accumulate
+    q_BE = in_turns(questions, turns, question_key, batch["question_ids"], batch["question_length"])
     B = len(q_BE)
     if "documents" in batch:
         rows_P, numbers_P = batch["documents"], batch["document_rows"]
@@ -275,7 +300,7 @@ def contrastive_loss(
             _, hard = find(s, q_BE, index, s.stage.hard_negatives)
             rows_P = jnp.concatenate([rows_P, hard.reshape(-1)])
         numbers_P = rows_P
-    d_PE = embed_rows(s, params, passages, rows_P, passage_key)
+    d_PE = in_turns(lambda key, rows: embed_rows(s, params, passages, rows, key), turns, passage_key, rows_P)
     also_right_BP = is_gold(jnp.broadcast_to(numbers_P[None], (B, len(rows_P))), batch["gold"])
     loss_B = objectives.in_batch_contrastive(q_BE, d_PE, jnp.eye(B, len(rows_P), dtype=bool), also_right_BP)
     right_B = also_right_BP[jnp.arange(B), (q_BE @ d_PE.T).argmax(-1)]
@@ -303,6 +328,37 @@ def denoise_loss(s: Setting, params: Params, batch: Batch, key: jax.Array) -> tu
         "token_accuracy": right.sum() / counted.sum(),
         "tokens": mask.sum() + counted.sum(),
     }
+
+
+def accumulated(s: Setting, differentiate: Callable, trainable: Params, batch: Batch, key: jax.Array) -> Any:
+    """What `differentiate(trainable, batch, key)`, a value_and_grad, gives for the batch, from micro-batches one after
+    another: value and gradient are those of the whole batch (but for dropout), metrics mostly means of theirs.
+    """
+    count = s.stage.accumulate
+    parts = {name: micro(x, count) for name, x in batch.items()}
+    weight_C = jnp.full(count, 1 / count)
+    if s.stage.objective == "denoise":  # a mean over tokens
+        tokens_C = shift_left(batch["labels"], s.rag.config.reader)[1].sum(-1)
+        weight_C = (share := micro(tokens_C, count).sum(-1)) / share.sum()
+
+    def one(total: Params, given: tuple[Batch, jax.Array, jax.Array]) -> tuple[Params, Any]:
+        part, weight, key = given
+        part = {name: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)) for name, x in part.items()}
+        (value, aux), gradients = differentiate(trainable, part, key)
+        return jax.tree.map(lambda a, b: a + weight * b, total, gradients), (weight * value, aux)
+
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    gradients, (values, (metrics, fresh)) = jax.lax.scan(one, zeros, (parts, weight_C, jax.random.split(key, count)))
+    if fresh is not None:
+        fresh = Fresh(fresh.rows.reshape(-1), fresh.embeddings.reshape(-1, fresh.embeddings.shape[-1]))
+    metrics = {name: TOGETHER.get(name, jnp.nanmean)(x) for name, x in metrics.items()}
+    return (values.sum(), (metrics, fresh)), gradients
+
+
+TOGETHER: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "tokens": jnp.sum,
+    "row_age_max": jnp.max,
+}  # of the metrics of micro-batches; of the others the mean
 
 
 def changes_index(s: Setting) -> bool:
@@ -340,11 +396,19 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
         return rag_loss(s, params, side in trainable, batch, index, passages, key, now)
 
     def step(state: TrainState, batch: Batch, index: Index, passages: Passages, key: jax.Array) -> Any:
+        with sharding.on(s.mesh):
+            return on_mesh(state, batch, index, passages, key)
+
+    def on_mesh(state: TrainState, batch: Batch, index: Index, passages: Passages, key: jax.Array) -> Any:
         trainable, frozen = optimizer.split(config, state.params)
         key = jax.random.fold_in(key, state.step)
-        (value, (metrics, fresh)), gradients = jax.value_and_grad(loss, has_aux=True)(
-            trainable, frozen, batch, index, passages, key, state.step
+        differentiate = jax.value_and_grad(
+            lambda trainable, batch, key: loss(trainable, frozen, batch, index, passages, key, state.step), has_aux=True
         )
+        if s.stage.accumulate > 1 and s.stage.objective != "contrastive":
+            (value, (metrics, fresh)), gradients = accumulated(s, differentiate, trainable, batch, key)
+        else:
+            (value, (metrics, fresh)), gradients = differentiate(trainable, batch, key)
         new_index = None
         if changes_index(s):
             new_index = index

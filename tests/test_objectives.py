@@ -9,6 +9,15 @@ import pytest
 from rag_jax import objectives
 
 PAD = 1
+
+
+def rag_nll(objective, logits_BKTV, *args, chunk=4096, **kwargs):
+    """Of logits: they are the states, and the output layer changes nothing."""
+    V = logits_BKTV.shape[-1]
+    head = objectives.Head(jnp.eye(V), jnp.zeros(V), chunk=chunk)
+    return objectives.rag_nll(objective, jnp.asarray(logits_BKTV), head, *args, **kwargs)
+
+
 B, K, T, V = 4, 3, 5, 7
 LENGTHS = (5, 3, 2, 1)  # scored tokens of each question; the last one is too short for transformers' prior
 
@@ -51,7 +60,7 @@ def brute_force(case, objective, prior="paper", smoothing=0.0):
 @pytest.mark.parametrize("prior", ["paper", "hf_compat"])
 @pytest.mark.parametrize("objective", ["rag_sequence", "rag_token"])
 def test_nll_is_that_of_loops(case, objective, prior, smoothing):
-    nll, token_logp = objectives.rag_nll(objective, **case, prior=prior, label_smoothing=smoothing)
+    nll, token_logp = rag_nll(objective, **case, prior=prior, label_smoothing=smoothing)
     np.testing.assert_allclose(nll, brute_force(case, objective, prior, smoothing), rtol=2e-5)
     p = oracles.softmax(case["logits_BKTV"])
     expected = np.log(np.take_along_axis(p, case["targets_BT"][:, None, :, None].repeat(K, 1), -1)[..., 0])
@@ -59,19 +68,19 @@ def test_nll_is_that_of_loops(case, objective, prior, smoothing):
 
 
 def test_the_two_priors_differ_only_for_a_single_target_token(case):
-    paper, quirk = (np.asarray(objectives.rag_nll("rag_sequence", **case, prior=p)[0]) for p in ("paper", "hf_compat"))
+    paper, quirk = (np.asarray(rag_nll("rag_sequence", **case, prior=p)[0]) for p in ("paper", "hf_compat"))
     np.testing.assert_allclose(paper[:-1], quirk[:-1], rtol=1e-6)
     assert quirk[-1] < paper[-1] - 0.1  # K documents, each with weight one
     one = {**case, **{name: case[name][:, :1] for name in ("targets_BT", "mask_BT")}}
     one["logits_BKTV"] = case["logits_BKTV"][:, :, :1]  # T = 1: there is no second position at all
-    nll, _ = objectives.rag_nll("rag_sequence", **one, prior="hf_compat")
+    nll, _ = rag_nll("rag_sequence", **one, prior="hf_compat")
     np.testing.assert_allclose(nll[-1], quirk[-1], rtol=1e-6)
 
 
 def test_what_padding_says_does_not_count(case):
     other = case["logits_BKTV"] + np.where(case["mask_BT"], 0, 50.0)[:, None, :, None] * np.arange(V)
     for objective in objectives.OBJECTIVES:
-        a, b = (objectives.rag_nll(objective, **{**case, "logits_BKTV": x})[0] for x in (case["logits_BKTV"], other))
+        a, b = (rag_nll(objective, **{**case, "logits_BKTV": x})[0] for x in (case["logits_BKTV"], other))
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
@@ -94,7 +103,7 @@ def test_probabilities_of_all_sequences_sum_to_one(vocabulary, steps):
     total = {}
     for objective in objectives.OBJECTIVES:
         for prior in ("paper", "hf_compat"):
-            nll, _ = objectives.rag_nll(objective, logits, targets, mask, scores, prior=prior)
+            nll, _ = rag_nll(objective, logits, targets, mask, scores, prior=prior)
             total[objective, prior] = np.exp(-np.asarray(nll, np.float64)).sum()
     for case in (("rag_sequence", "paper"), ("rag_token", "paper"), ("rag_token", "hf_compat")):
         np.testing.assert_allclose(total[case], 1.0, rtol=1e-5)
@@ -105,7 +114,7 @@ def test_probabilities_of_all_sequences_sum_to_one(vocabulary, steps):
 
 def test_gradient_in_the_scores_is_prior_minus_posterior(case):
     def gradient(objective):
-        return jax.grad(lambda s: objectives.rag_nll(objective, **{**case, "scores_BK": s})[0].sum())(case["scores_BK"])
+        return jax.grad(lambda s: rag_nll(objective, **{**case, "scores_BK": s})[0].sum())(case["scores_BK"])
 
     p, prior = oracles.softmax(case["logits_BKTV"]), oracles.softmax(case["scores_BK"])
     sequence, token = np.zeros((B, K)), np.zeros((B, K))
@@ -118,17 +127,55 @@ def test_gradient_in_the_scores_is_prior_minus_posterior(case):
             token[b] += prior[b] - joint_t / joint_t.sum()
     np.testing.assert_allclose(gradient("rag_sequence"), sequence, atol=2e-6)
     np.testing.assert_allclose(gradient("rag_token"), token, atol=2e-6)
-    _, token_logp = objectives.rag_nll("rag_sequence", **case)
+    _, token_logp = rag_nll("rag_sequence", **case)
     posterior = np.exp(objectives.posterior_logp(token_logp, objectives.prior_logp(case["scores_BK"]), case["mask_BT"]))
     np.testing.assert_allclose(posterior, prior - sequence, atol=2e-6)
     np.testing.assert_allclose(posterior.sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("objective", list(objectives.OBJECTIVES))
+@pytest.mark.parametrize(("chunk", "parts"), [(3, 1), (4, 2), (1, 1), (100, 3)])
+def test_a_chunk_of_the_vocabulary_at_a_time_gives_the_same_and_so_does_its_gradient(
+    objective, smoothing, chunk, parts
+):
+    """Against the plain formulas on whole logits, differentiated by JAX."""
+    rng = np.random.default_rng(2)
+    B, K, T, V, D, scale = 3, 2, 4, 12, 5, 0.7
+    hidden, kernel, bias, scores = (
+        rng.normal(0, 1, shape).astype(np.float32) for shape in ((B, K, T, D), (V, D), (V,), (B, K))
+    )
+    targets, mask = rng.integers(0, V, (B, T)), np.arange(T) < np.array([[4], [2], [1]])
+
+    def whole(hidden, kernel, bias, scores):
+        logp = jax.nn.log_softmax(jnp.einsum("bktd,vd->bktv", hidden, kernel) * scale + bias)
+        prior = jax.nn.log_softmax(scores)
+        token_logp = jnp.take_along_axis(logp, jnp.asarray(targets)[:, None, :, None], -1)[..., 0]
+        if objective == "rag_token":
+            marginal = jax.nn.logsumexp(logp + prior[..., None, None], axis=1)
+            nll = -jnp.where(mask, jax.nn.logsumexp(token_logp + prior[..., None], axis=1), 0).sum(-1)
+            smooth = jnp.where(mask, marginal.sum(-1), 0).sum(-1)
+        else:
+            nll = -jax.nn.logsumexp(jnp.where(mask[:, None], token_logp, 0).sum(-1) + prior, axis=-1)
+            smooth = jax.nn.logsumexp(jnp.where(mask[:, None], logp.sum(-1), 0).sum(-1) + V * prior, axis=-1)
+        return ((1 - smoothing) * nll - smoothing / V * smooth).sum()
+
+    def chunked(hidden, kernel, bias, scores):
+        head = objectives.Head(kernel, bias, scale, chunk, parts)
+        return objectives.rag_nll(objective, hidden, head, targets, mask, scores, label_smoothing=smoothing)[0].sum()
+
+    given = hidden, kernel, bias, scores
+    expected, ours = (jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))(*given) for f in (whole, chunked))
+    np.testing.assert_allclose(ours[0], expected[0], rtol=1e-6)
+    for a, b in zip(ours[1], expected[1], strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
 
 
 @pytest.mark.parametrize("objective", list(objectives.OBJECTIVES))
 def test_extreme_values_stay_finite(case, objective):
     def loss(scores, logits):
         changed = {**case, "scores_BK": scores, "logits_BKTV": logits}
-        return objectives.rag_nll(objective, **changed, label_smoothing=0.1)[0].sum()
+        return rag_nll(objective, **changed, label_smoothing=0.1)[0].sum()
 
     gradient = jax.jit(jax.value_and_grad(loss, (0, 1)))
     scores = np.tile(np.float32([1e4, -1e4, 0]), (B, 1))
@@ -168,9 +215,9 @@ def test_contrastive_loss_is_that_of_loops_and_so_is_its_gradient():
 def test_shapes_that_do_not_fit_are_named(case):
     logits, targets, mask, scores = case["logits_BKTV"], case["targets_BT"], case["mask_BT"], case["scores_BK"]
     with pytest.raises(ValueError, match=r"\(4, 3\).*\(4, 2\)"):
-        objectives.rag_nll("rag_sequence", logits, targets, mask, scores[:, :2])
+        rag_nll("rag_sequence", logits, targets, mask, scores[:, :2])
     with pytest.raises(ValueError, match=r"\(4, 5\).*\(1, 5\)"):
-        objectives.rag_nll("rag_token", logits, targets[:1], mask, scores)
+        rag_nll("rag_token", logits, targets[:1], mask, scores)
     with pytest.raises(ValueError, match=r"\(4, 3, 5\).*\(4, 4\)"):
         objectives.rag_sequence_logp(jnp.zeros((4, 3, 5)), jnp.zeros((4, 3)), mask[:, :4])
     with pytest.raises(ValueError, match=r"\(4, 5\).*\(4, 5\)"):
@@ -178,7 +225,7 @@ def test_shapes_that_do_not_fit_are_named(case):
     with pytest.raises(ValueError, match=r"\(3,\).*\(2, 3\)"):
         objectives.in_batch_contrastive(jnp.zeros((2, 4)), jnp.zeros((3, 4)), jnp.zeros(3, bool))
     with pytest.raises(KeyError):
-        objectives.rag_nll("rag", logits, targets, mask, scores)
+        rag_nll("rag", logits, targets, mask, scores)
 
 
 @pytest.mark.parity
@@ -203,7 +250,7 @@ def test_nll_is_that_of_transformers(case, objective, smoothing):
     labels[0, -1] = 2  # its last target was cut off
     targets = np.concatenate([labels[:, 1:], np.full((B, 1), PAD)], 1)
     changed = {**case, "targets_BT": targets, "mask_BT": targets != PAD}
-    ours, _ = objectives.rag_nll(objective, **changed, prior="hf_compat", label_smoothing=smoothing)
+    ours, _ = rag_nll(objective, **changed, prior="hf_compat", label_smoothing=smoothing)
     arguments = (
         torch.tensor(case["logits_BKTV"].reshape(B * K, T, V)),
         torch.tensor(case["scores_BK"]),

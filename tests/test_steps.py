@@ -12,7 +12,7 @@ import numpy as np
 import oracles
 import pytest
 
-from rag_jax import optimizer, refresh, sharding, steps, train
+from rag_jax import objectives, optimizer, refresh, sharding, steps, train
 from rag_jax import run as runs
 from rag_jax.config import StageConfig
 from rag_jax.data import formats, joining, pipeline
@@ -37,10 +37,15 @@ class Bags(Rag):
     def embed_passages(self, params, ids, mask, dropout=None):
         return mean(params["question_encoder" if self.config.tie_encoders else "context_encoder"][ids], mask)
 
-    def logits(self, params, ids, mask, labels, dropout=None):
+    def states(self, params, ids, mask, labels, dropout=None, doc_chunk=0):
         table = params["generator"]
-        hidden = mean(table[ids], mask)[:, :, None] + table[labels][:, None]
-        return hidden @ table.T
+        return mean(table[ids], mask)[:, :, None] + table[labels][:, None]
+
+    def head(self, params, logit_chunk=4096):
+        return objectives.Head(params["generator"], jnp.zeros(len(params["generator"])), chunk=logit_chunk)
+
+    def logits(self, params, ids, mask, labels, dropout=None):
+        return self.states(params, ids, mask, labels) @ params["generator"].T
 
 
 def mean(vectors, mask):

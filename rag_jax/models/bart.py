@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rag_jax import sharding
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -17,11 +18,13 @@ from rag_jax.models.layers import (
     KeyValues,
     LayerNorm,
     NormPlacement,
+    Remat,
     Tree,
     embedding_init,
     empty_cache,
     line,
     position_init,
+    remat,
     residual,
     write_cache,
 )
@@ -52,7 +55,7 @@ class BartConfig:
     pad_id: int = 1
     eos_id: int = 2
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = "none"
     generate_from_eos: bool = False  # as the released checkpoints do; labels begin with bos all the same
     kind: Literal["bart"] = "bart"
 
@@ -138,7 +141,7 @@ class Stack(nn.Module):
         init = position_init(c.init, POSITION_OFFSET)
         self.position = Embed(rows, c.width, ("position", "embed"), init, dtype)
         self.embedding_norm = LayerNorm(c.eps, dtype)
-        layer = nn.remat(Layer, static_argnums=(5,), methods=["__call__"]) if c.remat else Layer
+        layer = remat(Layer, c.remat, 5)
         count = c.decoder_layers if self.decoder else c.encoder_layers
         self.layer = [layer(c, self.decoder) for _ in range(count)]
         if c.norm == "pre":
@@ -164,11 +167,13 @@ class Stack(nn.Module):
             position_BT = jnp.arange(tokens_BTD.shape[1])[None]
         x = tokens_BTD + self.position(position_BT + POSITION_OFFSET)
         x = self.drop(self.embedding_norm(x), deterministic=deterministic)
+        x = sharding.constrain(x, "batch", "length", "width")
         new = KeyValues([], [])
         for i, layer in enumerate(self.layer):
             layer_cross = None if cross is None else ((cross[0].key[i], cross[0].value[i]), cross[1])
             layer_cache = None if cache is None else (cache.key[i], cache.value[i], slot)
             x, written = layer(x, mask, layer_cross, layer_cache, deterministic)
+            x = sharding.constrain(x, "batch", "length", "width")
             if written is not None:
                 new.key.append(written[0])
                 new.value.append(written[1])

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rag_jax import sharding
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -17,8 +18,10 @@ from rag_jax.models.layers import (
     Init,
     LayerNorm,
     NormPlacement,
+    Remat,
     embedding_init,
     position_init,
+    remat,
     residual,
 )
 
@@ -43,7 +46,7 @@ class BertConfig:
     projection: int = 0  # width of a linear layer on the pooled vector; 0: none
     vector_norm: float = 0.0  # every vector is scaled to this length; 0: left as it comes
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = "none"
 
     @property
     def output_width(self) -> int:
@@ -96,7 +99,7 @@ class Bert(nn.Module):
         self.position = Embed(c.positions, c.width, ("position", "embed"), position_init(c.init), dtype)
         self.token_type = Embed(c.token_types, c.width, ("position", "embed"), nn.initializers.normal(0.02), dtype)
         self.embedding_norm = LayerNorm(c.eps, dtype)
-        layer = nn.remat(BertLayer, static_argnums=(3,)) if c.remat else BertLayer
+        layer = remat(BertLayer, c.remat, 3)
         self.layer = [layer(c) for _ in range(c.layers)]
         if c.norm == "pre":
             self.final_norm = LayerNorm(c.eps, dtype)
@@ -111,9 +114,11 @@ class Bert(nn.Module):
             raise ValueError(f"input of length {length}, but the encoder has {self.config.positions} positions")
         x_BLD = self.word(ids_BL) + self.position(jnp.arange(length)) + self.token_type(jnp.zeros_like(ids_BL))
         x_BLD = self.drop(self.embedding_norm(x_BLD), deterministic=deterministic)
+        x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
         mask_B11L = mask_BL.astype(bool)[:, None, None, :]
         for layer in self.layer:
             x_BLD = layer(x_BLD, mask_B11L, deterministic)
+            x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
         return self.final_norm(x_BLD) if self.config.norm == "pre" else x_BLD
 
     def __call__(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> jax.Array:

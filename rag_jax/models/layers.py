@@ -13,10 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rag_jax import sharding
+
 Init = Literal["hf", "copy", "lexical"]
 NormPlacement = Literal["post", "pre"]
 Activation = Literal["gelu", "gelu_new", "relu", "silu"]
 Dtype = Any
+# What the backward pass does not keep but compute again: nothing; all within a layer; all but its matrix products.
+Remat = Literal["none", "full", "dots"]
 
 # under the names of Hugging Face's configurations: gelu is the exact one (erf), gelu_new its tanh approximation
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -113,6 +117,8 @@ def attention(
     which are multiplied by `scale`, C ** -0.5 by default. A row whose mask is all False gives the mean of the values,
     never NaN.
     """
+    if dropout is None and has_fused(query_BHTC, sources):
+        return fused_attention(query_BHTC, *sources[0], mask_B1TL, bias_BHTL, scale, "cudnn")
     query_BHTC = query_BHTC * (query_BHTC.shape[-1] ** -0.5 if scale is None else scale)
     keys, values = [key for key, _ in sources], [value for _, value in sources]
     copies = query_BHTC.shape[1] // keys[0].shape[1]
@@ -122,6 +128,32 @@ def attention(
         return _attend(query_BHTC, keys, values, mask_B1TL, bias_BHTL)
     weights_BHTL = dropout(_weights(query_BHTC, keys, mask_B1TL, bias_BHTL)).astype(values[0].dtype)
     return _mix("bhtl,bhlc->bhtc", _parts(weights_BHTL, values), values)
+
+
+def has_fused(query_BHTC: jax.Array, sources: Sequence[Source]) -> bool:
+    """Whether cuDNN's attention, which never writes the scores to memory, takes this: on a GPU, 2-byte types, one
+    source, even lengths, heads of at most 128. That is training; a decoding step has one token.
+    """
+    T, C, L = *query_BHTC.shape[2:], sources[0][0].shape[3]
+    fits = len(sources) == 1 and T % 2 == 0 and L % 2 == 0 and C % 8 == 0 and C <= 128
+    return fits and query_BHTC.dtype.itemsize == 2 and jax.default_backend() == "gpu"
+
+
+def fused_attention(
+    query_BHTC: jax.Array,
+    key_BGCL: jax.Array,
+    value_BGLC: jax.Array,
+    mask_B1TL: jax.Array,
+    bias_BHTL: jax.Array | None,
+    scale: float | None,
+    implementation: Literal["xla", "cudnn"],
+) -> jax.Array:
+    """`attention` by jax.nn.dot_product_attention, whose axes are [B, L, H, C]."""
+    query, key, value = query_BHTC.swapaxes(1, 2), key_BGCL.transpose(0, 3, 1, 2), value_BGLC.swapaxes(1, 2)
+    bias = None if bias_BHTL is None else bias_BHTL.astype(query.dtype)
+    mask = jnp.broadcast_to(mask_B1TL, (mask_B1TL.shape[0], 1, query.shape[1], key.shape[1]))
+    out = jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation=implementation)
+    return out.swapaxes(1, 2)
 
 
 def _parts(x_BHTL: jax.Array, values: list[jax.Array]) -> list[jax.Array]:
@@ -227,10 +259,11 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.with_logical_partitioning(kernel_init(self.init), self.names), shape)
-        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=self.out)
+        kernel = sharding.gathered(kernel, self.names, self.dtype)
+        y = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=self.out)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.names[1:])
-            y = y + self.param("bias", zeros, shape[1:]).astype(self.dtype)
+            y = y + sharding.gathered(self.param("bias", zeros, shape[1:]), self.names[1:], self.dtype)
         return y
 
 
@@ -278,12 +311,16 @@ class Embed(nn.Module):
         init = nn.with_logical_partitioning(self.initializer, self.names)
         self.embedding = self.param("embedding", init, (self.rows, self.features))
 
+    def table(self) -> jax.Array:
+        """[rows, D] as it is used."""
+        return sharding.gathered(self.embedding, self.names, self.dtype)
+
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.embedding.astype(self.dtype)[ids]
+        return self.table()[ids]
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> [..., rows] in float32: logits rounded to bfloat16 would be off by several thousandths."""
-        return jnp.matmul(hidden, self.embedding.astype(self.dtype).T, preferred_element_type=jnp.float32)
+        return jnp.matmul(hidden, self.table().T, preferred_element_type=jnp.float32)
 
 
 class Attention(nn.Module):
@@ -365,6 +402,14 @@ class FeedForward(nn.Module):
         return Dense(self.width, ("mlp", "embed"), self.init, self.dtype, self.use_bias, name="outer")(h)
 
 
+def remat(layer: Any, policy: Remat, deterministic_at: int) -> Any:
+    """The class of a layer, rematerialised (Chen et al. 2016); deterministic_at: which argument of it is static."""
+    if policy == "none":
+        return layer
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return nn.remat(layer, static_argnums=(deterministic_at,), methods=["__call__"], policy=saved)
+
+
 def residual(norm: Callable, placement: NormPlacement, x: jax.Array, sublayer: Callable) -> jax.Array:
     """x + f(LN(x)) for `pre`, LN(x + f(x)) for `post`."""
     return x + sublayer(norm(x)) if placement == "pre" else norm(x + sublayer(x))
@@ -391,9 +436,15 @@ class Generator(nn.Module):
         x_BTD, cache = self.states(ids_BT, cross, mask_BL, cache, slot, deterministic, tree)
         return self.logits(x_BTD), cache
 
+    def taught(
+        self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
+        """Teacher forcing: last states [B, T, D]; those at t are for the token after target_BT[:, t]."""
+        cross = self.cross(self.encode(ids_BL, mask_BL, deterministic))
+        return self.states(target_BT, cross, mask_BL, deterministic=deterministic)[0]
+
     def __call__(
         self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
     ) -> jax.Array:
-        """Teacher forcing: logits [B, T, V]; logits at t are for the token after target_BT[:, t]."""
-        cross = self.cross(self.encode(ids_BL, mask_BL, deterministic))
-        return self.decode(target_BT, cross, mask_BL, deterministic=deterministic)[0]
+        """Teacher forcing: logits [B, T, V]."""
+        return self.logits(self.taught(ids_BL, mask_BL, target_BT, deterministic))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rag_jax import sharding
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -26,12 +27,14 @@ from rag_jax.models.layers import (
     Init,
     KeyValues,
     LayerNorm,
+    Remat,
     RMSNorm,
     Tree,
     embedding_init,
     empty_cache,
     line,
     position_init,
+    remat,
     rotate,
     write_cache,
 )
@@ -72,7 +75,7 @@ class LmConfig:
     pad_id: int = 50256
     eos_id: int = 50256
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = "none"
     kind: Literal["lm"] = "lm"
 
     @property
@@ -170,7 +173,7 @@ class Lm(Generator):
         self.token = Embed(c.vocab_size, c.width, ("vocab", "embed"), embedding_init(c.init), dtype)
         if c.position_kind == "learned":
             self.position = Embed(c.positions, c.width, ("position", "embed"), position_init(c.init), dtype)
-        layer = nn.remat(Layer, static_argnums=(6,), methods=["__call__"]) if c.remat else Layer
+        layer = remat(Layer, c.remat, 6)
         self.layer = [layer(c) for _ in range(c.layers)]
         self.final_norm = norm(c)
         if not c.tied:
@@ -191,12 +194,13 @@ class Lm(Generator):
         x = self.token(ids_BT)
         if self.config.position_kind == "learned":
             x = x + self.position(position_BT)
-        x = self.drop(x, deterministic=deterministic)
+        x = sharding.constrain(self.drop(x, deterministic=deterministic), "batch", "length", "width")
         own = KeyValues([], [])
         for i, layer in enumerate(self.layer):
             before = None if prefix is None else (prefix.key[i], prefix.value[i])
             room = None if cache is None else (cache.key[i], cache.value[i], start)
             x, (key, value) = layer(x, position_BT, mask_B1TL, before, room, deterministic)
+            x = sharding.constrain(x, "batch", "length", "width")
             own.key.append(key)
             own.value.append(value)
         return x, own

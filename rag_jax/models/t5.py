@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rag_jax import sharding
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -22,11 +23,13 @@ from rag_jax.models.layers import (
     Generator,
     Init,
     KeyValues,
+    Remat,
     RMSNorm,
     Tree,
     embedding_init,
     empty_cache,
     line,
+    remat,
     write_cache,
 )
 
@@ -60,7 +63,7 @@ class T5Config:
     pad_id: int = 0
     eos_id: int = 1
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = "none"
     kind: Literal["t5"] = "t5"
 
     @property
@@ -151,7 +154,7 @@ class Stack(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.width**-0.5)
         self.relative = Embed(c.buckets, c.heads, ("position", "heads"), init)
-        layer = nn.remat(Layer, static_argnums=(6,), methods=["__call__"]) if c.remat else Layer
+        layer = remat(Layer, c.remat, 6)
         count = c.decoder_layers if self.decoder else c.encoder_layers
         self.layer = [layer(c, self.decoder) for _ in range(count)]
         self.final_norm = RMSNorm(c.eps, jnp.dtype(c.dtype))
@@ -174,12 +177,13 @@ class Stack(nn.Module):
         c = self.config
         bucket_BTL = bucket(distance_BTL, c.buckets, c.max_distance, both_sides=not self.decoder)
         bias_BHTL = self.relative(bucket_BTL).transpose(0, 3, 1, 2)
-        x = self.drop(tokens_BTD, deterministic=deterministic)
+        x = sharding.constrain(self.drop(tokens_BTD, deterministic=deterministic), "batch", "length", "width")
         new = KeyValues([], [])
         for i, layer in enumerate(self.layer):
             layer_cross = None if cross is None else ((cross[0].key[i], cross[0].value[i]), cross[1])
             layer_cache = None if cache is None else (cache.key[i], cache.value[i], slot)
             x, written = layer(x, mask, bias_BHTL, layer_cross, layer_cache, deterministic)
+            x = sharding.constrain(x, "batch", "length", "width")
             if written is not None:
                 new.key.append(written[0])
                 new.value.append(written[1])
