@@ -53,21 +53,26 @@ def nbytes(aval: Any) -> int:
     return math.prod(aval.shape) * aval.dtype.itemsize
 
 
+SAME = {"reshape", "squeeze", "expand_dims", "stop_gradient", "pvary", "copy"}  # no memory of their own
+
+
 def peak_bytes(jaxpr: Any) -> int:
     """Most bytes of intermediate values alive at once if the equations ran as they stand, with none fused: what
     activations and gradients take, rather too much than too little. Arguments do not count.
     """
     last = {v: i for i, equation in enumerate(jaxpr.eqns) for v in equation.invars if isinstance(v, core.Var)}
     last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if isinstance(v, core.Var)}
-    ends: dict[int, int] = Counter()
+    ends: Counter[int] = Counter()
     alive = most = 0
     for i, equation in enumerate(jaxpr.eqns):
-        made = sum(nbytes(v.aval) for v in equation.outvars if v in last)
-        within = max((peak_bytes(body) for body in inner(equation)), default=0)
+        name = equation.primitive.name
+        made = 0 if name in SAME else sum(nbytes(v.aval) for v in equation.outvars if v in last)
+        devices = equation.params["mesh"].size if name == "shard_map" else 1
+        within = devices * max((peak_bytes(body) for body in inner(equation)), default=0)
         most = max(most, alive + max(made, within))
         alive += made
         for v in equation.outvars:
-            if v in last:
+            if made and v in last:
                 ends[last[v]] += nbytes(v.aval)
         alive -= ends.pop(i, 0)
     return most

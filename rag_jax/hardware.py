@@ -91,7 +91,7 @@ def topology(text: str) -> Topology:
     kind = known.get(name)
     if kind is None or not shape or (kind == "tpu") != (len(shape) > 1):
         raise InputError(
-            f"--topology {text}: write v5e:16x16 (also {', '.join(TPUS)}; those of v4, v5p and tpu7x have three sides), "
+            f"--topology {text}: write v5e:16x16 (also {', '.join(TPUS)}; v4, v5p and tpu7x have three sides), "
             f"h100:8 (also {', '.join(GPUS)}) or cpu:8"
         )
     return Topology(text, kind, name, shape, TPUS.get(name) or GPUS.get(name))

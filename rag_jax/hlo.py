@@ -194,7 +194,15 @@ def collectives(text: str, devices: int) -> list[Collective]:
             line = where[1] or op.attribute(r'source_file="([^"]*)"')
             found.append(
                 Collective(
-                    kind, shape, nbytes, sent(kind, nbytes, group), group, counts[name], counts[name] > 1, where[0], line
+                    kind,
+                    shape,
+                    nbytes,
+                    sent(kind, nbytes, group),
+                    group,
+                    counts[name],
+                    counts[name] > 1,
+                    where[0],
+                    line,
                 )
             )
     return sorted(found, key=lambda c: -c.sent * c.times)
@@ -230,12 +238,14 @@ def source_lines(text: str) -> dict[str, str]:
 def in_memory(shape: str) -> float:
     """Bytes of the arrays of a shape that lie in main memory: a TPU's compiler marks others with S(1) and so on."""
     return sum(
-        arrays(f"{dtype}[{dims}]")[0][0] for dtype, dims, layout in _ARRAY.findall(shape) if not re.search(r"S\(", layout)
+        arrays(f"{dtype}[{dims}]")[0][0]
+        for dtype, dims, layout in _ARRAY.findall(shape)
+        if not re.search(r"S\(", layout)
     )
 
 
 def _read(op: Op, position: int, operand: Op, computations: Computations) -> float:
-    """Bytes that an instruction reads of one operand: of one that it only slices or gathers from, those of the result."""
+    """Bytes that an instruction reads of an operand: where it only slices or gathers from it, those of the result."""
     whole = in_memory(operand.shape)
     if op.kind in ("dynamic-slice", "gather", "slice"):
         return min(whole, size(op.shape)) if position == 0 else whole
@@ -255,7 +265,9 @@ def _read(op: Op, position: int, operand: Op, computations: Computations) -> flo
 def _written(op: Op, computations: Computations) -> float:
     """Bytes that an instruction writes: of an array that it changes in place, those of the change."""
     body = computations.get(op.attribute(r"calls=%?([\w.\-]+)"), {})
-    update = next((x for x in body.values() if x.kind == "dynamic-update-slice" and size(x.shape) == size(op.shape)), None)
+    update = next(
+        (x for x in body.values() if x.kind == "dynamic-update-slice" and size(x.shape) == size(op.shape)), None
+    )
     if op.kind == "dynamic-update-slice":
         return 0.0  # its operand is counted as read, and is about what it writes
     if update is not None and update.operands[1] in body:

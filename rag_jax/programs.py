@@ -79,19 +79,21 @@ def sizes(cfg: TrainConfig, passages: int, encoder_length: int, generator_length
     return Rag(cfg.model), Sizes(n, encoder_length, generator_length, dtypes[0], dtypes[1], prefix_ids, cfg.live)
 
 
-def array(mesh: Mesh, shape: tuple[int, ...], dtype: str, *names: str | None) -> jax.ShapeDtypeStruct:
-    """An array whose axes have these logical names; those not named are not cut."""
+def array(mesh: Mesh, shape: tuple[int, ...], dtype: str, *names: str | None) -> Any:
+    """A ShapeDtypeStruct of an array whose axes have these logical names; those not named are not cut."""
     names = (*names, *[None] * (len(shape) - len(names)))
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding.sharding(mesh, names))
 
 
 def placed(mesh: Mesh, tree: Any) -> Any:
-    """Shapes boxed with their logical names as shapes with shardings, as `sharding.init` would lay the arrays out."""
+    """Shapes boxed with their logical names as shapes with the shardings that `sharding.init` gives them."""
 
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+    def place(leaf: Any) -> Any:
+        where, value = sharding.replicated(mesh), leaf
         if isinstance(leaf, nn.LogicallyPartitioned):
-            return array(mesh, leaf.value.shape, leaf.value.dtype, *leaf.names)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+            value, shape = leaf.value, jax.tree.leaves(leaf)[0].shape
+            where = sharding.placed(mesh, leaf.names, shape) if len(shape) == len(leaf.names) else where
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), value)
 
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
@@ -103,7 +105,7 @@ def state(rag: Rag, stage: StageConfig, mesh: Mesh) -> TrainState:
     return TrainState(array(mesh, (), "int32"), runs.param_places(rag, mesh), placed(mesh, opt_state))
 
 
-def batch(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> dict[str, Any]:
     """As `pipeline.question_batches` and `denoise_batches` make it, with one gold passage a question."""
     B, Q, T = stage.batch, cfg.model.question_length, cfg.target_length
     shapes: dict[str, tuple[int, ...]] = {"tail_ids": (B, Q), "tail_length": (B,), "labels": (B, T)}
@@ -227,7 +229,10 @@ def encode(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Program:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), runs.param_places(rag, mesh)[side]
         )
     }
-    table, passages = index(cfg, rag, size, mesh)._replace(live_N=None, drift_E=None), tables(size, mesh, padded(size, mesh))
+    table, passages = (
+        index(cfg, rag, size, mesh)._replace(live_N=None, drift_E=None),
+        tables(size, mesh, padded(size, mesh)),
+    )
     number = array(mesh, (), "int32")
 
     def block(params: Any, index: Index, passages: Passages, number: Any, step: Any) -> Index:
