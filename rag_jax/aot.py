@@ -26,7 +26,7 @@ from rag_jax.errors import InputError
 from rag_jax.hardware import GIB, Topology
 from rag_jax.programs import Program
 
-NO_LIBTPU = "libtpu is not installed (pip install libtpu): counted from shapes, nothing is compiled"
+NO_LIBTPU = "libtpu is not installed (pip install 'rag-jax[compile]'): counted from shapes, nothing is compiled"
 NO_GPU = "GPUs: counted from shapes, nothing is compiled"
 ESTIMATED = "activations are those of an unfused program in its written order, cut over the batch: rather too many"
 UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}

@@ -32,7 +32,7 @@ def work(jaxpr: Any) -> Counter[str]:
             precision = equation.params["precision"]
             highest = left.dtype == "float32" and precision is not None and jax.lax.Precision.HIGHEST in precision
             size = math.prod(left.shape[axis] for axis in contracting)
-            total[f"{left.dtype}{' highest' * highest}"] += 2.0 * math.prod(equation.outvars[0].aval.shape) * size  # type: ignore[assignment]
+            total[f"{left.dtype}{' highest' * highest}"] += 2.0 * math.prod(equation.outvars[0].aval.shape) * size
         times = equation.params.get("length", 1) if name == "scan" else 1
         times *= equation.params["mesh"].size if name == "shard_map" else 1
         for body in inner(equation):

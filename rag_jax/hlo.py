@@ -173,8 +173,8 @@ def sent(kind: str, nbytes: float, group: int) -> float:
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """All of a program for so many devices, those that send most first. Where one is spread over several fusions (they
-    share a channel), it counts once.
+    """All of a program for so many devices, those that send most first. Where a TPU's compiler spreads one over several
+    fusions (a chain, with one channel), it counts once.
     """
     computations, entry = parse(text)
     counts = times(computations, entry).of
@@ -183,10 +183,10 @@ def collectives(text: str, devices: int) -> list[Collective]:
     for name, ops in computations.items():
         for op in ops.values():
             kind = op.kind.removesuffix("-start")
-            channel = op.attribute(r"channel_id=(\d+)")
-            if kind not in COLLECTIVES or (channel and (kind, channel) in seen):
+            chain = op.attribute(r"channel_id=(\d+)"), op.attribute(r'chain_id="(\d+)"')
+            if kind not in COLLECTIVES or (kind, chain) in seen:
                 continue
-            seen.add((kind, channel))
+            seen |= {(kind, chain)} if chain[1] else set()
             group = group_size(op) or devices
             nbytes = size(_result(op))
             shape = ", ".join(text for _, text in arrays(_result(op))[:3])

@@ -73,10 +73,11 @@ def sizes(cfg: TrainConfig, passages: int, encoder_length: int, generator_length
                 f"model.{side}.vocab_size is that of a corpus that is not there ({cfg.corpus}); "
                 f"give it: --set model.{side}.vocab_size=30522"
             )
-    dtypes = tuple("uint16" if model is None or model.vocab_size <= 2**16 else "uint32" for model in sides.values())
+    wide = [model is not None and model.vocab_size > 2**16 for model in sides.values()]
+    dtypes = ("uint32" if wide[0] else "uint16", "uint32" if wide[1] else "uint16")
     n = runs.capacity(passages) if cfg.live else passages
     prefix_ids = (cfg.model.generator.bos_id,) if cfg.model.generator is not None else ()
-    return Rag(cfg.model), Sizes(n, encoder_length, generator_length, dtypes[0], dtypes[1], prefix_ids, cfg.live)
+    return Rag(cfg.model), Sizes(n, encoder_length, generator_length, *dtypes, prefix_ids, cfg.live)
 
 
 def array(mesh: Mesh, shape: tuple[int, ...], dtype: str, *names: str | None) -> Any:

@@ -7,7 +7,7 @@ import pytest
 from rag_jax import counting, hlo, sharding
 
 # As libtpu 0.0.42 writes them: a loop of 21 trips known by its condition, a collective spread over two fusions (one
-# channel), asynchronous ones, an array in fast memory (S(1)), three ways to write groups.
+# chain), two that jax gave one channel, asynchronous ones, an array in fast memory (S(1)), three ways to write groups.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 FileNames
@@ -26,12 +26,12 @@ StackFrames
 
 %fused_computation (param_0.1: bf16[10,32,64]) -> bf16[160,32,64] {
   %param_0.1 = bf16[10,32,64]{2,1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %all-gather.1 = bf16[160,32,64]{2,1,0:T(8,128)(2,1)} all-gather(%param_0.1), channel_id=5, replica_groups=mesh['axis_0'=16,'axis_1'=2] {'axis_0'}, dimensions={0}, metadata={op_name="jit(step)/out" stack_frame_id=1}
+  ROOT %all-gather.1 = bf16[160,32,64]{2,1,0:T(8,128)(2,1)} all-gather(%param_0.1), channel_id=5, replica_groups=mesh['axis_0'=16,'axis_1'=2] {'axis_0'}, dimensions={0}, frontend_attributes={chain_id="0"}, metadata={op_name="jit(step)/out" stack_frame_id=1}
 }
 
 %fused_computation.1 (param_0.2: bf16[10,32,64]) -> bf16[160,32,64] {
   %param_0.2 = bf16[10,32,64]{2,1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %all-gather.2 = bf16[160,32,64]{2,1,0:T(8,128)(2,1)} all-gather(%param_0.2), channel_id=5, replica_groups=mesh['axis_0'=16,'axis_1'=2] {'axis_0'}, dimensions={0}
+  ROOT %all-gather.2 = bf16[160,32,64]{2,1,0:T(8,128)(2,1)} all-gather(%param_0.2), channel_id=5, replica_groups=mesh['axis_0'=16,'axis_1'=2] {'axis_0'}, dimensions={0}, frontend_attributes={chain_id="0"}
 }
 
 %fused_slice (param_0.3: f32[1000,8], param_1: s32[]) -> f32[10,8] {
@@ -67,6 +67,8 @@ ENTRY %main (a: f32[1000,8], b: bf16[10,32,64], c: f32[64]) -> f32[1000,8] {
   %done = f32[64]{0:T(128)S(1)} collective-permute-done(%start)
   %rs = f32[8]{0} reduce-scatter(%c), channel_id=12, replica_groups=[4,8]<=[32], dimensions={0}, to_apply=%add
   %start.1 = (f32[8]{0}, f32[64]{0}) all-gather-start(%rs), channel_id=13, replica_groups=[4,8]<=[32], dimensions={0}
+  %a2a.1 = f32[16]{0} all-to-all(%c), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+  %a2a.2 = f32[16]{0} all-to-all(%c), channel_id=1, replica_groups={{0,1}}, dimensions={0}
   %zero.1 = s32[]{:T(128)} constant(0)
   %init = (s32[]{:T(128)}, f32[1000,8]{1,0}) tuple(%zero.1, %a)
   %while.1 = (s32[]{:T(128)}, f32[1000,8]{1,0}) while(%init), condition=%condition, body=%body
@@ -89,12 +91,13 @@ def test_collectives_count_as_often_as_they_run() -> None:
     table = hlo.by_kind(hlo.collectives(TEXT, 32))
     assert table["all-reduce"] == {"count": 21, "bytes": 21 * 320, "sent": 21 * 480}
     assert table["all-gather"]["count"] == 2
+    assert table["all-to-all"] == {"count": 2, "bytes": 128, "sent": 64}
 
 
 def test_traffic_counts_slices_and_leaves_out_fast_memory() -> None:
     b, gathered = 10 * 32 * 64 * 2, 160 * 32 * 64 * 2
     fusions = b + gathered + b  # the second leaves its result in fast memory
-    others = (256 + 256) + (256 + 32) + (32 + 32 + 256)
+    others = (256 + 256) + (256 + 32) + (32 + 32 + 256) + 2 * (256 + 64)
     loop = 21 * ((320 + 4 + 320) + (320 + 320))  # a slice, the counter, its result; then the sum
     assert hlo.traffic(TEXT) == fusions + others + loop
 
