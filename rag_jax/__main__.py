@@ -34,6 +34,7 @@ COMMANDS = {
         "make a model from Hugging Face checkpoints: RAG, or DPR, BERT, BART, T5, GPT-2, Llama",
     ),
     "export": ("rag_jax.export", "write a model as a directory that transformers loads"),
+    "compile": ("rag_jax.aot", "will it fit, how fast can it be: compile a configuration for a pod that is not here"),
     "bench": ("rag_jax.bench", "time the steps of training and search against the limits of the machine"),
 }
 

@@ -5,7 +5,6 @@ the shapes in the program (every matrix product of forward and backward pass), s
 """
 
 import argparse
-import math
 import statistics
 import time
 from pathlib import Path
@@ -18,34 +17,13 @@ from rag_jax import bench_decode, bench_encode, bench_search, config, preparing,
 from rag_jax import run as runs
 from rag_jax.bench_limits import matmul_limit, spread, timed
 from rag_jax.config import StageConfig, TrainConfig
+from rag_jax.counting import matmul_flops
 from rag_jax.data import pipeline
 from rag_jax.errors import InputError
 from rag_jax.hosted import Searchers
 from rag_jax.logs import Progress
 from rag_jax.retrieval.corpus import Corpus
 from rag_jax.steps import jit_step, make_step
-
-
-def matmul_flops(jaxpr: Any) -> float:
-    """Floating-point operations of all matrix products in a jaxpr, 2 per multiply-add; a loop's body times its length.
-
-    A while loop of unknown length counts once.
-    """
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracting, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            size = math.prod(left[axis] for axis in contracting)
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * size
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        devices = equation.params["mesh"].size if equation.primitive.name == "shard_map" else 1
-        for value in equation.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(part, "jaxpr", part)
-                if hasattr(inner, "eqns"):
-                    total += times * devices * matmul_flops(inner)
-    return total
 
 
 def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, Any]:

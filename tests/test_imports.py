@@ -16,7 +16,7 @@ LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors"],
     ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "moments", "schedule", "distributed"],
-    ["checksums", "preemption"],
+    ["checksums", "preemption", "counting", "hardware", "hlo"],
     ["decoding", "checkpoint", "optimizer", "plots", "tensors"],
     ["models"],
     ["data"],
@@ -28,6 +28,7 @@ LEVELS = [
     ["steps", "hosted"],
     ["upkeep"],
     ["run"],
+    ["programs"],
     ["pretrained", "encode_corpus", "live"],
     ["saving"],
     ["answer"],
@@ -37,7 +38,7 @@ LEVELS = [
     ["train"],
     ["bench_limits"],
     ["bench_decode", "bench_encode", "bench_search"],
-    ["ask", "bench", "build_index", "convert", "export"],
+    ["aot", "ask", "bench", "build_index", "convert", "export"],
     ["__main__"],
 ]
 
@@ -53,7 +54,7 @@ RETRIEVAL = [
     "data.joining",
 ]
 ONLY = {
-    **{name: [] for name in LEVELS[2]},
+    **{name: [] for name in [*LEVELS[2], *LEVELS[3]]},
     "models": ["models", "sharding"],
     "data": ["data", "sharding", "logs", "files"],
     "retrieval": RETRIEVAL,
