@@ -5,7 +5,6 @@ the shapes in the program (every matrix product of forward and backward pass), s
 """
 
 import argparse
-import math
 import statistics
 import time
 from pathlib import Path
@@ -14,38 +13,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from rag_jax import bench_decode, bench_encode, bench_search, config, preparing, sharding, train
+from rag_jax import (
+    bench_decode,
+    bench_encode,
+    bench_largest,
+    bench_search,
+    bench_train,
+    config,
+    preparing,
+    sharding,
+    train,
+)
 from rag_jax import run as runs
 from rag_jax.bench_limits import matmul_limit, spread, timed
 from rag_jax.config import StageConfig, TrainConfig
+from rag_jax.counting import matmul_flops
 from rag_jax.data import pipeline
 from rag_jax.errors import InputError
 from rag_jax.hosted import Searchers
 from rag_jax.logs import Progress
 from rag_jax.retrieval.corpus import Corpus
 from rag_jax.steps import jit_step, make_step
-
-
-def matmul_flops(jaxpr: Any) -> float:
-    """Floating-point operations of all matrix products in a jaxpr, 2 per multiply-add; a loop's body times its length.
-
-    A while loop of unknown length counts once.
-    """
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracting, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            size = math.prod(left[axis] for axis in contracting)
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * size
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        devices = equation.params["mesh"].size if equation.primitive.name == "shard_map" else 1
-        for value in equation.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(part, "jaxpr", part)
-                if hasattr(inner, "eqns"):
-                    total += times * devices * matmul_flops(inner)
-    return total
 
 
 def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, Any]:
@@ -113,7 +101,7 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
 def configure(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, configure_kind, text in (
-        ("train", configure_train, "the training step of each stage of a configuration"),
+        ("train", configure_train, "the training step: of a configuration's stages, or of a load beside transformers"),
         ("decode", bench_decode.configure, "writing answers, beside transformers and beside the limit"),
         ("search", bench_search.configure, "exact search by types of the index, beside faiss, NumPy and ScaNN"),
         ("encode", bench_encode.configure, "embedding passages, beside transformers and beside the limit"),
@@ -125,11 +113,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def configure_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENT")
+    parser.add_argument("--config", help="configs/NAME.py or configs/NAME.py:ARGUMENT, with its own data")
     parser.add_argument("--stage", action="append", default=[], help="only this stage (may be repeated)")
     parser.add_argument("--steps", type=int, default=30, help="timed steps a stage")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a configuration value")
-    parser.epilog = "example: rag-jax bench train --config configs/world.py --stage joint --json"
+    bench_train.configure(parser)
+    parser.epilog = (
+        "examples: rag-jax bench train --config configs/world.py --stage joint --json\n"
+        "          rag-jax bench train --load medium --variant sequence"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -139,6 +131,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_train(args: argparse.Namespace) -> dict[str, Any]:
+    if (args.config is None) == (args.load is None):
+        raise InputError("give --config, for the stages of a configuration, or --load, for a synthetic load")
+    if args.load is not None:
+        return bench_largest.run(args) if args.largest else bench_train.run(args)
+    return run_config(args)
+
+
+def run_config(args: argparse.Namespace) -> dict[str, Any]:
     if args.steps < 1:
         raise InputError(f"--steps {args.steps}: at least 1")
     cfg = config.load(args.config, args.set)

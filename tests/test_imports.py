@@ -33,8 +33,10 @@ LEVELS = [
     ["evaluate"],
     ["preparing"],
     ["train"],
-    ["bench_limits"],
-    ["bench_decode", "bench_encode", "bench_search"],
+    ["bench_limits", "bench_load", "counting"],
+    ["bench_decode", "bench_encode", "bench_search", "bench_torch"],
+    ["bench_train"],
+    ["bench_largest"],
     ["ask", "bench", "build_index", "convert", "export"],
     ["__main__"],
 ]
@@ -66,7 +68,7 @@ ALONE = {
     "orbax": "checkpoint",
     "tensorboardX": "logs",
     "matplotlib": "plots",
-    "torch": "tensors, bench_decode, bench_encode",
+    "torch": "tensors, bench_decode, bench_encode, bench_largest, bench_torch",
     "faiss": "bench_search",
 }  # library: the modules that have it
 
