@@ -190,7 +190,7 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
             f"{cfg.model.question_length} and a first token"
         )
     optimizer.schedule(stage.optimizer, stage.steps)
-    optimizer.check_groups(stage.optimizer)
+    optimizer.check(stage.optimizer)
     trained = {group for group in stage.optimizer.groups if not optimizer.is_frozen(stage.optimizer, group)}
     if not trained or trained - reached(stage):
         raise InputError(

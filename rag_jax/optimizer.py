@@ -1,4 +1,6 @@
-"""AdamW with a schedule, per-group learning rates and freezing. A group is a top-level key of the parameters."""
+"""AdamW or Adafactor with a schedule, per-group learning rates and freezing. A group is a top-level key of the
+parameters.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,6 +9,7 @@ from typing import Any, Literal
 import jax
 import optax
 
+from rag_jax import moments
 from rag_jax.errors import InputError
 
 GROUPS = ("question_encoder", "context_encoder", "generator")
@@ -14,7 +17,11 @@ GROUPS = ("question_encoder", "context_encoder", "generator")
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """`groups` multiplies the learning rate of each group; 0 freezes it: no gradient, no optimiser state."""
+    """`groups` multiplies the learning rate of each group; 0 freezes it: no gradient, no optimiser state.
+
+    adafactor (Shazeer and Stern 2018): a second moment for each row and column, no first one, no b1, b2, eps; the
+    learning rate is absolute. moments: how AdamW keeps its two, see moments.py.
+    """
 
     learning_rate: float = 3e-5
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -26,6 +33,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     groups: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1.0))
+    kind: Literal["adamw", "adafactor"] = "adamw"
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -47,8 +56,10 @@ def is_frozen(config: OptimizerConfig, group: str) -> bool:
     return not config.groups.get(group, 0.0)
 
 
-def check_groups(config: OptimizerConfig) -> None:
-    """InputError for a group that no model has."""
+def check(config: OptimizerConfig) -> None:
+    """InputError for a group that no model has, and for moments that Adafactor does not have."""
+    if config.kind == "adafactor" and config.moments != "float32":
+        raise InputError(f"moments={config.moments!r} is for kind='adamw'; adafactor has no moments to make smaller")
     unknown = set(config.groups) - set(GROUPS)
     if unknown:
         raise InputError(f"unknown parameter groups {sorted(unknown)}; known: {', '.join(GROUPS)}")
@@ -56,9 +67,18 @@ def check_groups(config: OptimizerConfig) -> None:
 
 def split(config: OptimizerConfig, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trainable, frozen) groups of the parameters."""
-    check_groups(config)
+    check(config)
     frozen = {k: v for k, v in params.items() if is_frozen(config, k)}
     return {k: v for k, v in params.items() if k not in frozen}, frozen
+
+
+def statistics(config: OptimizerConfig) -> optax.GradientTransformation:
+    """What the gradients are divided by."""
+    if config.kind == "adafactor":
+        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    if config.moments == "float32":
+        return optax.scale_by_adam(config.b1, config.b2, config.eps)
+    return moments.scale_by_adam(config.b1, config.b2, config.eps, config.moments)
 
 
 def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -73,7 +93,7 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        statistics(config),
         optax.add_decayed_weights(config.weight_decay, decays) if config.weight_decay else optax.identity(),
         optax.GradientTransformation(lambda _: optax.EmptyState(), scale_groups),
         optax.scale_by_learning_rate(schedule(config, steps)),

@@ -92,7 +92,7 @@ def placed(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> Nam
     kept = list(names)
     for i, (name, size) in enumerate(zip(names, shape, strict=True)):
         cuts = 1 if name is None else extent(mesh, name)
-        if size % cuts and name == "vocab":
+        if size % cuts and (name == "vocab" or size == 1):
             kept[i] = None
         elif size % cuts:
             raise InputError(
@@ -166,13 +166,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def init(mesh: Mesh, function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)` with every array made on its own shards and out of its box of names.
 
-    Arrays are boxed by `nn.with_logical_partitioning`; an optimiser state made from boxed parameters is boxed too.
+    Arrays are boxed by `nn.with_logical_partitioning`; an optimiser state made from boxed parameters is boxed too. An
+    array with fewer axes than its names, as Adafactor keeps for rows and columns, lies whole on every device.
     Raises ValueError for an array without names, unless it is a scalar.
     """
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
-        names = leaf.names if _boxed(leaf) else ()
-        if len(names) != jax.tree.leaves(leaf)[0].ndim:
+        names, axes = leaf.names if _boxed(leaf) else (), jax.tree.leaves(leaf)[0].ndim
+        if axes < len(names):
+            return replicated(mesh)
+        if len(names) != axes:
             raise ValueError(f"{jax.tree_util.keystr(path)}: names {names} for {jax.tree.leaves(leaf)[0]}")
         return placed(mesh, names, jax.tree.leaves(leaf)[0].shape)
 

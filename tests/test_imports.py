@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_jax"
 LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors"],
-    ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "optimizer", "schedule", "distributed"],
-    ["decoding", "checkpoint", "plots", "tensors"],
+    ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "moments", "schedule", "distributed"],
+    ["decoding", "checkpoint", "optimizer", "plots", "tensors"],
     ["models"],
     ["data"],
     ["retrieval"],
@@ -60,6 +60,7 @@ ONLY = {
     "retrieval.encode": [*RETRIEVAL, "models.bert"],
     "tensors": [],
     "decoding": ["decoding_rules"],
+    "optimizer": ["moments"],
     "__main__": [],  # imports commands by name, when they are called
 }
 

@@ -368,3 +368,32 @@ def test_every_parameter_names_its_axes(norm_at):
         assert len(leaf.names) == leaf.value.ndim
         sharding.spec(leaf.names)  # raises for a name that RULES does not know, and for a mesh axis used twice
     assert {name for leaf in leaves for name in leaf.names} == {"embed", "heads", "mlp", "vocab", "position", "norm"}
+
+
+@pytest.mark.parametrize(("groups", "biased", "scale"), [(4, False, None), (2, True, 1.0)])
+def test_the_fused_attention_is_the_same_function(groups, biased, scale):
+    """Its axes and its mask; cuDNN's kernel itself needs a GPU."""
+    rng = np.random.default_rng(0)
+    query, key, value, bias = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, 4, 6, 8), (2, groups, 8, 10), (2, groups, 10, 8), (1, 4, 6, 10))
+    )
+    mask = jnp.asarray(np.arange(10) < np.array([[7], [10]]))[:, None, None]
+    given = mask, bias if biased else None, scale
+    ours = layers.attention(query, [(key, value)], given[0], bias_BHTL=given[1], scale=scale)
+    fused = layers.fused_attention(query, key, value, *given, "xla")
+    np.testing.assert_allclose(fused, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_which_attention_is_fused(monkeypatch):
+    def source(length, dtype=jnp.bfloat16, width=64):
+        return jnp.zeros((1, 2, width, length), dtype), jnp.zeros((1, 2, length, width), dtype)
+
+    query = jnp.zeros((1, 2, 4, 64), jnp.bfloat16)
+    assert not layers.has_fused(query, [source(8)])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert layers.has_fused(query, [source(8)])
+    assert not layers.has_fused(query, [source(7)])
+    assert not layers.has_fused(query, [source(8), source(8)])
+    assert not layers.has_fused(query[:, :, :1], [source(8)])
+    assert not layers.has_fused(query.astype(jnp.float32), [source(8, jnp.float32)])

@@ -117,6 +117,8 @@ def attention(
     which are multiplied by `scale`, C ** -0.5 by default. A row whose mask is all False gives the mean of the values,
     never NaN.
     """
+    if dropout is None and has_fused(query_BHTC, sources):
+        return fused_attention(query_BHTC, *sources[0], mask_B1TL, bias_BHTL, scale, "cudnn")
     query_BHTC = query_BHTC * (query_BHTC.shape[-1] ** -0.5 if scale is None else scale)
     keys, values = [key for key, _ in sources], [value for _, value in sources]
     copies = query_BHTC.shape[1] // keys[0].shape[1]
@@ -126,6 +128,32 @@ def attention(
         return _attend(query_BHTC, keys, values, mask_B1TL, bias_BHTL)
     weights_BHTL = dropout(_weights(query_BHTC, keys, mask_B1TL, bias_BHTL)).astype(values[0].dtype)
     return _mix("bhtl,bhlc->bhtc", _parts(weights_BHTL, values), values)
+
+
+def has_fused(query_BHTC: jax.Array, sources: Sequence[Source]) -> bool:
+    """Whether cuDNN's attention, which never writes the scores to memory, takes this: on a GPU, 2-byte types, one
+    source, even lengths, heads of at most 128. That is training; a decoding step has one token.
+    """
+    T, C, L = *query_BHTC.shape[2:], sources[0][0].shape[3]
+    fits = len(sources) == 1 and T % 2 == 0 and L % 2 == 0 and C % 8 == 0 and C <= 128
+    return fits and query_BHTC.dtype.itemsize == 2 and jax.default_backend() == "gpu"
+
+
+def fused_attention(
+    query_BHTC: jax.Array,
+    key_BGCL: jax.Array,
+    value_BGLC: jax.Array,
+    mask_B1TL: jax.Array,
+    bias_BHTL: jax.Array | None,
+    scale: float | None,
+    implementation: Literal["xla", "cudnn"],
+) -> jax.Array:
+    """`attention` by jax.nn.dot_product_attention, whose axes are [B, L, H, C]."""
+    query, key, value = query_BHTC.swapaxes(1, 2), key_BGCL.transpose(0, 3, 1, 2), value_BGLC.swapaxes(1, 2)
+    bias = None if bias_BHTL is None else bias_BHTL.astype(query.dtype)
+    mask = jnp.broadcast_to(mask_B1TL, (mask_B1TL.shape[0], 1, query.shape[1], key.shape[1]))
+    out = jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation=implementation)
+    return out.swapaxes(1, 2)
 
 
 def _parts(x_BHTL: jax.Array, values: list[jax.Array]) -> list[jax.Array]:
