@@ -3,13 +3,14 @@
 No data and no corpus are needed. Everything fills its length, so that no work is padding.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 
-from rag_jax import sharding
+from rag_jax import optimizer, sharding
 from rag_jax.config import StageConfig
 from rag_jax.errors import InputError
 from rag_jax.models.bart import BartConfig
@@ -58,6 +59,8 @@ class Load:
     accumulate: int = 1
     doc_chunk: int = 0
     logit_chunk: int = StageConfig.logit_chunk
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
 
 
 MEDIUM: dict[str, Any] = {
@@ -86,8 +89,10 @@ def check(load: Load) -> None:
         raise InputError(f"--dtype must be {' or '.join(DTYPES)}, and a dropout at least 0 and below 1")
     if load.question + len(PREFIX) >= load.source:
         raise InputError(f"--source {load.source} leaves no room for a passage before a question of {load.question}")
-    if load.remat not in get_args(Remat):
-        raise InputError(f"--remat {load.remat}: {', '.join(get_args(Remat))}")
+    for field in dataclasses.fields(Load):
+        if (words := get_args(field.type)) and getattr(load, field.name) not in words:
+            raise InputError(f"--{field.name} {getattr(load, field.name)}: one of {', '.join(words)}")
+    optimizer.check(stage(load).optimizer)
     if load.questions % load.accumulate or (load.doc_chunk and load.docs % load.doc_chunk):
         raise InputError("--questions must be a multiple of --accumulate, and --docs of --doc-chunk")
     if load.docs > load.passages or load.target < 3:
@@ -115,12 +120,14 @@ def model(load: Load) -> Rag:
 
 
 def stage(load: Load) -> StageConfig:
-    """Joint training of question encoder and generator by AdamW, gradients clipped."""
-    groups = {"question_encoder": 1.0, "generator": 1.0}
-    adamw = OptimizerConfig(learning_rate=3e-5, schedule="constant", weight_decay=0.01, groups=groups)
+    """Joint training of question encoder and generator, gradients clipped."""
+    changes = OptimizerConfig(
+        learning_rate=3e-5, schedule="constant", weight_decay=0.01, groups={"question_encoder": 1.0, "generator": 1.0},
+        kind=load.optimizer, moments=load.moments,
+    )  # fmt: skip
     return StageConfig(
         "bench", batch=load.questions, n_docs=load.docs, accumulate=load.accumulate, doc_chunk=load.doc_chunk,
-        logit_chunk=load.logit_chunk, optimizer=adamw,
+        logit_chunk=load.logit_chunk, optimizer=changes,
     )  # fmt: skip
 
 
