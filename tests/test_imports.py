@@ -15,7 +15,18 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_jax"
 LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors"],
-    ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "moments", "schedule", "distributed"],
+    [
+        "objectives",
+        "decoding_rules",
+        "metrics",
+        "logs",
+        "sharding",
+        "files",
+        "moments",
+        "schedule",
+        "distributed",
+        "large_pages",
+    ],
     ["decoding", "checkpoint", "optimizer", "plots", "tensors"],
     ["models"],
     ["data"],
@@ -61,7 +72,7 @@ ONLY = {
     "tensors": [],
     "decoding": ["decoding_rules"],
     "optimizer": ["moments"],
-    "__main__": [],  # imports commands by name, when they are called
+    "__main__": ["large_pages"],  # imports commands by name, when they are called
 }
 
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow"}
