@@ -1,10 +1,12 @@
 """`rag-jax bench`: how long the steps of a configuration take, against what the machine's matrix multiplication allows.
 
-The limit is measured in the same run: the best rate of a float32 product among a few sizes. The work is counted from
-the shapes in the program (every matrix product of forward and backward pass), so rematerialised work counts as work.
+The limit is measured in the same run: the best rate of a product among a few sizes, in the type the model computes in.
+The work is counted from the shapes in the program (every matrix product of forward and backward pass): what is done,
+and what the model needs, which is that of the same step with nothing computed a second time to save memory.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from pathlib import Path
@@ -13,9 +15,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from rag_jax import bench_decode, bench_encode, bench_search, config, preparing, session, sharding
+from rag_jax import (
+    bench_decode,
+    bench_encode,
+    bench_largest,
+    bench_search,
+    bench_train,
+    config,
+    preparing,
+    session,
+    sharding,
+)
 from rag_jax import run as runs
-from rag_jax.bench_limits import matmul_limit, spread, timed
+from rag_jax.bench_limits import machine, matmul_limit, peak_memory, spread, timed
 from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.counting import matmul_flops
 from rag_jax.data import pipeline
@@ -23,7 +35,7 @@ from rag_jax.errors import InputError
 from rag_jax.hosted import Searchers
 from rag_jax.logs import Progress
 from rag_jax.retrieval.corpus import Corpus
-from rag_jax.steps import jit_step, make_step
+from rag_jax.steps import Setting, jit_step, make_step
 
 
 def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, Any]:
@@ -42,7 +54,10 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
     key = jax.random.key(cfg.seed)
     upkeep.before(params, 0, 0, batches[0])
     first = upkeep.feed(params, batches[0])
-    flops = matmul_flops(jax.make_jaxpr(make_step(upkeep.setting, 0))(state, *first, key).jaxpr)
+    done, flops = (
+        matmul_flops(jax.make_jaxpr(make_step(setting, 0))(state, *first, key).jaxpr)
+        for setting in (upkeep.setting, without_savings(upkeep.setting))
+    )
     begun = time.perf_counter()
     compiled = jit_step(upkeep.setting, 0, state, first.table).lower(state, *first, key).compile()
     compile_seconds = time.perf_counter() - begun
@@ -66,13 +81,13 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
                 step_seconds.append(time.perf_counter() - begun)
                 tokens.append(float(metrics["tokens"]))
             progress.update(1)
-    limit = matmul_limit() * loaded.mesh.size
+    part = loaded.rag.config.generator or loaded.rag.config.encoder
+    limit = matmul_limit(dtype=part.dtype) * loaded.mesh.size
     median = statistics.median(step_seconds)
     return {
         "stage": stage.name,
-        "device": jax.devices()[0].device_kind,
-        "devices": loaded.mesh.size,
-        "jax": jax.__version__,
+        **machine(),
+        "mesh": dict(loaded.mesh.shape),
         "batch": stage.batch,
         "steps": steps,
         "compile_seconds": round(compile_seconds, 2),
@@ -81,17 +96,33 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
         "host_share": sum(wait_seconds) / sum(step_seconds),
         "host_work_share": statistics.median(prepare_seconds) / median,
         "tokens_per_second": round(float(np.mean(tokens)) / median),
-        "matmul_flops_per_step": flops,
+        "questions_per_second": stage.batch / median,
+        "model_flops": flops,
+        "hardware_flops": done,
         "flops_per_second": flops / median,
         "matmul_limit_flops_per_second": limit,
         "fraction_of_limit": flops / median / limit,
+        **peak_memory(),
     }
+
+
+def without_savings(setting: Setting) -> Setting:
+    """The same step with nothing in parts and nothing computed again (but for the logits in the gradient)."""
+
+    def kept(part: Any) -> Any:
+        return part and dataclasses.replace(part, remat="none")
+
+    model, stage = setting.rag.config, setting.stage
+    model = dataclasses.replace(model, encoder=kept(model.encoder), generator=kept(model.generator))
+    return setting._replace(
+        rag=dataclasses.replace(setting.rag, config=model), stage=dataclasses.replace(stage, accumulate=1, doc_chunk=0)
+    )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, configure_kind, text in (
-        ("train", configure_train, "the training step of each stage of a configuration"),
+        ("train", configure_train, "the training step: of a configuration's stages, or of a load beside transformers"),
         ("decode", bench_decode.configure, "writing answers, beside transformers and beside the limit"),
         ("search", bench_search.configure, "exact search by types of the index, beside faiss, NumPy and ScaNN"),
         ("encode", bench_encode.configure, "embedding passages, beside transformers and beside the limit"),
@@ -103,11 +134,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def configure_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENT")
+    parser.add_argument("--config", help="configs/NAME.py or configs/NAME.py:ARGUMENT, with its own data")
     parser.add_argument("--stage", action="append", default=[], help="only this stage (may be repeated)")
     parser.add_argument("--steps", type=int, default=30, help="timed steps a stage")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a configuration value")
-    parser.epilog = "example: rag-jax bench train --config configs/world.py --stage joint --json"
+    bench_train.configure(parser)
+    parser.epilog = (
+        "examples: rag-jax bench train --config configs/world.py --stage joint --json\n"
+        "          rag-jax bench train --load medium --variant sequence"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -117,6 +152,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_train(args: argparse.Namespace) -> dict[str, Any]:
+    if (args.config is None) == (args.load is None):
+        raise InputError("give --config, for the stages of a configuration, or --load, for a synthetic load")
+    if args.load is not None:
+        return bench_largest.run(args) if args.largest else bench_train.run(args)
+    return run_config(args)
+
+
+def run_config(args: argparse.Namespace) -> dict[str, Any]:
     if args.steps < 1:
         raise InputError(f"--steps {args.steps}: at least 1")
     cfg = config.load(args.config, args.set)

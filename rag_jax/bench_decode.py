@@ -69,12 +69,8 @@ LOADS = {
 }  # fmt: skip
 
 
-def random_model(load: Load, variant: Variant, seed: int = 0) -> tuple[Rag, Params]:
-    """A model whose every parameter is drawn, at a scale where documents disagree."""
-    encoder = BertConfig(vocab_size=64, width=16, layers=1, heads=2, hidden=16, positions=16)
-    rag = Rag(
-        RagConfig(variant, encoder, load.model, n_docs=load.docs, source_length=load.source, context_encoder=False)
-    )
+def drawn(rag: Rag, seed: int = 0) -> Params:
+    """Parameters at a scale where documents disagree."""
     shapes = nn.unbox(jax.eval_shape(rag.init, jax.random.key(0)))
     paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
     keys = jax.random.split(jax.random.key(seed), len(paths))
@@ -85,7 +81,16 @@ def random_model(load: Load, variant: Variant, seed: int = 0) -> tuple[Rag, Para
             return jax.random.normal(key, x.shape) * 0.05 + ("scale" in name)
         return jax.random.normal(key, x.shape) * (0.3 if "embedding" in name else 1.5 / x.shape[0] ** 0.5)
 
-    return rag, jax.tree.unflatten(structure, [draw(*pair, key) for pair, key in zip(paths, keys, strict=True)])
+    return jax.tree.unflatten(structure, [draw(*pair, key) for pair, key in zip(paths, keys, strict=True)])
+
+
+def random_model(load: Load, variant: Variant, seed: int = 0) -> tuple[Rag, Params]:
+    """A model whose every parameter is drawn."""
+    encoder = BertConfig(vocab_size=64, width=16, layers=1, heads=2, hidden=16, positions=16)
+    rag = Rag(
+        RagConfig(variant, encoder, load.model, n_docs=load.docs, source_length=load.source, context_encoder=False)
+    )
+    return rag, drawn(rag, seed)
 
 
 def random_inputs(load: Load, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

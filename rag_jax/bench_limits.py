@@ -1,8 +1,12 @@
-"""What the machine allows, measured: the rates of matrix multiplication and of reading memory."""
+"""What the machine allows, measured: the rates of matrix multiplication and of reading memory; and what it is."""
 
+import platform
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -69,3 +73,61 @@ def spread(seconds: list[float]) -> dict[str, float]:
         "min_ms": round(1e3 * min(seconds), 3),
         "max_ms": round(1e3 * max(seconds), 3),
     }
+
+
+# FLOP/s of one device in bfloat16 without sparsity, by what jax calls it; of the makers' data sheets
+DATASHEET = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def machine() -> dict[str, Any]:
+    """Kind and number of the devices, and the versions of what runs on them."""
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    for name in ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "transformers"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "platform_version": device.client.platform_version,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes: the most that a device has held, where it tells, and the most that this process has."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    held = [x["peak_bytes_in_use"] for x in stats if "peak_bytes_in_use" in x]
+    unit = 1 if sys.platform == "darwin" else 1024
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_process_bytes": process, **({"peak_device_bytes": max(held)} if held else {})}
+
+
+def largest(fits: Callable[[int], bool], most: int = 2**16) -> int:
+    """The largest n up to `most` that fits, by doubling and then halving what is between; 0 where 1 does not.
+
+    What is smaller than something that fits is taken to fit.
+    """
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

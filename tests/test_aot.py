@@ -100,7 +100,7 @@ def test_arguments_are_those_of_training(tiny_data: Path, stage: str) -> None:
     loaded, data = runs.load(cfg.model, corpus, mesh), preparing.prepare(cfg, corpus)
     params = session.init_params(loaded, 0, "")
     state = session.init_state(loaded, cfg.stages[number], params, 0)
-    _, way = train.way_of(cfg, loaded, data, number)
+    _, way = session.way_of(cfg, loaded, data, number)
     assert isinstance(way, OnDevice)
     index = refresh.blank(mesh, loaded.table_rows(), loaded.rag.config.encoder.output_width)
     fed = way.feed(params, preparing.batches(cfg.stages[number], cfg, data, number)[0], index)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax import bench, bench_encode, bench_limits
+from rag_jax import bench_encode, bench_limits, counting
 from rag_jax.bench_encode import Load
 from rag_jax.retrieval import encode
 from rag_jax.retrieval.corpus import Corpus
@@ -56,7 +56,7 @@ def test_the_work_is_that_of_the_products_without_padding():
     rag, params = bench_encode.random_model(load)
     ids, mask = np.ones((8, 16), np.int32), np.ones((8, 16), bool)
     program = jax.make_jaxpr(lambda p: rag.encoder.apply({"params": p}, ids, mask))(params["question_encoder"])
-    assert bench_encode.flops(load, np.full(8, 16)) == bench.matmul_flops(program.jaxpr)
+    assert bench_encode.flops(load, np.full(8, 16)) == counting.matmul_flops(program.jaxpr)
     assert bench_encode.padded_tokens(load, np.full(24, 16)) == 24 * 16
     assert bench_encode.padded_tokens(load, np.full(17, 5)) == 24 * 6
 

@@ -16,7 +16,7 @@ LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors"],
     ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "moments", "schedule", "distributed"],
-    ["checksums", "preemption", "counting", "hardware", "hlo"],
+    ["checksums", "preemption", "counting", "hardware", "hlo", "large_pages"],
     ["decoding", "checkpoint", "optimizer", "plots", "tensors"],
     ["models"],
     ["data"],
@@ -36,8 +36,10 @@ LEVELS = [
     ["preparing"],
     ["session"],
     ["train"],
-    ["bench_limits"],
-    ["bench_decode", "bench_encode", "bench_search"],
+    ["bench_limits", "bench_load"],
+    ["bench_decode", "bench_encode", "bench_search", "bench_torch"],
+    ["bench_train"],
+    ["bench_largest"],
     ["aot", "ask", "bench", "build_index", "convert", "export"],
     ["__main__"],
 ]
@@ -62,7 +64,7 @@ ONLY = {
     "tensors": [],
     "decoding": ["decoding_rules"],
     "optimizer": ["moments"],
-    "__main__": [],  # imports commands by name, when they are called
+    "__main__": ["large_pages"],  # imports commands by name, when they are called
 }
 
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow"}
@@ -70,7 +72,7 @@ ALONE = {
     "orbax": "checkpoint",
     "tensorboardX": "logs",
     "matplotlib": "plots",
-    "torch": "tensors, bench_decode, bench_encode",
+    "torch": "tensors, bench_decode, bench_encode, bench_largest, bench_torch",
     "faiss": "bench_search",
 }  # library: the modules that have it
 
