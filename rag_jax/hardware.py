@@ -63,6 +63,26 @@ GPUS = {
 }
 
 
+# what JAX calls the devices: the beginning of device_kind
+KINDS = {
+    "TPU v4": TPUS["v4"],
+    "TPU v5 lite": TPUS["v5e"],
+    "TPU v5": TPUS["v5p"],
+    "TPU v6 lite": TPUS["v6e"],
+    "TPU7x": TPUS["tpu7x"],
+    "NVIDIA A100": GPUS["a100"],
+    "NVIDIA H100": GPUS["h100"],
+    "NVIDIA H200": GPUS["h200"],
+    "NVIDIA B200": GPUS["b200"],
+}
+
+
+def peak(device_kind: str, dtype: str) -> float | None:
+    """FLOP/s of one device as JAX names it, None for one that is not in the table."""
+    found = next((chip for name, chip in KINDS.items() if device_kind.startswith(name)), None)
+    return found and found.rate(dtype) / found.devices
+
+
 @dataclass(frozen=True)
 class Topology:
     """Chips of one kind. kind: "tpu", "gpu" or "cpu"; chip: None for the fake devices of a CPU."""

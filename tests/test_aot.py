@@ -205,3 +205,9 @@ def test_compiled_for_a_tpu(topology: str, tmp_path: Path) -> None:
     assert found["fits"] and found["compiled"]
     sent = sum(row["sent"] for row in found["collectives"].values())
     assert 0 < sent < 10e6 and np.isfinite(found["step_seconds"])
+
+
+def test_peaks_by_the_names_that_jax_has_for_devices():
+    assert hardware.peak("NVIDIA H100 80GB HBM3", "bfloat16") == hardware.peak("NVIDIA H200", "bfloat16") == 989e12
+    assert hardware.peak("TPU v5 lite", "bfloat16") == 197e12 and hardware.peak("TPU v5p", "bfloat16") == 459e12
+    assert hardware.peak("cpu", "float32") is None
