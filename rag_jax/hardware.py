@@ -80,7 +80,7 @@ KINDS = {
 def peak(device_kind: str, dtype: str) -> float | None:
     """FLOP/s of one device as JAX names it, None for one that is not in the table."""
     found = next((chip for name, chip in KINDS.items() if device_kind.startswith(name)), None)
-    return found and found.rate(dtype) / found.devices
+    return None if found is None else found.rate(dtype) / found.devices
 
 
 @dataclass(frozen=True)
