@@ -128,6 +128,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--questions", type=Path, help="question file (default: the dev questions of the configuration)"
     )
+    parser.add_argument(
+        "--format", choices=formats.FORMATS, default="", help="of the question file (default: as its content tells)"
+    )
     parser.add_argument("--out", type=Path, help="directory for predictions.jsonl and report.json (default: RUN)")
     parser.add_argument("--index", type=Path, help="another index, made by rag-jax index: hot swap, no retraining")
     answer.add_arguments(parser)
@@ -147,4 +150,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     configured = partial(answer.from_arguments, args)
     search = answer.search_from_argument(args.search)
     out = args.out or args.run
-    return evaluate(args.run, args.questions, out, args.index, args.where, args.limit, configured, search)
+    questions = Path(*formats.named([args.questions], args.format)) if args.questions else None
+    return evaluate(args.run, questions, out, args.index, args.where, args.limit, configured, search)
