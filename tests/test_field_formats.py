@@ -363,3 +363,36 @@ def test_content_of_no_known_format_is_said_to_be_so(shared_data: Find) -> None:
 
 def test_every_format_says_what_it_is() -> None:
     assert all(format.about and (format.questions or format.passages) for format in FORMATS.values())
+
+
+def test_a_corpus_of_the_same_files_has_the_right_passages(shared_data: Find, tmp_path: Path) -> None:
+    from rag_jax.__main__ import main
+    from rag_jax.data import pipeline
+    from rag_jax.retrieval.corpus import Corpus
+
+    raw = shared_data("raw")
+    paths = [raw / "dpr_train.haystack_sample.json", raw / "fid.nq_oracle_sample.jsonl"]
+    out = str(tmp_path / "corpus")
+    sizes = ["--train-tokenizer", "--encoder-vocab", "600", "--generator-vocab", "400"]
+    assert main(["corpus", str(paths[0]), f"fid:{paths[1]}", "--out", out, "--passage-words", "0", *sizes]) == 0
+    corpus = Corpus.open(out)
+    assert [(entry["files"], entry["passages"]) for entry in corpus.manifest["inputs"]] == [(1, 751), (1, 80)]
+    for path in paths:
+        questions = read_questions(path)
+        for question, row_G in zip(questions, pipeline.gold_rows(questions, corpus), strict=True):
+            assert [corpus[row].id for row in row_G if row >= 0] == list(question.positive_passage_ids) != []
+    assert main(["corpus", str(paths[0]), "--format", "squad", "--out", out + "2", *sizes]) == 2
+
+
+@pytest.mark.slow
+def test_evaluate_names_the_format(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rag_jax.__main__ import main
+
+    path = write(tmp_path / "q.tsv", *({"question": f"Who founded {i}?", "answer": ["x"]} for i in range(3)))
+    for options in (["--format", "nq_open"], []):
+        assert (
+            main(["evaluate", str(tiny_run), "--questions", str(path), "--out", str(tmp_path), "--json", *options]) == 0
+        )
+        assert json.loads(capsys.readouterr().out)["n_questions"] == 3
+    assert main(["evaluate", str(tiny_run), "--questions", str(path), "--format", "dpr_qa"]) == 2
+    assert f"{path}:1: " in capsys.readouterr().err

@@ -148,7 +148,7 @@ def expand(paths: Sequence[str | Path], kind: Kind = "passages") -> list[Source]
         name, colon, rest = given.partition(":")
         named = name if colon and name in FORMATS and not Path(given).exists() else ""
         if named == "tfds":
-            sources.setdefault(given, Source(Path(given), given, inputs, kind, named))
+            sources.setdefault(given, Source(Path(given), tfds_source.title(given), inputs, kind, named))
         else:
             path = Path(rest if named else given)
             for file, format, beside in files_of(path, kind):

@@ -73,6 +73,12 @@ def spec(text: str) -> Spec:
     return Spec(name, split, fields or MAPPINGS.get(bare) or MAPPINGS.get(bare.partition("/")[0], {}), data_dir)
 
 
+def title(text: str) -> str:
+    """What an input is called on every machine."""
+    wanted = spec(text)
+    return f"{wanted.name}/{wanted.split}"
+
+
 def rows(source: Source, report: OnBad | None) -> Iterator[Row]:
     """Every record of the split, in order, under our names; `line` counts records."""
     wanted = spec(str(source.path))
