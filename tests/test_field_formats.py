@@ -384,15 +384,12 @@ def test_a_corpus_of_the_same_files_has_the_right_passages(shared_data: Find, tm
     assert main(["corpus", str(paths[0]), "--format", "squad", "--out", out + "2", *sizes]) == 2
 
 
-@pytest.mark.slow
-def test_evaluate_names_the_format(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rag_jax.__main__ import main
+def test_evaluate_hands_the_format_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rag_jax.__main__ import parse
 
-    path = write(tmp_path / "q.tsv", *({"question": f"Who founded {i}?", "answer": ["x"]} for i in range(3)))
-    for options in (["--format", "nq_open"], []):
-        assert (
-            main(["evaluate", str(tiny_run), "--questions", str(path), "--out", str(tmp_path), "--json", *options]) == 0
-        )
-        assert json.loads(capsys.readouterr().out)["n_questions"] == 3
-    assert main(["evaluate", str(tiny_run), "--questions", str(path), "--format", "dpr_qa"]) == 2
-    assert f"{path}:1: " in capsys.readouterr().err
+    for options, expected in ((["--format", "nq_open"], Path("nq_open:q.tsv")), ([], Path("q.tsv"))):
+        module, args = parse("evaluate", ["run", "--questions", "q.tsv", *options])
+        monkeypatch.setattr(module, "evaluate", lambda run, questions, *rest: {"questions": questions})
+        assert module.run(args)["questions"] == expected
+    with pytest.raises(SystemExit):
+        parse("evaluate", ["run", "--questions", "q.tsv", "--format", "nosuch"])

@@ -80,7 +80,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare(directory, "bool_q", {"question": TEXT(), "passage": TEXT(), "title": TEXT(), "answer": np.bool_}, yes)
     other = [{"q": "Who?", "gold": "x", "level": 3, "doc": "Some text.", "head": "H"}]
     prepare(directory, "my_own", {"q": TEXT(), "gold": TEXT(), "level": np.int32, "doc": TEXT(), "head": TEXT()}, other)
+    bad = [{"question": text, "answers": ["x"]} for text in (b"good?", b"b\xe9d?", b"too?")]
+    prepare(directory, "broken", {"question": TEXT(), "answers": tfds.features.Sequence(TEXT())}, bad)
     return directory
+
+
+def test_bytes_that_are_no_text(prepared: Path) -> None:
+    with pytest.raises(InputError, match=r":2: not UTF-8 \(byte 0xe9\)"):
+        read_questions(f"tfds:broken/train?data_dir={prepared}")
+    found = read_questions(f"tfds:broken/train?data_dir={prepared}", skip_bad_lines=True)
+    assert [question.id for question in found] == ["broken/train-1", "broken/train-3"]
 
 
 def test_squad(prepared: Path) -> None:

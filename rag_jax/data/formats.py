@@ -215,13 +215,13 @@ def _able(kind: Kind) -> str:
 def _items(source: Source, format: Format, report: OnBad | None) -> Iterator[tuple[int, Any]]:
     """What the source holds, with lines; bad records are refused."""
     parse = getattr(format, source.kind)
+    name = stem(source.name)
     for row in format.rows(source, report):
-        place = f"{source.path}:{row.line}"
         try:
-            for item in parse(row.fields, f"{stem(source.name)}-{row.number}"):
+            for item in parse(row.fields, f"{name}-{row.number}"):
                 if isinstance(item, BadLine):
-                    refuse(f"{place}: {item}", report)
+                    refuse(f"{source.path}:{row.line}: {item}", report)
                 else:
                     yield row.line, item
         except BadLine as bad:
-            refuse(f"{place}: {bad}", report)
+            refuse(f"{source.path}:{row.line}: {bad}", report)

@@ -15,7 +15,19 @@ from typing import Any, NamedTuple
 
 from rag_jax import files
 from rag_jax.data import squad, uniform
-from rag_jax.data.rows import BadLine, Fields, OnBad, Passage, Question, Row, content_id, identity, optional, string
+from rag_jax.data.rows import (
+    BadLine,
+    Fields,
+    OnBad,
+    Passage,
+    Question,
+    Row,
+    content_id,
+    identity,
+    optional,
+    refuse,
+    string,
+)
 from rag_jax.data.sources import Source
 from rag_jax.errors import InputError
 
@@ -88,7 +100,12 @@ def rows(source: Source, report: OnBad | None) -> Iterator[Row]:
         if number == 1:
             fields = wanted.fields or {name: name for name in _OURS if name in record}
             _check(str(source.path), fields, record)
-        yield Row(number, number, {ours: _mapped(record, ours, paths) for ours, paths in fields.items()})
+        try:
+            mapped = {ours: _mapped(record, ours, paths) for ours, paths in fields.items()}
+        except BadLine as bad:
+            refuse(f"{source.path}:{number}: {bad}", report)
+            continue
+        yield Row(number, number, mapped)
 
 
 def question(fields: Fields, own_id: str) -> list[Question]:
