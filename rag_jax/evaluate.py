@@ -131,6 +131,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--questions", type=Path, help="question file (default: the dev questions of the configuration)"
     )
+    parser.add_argument(
+        "--format", choices=formats.FORMATS, default="", help="of the question file (default: as its content tells)"
+    )
     parser.add_argument("--out", type=Path, help="directory for predictions.jsonl and report.json (default: RUN)")
     parser.add_argument("--index", type=Path, help="another index, made by rag-jax index: hot swap, no retraining")
     answer.add_arguments(parser)
@@ -154,5 +157,6 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             logs.silence()
         search = answer.search_from_argument(args.search)
         out = args.out or args.run
-        report = evaluate(args.run, args.questions, out, args.index, args.where, args.limit, configured, search)
+        questions = Path(*formats.named([args.questions], args.format)) if args.questions else None
+        report = evaluate(args.run, questions, out, args.index, args.where, args.limit, configured, search)
         return report if distributed.first() else None

@@ -22,7 +22,7 @@ import numpy as np
 
 from rag_jax import files
 from rag_jax.data import tokenizers
-from rag_jax.data.formats import Passage
+from rag_jax.data.formats import FORMATS, Passage, named
 from rag_jax.data.joining import join, join_tail
 from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
@@ -240,7 +240,15 @@ def update(
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `rag-jax corpus`."""
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="JSONL or TSV (also .gz, part sets), or text folder")
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="passages: a file (also .gz), part set or folder, perhaps FORMAT:PATH",
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, default="", help="what the inputs are (default: as their content tells)"
+    )
     parser.add_argument("--out", required=True, help="corpus directory to make")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is already there")
     parser.add_argument("--train-tokenizer", action="store_true", help="train the tokenizers not given on this corpus")
@@ -265,6 +273,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  rag-jax corpus passages.jsonl --out corpora/mine --train-tokenizer\n"
         "  rag-jax corpus psgs_w100.tsv.gz --out corpora/wiki --encoder-tokenizer DIR --generator-tokenizer DIR\n"
+        "  rag-jax corpus nq-train.json dpr:nq-dev.json --out corpora/nq --train-tokenizer\n"
         "  rag-jax corpus edited.jsonl --out corpora/edited --tokenizers-from corpora/mine\n"
         "  rag-jax corpus --update corpora/mine --add new.jsonl --delete p7 @gone.txt --out corpora/monday"
     )
@@ -273,7 +282,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Builds or updates the corpus and says what it holds."""
     started = time.monotonic()
-    changes = {name: getattr(args, name) for name in ("add", "replace", "delete")}
+    changes = {name: named(getattr(args, name), args.format) for name in ("add", "replace")} | {"delete": args.delete}
     if args.update is not None:
         if args.inputs:
             raise InputError(f"{args.inputs[0]}: with --update, passages are named by --add or --replace")
@@ -286,7 +295,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if wrong or not args.inputs:
         raise InputError(f"{wrong[0]} goes with --update CORPUS" if wrong else "no INPUT; name passages, or --update")
     corpus = build(
-        args.inputs,
+        named(args.inputs, args.format),
         args.out,
         encoder_tokenizer=args.encoder_tokenizer,
         generator_tokenizer=args.generator_tokenizer,

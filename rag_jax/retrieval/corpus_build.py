@@ -14,7 +14,7 @@ import numpy as np
 from rag_jax import files, logs
 from rag_jax.data import tokenizers
 from rag_jax.data.cutting import cut
-from rag_jax.data.formats import Located, Passage, Source, expand, read_located
+from rag_jax.data.formats import Located, Passage, Source, digest, expand, read_located
 from rag_jax.data.joining import check_join, normalize_title, passage_text
 from rag_jax.data.tokenizers import Tokenizer, pad_rows
 from rag_jax.errors import InputError
@@ -288,10 +288,10 @@ def inputs_of(sources: Sequence[Source], passages: Sequence[int]) -> list[dict[s
     inputs = []
     for number, count in enumerate(passages):
         ours = [source for source in sources if source.input == number]
-        hashes = [(source.name, files.file_sha256(source.path)) for source in ours]
+        hashes = [(source.name, digest(source)) for source in ours]
         name = ours[0].name if len(ours) == 1 else f"{ours[0].name} ... {ours[-1].name}"
-        digest = hashes[0][1] if len(hashes) == 1 else files.canonical_sha256(hashes)
-        inputs.append({"name": name, "files": len(ours), "sha256": digest, "passages": count})
+        of_all = hashes[0][1] if len(hashes) == 1 else files.canonical_sha256(hashes)
+        inputs.append({"name": name, "files": len(ours), "sha256": of_all, "passages": count})
     return inputs
 
 

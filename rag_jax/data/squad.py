@@ -1,0 +1,57 @@
+"""SQuAD 1.1 and 2.0: articles of paragraphs with questions; the paragraphs are the passages."""
+
+from collections.abc import Iterator
+
+from rag_jax.data.rows import (
+    BadLine,
+    Fields,
+    Passage,
+    Question,
+    content_id,
+    each,
+    every,
+    flag,
+    identity,
+    optional,
+    rest,
+    string,
+    unique,
+)
+
+
+def questions(article: Fields, own_id: str) -> Iterator[Question | BadLine]:
+    """All questions of an article. The right passage is the paragraph, by its content."""
+    title = optional(article, "title")
+
+    def asked(paragraph: Fields) -> Iterator[Question | BadLine]:
+        context = content_id(title, string(paragraph, "context"))
+        return each(paragraph, "qas", lambda fields: [question(fields, context)])
+
+    return each(article, "paragraphs", asked)
+
+
+def question(fields: Fields, context: str) -> Question:
+    """One question about the passage `context`. One marked as impossible has no answer, and that passage beside it."""
+    found = every(each(fields, "answers", lambda answer: [string(answer, "text")]))
+    extra = rest(fields, "id", "question", "answers", "is_impossible")
+    impossible = flag(fields, "is_impossible")
+    if impossible:
+        extra |= {"answerable": False, "context_passage_ids": [context]}
+    return Question(
+        id=identity(fields, "id"),
+        question=string(fields, "question"),
+        answers=() if impossible else unique(found),
+        positive_passage_ids=() if impossible else (context,),
+        extra=extra,
+    )
+
+
+def passages(article: Fields, own_id: str) -> Iterator[Passage | BadLine]:
+    """The paragraphs of an article, whose title names the document."""
+    title = optional(article, "title")
+    return each(article, "paragraphs", lambda paragraph: [passage(title, string(paragraph, "context"))])
+
+
+def passage(title: str, text: str) -> Passage:
+    name = content_id(title, text)
+    return Passage(name, title, text, title or name)
