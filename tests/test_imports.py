@@ -30,7 +30,7 @@ LEVELS = [
     ["pretrained", "encode_corpus", "live"],
     ["saving"],
     ["answer"],
-    ["evaluate"],
+    ["evaluate", "compare"],
     ["preparing"],
     ["train"],
     ["bench_limits"],
@@ -52,6 +52,7 @@ RETRIEVAL = [
 ]
 ONLY = {
     **{name: [] for name in LEVELS[2]},
+    "metrics": ["metrics"],
     "models": ["models", "sharding"],
     "data": ["data", "sharding", "logs", "files"],
     "retrieval": RETRIEVAL,
