@@ -13,6 +13,7 @@ import numpy as np
 from rag_jax import metrics
 from rag_jax.errors import InputError
 from rag_jax.metrics import bootstrap
+from rag_jax.metrics.figures import Figure
 
 ASKED = ("question", "answers", "target", "label", "unanswerable", "gold", "relevance")  # what must be the same
 
@@ -81,22 +82,23 @@ def compare(directories: Sequence[Path], names: Sequence[str] = (), seed: int = 
     shared = [name for name in found[0] if all(name in one and one[name].n == found[0][name].n for one in found)]
     if not shared:
         raise InputError(f"these evaluations have no figure in common{f' of {list(names)}' if names else ''}")
-    draws = [metrics.resampled({name: one[name] for name in shared}, seed) for one in found]
-    figures = {name: [beside(found, draws, name, place) for place in range(len(evaluations))] for name in shared}
+    draws = metrics.resampled({f"{i} {name}": one[name] for i, one in enumerate(found) for name in shared}, seed)
+    figures = {}
+    for name in shared:
+        values = [(one[name], draws[f"{i} {name}"]) for i, one in enumerate(found)]
+        figures[name] = [beside(values[0], one, paired=i > 0) for i, one in enumerate(values)]
     return {"runs": [str(directory) for directory in directories], "n": len(first.rows), "figures": figures}
 
 
-def beside(
-    found: Sequence[metrics.Figures], draws: Sequence[dict[str, np.ndarray]], name: str, place: int
-) -> dict[str, float]:
-    """One figure of one run, with its difference to the first run's."""
-    figure, values_R = found[place][name], draws[place][name]
+def beside(first: tuple[Figure, np.ndarray], other: tuple[Figure, np.ndarray], paired: bool) -> dict[str, float]:
+    """A figure, given with its values in resamples [R], and where `paired` its difference to the first run's."""
+    figure, values_R = other
     value = bootstrap.value(figure.statistic, figure.n)
     low, high = figure.interval(values_R, value)
     cell = {"value": value, "low": low, "high": high}
-    if place:
-        difference = value - bootstrap.value(found[0][name].statistic, figure.n)
-        differences_R = figure.around(values_R - draws[0][name], difference)
+    if paired:
+        difference = value - bootstrap.value(first[0].statistic, figure.n)
+        differences_R = figure.around(values_R - first[1], difference)
         low, high = bootstrap.interval(differences_R)
         cell |= {"difference": difference, "difference_low": low, "difference_high": high}
         cell["p"] = bootstrap.p_value(differences_R)
