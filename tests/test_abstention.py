@@ -92,3 +92,11 @@ def test_figures_by_hand() -> None:
     }
     assert abstention.risk_coverage(rows, Setting())[-1] == (1, pytest.approx(4 / 6))
     assert abstention.no_answer(rows[:3], Setting()) == {}  # every question has an answer
+    long = row("a dog", [], -7) | {"target": "a big dog", "unanswerable": False}
+    figures = abstention.no_answer([*rows, long], Setting())  # no exact match of long texts, and so no area
+    assert {name: bootstrap.value(one.statistic, one.n) for name, one in figures.items()} == {
+        "no_answer_precision": 1 / 2,
+        "no_answer_recall": pytest.approx(1 / 3),
+        "no_answer_f1": pytest.approx(2 / 5),
+        "squad2_f1": pytest.approx((1 + 0 + 2 / 3 + 1 + 2 / 3) / 7),
+    }

@@ -200,13 +200,13 @@ def test_unanswerable_questions_ask_for_abstention() -> None:
 
 @pytest.mark.slow
 def test_the_interval_of_distinct_covers_what_as_many_other_answers_give() -> None:
-    """Resamples repeat answers, and so have fewer different words than any 200 answers."""
+    """Resamples repeat answers, and so have fewer different words than any 100 answers."""
     random = np.random.default_rng(3)
     share = 1 / np.arange(1, 2001)
     words = np.array([f"w{i}" for i in range(2000)])
 
     def draw() -> list[dict]:
-        return [answered(" ".join(random.choice(words, size=8, p=share / share.sum())), []) for _ in range(200)]
+        return [answered(" ".join(random.choice(words, size=8, p=share / share.sum())), []) for _ in range(100)]
 
     found = [metrics.summarize(draw(), names=("distinct",), intervals=True) for _ in range(200)]
     for name in ("distinct_1", "distinct_2"):

@@ -4,13 +4,13 @@ With the answers ordered by confidence, the risk at a coverage c is the share of
 them. Equal confidences have no order: of such a group every part is taken to be wrong at the group's rate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from rag_jax.metrics import bootstrap, matching
 from rag_jax.metrics.bootstrap import Statistic
-from rag_jax.metrics.figures import Figure, Figures, Row, Setting, golds, written
+from rag_jax.metrics.figures import Figure, Figures, Row, Setting, golds, references, written
 
 NO_ANSWER = ("", "no answer", "unanswerable")  # in normal form: what counts as the answer that there is none
 
@@ -21,48 +21,52 @@ def says_nothing(prediction: str) -> bool:
 
 
 def no_answer(rows: Sequence[Row], setting: Setting) -> Figures:
-    """Precision, recall and F1 of saying that there is no answer; SQuAD 2's exact match and F1, over all questions; the
-    area under the risk-coverage curve, wrong being what SQuAD 2 does not count as an exact match.
+    """Precision, recall and F1 of saying that there is no answer, and SQuAD 2's F1 over all questions; where all
+    answers are short also its exact match, and the area under the risk-coverage curve with that for being right.
     """
-    judged = _judged(rows, setting)
+    judged = [row for row in written(rows) if row.get("unanswerable") or _wanted(row, setting)]
     if not any(row.get("unanswerable") for row in judged):
         return {}
     none_N = np.array([bool(row.get("unanswerable")) for row in judged])
     said_N = np.array([says_nothing(row["prediction"]) for row in judged])
-    right_N, score_N = ~wrong(rows, setting), np.array([row["score"] for row in judged], np.float64)
-    words_N = [
-        float(said) if none else 0.0 if said else matching.f1(row["prediction"], golds(row, setting))
-        for row, none, said in zip(judged, none_N, said_N, strict=True)
-    ]
     statistics = {
         "no_answer_precision": bootstrap.ratio(none_N & said_N, said_N),
         "no_answer_recall": bootstrap.ratio(none_N & said_N, none_N),
         "no_answer_f1": bootstrap.ratio(2.0 * (none_N & said_N), none_N.astype(float) + said_N),
-        "squad2_exact_match": bootstrap.mean(right_N),
-        "squad2_f1": bootstrap.mean(np.array(words_N)),
-        "risk_coverage_area": area(score_N, ~right_N),
     }
+    if setting.match == "string":
+        statistics["squad2_f1"] = bootstrap.mean(_scores(matching.f1, judged, setting))
+    if all(row.get("unanswerable") or golds(row, setting) for row in judged):
+        confidence_N, right_N = _answers(judged, setting)
+        statistics["squad2_exact_match"] = bootstrap.mean(right_N)
+        statistics["risk_coverage_area"] = area(confidence_N, 1 - right_N)
     return {name: Figure(statistic, len(judged)) for name, statistic in statistics.items()}
 
 
 def risk_coverage(rows: Sequence[Row], setting: Setting) -> list[tuple[float, float]]:
     """The curve whose area `no_answer` gives: (coverage, risk), in order of the answers' log p(y|x)."""
-    judged = _judged(rows, setting)
-    return curve(np.array([row["score"] for row in judged], np.float64), wrong(rows, setting))
+    judged = [row for row in written(rows) if row.get("unanswerable") or golds(row, setting)]
+    confidence_N, right_N = _answers(judged, setting)
+    return curve(confidence_N, 1 - right_N)
 
 
-def wrong(rows: Sequence[Row], setting: Setting) -> np.ndarray:
-    """Bool [N]: no answer said where there is one, an answer where there is none, or another answer."""
-    match = matching.MATCHERS[setting.match]
+def _answers(judged: Sequence[Row], setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+    """(log p(y|x) [N], exact match [N])."""
+    score_N = np.array([row["score"] for row in judged], np.float64)
+    return score_N, _scores(matching.MATCHERS[setting.match], judged, setting)
+
+
+def _scores(score: Callable[[str, Sequence[str]], float], judged: Sequence[Row], setting: Setting) -> np.ndarray:
+    """[N]: 1 where no answer is said and there is none, 0 where only one of both is so, else the answer's score."""
     found = []
-    for row in _judged(rows, setting):
+    for row in judged:
         said, none = says_nothing(row["prediction"]), bool(row.get("unanswerable"))
-        found.append(not said if none else said or not match(row["prediction"], golds(row, setting)))
-    return np.array(found, bool)
+        found.append(float(said and none) if said or none else score(row["prediction"], _wanted(row, setting)))
+    return np.array(found)
 
 
-def _judged(rows: Sequence[Row], setting: Setting) -> list[Row]:
-    return [row for row in written(rows) if row.get("unanswerable") or golds(row, setting)]
+def _wanted(row: Row, setting: Setting) -> list[str]:
+    return golds(row, setting) or references(row)
 
 
 def curve(confidence_N: np.ndarray, wrong_N: np.ndarray, points: int = 20) -> list[tuple[float, float]]:
