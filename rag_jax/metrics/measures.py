@@ -125,7 +125,7 @@ def macro_f1(rows: Sequence[Row], setting: Setting) -> Figures:
     def statistic(counts_RN: np.ndarray) -> np.ndarray:
         both_RC, either_RC = counts_RN @ (gold_NC & said_NC), counts_RN @ (gold_NC.astype(float) + said_NC)
         f1_RC = bootstrap.divided(2 * both_RC, either_RC)  # NaN for a label that a resample has not
-        return np.nansum(f1_RC, 1) / (either_RC > 0).sum(1)
+        return bootstrap.divided(np.nansum(f1_RC, 1), (either_RC > 0).sum(1))
 
     return {"macro_f1": Figure(statistic, len(gold_N))}
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rag_jax.errors import InputError
-from rag_jax.metrics import matching
+from rag_jax.metrics import bootstrap, matching
 
 LIBRARIES = {"rouge_l": "rouge_score", "bleu": "sacrebleu"}  # what each metric needs
 ORDER = 4  # BLEU's longest n-grams
@@ -86,7 +86,7 @@ class Grams:
         different_R = taken_RN @ self._alone_N
         if len(self._start_G):
             different_R += np.logical_or.reduceat(taken_RN[:, self._row_X], self._start_G, axis=1).sum(1)
-        return different_R / (counts_RN @ self._count_N)
+        return bootstrap.divided(different_R, counts_RN @ self._count_N)
 
 
 def _pairs(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[str, list[str]]]:
