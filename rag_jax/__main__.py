@@ -28,6 +28,7 @@ COMMANDS = {
     ),
     "train": ("rag_jax.train", "train question encoder, context encoder and generator together"),
     "evaluate": ("rag_jax.evaluate", "answer a file of questions and score the answers and the retrieval"),
+    "compare": ("rag_jax.compare", "put evaluations side by side, with paired bootstrap significance"),
     "ask": ("rag_jax.ask", "answer one question and show the passages the answer came from"),
     "convert": (
         "rag_jax.convert",

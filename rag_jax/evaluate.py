@@ -3,6 +3,7 @@ report.json.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -17,31 +18,56 @@ from rag_jax.config import SearchConfig
 from rag_jax.data import formats
 from rag_jax.data.formats import Question
 from rag_jax.errors import InputError
+from rag_jax.metrics import abstention, matching
 
 
 def prediction_rows(
-    questions: Sequence[Question], answers: Sequence[Answer], corpus: Any, retrieval_only: bool = False
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    corpus: Any,
+    retrieval_only: bool = False,
+    match: str = "string",
 ) -> list[dict[str, Any]]:
-    """One row a question: what predictions.jsonl holds and metrics.summarize reads."""
+    """One row a question: what predictions.jsonl holds and metrics.summarize reads. match: as in metrics.Setting."""
     rows = []
     for question, found in zip(questions, answers, strict=True):
-        golds = list(question.answers) or ([question.target] if question.target else [])
+        golds = list(question.answers)
         texts = [corpus[corpus.row(passage)] for passage in found.retrieved]
+        right = question.right_passage_ids
         rows.append(
             {
                 "id": question.id,
                 "question": question.question,
                 "prediction": None if retrieval_only else found.text,
                 "answers": golds,
+                "target": question.target,
+                "label": question.extra.get("label"),
+                "unanswerable": not golds and question.target is None and not right,
                 "score": found.score,
-                "gold": list(question.right_passage_ids),
+                "gold": list(right),
+                "gold_documents": ways(question, corpus),
+                "relevance": question.extra.get("relevance"),
                 "retrieved": list(found.retrieved),
                 "prior": [passage.prior for passage in found.passages],
                 "posterior": [passage.posterior for passage in found.passages],
-                "retrieved_has_answer": [metrics.has_answer(f"{p.title} {p.text}", golds) for p in texts],
+                "retrieved_documents": list(dict.fromkeys(p.document for p in texts)),
+                "retrieved_has_answer": [matching.FINDERS[match](f"{p.title} {p.text}", golds) for p in texts],
             }
         )
     return rows
+
+
+def ways(question: Question, corpus: Any) -> list[list[str]]:
+    """The documents that each way to answer needs: KILT's `provenance` where the question has it, a list of lists, else
+    one way, with the documents of the right passages. A passage that the corpus has not is its own document.
+    """
+    provenance = question.extra.get("provenance")
+    if isinstance(provenance, list) and all(isinstance(way, list) for way in provenance):
+        return [list(dict.fromkeys(map(str, way))) for way in provenance]
+    right = question.right_passage_ids
+    rows = corpus.rows(right, missing=-1) if right else ()
+    found = [one if row < 0 else corpus[row].document for one, row in zip(right, rows, strict=True)]
+    return [list(dict.fromkeys(found))] if found else []
 
 
 def predict(
@@ -84,24 +110,32 @@ def evaluate(
     limit: int = 0,
     configure: Callable[[AnswerConfig], AnswerConfig] = lambda cfg: cfg,
     search: SearchConfig | None = None,
+    setting: metrics.Setting | None = None,
+    names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Score a run on a question file (its own dev questions by default) and write the two files into `out`.
 
-    configure: what to change of how the run answers by default. search: as of Pipeline.from_run. With several
-    processes all answer together, and the first one writes.
+    configure: what to change of how the run answers by default. search: as of Pipeline.from_run. setting: how answers
+    are judged; labels are the allowed answers where it names none. names: of metrics.METRICS, by default what fits.
+    With several processes all answer together, and the first one writes.
     """
     begun = time.perf_counter()
+    metrics.check_names(names)
     pipeline = Pipeline.from_run(directory, index, search)
     if questions is None and not pipeline.config.dev:
         raise InputError(f"{directory}: a converted model names no questions; pass --questions FILE")
     file = questions or Path(pipeline.config.dev)
     asked = select(formats.read_questions(file), where, limit)
     cfg = configure(pipeline.answer_config())
+    judged = setting or metrics.Setting()
+    judged = dataclasses.replace(judged, labels=judged.labels or cfg.allowed_answers)
     answers = pipeline.answer([q.question for q in asked], cfg)
-    rows = prediction_rows(asked, answers, pipeline.loaded.corpus, cfg.retrieval_only)
+    rows = prediction_rows(asked, answers, pipeline.loaded.corpus, cfg.retrieval_only, judged.match)
+    figures = scored(rows, judged, names)
     manifest = pipeline.snapshot.manifest
     report = {
-        **metrics.summarize(rows),
+        **figures,
+        **dataclasses.asdict(judged),
         "run": str(directory),
         "questions": str(file),
         "where": where,
@@ -126,6 +160,16 @@ def evaluate(
     return report
 
 
+def scored(rows: Sequence[dict[str, Any]], setting: metrics.Setting, names: Sequence[str] = ()) -> dict[str, Any]:
+    """The figures with their intervals, and the risk-coverage curve where its area is one; tells what is left out."""
+    found: dict[str, Any] = metrics.summarize(rows, setting, names, intervals=True)
+    for reason in metrics.missing(rows, setting, names, found):
+        logs.info(reason)
+    if "risk_coverage_area" in found:
+        found["risk_coverage"] = abstention.risk_coverage(rows, setting)
+    return found
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory of rag-jax train")
     parser.add_argument(
@@ -146,8 +190,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="questions answered at once (default: 16)")
     parser.add_argument("--where", default="", metavar="FIELD=VALUE", help="only questions with this, as changed=true")
     parser.add_argument("--limit", type=int, default=0, help="only the first questions of the file")
+    parser.add_argument(
+        "--metrics",
+        type=listed,
+        default=(),
+        metavar="A,B",
+        help=f"of {', '.join(metrics.METRICS)} (default: what fits)",
+    )
+    parser.add_argument(
+        "--labels", type=listed, default=(), metavar="A,B", help="the classes (default: allowed_answers)"
+    )
+    parser.add_argument(
+        "--match", choices=tuple(matching.FINDERS), default="string", help="regex: the answers of the file are patterns"
+    )
     distributed.add_arguments(parser)
     parser.epilog = "example: rag-jax evaluate runs/world --questions data/world/test.jsonl"
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The parts between commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -158,5 +220,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         search = answer.search_from_argument(args.search)
         out = args.out or args.run
         questions = Path(*formats.named([args.questions], args.format)) if args.questions else None
-        report = evaluate(args.run, questions, out, args.index, args.where, args.limit, configured, search)
+        setting = metrics.Setting(args.labels, args.match)
+        report = evaluate(
+            args.run, questions, out, args.index, args.where, args.limit, configured, search, setting, args.metrics
+        )
         return report if distributed.first() else None

@@ -42,7 +42,7 @@ def measured(run: Path, questions: Path, limit: int) -> dict[str, Any]:
     return {
         "recall_at_1": recall_at_1(run, questions),
         "exact_match": report["exact_match"],
-        "exact_match_interval": report.get("exact_match_interval"),
+        "exact_match_interval": [report["exact_match_low"], report["exact_match_high"]],
         "in_training": found,
         "questions": report["n"],
     }

@@ -15,12 +15,13 @@ import tiny
 from conftest import ROOT
 
 import rag_jax
-from rag_jax import answer, ask, checkpoint, metrics, pretrained, refresh
+from rag_jax import answer, ask, checkpoint, pretrained, refresh
 from rag_jax import evaluate as evaluation
 from rag_jax import run as runs
 from rag_jax.answer import Pipeline
 from rag_jax.data import formats, pipeline
 from rag_jax.errors import InputError
+from rag_jax.metrics import matching
 from rag_jax.retrieval import index as snapshots
 from rag_jax.retrieval.corpus import Corpus
 
@@ -210,6 +211,10 @@ def test_report_is_what_the_predictions_say(tiny_data, run, questions, answers, 
             name: row[name] for name in ("id", "question", "answers")
         }
         assert made["prediction"] == found.text and made["gold"] == row["positive_passage_ids"]
+        assert (
+            made["gold_documents"] == [made["gold"]] and made["retrieved_documents"] == made["retrieved"]
+        )  # none is cut
+        assert not made["unanswerable"] and made["target"] is made["label"] is made["relevance"] is None
         assert made["retrieved"] == list(found.retrieved) and len(made["retrieved"]) == 40
         np.testing.assert_allclose([sum(made["prior"]), sum(made["posterior"])], 1, atol=1e-5)
         assert len(made["prior"]) == len(made["posterior"]) == 3
@@ -217,12 +222,12 @@ def test_report_is_what_the_predictions_say(tiny_data, run, questions, answers, 
         words = [f" {re.sub('[^a-z0-9]+', ' ', f'{t.title} {t.text}'.lower())} " for t in texts]
         wanted = [f" {a.lower()} " for a in row["answers"] if a]
         assert made["retrieved_has_answer"] == [any(a in text for a in wanted) for text in words]
-    matches = [metrics.exact_match(p["prediction"], p["answers"]) for p in predictions]
+    matches = [matching.exact_match(p["prediction"], p["answers"]) for p in predictions]
     assert matches == [i % 2 for i in range(20)]
     for name, value in (
         ("n", 20),
         ("exact_match", np.mean(matches)),
-        ("f1", np.mean([metrics.f1(p["prediction"], p["answers"]) for p in predictions])),
+        ("f1", np.mean([matching.f1(p["prediction"], p["answers"]) for p in predictions])),
         ("recall_at_1", 5 / 20),
         ("recall_at_5", 10 / 20),
         ("recall_at_20", 10 / 20),
@@ -230,8 +235,12 @@ def test_report_is_what_the_predictions_say(tiny_data, run, questions, answers, 
         ("answer_recall_at_20", np.mean([any(p["retrieved_has_answer"][:20]) for p in predictions])),
     ):
         assert report[name] == pytest.approx(value), name
-    assert report["exact_match_low"] <= report["exact_match"] <= report["exact_match_high"]
+    for name in ("exact_match", "f1", "recall_at_5", "mrr_at_10", "ndcg_at_10", "r_precision", "kilt_exact_match"):
+        assert report[f"{name}_low"] <= report[name] <= report[f"{name}_high"], name
+    assert report["kilt_r_precision"] == report["r_precision"] == 5 / 20
+    assert report["kilt_exact_match"] == np.mean([i % 4 == 0 and i % 2 for i in range(20)])
     assert "recall_at_100" not in report  # there are 40
+    assert report["labels"] == [] and report["match"] == "string" and "accuracy" not in report
     assert report["run"] == str(run) and report["n_docs"] == 3 and report["closed_book"] is False
     assert report["index_step"] == tiny.STEPS and report["corpus_hash"] == corpus.hash
     assert report["variant"] == "sequence" and report["seconds"] >= 0
@@ -241,6 +250,39 @@ def test_report_is_what_the_predictions_say(tiny_data, run, questions, answers, 
     few = [json.loads(line) for line in (tmp_path / "few/predictions.jsonl").read_text().splitlines()]
     assert few == [predictions[3], predictions[8]]
     assert "exact_match: " in capsys.readouterr().out
+
+
+def test_metrics_labels_and_unanswerable_questions(run, questions, answers, reuse, tmp_path, capsys):
+    """Some questions without an answer, and one whose way to answer KILT names."""
+    corpus_ids = answers[0].retrieved
+    rows = [
+        {"id": q.id, "question": q.question, "answers": [found.text]}
+        for q, found in zip(questions, answers, strict=True)
+    ]
+    rows[0] |= {"positive_passage_ids": ["gone"], "provenance": [["elsewhere"], [corpus_ids[0], corpus_ids[0]]]}
+    rows[1] |= {"positive_passage_ids": ["gone"], "relevance": {"gone": 2}, "label": "A"}
+    rows[2]["answers"] = rows[3]["answers"] = []
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["evaluate", run, "--questions", file, "--batch", 8, "--json"]
+    assert tiny.rag_jax(*words, "--out", tmp_path / "all", "--labels", "A, B") == 0
+    report = json.loads(capsys.readouterr().out)
+    made = [json.loads(line) for line in (tmp_path / "all/predictions.jsonl").read_text().splitlines()]
+    assert made[0]["gold_documents"] == [["elsewhere"], [corpus_ids[0]]] and made[1]["gold_documents"] == [["gone"]]
+    assert (made[1]["relevance"], made[1]["label"]) == ({"gone": 2}, "A")
+    assert [row["unanswerable"] for row in made] == [i in (2, 3) for i in range(20)]
+    assert report["labels"] == ["A", "B"] and report["accuracy"] == 0 and report["kilt_r_precision"] == 1 / 2
+    assert report["exact_match"] == 1 and report["no_answer_recall"] == np.mean([not a.text for a in answers[2:4]])
+    assert report["risk_coverage"][-1] == [1, pytest.approx(1 - report["squad2_exact_match"])]
+    assert tiny.rag_jax(*words, "--out", tmp_path / "few", "--metrics", "recall,bleu", "--match", "regex") == 0
+    captured = capsys.readouterr()
+    few = json.loads(captured.out)
+    assert few["match"] == "regex" and "recall_at_20" in few and not {"exact_match", "mrr_at_10"} & set(few)
+    assert "bleu: left out, it needs long targets" in captured.err
+    assert "no metric 'glue'" in refused(capsys, *words, "--out", tmp_path / "none", "--metrics", "glue")
+    assert not (tmp_path / "none").exists()
+    few_and_all = ["compare", tmp_path / "few", tmp_path / "all"]
+    assert "judged otherwise" in refused(capsys, *few_and_all)
 
 
 def test_retrieval_alone_finds_the_same_and_writes_nothing(tiny_data, run, answers, questions, tmp_path, capsys):

@@ -32,7 +32,7 @@ LEVELS = [
     ["pretrained", "encode_corpus", "live"],
     ["saving"],
     ["answer"],
-    ["evaluate"],
+    ["evaluate", "compare"],
     ["preparing"],
     ["session"],
     ["train"],
@@ -57,6 +57,7 @@ RETRIEVAL = [
 ]
 ONLY = {
     **{name: [] for name in [*LEVELS[2], *LEVELS[3]]},
+    "metrics": ["metrics"],
     "models": ["models", "sharding"],
     "data": ["data", "sharding", "logs", "files"],
     "retrieval": RETRIEVAL,

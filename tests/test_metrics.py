@@ -1,213 +1,16 @@
-"""Scores against hand-worked cases and an independent restatement."""
+"""Which figures rows of predictions have, over which rows, and their intervals."""
 
-import json
-import math
-import re
-import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import spoiled
 
 from rag_jax import metrics
 from rag_jax.errors import InputError
-
-ASCII_PUNCTUATION = r"""!"#$%&'()*+,-./:;<=>?@[\]^_`{|}~"""
-
-
-def oracle_normal_form(text: str) -> str:
-    kept = "".join(letter for letter in text.lower() if letter not in ASCII_PUNCTUATION)
-    return " ".join(word for word in re.split(r"\s+", kept) if word and word not in ("a", "an", "the"))
-
-
-def oracle_f1(prediction: str, gold: str) -> float:
-    found, wanted = oracle_normal_form(prediction).split(), oracle_normal_form(gold).split()
-    if not found or not wanted:
-        return float(found == wanted)
-    left, common = list(wanted), 0
-    for word in found:
-        if word in left:
-            left.remove(word)
-            common += 1
-    if not common:
-        return 0.0
-    precision, recall = common / len(found), common / len(wanted)
-    return 2 * precision * recall / (precision + recall)
-
-
-def oracle_tokens(text: str) -> list[str]:
-    """DPR's tokens, letter by letter from the Unicode categories, for text in scripts with spaces."""
-    tokens: list[str] = []
-    in_word = False
-    for letter in unicodedata.normalize("NFD", text):
-        kind = unicodedata.category(letter)[0]
-        if kind in "LNM":
-            if in_word:
-                tokens[-1] += letter
-            else:
-                tokens.append(letter)
-        elif kind not in "ZC":
-            tokens.append(letter)
-        in_word = kind in "LNM"
-    return [token.lower() for token in tokens]
-
-
-def oracle_has_answer(text: str, answers: list[str]) -> bool:
-    words = oracle_tokens(text)
-    for answer in map(oracle_tokens, answers):
-        if answer and any(words[i : i + len(answer)] == answer for i in range(len(words))):
-            return True
-    return False
-
-
-@pytest.mark.parametrize(
-    ("text", "normal_form"),
-    [
-        ("The Beatles", "beatles"),
-        ("  An  apple,\ta day! ", "apple day"),
-        ("U.S.A.", "usa"),
-        ("theatre and another", "theatre and another"),  # articles only as whole words
-        ("well-known", "wellknown"),
-        ("the-a", "thea"),  # punctuation goes first, as in SQuAD's script
-        ("«Война и мир»", "«война и мир»"),  # only ASCII punctuation goes
-        ("北京。", "北京。"),
-        ("a", ""),
-        ("a\u0301 the", "\u0301"),  # a combining mark ends a word for Python's re, as in SQuAD's script
-    ],
-)
-def test_normal_form(text: str, normal_form: str) -> None:
-    assert metrics.normalize_answer(text) == normal_form
-
-
-@pytest.mark.parametrize(
-    ("prediction", "golds", "match", "f1"),
-    [
-        ("The Eiffel Tower", ["eiffel tower"], 1.0, 1.0),
-        ("Paris", ["London", "paris."], 1.0, 1.0),
-        ("Barack Hussein Obama", ["Barack Obama"], 0.0, 0.8),  # precision 2/3, recall 1
-        ("cat cat dog", ["cat dog dog"], 0.0, 2 / 3),  # each word as often as in both
-        ("in 1969", ["1968", "July 20 1969"], 0.0, 0.4),  # precision 1/2, recall 1/3
-        ("blue", ["red"], 0.0, 0.0),
-        ("", ["red"], 0.0, 0.0),
-        ("the", ["a"], 1.0, 1.0),  # both empty
-        ("Москва", ["москва"], 1.0, 1.0),
-        ("القاهرة", ["القاهرة"], 1.0, 1.0),
-        ("十倍于自身体重的食物", ["十倍于自身体重的食物"], 1.0, 1.0),
-    ],
-)
-def test_exact_match_and_f1(prediction: str, golds: list[str], match: float, f1: float) -> None:
-    assert metrics.exact_match(prediction, golds) == match
-    assert metrics.f1(prediction, golds) == pytest.approx(f1, abs=1e-12)
-
-
-WORDS = st.lists(st.sampled_from(["the", "a", "cat", "Cat", "dog.", "x-y", "xy", "12", "été"]), max_size=6).map(
-    " ".join
-)
-
-
-@given(WORDS, st.lists(WORDS, min_size=1, max_size=3))
-def test_scores_equal_the_restatement(prediction: str, golds: list[str]) -> None:
-    forms = [oracle_normal_form(gold) for gold in golds]
-    assert metrics.exact_match(prediction, golds) == float(oracle_normal_form(prediction) in forms)
-    best = max(oracle_f1(prediction, gold) for gold in golds)
-    assert metrics.f1(prediction, golds) == pytest.approx(best, abs=1e-12)
-    assert metrics.f1(prediction, golds) >= metrics.exact_match(prediction, golds)
-
-
-@pytest.mark.parametrize("golds", [[], "Paris"])
-def test_gold_answers_must_be_a_list(golds: list[str]) -> None:
-    for score in (metrics.exact_match, metrics.f1):
-        with pytest.raises(ValueError, match="gold answers"):
-            score("Paris", golds)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer", "found"),
-    [
-        ("She was born in New York City.", "new york", True),
-        ("She was born in New Yorkshire.", "new york", False),  # whole tokens
-        ("new amsterdam york", "new york", False),  # in a row
-        ("York, New", "New York", False),  # in order
-        ("It cost $3.50 then", "3.50", True),
-        ("It cost $350 then", "3.50", False),
-        ("a well - known man", "well-known", True),  # punctuation is a token, spaces are nothing
-        ("a well known man", "well-known", False),
-        ("São Paulo", "sa\u0303o paulo", True),  # composed equals decomposed
-        ("Sao Paulo", "São Paulo", False),
-        ("ΟΔΥΣΣΕΎΣ", "οδυσσεύς", True),  # the final sigma
-        ("anything", "", False),
-        ("anything", " \n", False),
-        ("", "a", False),
-        ("Он родился в Москве, столице", "в москве", True),
-        ("عاصمة مصر هي القاهرة.", "القاهرة", True),
-        ("黑豹队的防守只丢了 308分，排名第六", "308", True),
-        ("在美国依然允许体罚", "美国", True),
-        ("在美国依然允许体罚", "国美", False),
-        ("エッフェル塔がパリにある", "パリ", True),
-        ("かがみ", "か\u3099み", True),
-        ("がみ", "か", False),  # the voicing mark belongs to its letter
-    ],
-)
-def test_has_answer(text: str, answer: str, found: bool) -> None:
-    assert metrics.has_answer(text, [answer]) is found
-    assert metrics.has_answer(text, ["not there at all", answer]) is found
-    assert metrics.has_answer(text, []) is False
-
-
-SPACED = st.text(st.sampled_from("abBcé\u0301İßΣ1½ .,-$\n\u00a0\u200bД\u0438\u0306مم\u064e한"), max_size=12)
-
-
-@given(SPACED, st.lists(SPACED, max_size=3))
-def test_has_answer_equals_brute_force(text: str, answers: list[str]) -> None:
-    assert metrics.has_answer(text, answers) == oracle_has_answer(text, answers)
-
-
-@given(SPACED, st.integers(0, 12), st.integers(0, 12))
-def test_a_run_of_tokens_is_found(text: str, start: int, length: int) -> None:
-    run = oracle_tokens(text)[start : start + length]
-    assert metrics.has_answer(text, [" ".join(run)]) == bool(run)
-
-
-@pytest.mark.parametrize(
-    ("name", "least"), [("xquad_en", 0.99), ("xquad_zh", 1.0), ("xquad_ar", 0.97), ("xquad_ru", 0.99)]
-)
-def test_answers_are_found_in_their_gold_passages(shared_data: Callable[[str], Path], name: str, least: float) -> None:
-    folder = shared_data(name)
-    passages = {row["id"]: row["text"] for row in map(json.loads, (folder / "passages.jsonl").open(encoding="utf-8"))}
-    questions = [json.loads(line) for line in (folder / "train.jsonl").open(encoding="utf-8")]
-    texts = [" ".join(passages[i] for i in question["positive_passage_ids"]) for question in questions]
-    found = [metrics.has_answer(text, question["answers"]) for text, question in zip(texts, questions, strict=True)]
-    assert np.mean(found) >= least
-    moved = [
-        metrics.has_answer(text, question["answers"]) for text, question in zip(texts[450:], questions, strict=False)
-    ]
-    assert np.mean(moved) < 0.2  # other articles' passages do not have them
-
-
-def test_recall() -> None:
-    retrieved = ["d", "b", "a", "c"]
-    assert [metrics.recall_at(k, retrieved, ["a", "x"]) for k in (1, 2, 3, 4, 9)] == [0, 0, 1, 1, 1]
-    assert metrics.recall_at(4, retrieved, {"x"}) == 0
-    with pytest.raises(ValueError, match="no gold"):
-        metrics.recall_at(1, retrieved, [])
-    assert [metrics.answer_recall(k, [False, True, False]) for k in (1, 2, 3)] == [0, 1, 1]
-    assert metrics.answer_recall(5, []) == 0
-
-
-def test_bootstrap_interval() -> None:
-    values = np.random.default_rng(1).normal(3.0, 2.0, size=1000)
-    low, high = metrics.bootstrap_ci(values, seed=7, resamples=4000)
-    standard_error = values.std() / math.sqrt(len(values))
-    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.1 * standard_error)
-    assert high - low == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
-    scores = np.random.default_rng(2).random(50)
-    assert metrics.bootstrap_ci(scores, 7) == metrics.bootstrap_ci(scores, 7) != metrics.bootstrap_ci(scores, 8)
-    assert metrics.bootstrap_ci([1, 1, 1]) == (1, 1)
-    with pytest.raises(ValueError, match="non-empty"):
-        metrics.bootstrap_ci([])
+from rag_jax.metrics import Setting, texts
 
 
 def row(prediction: str, answers: list[str], gold: list[str], flags: list[bool]) -> dict:
@@ -229,14 +32,13 @@ def test_summary_by_hand() -> None:
         row("x", [], ["p9"], [False] * 5),  # no short answer: not in exact match
     ]
     summary = metrics.summarize(rows)
-    low, high = summary.pop("exact_match_low"), summary.pop("exact_match_high")
-    assert 0 <= low < 1 / 3 < high <= 1
     assert summary == {
         "n": 4,
         "exact_match": pytest.approx(1 / 3),
         "f1": pytest.approx((1 + 2 / 3) / 3),
         "recall_at_1": pytest.approx(1 / 3),
         "recall_at_5": pytest.approx(2 / 3),
+        "r_precision": pytest.approx(1 / 3),
         "answer_recall_at_1": pytest.approx(1 / 3),
         "answer_recall_at_5": pytest.approx(2 / 3),
     }
@@ -253,6 +55,160 @@ def test_summary_takes_the_ks_that_were_retrieved() -> None:
     third = pytest.approx(1 / 3)
     assert found == {"recall_at_1": 0, "recall_at_5": third, "answer_recall_at_1": 0, "answer_recall_at_5": third}
     closed_book = metrics.summarize([{"prediction": "a", "answers": ["a"], "retrieved": [], "gold": ["p0"]}])
-    assert closed_book == {"n": 1, "exact_match": 1, "exact_match_low": 1, "exact_match_high": 1, "f1": 1}
+    assert closed_book == {"n": 1, "exact_match": 1, "f1": 1}
     with pytest.raises(InputError, match="no predictions"):
         metrics.summarize([])
+
+
+def answered(prediction: str | None, answers: list[str], **more: object) -> dict:
+    return {"prediction": prediction, "answers": answers, "score": -1.0, "retrieved": [], "gold": [], **more}
+
+
+def test_intervals_stand_beside_the_values() -> None:
+    rows = [row("yes" if i % 3 else "no", ["yes"], ["p0"], [True] * 20) for i in range(90)]
+    summary = metrics.summarize(rows, intervals=True)
+    names = {name for name in summary if name != "n" and not name.endswith(("_low", "_high"))}
+    assert {*names, "n", *(f"{name}_{end}" for name in names for end in ("low", "high"))} == set(summary)
+    for name in names:
+        assert summary[f"{name}_low"] <= summary[name] <= summary[f"{name}_high"]
+    error = 1.96 * np.sqrt(2 / 9 / 90)
+    assert summary["exact_match_high"] - summary["exact_match_low"] == pytest.approx(2 * error, rel=0.15)
+    assert summary == metrics.summarize(rows, intervals=True)
+
+
+def test_a_long_target_is_not_scored_as_a_short_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "installed", lambda name: name not in texts.LIBRARIES)
+    target = "the long answer of many words"
+    rows = [answered("many words", ["yes"], target=target), answered("the long answer", [target, "b"], target=target)]
+    summary = metrics.summarize(rows)
+    assert set(summary) == {"n", "f1", "distinct_1", "distinct_2"}  # no exact match
+    assert summary["f1"] == pytest.approx((2 * 2 / 7 + 2 * 2 / 7) / 2)  # beside the target, not beside "yes"
+    assert metrics.missing(rows, Setting(), (), summary) == ["rouge_l, bleu: left out; pip install 'rag-jax[metrics]'"]
+    labelled = metrics.summarize(rows[:1], Setting(("yes", "no")))
+    assert labelled["exact_match"] == labelled["accuracy"] == 0 and "distinct_1" not in labelled
+
+
+def test_metrics_that_are_named() -> None:
+    rows = [row("big dog", ["dog"], ["p4"], [False] * 5)]
+    assert metrics.summarize(rows, names=("f1", "recall")) == {
+        "n": 1,
+        "f1": pytest.approx(2 / 3),
+        "recall_at_1": 0,
+        "recall_at_5": 1,
+    }
+    assert metrics.missing(rows, Setting(), ("f1", "mrr"), metrics.summarize(rows, names=("f1", "mrr"))) == [
+        "mrr: left out, it needs gold passages and 10 retrieved"
+    ]
+    with pytest.raises(InputError, match="no metric 'meteor'; there are: exact_match, f1,"):
+        metrics.summarize(rows, names=("meteor",))
+    with pytest.raises(InputError, match="match 'fuzzy'; there are: string, regex"):
+        Setting(match="fuzzy")  # type: ignore[arg-type]
+
+
+def test_patterns_as_answers() -> None:
+    rows = [answered("In 1969", ["19\\d\\d"]), answered("1969, in July", ["19\\d\\d"])]
+    assert metrics.summarize(rows, Setting(match="regex")) == {"n": 2, "exact_match": 1 / 2}
+
+
+def test_rankings_by_grade_and_depth() -> None:
+    retrieved = [f"p{i}" for i in range(10)]
+    ranked = {"prediction": None, "answers": [], "retrieved": retrieved}
+    rows = [
+        {**ranked, "gold": ["p1"], "relevance": {"p1": 2, "p5": 0}},
+        {**ranked, "gold": ["p0", "x"], "relevance": None},
+    ]
+    summary = metrics.summarize(rows)
+    assert summary["mrr_at_10"] == pytest.approx((1 / 2 + 1) / 2) and summary["r_precision"] == (0 + 1 / 2) / 2
+    assert summary["ndcg_at_10"] == pytest.approx((1 / np.log2(3) + 1 / (1 + 1 / np.log2(3))) / 2)
+    assert not {"exact_match", "kilt_r_precision", "recall_at_20"} & set(summary)
+    few = [{**one, "retrieved": retrieved[:1]} for one in rows]
+    assert set(metrics.summarize(few)) == {"n", "recall_at_1"}  # not deep enough for the others
+
+
+def test_kilt_counts_answers_only_with_the_right_pages() -> None:
+    right = {"gold": ["a-0"], "gold_documents": [["a"]], "retrieved": ["a-1"], "retrieved_documents": ["a"]}
+    wrong = right | {"retrieved_documents": ["b", "a"]}
+    rows = [
+        answered("The Cat", ["cat"], **right),
+        answered(" cat ", ["cat"], **right),
+        answered("a big cat", ["cat"], **right),
+        answered("cat", ["cat"], **wrong),
+        answered("cat", ["cat"], **right | {"gold_documents": [[], ["x"], ["a"]]}),  # the best of the ways
+        answered("cat", ["cat"], **right | {"gold_documents": [[]]}),  # no page is known
+    ]
+    summary = metrics.summarize(rows, names=("kilt", "exact_match"))
+    assert summary == {
+        "n": 6,
+        "exact_match": 5 / 6,
+        "kilt_r_precision": 4 / 5,
+        "kilt_accuracy": 2 / 5,  # the very letters
+        "kilt_exact_match": 3 / 5,
+        "kilt_f1": pytest.approx((1 + 1 + 2 / 3 + 1) / 5),
+    }
+
+
+def oracle_macro_f1(golds: list[str], said: list[str]) -> float:
+    scores = []
+    for label in sorted(set(golds)):
+        right = sum(g == s == label for g, s in zip(golds, said, strict=True))
+        precision = right / Counter(said)[label] if label in said else 0.0
+        recall = right / Counter(golds)[label]
+        scores.append(2 * precision * recall / (precision + recall) if right else 0.0)
+    return sum(scores) / len(scores)
+
+
+def test_labels_by_hand() -> None:
+    rows = [
+        answered("yes", ["Yes"]),
+        answered(" YES ", ["no"]),
+        answered("perhaps", ["yes"], label="no"),  # the label comes first
+        answered("no", ["no"], target="a long text"),
+        answered(None, ["yes"]),
+    ]
+    summary = metrics.summarize(rows, Setting(("yes", "no", "maybe")), ("accuracy", "macro_f1"))
+    assert summary == {"n": 5, "accuracy": 2 / 4, "macro_f1": pytest.approx((2 / 3 + 1 / 2) / 2)}
+    assert metrics.summarize(rows, names=("accuracy", "macro_f1")) == {"n": 5}  # which labels there are is not known
+
+
+def test_labels_of_real_claims(shared_data: Callable[[str], Path]) -> None:
+    labels = ["SUPPORTS", "REFUTES", "NOT_ENOUGH_INFO", "DISPUTED"]
+    golds = [one["label"] for one in spoiled.rows(shared_data("climate_fever/train.jsonl"), 1024)]
+    said = [labels[(7 * i) % 4] if i % 5 < 3 else gold if i % 4 else "NONE" for i, gold in enumerate(golds)]
+    rows = [answered(text, [gold], label=gold) for text, gold in zip(said, golds, strict=True)]
+    summary = metrics.summarize(rows, Setting(tuple(labels)), ("accuracy", "macro_f1"), intervals=True)
+    right = np.mean([a == b for a, b in zip(golds, said, strict=True)])
+    assert len(rows) > 1000 and summary["accuracy"] == pytest.approx(right)
+    assert summary["macro_f1"] == pytest.approx(oracle_macro_f1(golds, said), abs=1e-12)
+    draw = np.random.default_rng(0)
+    resampled = []
+    for _ in range(200):
+        drawn = draw.integers(len(golds), size=len(golds))
+        resampled.append(oracle_macro_f1([golds[i] for i in drawn], [said[i] for i in drawn]))
+    width = summary["macro_f1_high"] - summary["macro_f1_low"]
+    assert width == pytest.approx(2 * 1.96 * np.std(resampled), rel=0.2)
+
+
+def test_unanswerable_questions_ask_for_abstention() -> None:
+    rows = [answered("cat", ["cat"]), answered("", [], unanswerable=True), answered("dog", [], unanswerable=True)]
+    summary = metrics.summarize(rows)
+    assert summary["exact_match"] == 1  # of those with an answer
+    assert summary["no_answer_precision"] == 1 and summary["no_answer_recall"] == 1 / 2
+    assert summary["squad2_exact_match"] == pytest.approx(2 / 3)
+    silent = metrics.summarize([rows[0], rows[2]], names=("no_answer",))
+    assert "no_answer_precision" not in silent and silent["no_answer_recall"] == 0  # nothing was held back
+
+
+@pytest.mark.slow
+def test_the_interval_of_distinct_covers_what_as_many_other_answers_give() -> None:
+    """Resamples repeat answers, and so have fewer different words than any 100 answers."""
+    random = np.random.default_rng(3)
+    share = 1 / np.arange(1, 2001)
+    words = np.array([f"w{i}" for i in range(2000)])
+
+    def draw() -> list[dict]:
+        return [answered(" ".join(random.choice(words, size=8, p=share / share.sum())), []) for _ in range(100)]
+
+    found = [metrics.summarize(draw(), names=("distinct",), intervals=True) for _ in range(200)]
+    for name in ("distinct_1", "distinct_2"):
+        truth = np.mean([one[name] for one in found])
+        assert np.mean([one[f"{name}_low"] <= truth <= one[f"{name}_high"] for one in found]) >= 0.9

@@ -1,0 +1,150 @@
+"""`rag-jax compare`: evaluations of the same questions side by side, every other one beside the first, question by
+question (paired bootstrap, Koehn 2004).
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rag_jax import metrics
+from rag_jax.errors import InputError
+from rag_jax.metrics import bootstrap
+from rag_jax.metrics.figures import Figure
+
+ASKED = ("question", "answers", "target", "label", "unanswerable", "gold", "relevance")  # what must be the same
+
+
+class Evaluation(NamedTuple):
+    """What `rag-jax evaluate` wrote: rows of predictions.jsonl by the question's id, and how they are judged."""
+
+    directory: Path
+    rows: dict[str, dict[str, Any]]
+    setting: metrics.Setting
+
+
+def read(directory: Path) -> Evaluation:
+    """InputError, with the file and line, where it is no evaluation."""
+    again = "make it with rag-jax evaluate RUN --out DIR"
+    try:
+        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+        lines = (directory / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+        setting = metrics.Setting(tuple(report["labels"]), report["match"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{directory}: not an evaluation ({error}); {again}") from error
+    rows: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(filter(None, lines), start=1):
+        try:
+            row = json.loads(line)
+            rows[row["id"]] = row | {name: row[name] for name in ("prediction", "score", "retrieved", *ASKED)}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{directory / 'predictions.jsonl'}:{number}: not a prediction ({error}); {again}"
+            ) from error
+    return Evaluation(directory, rows, setting)
+
+
+def check_same(one: Evaluation, other: Evaluation) -> None:
+    """InputError, with what differs, where two evaluations are of other questions or judged otherwise."""
+    names = f"{one.directory} and {other.directory}"
+    if one.setting != other.setting:
+        raise InputError(f"{names} are judged otherwise: {one.setting}, {other.setting}; evaluate both alike")
+    only, missing = (list(a.rows.keys() - b.rows.keys()) for a, b in ((one, other), (other, one)))
+    if only or missing:
+        shown = ", ".join(sorted(only + missing)[:3])
+        raise InputError(
+            f"{names} are of other questions: {len(only)} only in the first, {len(missing)} only in the second "
+            f"({shown}); evaluate both on one file, with the same --where and --limit"
+        )
+    for identity, row in one.rows.items():
+        for name in ASKED:
+            if row[name] != other.rows[identity][name]:
+                mine, theirs = (json.dumps(x, ensure_ascii=False)[:80] for x in (row[name], other.rows[identity][name]))
+                raise InputError(f"{names}: question {identity} has another {name}, {mine} and {theirs}; use one file")
+
+
+def compare(directories: Sequence[Path], names: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
+    """The figures that all evaluations have: {"runs", "n", "figures": {name: [{"value", "low", "high"}, ...]}}, runs in
+    the order given; all but the first also have difference, difference_low, difference_high (to the first) and p.
+    """
+    metrics.check_names(names)
+    if len(directories) < 2:
+        raise InputError("compare needs at least two evaluations: rag-jax compare RUN RUN...")
+    evaluations = [read(directory) for directory in directories]
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        check_same(first, other)
+    rows = [[one.rows[identity] for identity in first.rows] for one in evaluations]
+    found = [metrics.figures_of(one, first.setting, names) for one in rows]
+    shared = [name for name in found[0] if all(name in one and one[name].n == found[0][name].n for one in found)]
+    if not shared:
+        raise InputError(f"these evaluations have no figure in common{f' of {list(names)}' if names else ''}")
+    draws = metrics.resampled({f"{i} {name}": one[name] for i, one in enumerate(found) for name in shared}, seed)
+    figures = {}
+    for name in shared:
+        values = [(one[name], draws[f"{i} {name}"]) for i, one in enumerate(found)]
+        figures[name] = [beside(values[0], one, paired=i > 0) for i, one in enumerate(values)]
+    return {"runs": [str(directory) for directory in directories], "n": len(first.rows), "figures": figures}
+
+
+def beside(first: tuple[Figure, np.ndarray], other: tuple[Figure, np.ndarray], paired: bool) -> dict[str, float]:
+    """A figure, given with its values in resamples [R], and where `paired` its difference to the first run's."""
+    figure, values_R = other
+    value = bootstrap.value(figure.statistic, figure.n)
+    low, high = figure.interval(values_R, value)
+    cell = {"value": value, "low": low, "high": high}
+    if paired:
+        difference = value - bootstrap.value(first[0].statistic, figure.n)
+        differences_R = figure.around(values_R - first[1], difference)
+        low, high = bootstrap.interval(differences_R)
+        cell |= {"difference": difference, "difference_low": low, "difference_high": high}
+        cell["p"] = bootstrap.p_value(differences_R)
+    return cell
+
+
+def table(result: dict[str, Any]) -> str:
+    """Percentages with 95% intervals, one run a column; below, the differences to the first run."""
+    letters = [chr(ord("A") + i) if i < 26 else f"run {i + 1}" for i in range(len(result["runs"]))]
+    lines = [f"{letter}  {run}" for letter, run in zip(letters, result["runs"], strict=True)]
+    lines += [f"{result['n']:,} questions, %, 95% intervals and p of {bootstrap.RESAMPLES:,} paired resamples", ""]
+    head, body = ["", *letters], []
+    for letter in letters[1:]:
+        head += [f"{letter} - {letters[0]}", "p"]
+    for name, cells in result["figures"].items():
+        row = [name, *(f"{_percent(c['value'])} ({_percent(c['low'])} to {_percent(c['high'])})" for c in cells)]
+        for cell in cells[1:]:
+            low, high = (_signed(cell[f"difference_{side}"]) for side in ("low", "high"))
+            row += [f"{_signed(cell['difference'])} ({low} to {high})", f"{cell['p']:.3f}"]
+        body.append(row)
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    for row in (head, *body):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="directories that rag-jax evaluate wrote into"
+    )
+    parser.add_argument(
+        "--metric", action="append", default=[], metavar="NAME", help=f"of {', '.join(metrics.METRICS)} (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    parser.epilog = "example: rag-jax compare runs/frozen runs/learned --metric exact_match --metric recall"
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    result = compare(args.runs, args.metric, args.seed)
+    return {"text": table(result), **result}

@@ -1,0 +1,119 @@
+"""The field's figures of predictions, each with its bootstrap interval; which ones follows from what the data have.
+
+All are shares of 1. METRICS says what there is; the rows are described in `figures`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rag_jax.errors import InputError
+from rag_jax.metrics import abstention, bootstrap, measures, texts
+from rag_jax.metrics.figures import Figures, Row, Setting, references
+from rag_jax.metrics.measures import RECALL_KS, TOP
+
+__all__ = [
+    "METRICS",
+    "RECALL_KS",
+    "Metric",
+    "Setting",
+    "check_names",
+    "figures_of",
+    "missing",
+    "resampled",
+    "summarize",
+]
+
+
+class Metric(NamedTuple):
+    """What a metric needs of the data, in words, and the figures that it gives; none where the data have it not."""
+
+    needs: str
+    measure: Callable[[Sequence[Row], Setting], Figures]
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": Metric("short answers", measures.exact_match),
+    "f1": Metric("answers that are texts", measures.f1),
+    "accuracy": Metric("labels (--labels, or allowed_answers)", measures.accuracy),
+    "macro_f1": Metric("labels (--labels, or allowed_answers)", measures.macro_f1),
+    "rouge_l": Metric("long targets", measures.rouge_l),
+    "bleu": Metric("long targets", measures.bleu),
+    "distinct": Metric("predictions with words", measures.distinct),
+    "no_answer": Metric("questions without an answer", abstention.no_answer),
+    "recall": Metric("gold passages", measures.recall),
+    "mrr": Metric(f"gold passages and {TOP} retrieved", measures.mrr),
+    "ndcg": Metric(f"gold passages and {TOP} retrieved", measures.ndcg),
+    "r_precision": Metric("gold passages and as many retrieved", measures.r_precision),
+    "answer_recall": Metric("short answers and retrieved passages", measures.answer_recall),
+    "kilt": Metric("gold passages", measures.kilt),
+}
+LONG = ("rouge_l", "bleu", "distinct")
+_JUDGED = Setting()
+
+
+def summarize(
+    rows: Sequence[Row],
+    setting: Setting = _JUDGED,
+    names: Sequence[str] = (),
+    intervals: bool = False,
+    seed: int = 0,
+) -> dict[str, float]:
+    """n, and the figures of the metrics named (default: all that the rows ask for); what no row can give is left out.
+
+    intervals: beside FIGURE also FIGURE_low and FIGURE_high. InputError for an unknown metric or a missing library.
+    """
+    if not rows:
+        raise InputError("no predictions to summarize; is the question file empty?")
+    found = figures_of(rows, setting, names)
+    summary: dict[str, float] = {"n": len(rows)}
+    draws = resampled(found, seed) if intervals else {}
+    for name, figure in found.items():
+        summary[name] = value = bootstrap.value(figure.statistic, figure.n)
+        if intervals:
+            summary[f"{name}_low"], summary[f"{name}_high"] = figure.interval(draws[name], value)
+    return summary
+
+
+def figures_of(rows: Sequence[Row], setting: Setting, names: Sequence[str] = ()) -> Figures:
+    """The figures of the metrics named, or of all that the rows ask for, that have a value."""
+    check_names(names)
+    found: Figures = {}
+    for name in names or by_default(rows, setting):
+        found |= METRICS[name].measure(rows, setting)
+    return {name: one for name, one in found.items() if np.isfinite(bootstrap.value(one.statistic, one.n))}
+
+
+def resampled(found: Figures, seed: int = 0) -> dict[str, np.ndarray]:
+    """Values [R] of every figure; those over as many questions share their resamples."""
+    draws: dict[str, np.ndarray] = {}
+    for n in dict.fromkeys(figure.n for figure in found.values()):
+        draws |= bootstrap.resampled({name: one.statistic for name, one in found.items() if one.n == n}, n, seed)
+    return draws
+
+
+def check_names(names: Sequence[str]) -> None:
+    """InputError for a metric that is not there, or whose library is not."""
+    for name in names:
+        if name not in METRICS:
+            raise InputError(f"no metric {name!r}; there are: {', '.join(METRICS)}")
+        texts.check_installed(name)
+
+
+def by_default(rows: Sequence[Row], setting: Setting) -> list[str]:
+    """The metrics to look at; those of long texts only where such texts were to be written, and their library is there.
+
+    The others leave themselves out where the rows have not what they need.
+    """
+    long = not setting.labels and any(map(references, rows))
+    return [name for name in METRICS if (long or name not in LONG) and texts.installed(name)]
+
+
+def missing(rows: Sequence[Row], setting: Setting, names: Sequence[str], found: dict[str, float]) -> list[str]:
+    """Why metrics have no figure in a summary: those named, and by default those whose library is not installed."""
+    if not names and not setting.labels and any(map(references, rows)):
+        lacking = ", ".join(name for name in LONG if not texts.installed(name))
+        return [f"{lacking}: left out; pip install 'rag-jax[metrics]'"] if lacking else []
+    without = [name for name in names if not METRICS[name].measure(rows, setting).keys() & found.keys()]
+    return [f"{name}: left out, it needs {METRICS[name].needs}" for name in without]

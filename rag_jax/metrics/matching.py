@@ -1,0 +1,93 @@
+"""Answers beside gold answers: SQuAD's exact match and F1, DPR's `has_answer` for texts and regular expressions."""
+
+import functools
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import regex
+
+from rag_jax.errors import InputError
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+# DPR's `[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]`, but that a letter of a script written without spaces is a token of its own.
+_SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_TOKENS = regex.compile(
+    rf"[{_SPACELESS}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--[{_SPACELESS}]]+|[^\p{{Z}}\p{{C}}]", regex.VERSION1
+)
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normal form: lower case, no ASCII punctuation, no a/an/the, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DROP_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, golds: Sequence[str]) -> float:
+    """1.0 where the prediction equals any gold answer in normal form, else 0.0. ValueError without gold answers."""
+    return _best(lambda gold: float(normalize_answer(prediction) == normalize_answer(gold)), golds)
+
+
+def f1(prediction: str, golds: Sequence[str]) -> float:
+    """The best F1 over the gold answers, on bags of words split at spaces. ValueError without gold answers."""
+    return _best(lambda gold: _f1_of_words(normalize_answer(prediction).split(), normalize_answer(gold).split()), golds)
+
+
+def has_answer(text: str, answers: Iterable[str]) -> bool:
+    """Whether the tokens of any answer stand in a row in the text, as DPR counts it (NFD, lower case).
+
+    DPR takes a whole Chinese, Japanese or Thai phrase for one token, so that hardly any answer is found; here each of
+    their letters is one. All other text gives exactly DPR's result. An answer with no tokens is nowhere.
+    """
+    joined = _join_tokens(text)
+    return any(len(wanted) > 1 and wanted in joined for wanted in map(_join_tokens, answers))
+
+
+def has_pattern(text: str, patterns: Iterable[str]) -> bool:
+    """Whether any answer, a regular expression, is found in the text: DPR's regex mode, as CuratedTREC is scored."""
+    normal = unicodedata.normalize("NFD", text)
+    return any(_compiled(pattern).search(normal) is not None for pattern in patterns)
+
+
+def pattern_match(prediction: str, patterns: Sequence[str]) -> float:
+    """1.0 where any answer, a regular expression, fits the beginning of the prediction (DrQA), else 0.0."""
+    normal = unicodedata.normalize("NFD", prediction)
+    return _best(lambda pattern: float(_compiled(pattern).match(normal) is not None), patterns)
+
+
+def tokens(text: str) -> list[str]:
+    """DPR's tokens of a text: words and signs in NFD, lower case."""
+    return [token.lower() for token in _TOKENS.findall(unicodedata.normalize("NFD", text))]
+
+
+FINDERS: dict[str, Callable[[str, Iterable[str]], bool]] = {"string": has_answer, "regex": has_pattern}
+MATCHERS: dict[str, Callable[[str, Sequence[str]], float]] = {"string": exact_match, "regex": pattern_match}
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(unicodedata.normalize("NFD", pattern), re.IGNORECASE | re.UNICODE | re.MULTILINE)
+    except re.error as error:
+        raise InputError(f"answer {pattern!r} is not a regular expression ({error}); use --match string") from error
+
+
+def _best(score: Callable[[str], float], golds: Sequence[str]) -> float:
+    if isinstance(golds, str) or not golds:
+        raise ValueError(f"a non-empty list of gold answers wanted, got {golds!r}")
+    return max(score(gold) for gold in golds)
+
+
+def _f1_of_words(prediction: list[str], gold: list[str]) -> float:
+    if not prediction or not gold:  # as SQuAD 2: both empty is right, so that F1 is never below exact match
+        return float(prediction == gold)
+    common = (Counter(prediction) & Counter(gold)).total()
+    return 2 * common / (len(prediction) + len(gold))
+
+
+def _join_tokens(text: str) -> str:
+    # A newline, which no token contains, stands between and around the tokens: tokens in a row are then a substring.
+    return "\n" + "".join(token + "\n" for token in tokens(text))

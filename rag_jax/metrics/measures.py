@@ -1,0 +1,162 @@
+"""Each metric over the rows of predictions: which rows count, and what is counted. No row that can: no figure."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rag_jax.metrics import bootstrap, matching, ranking, texts
+from rag_jax.metrics.figures import Figure, Figures, Row, Setting, golds, mean, references, written
+
+RECALL_KS = (1, 5, 20, 100)
+TOP = 10  # of MRR and nDCG
+
+
+def exact_match(rows: Sequence[Row], setting: Setting) -> Figures:
+    match = matching.MATCHERS[setting.match]
+    pairs = [(row["prediction"], golds(row, setting)) for row in written(rows)]
+    return mean("exact_match", [match(text, wanted) for text, wanted in pairs if wanted])
+
+
+def f1(rows: Sequence[Row], setting: Setting) -> Figures:
+    """Of short answers, and of long texts as dialogue is scored; an expression has no words to count."""
+    if setting.match == "regex":
+        return {}
+    pairs = [(row["prediction"], golds(row, setting) or references(row)) for row in written(rows)]
+    return mean("f1", [matching.f1(text, wanted) for text, wanted in pairs if wanted])
+
+
+def answer_recall(rows: Sequence[Row], setting: Setting) -> Figures:
+    flags = [row["retrieved_has_answer"] for row in rows if golds(row, setting) and "retrieved_has_answer" in row]
+    found: Figures = {}
+    for k in _usable(RECALL_KS, flags):
+        found |= mean(f"answer_recall_at_{k}", [ranking.answer_recall(k, one) for one in flags])
+    return found
+
+
+def recall(rows: Sequence[Row], setting: Setting) -> Figures:
+    pairs = _ranked(rows)
+    found: Figures = {}
+    for k in _usable(RECALL_KS, [retrieved for retrieved, _ in pairs]):
+        found |= mean(f"recall_at_{k}", [ranking.recall_at(k, *pair) for pair in pairs])
+    return found
+
+
+def mrr(rows: Sequence[Row], setting: Setting) -> Figures:
+    pairs = _ranked(rows)
+    usable = _usable((TOP,), [retrieved for retrieved, _ in pairs])
+    return mean(f"mrr_at_{TOP}", [ranking.reciprocal_rank(TOP, *pair) for pair in pairs]) if usable else {}
+
+
+def ndcg(rows: Sequence[Row], setting: Setting) -> Figures:
+    """With the grades of the question file where it has some, else every gold passage counts 1."""
+    if not _usable((TOP,), [retrieved for retrieved, _ in _ranked(rows)]):
+        return {}
+    graded = [(row["retrieved"], dict.fromkeys(row["gold"], 1) | (row.get("relevance") or {})) for row in rows]
+    useful = [(retrieved, grades) for retrieved, grades in graded if any(grade > 0 for grade in grades.values())]
+    return mean(f"ndcg_at_{TOP}", [ranking.ndcg(TOP, *pair) for pair in useful])
+
+
+def r_precision(rows: Sequence[Row], setting: Setting) -> Figures:
+    pairs = _ranked(rows)
+    deepest = max((len(set(gold)) for _, gold in pairs), default=0)
+    usable = _usable((deepest,), [retrieved for retrieved, _ in pairs])
+    return mean("r_precision", [ranking.r_precision(*pair) for pair in pairs]) if usable else {}
+
+
+def kilt(rows: Sequence[Row], setting: Setting) -> Figures:
+    """R-precision of pages, and the scores of answers, which count only where it is 1 (Petroni et al. 2021)."""
+    paged = [row for row in rows if any(row.get("gold_documents") or ()) and row.get("retrieved_documents")]
+    precise = [ranking.page_r_precision(row["retrieved_documents"], _sets(row)) for row in paged]
+    found = mean("kilt_r_precision", precise)
+    scored = [
+        (float(precision == 1), row["prediction"], golds(row, setting))
+        for row, precision in zip(paged, precise, strict=True)
+        if row["prediction"] is not None and golds(row, setting)
+    ]
+    if setting.match == "regex" or not scored:
+        return found
+    same = [right * (text.strip() in [gold.strip() for gold in wanted]) for right, text, wanted in scored]
+    return (
+        found
+        | mean("kilt_accuracy", same)
+        | mean("kilt_exact_match", [right * matching.exact_match(text, wanted) for right, text, wanted in scored])
+        | mean("kilt_f1", [right * matching.f1(text, wanted) for right, text, wanted in scored])
+    )
+
+
+def rouge_l(rows: Sequence[Row], setting: Setting) -> Figures:
+    long = _long(rows)
+    return mean("rouge_l", list(texts.rouge_l(*long))) if long[0] else {}
+
+
+def bleu(rows: Sequence[Row], setting: Setting) -> Figures:
+    """Of the whole collection, with n-grams up to 4 and of single words."""
+    long = _long(rows)
+    if not long[0]:
+        return {}
+    parts_NX = texts.bleu_parts(*long)
+    return {
+        "bleu": Figure(lambda counts_RN: texts.bleu(counts_RN @ parts_NX), len(parts_NX)),
+        "bleu_1": Figure(lambda counts_RN: texts.bleu(counts_RN @ parts_NX, order=1), len(parts_NX)),
+    }
+
+
+def distinct(rows: Sequence[Row], setting: Setting) -> Figures:
+    said = [row["prediction"] for row in written(rows)]
+    if not said:
+        return {}
+    return {f"distinct_{n}": Figure(texts.Grams(said, n).distinct, len(said), shrinks=True) for n in (1, 2)}
+
+
+def accuracy(rows: Sequence[Row], setting: Setting) -> Figures:
+    gold_N, said_N = _classes(rows, setting)
+    return mean("accuracy", list((gold_N == said_N).astype(float)))
+
+
+def macro_f1(rows: Sequence[Row], setting: Setting) -> Figures:
+    """The mean of the F1 of every label that some question has."""
+    gold_N, said_N = _classes(rows, setting)
+    classes_C = np.unique(gold_N[gold_N >= 0])
+    if not len(classes_C):
+        return {}
+    gold_NC, said_NC = (labels_N[:, None] == classes_C for labels_N in (gold_N, said_N))
+
+    def statistic(counts_RN: np.ndarray) -> np.ndarray:
+        both_RC, either_RC = counts_RN @ (gold_NC & said_NC), counts_RN @ (gold_NC.astype(float) + said_NC)
+        f1_RC = bootstrap.divided(2 * both_RC, either_RC)  # NaN for a label that a resample has not
+        return bootstrap.divided(np.nansum(f1_RC, 1), (either_RC > 0).sum(1))
+
+    return {"macro_f1": Figure(statistic, len(gold_N))}
+
+
+def _ranked(rows: Sequence[Row]) -> list[tuple[list[str], list[str]]]:
+    return [(row["retrieved"], row["gold"]) for row in rows if row.get("gold")]
+
+
+def _sets(row: Row) -> list[set[str]]:
+    return [set(pages) for pages in row["gold_documents"] if pages]
+
+
+def _long(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    pairs = [(row["prediction"], references(row)) for row in written(rows)]
+    return [text for text, wanted in pairs if wanted], [wanted for _, wanted in pairs if wanted]
+
+
+def _classes(rows: Sequence[Row], setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+    """(gold_N, said_N), numbers of labels; -1 where a prediction is none of them, -2 where a gold answer is none."""
+    number = {label.strip().lower(): i for i, label in enumerate(setting.labels)}
+    gold_N, said_N = [], []
+    for row in written(rows) if number else ():
+        answers = golds(row, setting)
+        gold = answers[0] if row.get("label") is None and answers else row.get("label")
+        if gold is not None:
+            gold_N.append(number.get(str(gold).strip().lower(), -2))
+            said_N.append(number.get(row["prediction"].strip().lower(), -1))
+    return np.array(gold_N, int), np.array(said_N, int)
+
+
+def _usable(ks: Sequence[int], retrieved: Sequence[Sequence[Any]]) -> list[int]:
+    """Those k that some question retrieved: where one has fewer, a search such as BM25 found no more."""
+    most = max(map(len, retrieved), default=0)
+    return [k for k in ks if k <= most]

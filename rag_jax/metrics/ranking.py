@@ -1,0 +1,62 @@
+"""Rankings of one question beside its gold passages: recall, reciprocal rank, nDCG, R-precision of passages and pages.
+
+retrieved: ids, best first, each once. Without gold passages there is no score: ValueError.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+
+def recall_at(k: int, retrieved: Sequence[str], gold: Collection[str]) -> float:
+    """1.0 where any gold passage is among the first k retrieved, else 0.0."""
+    _check(gold)
+    return float(not set(gold).isdisjoint(retrieved[:k]))
+
+
+def answer_recall(k: int, retrieved_has_answer: Sequence[bool]) -> float:
+    """1.0 where any of the first k retrieved passages has the answer (`matching.has_answer` of each), else 0.0."""
+    return float(any(retrieved_has_answer[:k]))
+
+
+def reciprocal_rank(k: int, retrieved: Sequence[str], gold: Collection[str]) -> float:
+    """1 / rank of the first gold passage; 0.0 where none is among the first k. Its mean is MRR@k."""
+    _check(gold)
+    wanted = set(gold)
+    return next((1 / rank for rank, one in enumerate(retrieved[:k], start=1) if one in wanted), 0.0)
+
+
+def ndcg(k: int, retrieved: Sequence[str], grades: Mapping[str, float]) -> float:
+    """nDCG@k as trec_eval has it: gain = grade, discount log2(1 + rank), over the best order there could be.
+
+    grades: of the passages that were judged; one of 0 or less is of no use.
+    """
+    gains = {one: grade for one, grade in grades.items() if grade > 0}
+    _check(gains)
+    best = sorted(gains.values(), reverse=True)[:k]
+    return _discounted([gains.get(one, 0.0) for one in retrieved[:k]]) / _discounted(best)
+
+
+def r_precision(retrieved: Sequence[str], gold: Collection[str]) -> float:
+    """The share of gold among the first R retrieved, R being the number of gold passages."""
+    _check(gold)
+    wanted = set(gold)
+    return len(wanted.intersection(retrieved[: len(wanted)])) / len(wanted)
+
+
+def page_r_precision(pages: Sequence[str], golds: Sequence[Collection[str]]) -> float:
+    """KILT's R-precision: over pages, each counted at its first passage; the best over the sets of gold pages.
+
+    pages: of every retrieved passage, best first.
+    """
+    _check(golds)
+    once = list(dict.fromkeys(pages))
+    return max(r_precision(once, gold) for gold in golds)
+
+
+def _discounted(gains: Sequence[float]) -> float:
+    return sum(gain / math.log2(1 + rank) for rank, gain in enumerate(gains, start=1))
+
+
+def _check(gold: Collection[object]) -> None:
+    if not gold:
+        raise ValueError("no gold passages; leave such questions out of the mean")
