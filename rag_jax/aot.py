@@ -30,7 +30,10 @@ from rag_jax.programs import Program
 
 NO_LIBTPU = "libtpu is not installed (pip install 'rag-jax[compile]'): counted from shapes, nothing is compiled"
 NO_GPU = "GPUs: counted from shapes, nothing is compiled"
-ESTIMATED = "activations are those of an unfused program in its written order, cut over the batch: rather too many"
+ESTIMATED = (
+    "activations are those of an unfused program in its written order, cut over the batch; weights that are gathered\n"
+    "over fsdp while they are used are not among them"
+)
 UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 
