@@ -8,6 +8,7 @@ as if perfectly overlapped with the others; a real step takes longer.
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import math
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from rag_jax import config, counting, hardware, hlo, logs, programs, sharding
@@ -28,7 +30,10 @@ from rag_jax.programs import Program
 
 NO_LIBTPU = "libtpu is not installed (pip install 'rag-jax[compile]'): counted from shapes, nothing is compiled"
 NO_GPU = "GPUs: counted from shapes, nothing is compiled"
-ESTIMATED = "activations are those of an unfused program in its written order, cut over the batch: rather too many"
+ESTIMATED = (
+    "activations are those of an unfused program in its written order, cut over the batch; weights that are gathered\n"
+    "over fsdp while they are used are not among them"
+)
 UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 
@@ -115,13 +120,20 @@ class StandIn:
     process_index: int = 0
 
 
+def stand_ins(cfg: TrainConfig, where: Topology) -> Mesh:
+    """The mesh of a configuration over devices that are not there, in the order of their numbers."""
+    plain: list[Any] = [StandIn(i, "cpu", where.name) for i in range(where.devices)]
+    mesh = sharding.make_mesh(cfg.mesh or None, plain)  # jax would ask TPUs where they stand
+    away = np.array([dataclasses.replace(device, platform=where.kind) for device in plain])
+    return Mesh(away.reshape(mesh.devices.shape), mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def mesh_of(cfg: TrainConfig, where: Topology) -> tuple[Mesh, bool]:
     """The mesh of a configuration, and whether programs can be compiled for it; if not, its devices are stand-ins."""
     found = devices(where)
     if found is not None:
         return sharding.make_mesh(cfg.mesh or None, found), True
-    away: list[Any] = [StandIn(i, where.kind, where.name) for i in range(where.devices)]
-    return sharding.make_mesh(cfg.mesh or None, away), False
+    return stand_ins(cfg, where), False
 
 
 def shape_bytes(leaf: jax.ShapeDtypeStruct) -> float:

@@ -154,6 +154,20 @@ def test_user_errors(words: tuple[str, ...], says: str, capsys: pytest.CaptureFi
     assert status == 2 and out == "" and says in err
 
 
+@pytest.mark.parametrize("where", ["v5e:4x8", "v5p:2x2x4", "tpu7x:2x2x2", "h100:8"])
+def test_meshes_of_devices_that_are_not_there(where: str) -> None:
+    place = hardware.topology(where)
+    mesh = aot.stand_ins(tiny_config(mesh={"data": -1, "fsdp": 4}), place)
+    assert dict(mesh.shape) == {"data": place.devices // 4, "fsdp": 4, "tensor": 1}
+    assert {(d.id, d.platform) for d in mesh.devices.flat} == {(i, place.kind) for i in range(place.devices)}
+
+
+def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    mesh, compiles = aot.mesh_of(tiny_config(), hardware.topology("v5e:16x16"))
+    assert mesh.size == 256 and not compiles
+
+
 def test_what_libtpu_says_of_a_program_that_is_too_large() -> None:
     """In the words of libtpu 0.0.42."""
     made = aot.Report("joint", False, {"index": 2.0**30, "activations and the like": 5.0}, 0.0, 16.0 * 2**30, {})
