@@ -25,7 +25,7 @@ LEVELS = [
         "moments",
         "schedule",
         "distributed",
-        "large_pages",
+        "heap",
     ],
     ["decoding", "checkpoint", "optimizer", "plots", "tensors"],
     ["models"],
@@ -72,7 +72,7 @@ ONLY = {
     "tensors": [],
     "decoding": ["decoding_rules"],
     "optimizer": ["moments"],
-    "__main__": ["large_pages"],  # imports commands by name, when they are called
+    "__main__": ["heap"],  # imports commands by name, when they are called
 }
 
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow"}
