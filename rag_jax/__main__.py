@@ -34,6 +34,7 @@ COMMANDS = {
         "make a model from Hugging Face checkpoints: RAG, or DPR, BERT, BART, T5, GPT-2, Llama",
     ),
     "export": ("rag_jax.export", "write a model as a directory that transformers loads"),
+    "compile": ("rag_jax.aot", "will it fit, how fast can it be: compile a configuration for a pod that is not here"),
     "bench": ("rag_jax.bench", "time the steps of training and search against the limits of the machine"),
 }
 COMPUTES = ("train", "evaluate", "encode", "index", "bench")  # long enough to begin twice
@@ -109,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             module, args = parse(argv[0], argv[1:])
             with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
                 result = module.run(args)
+            if result is None:  # of several processes another one says it
+                return 0
             output = render(result, args.json)
         print(output, flush=True)
     except InputError as error:

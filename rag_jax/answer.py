@@ -270,25 +270,28 @@ class Hosted(NamedTuple):
 def found_on_host(
     loaded: runs.Loaded, params: Params, index: HostIndex, cfg: AnswerConfig, texts: Sequence[str], batch: Batch
 ) -> Hosted:
-    """Searches for one batch, and gathers the passages that are read."""
+    """Searches for this process's part of a batch, and gathers the passages that are read."""
     n_docs, n = cfg.n_docs or loaded.rag.config.n_docs, loaded.corpus.n_live
+    own = sharding.own_rows(loaded.mesh, len(texts))
     if cfg.closed_book:
         rows_BR = np.zeros((len(texts), 1), np.int32)
-        tables = gather(loaded.corpus, index, np.zeros(len(texts), np.int32))
+        tables = gather(loaded.corpus, index, np.zeros(len(own), np.int32))
         table, passages = sharding.shard_batch(loaded.mesh, tables)
         return Hosted(rows_BR, table, passages, batch)
-    q_BE = np.asarray(steps.question_program(loaded.rag)(params, batch), np.float32)
-    found = index.searcher.search(Queries(q_BE, list(texts)), min(max(cfg.n_retrieved, n_docs), n))
+    q_BE = sharding.fetched(steps.question_program(loaded.rag)(params, batch)).astype(np.float32)
+    queries = Queries(q_BE[own], [texts[row] for row in own])
+    found = index.searcher.search(queries, min(max(cfg.n_retrieved, n_docs), n))
     read_BK, scores_BK = filled(found.ids_BK[:, :n_docs], loaded.corpus), found.scores_BK[:, :n_docs]
     least_B1 = np.where(np.isfinite(scores_BK), scores_BK, np.inf).min(1, keepdims=True)
     least_B1 = np.where(np.isfinite(least_B1), least_B1, 0)
     given = {
-        "documents": places(read_BK),
+        "documents": places(loaded.mesh, read_BK),
         "scores": np.where(np.isfinite(scores_BK), scores_BK, least_B1).astype(np.float32),
     }
     tables = gather(loaded.corpus, index, read_BK.reshape(-1))
     given, table, passages = sharding.shard_batch(loaded.mesh, (given, *tables))
     rows_BR = np.concatenate([read_BK, found.ids_BK[:, n_docs:]], axis=1)
+    rows_BR = sharding.fetched(sharding.shard_batch(loaded.mesh, rows_BR))
     return Hosted(rows_BR, table, passages, {**batch, **given})
 
 
@@ -311,7 +314,8 @@ def answer_questions(
     """Answers in the order of the questions.
 
     Questions of like length go together, and lengths and the number of questions are padded to a few sizes (`bucket`),
-    so that other questions of the same sizes need no compilation.
+    so that other questions of the same sizes need no compilation. With several processes all ask the same, and all get
+    the answers.
     """
     check_docs(loaded, cfg)
     program = program or make_answer(loaded, cfg)
@@ -328,18 +332,19 @@ def answer_questions(
         for number, start in enumerate(range(0, len(questions), size)):
             rows = order[np.minimum(np.arange(start, start + size), len(questions) - 1)]
             width = bucket(int(length_N[rows].max()), loaded.rag.config.question_length)
-            batch = {name: table[rows][:, :width] if table.ndim == 2 else table[rows] for name, table in tables.items()}
+            own = rows[sharding.own_rows(loaded.mesh, size)]
+            batch = {name: table[own][:, :width] if table.ndim == 2 else table[own] for name, table in tables.items()}
             on_devices = sharding.shard_batch(loaded.mesh, batch)
             if isinstance(index, HostIndex):
                 texts = [questions[row] for row in rows]
                 here = found_on_host(loaded, params, index, cfg, texts, on_devices)
-                out = program(params, here.table, here.passages, here.batch, number)
-                out = out._replace(rows=here.rows_BR)  # type: ignore[arg-type]
+                out = sharding.fetched(program(params, here.table, here.passages, here.batch, number))
+                out = out._replace(rows=here.rows_BR)
             else:
                 assert loaded.passages is not None
-                out = program(params, index, loaded.passages, on_devices, number)
+                out = sharding.fetched(program(params, index, loaded.passages, on_devices, number))
             count = min(size, len(questions) - start)
-            found = collect(corpus, jax.device_get(out), count, cfg.closed_book)
+            found = collect(corpus, out, count, cfg.closed_book)
             for row, one in zip(rows, found, strict=False):
                 answers[row] = one
             progress.update(count)

@@ -23,8 +23,8 @@ from rag_jax import (
     bench_train,
     config,
     preparing,
+    session,
     sharding,
-    train,
 )
 from rag_jax import run as runs
 from rag_jax.bench_limits import machine, matmul_limit, peak_memory, spread, timed
@@ -45,11 +45,11 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
     preparing.check(cfg, corpus, mesh)
     data = preparing.prepare(cfg, corpus)
     loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact")
-    params = train.init_params(loaded, cfg.seed, cfg.init)
-    state = train.init_state(loaded, stage, params, 0)
+    params = session.init_params(loaded, cfg.seed, cfg.init)
+    state = session.init_state(loaded, stage, params, 0)
     number = cfg.stages.index(stage)
-    refresher = train.make_refresher(cfg, loaded, Searchers(cfg.search, corpus, mesh))
-    upkeep = train.upkeep_of(cfg, loaded, data, refresher, number, None)
+    refresher = session.make_refresher(cfg, loaded, Searchers(cfg.search, corpus, mesh))
+    upkeep = session.upkeep_of(cfg, loaded, data, refresher, number, None)
     batches = preparing.batches(stage, cfg, data, number)
     key = jax.random.key(cfg.seed)
     upkeep.before(params, 0, 0, batches[0])

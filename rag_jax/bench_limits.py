@@ -75,21 +75,6 @@ def spread(seconds: list[float]) -> dict[str, float]:
     }
 
 
-# FLOP/s of one device in bfloat16 without sparsity, by what jax calls it; of the makers' data sheets
-DATASHEET = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-
-
 def machine() -> dict[str, Any]:
     """Kind and number of the devices, and the versions of what runs on them."""
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}

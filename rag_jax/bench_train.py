@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import bench_decode, bench_load, bench_torch, optimizer, refresh, sharding, steps
+from rag_jax import bench_decode, bench_load, bench_torch, hardware, optimizer, refresh, sharding, steps
 from rag_jax import run as runs
-from rag_jax.bench_limits import DATASHEET, in_turn, machine, matmul_limit, peak_memory, spread
+from rag_jax.bench_limits import in_turn, machine, matmul_limit, peak_memory, spread
 from rag_jax.bench_load import LOADS, Load
 from rag_jax.bench_torch import Given
 from rag_jax.counting import matmul_flops
@@ -159,7 +159,7 @@ def bench(load: Load, shape: dict[str, int], repeats: int, beside: bool, profile
         **said,
         **memory,
     }
-    if peak := DATASHEET.get(known["device"]):
+    if peak := hardware.peak(known["device"], load.dtype):
         result["fraction_of_datasheet"] = result["model_flops_per_second"] / peak / mesh.size
     if beside:
         their = rates(load, seconds["transformers"][1:], flops, limit)

@@ -2,9 +2,12 @@
 imports Orbax.
 """
 
+import contextlib
 import hashlib
+import logging
 import math
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +15,152 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
-from rag_jax import files
+from rag_jax import checksums, distributed, files, sharding
 from rag_jax.errors import InputError
+
+# Orbax warns where a save waits for the one before, which is as it is meant
+logging.getLogger("absl").addFilter(lambda record: "Waiting for previous save" not in record.getMessage())
 
 Tree = Any
 KIND, VERSION = "parameters", 2
+POSITION_VERSION = 2
 AT_ONCE = 10**8  # bytes of parameters that are read together
 
 
+class Damaged(Exception):
+    """A checkpoint that is not whole, and what is wrong with it."""
+
+
 class Checkpoints:
-    """Numbered checkpoints in a directory; the newest `keep` stay. A save is atomic: killed, it leaves the one
-    before.
+    """Numbered checkpoints in a directory: the newest `keep` stay, and those `keep_best` with the largest `metric`.
+
+    A save goes on beside training and is atomic: killed, it leaves the one before. Every array has a checksum, so that
+    flipped bits are seen. With several processes all call the same methods in the same order.
     """
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
-        self.directory = directory.resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+    def __init__(self, directory: Path, keep: int = 2, keep_best: int = 0, metric: str = "") -> None:
+        self.directory, self.metric = directory.resolve(), metric
+        newest = preservation.LatestN(keep)
+        best = preservation.BestN(get_metric_fn=_value, n=keep_best, keep_checkpoints_without_metrics=False)
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation.AnyPreservationPolicy([newest, best]),
+            best_fn=_value if keep_best else None,
+        )
+        self._manager: ocp.CheckpointManager | None = None  # from the first save on: it reads what is there
+
+    def steps(self) -> list[int]:
+        """Those that are there, whole or not, newest first."""
+        return distributed.from_first(numbers(self.directory))
 
     def latest(self) -> int | None:
-        return self._manager.latest_step()
+        """The newest whose position can be read; its arrays may still be damaged."""
+        for step in self.steps():
+            try:
+                self.position(step)
+            except Damaged:
+                continue
+            return step
+        return None
 
-    def save(self, step: int, arrays: Tree, position: dict[str, Any]) -> None:
-        """Write arrays (a pytree) and a JSON-able position as checkpoint `step`; an existing one of that step is
-        kept.
+    def save(
+        self, step: int, arrays: Tree, position: dict[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Write arrays (a pytree) and a JSON-able position as checkpoint `step`; an existing one of that step is kept.
+
+        Returns when the arrays may change. An error of the one before is raised here. InputError where `metrics` were
+        measured and the one that says which checkpoint is best is not among them.
         """
+        if self._manager is None:
+            self._manager = ocp.CheckpointManager(self.directory, options=self._options)
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), position=ocp.args.JsonSave(position))
-        )
-        self._manager.wait_until_finished()
+        best = None
+        if metrics and self._options.best_fn is not None:
+            if self.metric not in metrics:
+                raise InputError(f"best_metric={self.metric!r} is not measured; there are {', '.join(metrics)}")
+            best = {"value": metrics[self.metric]}
+        fields = {**position, "format_version": POSITION_VERSION, "shapes": shapes(arrays)}
+        fields["checksums"] = checksums.of_tree(arrays)
+        sealed = {**fields, "hash": files.canonical_sha256(fields)}
+        items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), position=ocp.args.JsonSave(sealed))
+        self._manager.save(step, args=items, metrics=best)
 
     def position(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
+        """What `save` was given; Damaged where it cannot be read."""
+        directory = self.directory / str(step) / "position"
+        try:
+            found = ocp.JsonCheckpointHandler().restore(directory)
+        except (OSError, ValueError) as error:
+            raise Damaged(f"its position is unreadable ({error})") from error
+        version = found.get("format_version") if isinstance(found, dict) else None
+        if isinstance(found, dict) and "hash" not in found:
+            raise InputError(
+                f"{self.directory}/{step}: format version {version}, this program reads {POSITION_VERSION}; train into "
+                "a new run directory, or go on with the version of the program that the run was started with"
+            )
+        if not isinstance(found, dict) or found.pop("hash") != files.canonical_sha256(found):
+            raise Damaged("its position was altered after it was written")
+        return found
 
     def restore(self, step: int, like: Tree) -> Tree:
-        """The arrays of a checkpoint, in the shapes, types and shardings of `like` (arrays or ShapeDtypeStructs)."""
+        """The arrays of a checkpoint, in the shapes, types and shardings of `like` (arrays or ShapeDtypeStructs).
+
+        Damaged where they cannot be read or are not those that were saved, in any process; InputError where others are
+        wanted.
+        """
+        saved, wanted = self.position(step), shapes(like)
+        for name in sorted(set(saved["shapes"]) | set(wanted)):
+            if saved["shapes"].get(name) != wanted.get(name):
+                raise InputError(
+                    f"{self.directory}/{step}: does not fit the configuration ({name} is {saved['shapes'].get(name)} "
+                    f"there, {wanted.get(name)} now); train into a new run directory, or restore the configuration "
+                    "that the run was started with"
+                )
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target)))
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise InputError(
-                f"{self.directory}/{step}: does not fit the configuration ({error}); train into a new run directory, "
-                "or restore the configuration that the run was started with"
-            ) from error
-        return restored["arrays"]
+        arrays, wrong = None, ""
+        try:  # without the manager, which would wait for a process that failed
+            directory = self.directory / str(step) / "arrays"
+            arrays = ocp.StandardCheckpointHandler().restore(directory, args=ocp.args.StandardRestore(target))
+        except Exception as error:  # Orbax raises this very class for a file that was cut short
+            wrong = f"its arrays are unreadable ({' '.join(str(error).split())[:200]})"
+        if not distributed.everywhere(not wrong):
+            raise Damaged(wrong or "its arrays are unreadable in another process")
+        sums = checksums.of_tree(arrays)
+        changed = [name for name, value in saved["checksums"].items() if sums[name] != value]
+        if changed:
+            raise Damaged(f"{len(changed)} of its {len(sums)} arrays were altered after they were saved: {changed[0]}")
+        return arrays
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that the step can be saved again; what it is called now."""
+        old, new = self.directory / str(step), self.directory / f"{step}.damaged"
+        if distributed.first():
+            if new.exists():
+                shutil.rmtree(new)
+            old.rename(new)
+        distributed.barrier(f"set aside {step}")
+        return new
+
+    def wait(self) -> None:
+        """Until all that was saved is on disk."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
+
+
+def numbers(directory: Path) -> list[int]:
+    """Steps of which there are checkpoints, newest first."""
+    there = directory.iterdir() if directory.is_dir() else ()
+    return sorted((int(path.name) for path in there if path.name.isdigit() and path.is_dir()), reverse=True)
+
+
+def _value(metrics: dict[str, float]) -> float:
+    return metrics["value"]
 
 
 def save_params(directory: Path, parts: Iterable[tuple[str, Tree]]) -> None:
@@ -71,14 +170,20 @@ def save_params(directory: Path, parts: Iterable[tuple[str, Tree]]) -> None:
     asked for never holds them all.
     """
     described: dict[str, list] = {}
-    with files.new_directory(directory.resolve(), KIND, overwrite=True) as temporary:
-        (temporary / "arrays").mkdir()
+    with contextlib.ExitStack() as stack:
+        temporary, out = Path(), directory.resolve()
+        if distributed.first():
+            temporary = stack.enter_context(files.new_directory(out, KIND, overwrite=True))
+            (temporary / "arrays").mkdir()
+        temporary = out.with_name(distributed.from_first(temporary.name))
         for name, tree in parts:
             with _checkpointer(tree) as checkpointer:
                 checkpointer.save(temporary / "arrays" / name, args=ocp.args.PyTreeSave(tree))
             described |= shapes({name: tree})
             del tree
-        files.write_manifest(temporary, KIND, VERSION, {"shapes": described})
+        if distributed.first():
+            files.write_manifest(temporary, KIND, VERSION, {"shapes": described})
+    distributed.barrier("parameters saved")
 
 
 def _checkpointer(tree: Tree) -> ocp.Checkpointer:
@@ -146,10 +251,15 @@ def _restore(directory: Path, like: Tree) -> Tree:
         return checkpointer.restore(directory, args=wanted)
 
 
+def leaf_is_here(leaf: Any) -> bool:
+    """Whether this process can read all of an array."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+
+
 def tree_hash(params: Tree) -> str:
     """sha256 over names, shapes and bytes: which encoder made an index."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(params):
-        array = np.asarray(leaf)
+        array = np.asarray(leaf if leaf_is_here(leaf) else sharding.fetched(leaf))
         digest.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode() + array.tobytes())
     return digest.hexdigest()

@@ -92,7 +92,8 @@ class TrainConfig:
     init: a run directory, or a converted checkpoint, whose parameters are the start, "" for new ones; what `model`
     leaves open is then as there. index: an index of the first parameters, made by rag-jax index, "" to embed at the
     start. drift_sample: passages that the drift of the index is measured on. live: at every log line, training looks
-    whether `corpus` leads to an update of the one in use, and goes on with that.
+    whether `corpus` leads to an update of the one in use, and goes on with that. keep_best: besides the newest
+    `keep_checkpoints`, that many stay whose evaluation had the largest `best_metric`; each evaluation has a checkpoint.
     """
 
     corpus: str
@@ -112,6 +113,8 @@ class TrainConfig:
     log_every: int = 50
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    keep_best: int = 0
+    best_metric: str = "eval/exact_match"
     evaluate_every: int = 0
     evaluate_questions: int = 200
 
@@ -141,6 +144,9 @@ def check(cfg: TrainConfig) -> None:
     for name in ("checkpoint_every", "evaluate_every"):
         if getattr(cfg, name) % cfg.log_every:
             raise InputError(f"{name}={getattr(cfg, name)} must be a multiple of log_every={cfg.log_every}")
+    at_least(0, "keep_best", cfg.keep_best)
+    if cfg.keep_best and not cfg.evaluate_every:
+        raise InputError(f"keep_best={cfg.keep_best} needs evaluate_every: {cfg.best_metric} is measured there")
     at_least(3, "target_length", cfg.target_length)
     limits = [("model.question_length", cfg.model.question_length, cfg.model.encoder.positions)]
     if cfg.model.generator is not None:

@@ -1,26 +1,78 @@
-"""How much work a program is, counted from the shapes in its jaxpr."""
+"""Work and memory of a program, counted from the shapes in its jaxpr: nothing is compiled."""
 
 import math
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def inner(equation: Any) -> Iterator[Any]:
+    """The jaxprs within an equation: bodies of loops, branches, calls."""
+    for value in equation.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            found = getattr(part, "jaxpr", part)
+            if hasattr(found, "eqns"):
+                yield found
+
+
+def work(jaxpr: Any) -> Counter[str]:
+    """Floating-point operations of all matrix products, 2 per multiply-add, by the type of what is multiplied; float32
+    at the highest precision is "float32 highest". A loop's body counts times its length, that of a while loop of
+    unknown length once; the body of a shard_map once for every device.
+    """
+    total: Counter[str] = Counter()
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            (contracting, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval
+            precision = equation.params["precision"]
+            highest = left.dtype == "float32" and precision is not None and jax.lax.Precision.HIGHEST in precision
+            size = math.prod(left.shape[axis] for axis in contracting)
+            total[f"{left.dtype}{' highest' * highest}"] += 2.0 * math.prod(equation.outvars[0].aval.shape) * size
+        times = equation.params.get("length", 1) if name == "scan" else 1
+        times *= equation.params["mesh"].size if name == "shard_map" else 1
+        for body in inner(equation):
+            for kind, flops in work(body).items():
+                total[kind] += times * flops
+    return total
 
 
 def matmul_flops(jaxpr: Any) -> float:
-    """Floating-point operations of all matrix products in a jaxpr, 2 per multiply-add; a loop's body times its length.
+    """`work` of all types together."""
+    return float(sum(work(jaxpr).values()))
 
-    A while loop of unknown length counts once.
+
+def nbytes(aval: Any) -> int:
+    """Of an array of this shape and type; keys of random numbers count as two words."""
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return 8 * math.prod(aval.shape)
+    return math.prod(aval.shape) * aval.dtype.itemsize
+
+
+SAME = {"reshape", "squeeze", "expand_dims", "stop_gradient", "pvary", "copy"}  # no memory of their own
+
+
+def peak_bytes(jaxpr: Any) -> int:
+    """Most bytes of intermediate values alive at once if the equations ran as they stand, with none fused: what
+    activations and gradients take, rather too much than too little. Arguments do not count.
     """
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracting, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            size = math.prod(left[axis] for axis in contracting)
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * size
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        devices = equation.params["mesh"].size if equation.primitive.name == "shard_map" else 1
-        for value in equation.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(part, "jaxpr", part)
-                if hasattr(inner, "eqns"):
-                    total += times * devices * matmul_flops(inner)
-    return total
+    last = {v: i for i, equation in enumerate(jaxpr.eqns) for v in equation.invars if isinstance(v, core.Var)}
+    last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if isinstance(v, core.Var)}
+    ends: Counter[int] = Counter()
+    alive = most = 0
+    for i, equation in enumerate(jaxpr.eqns):
+        name = equation.primitive.name
+        made = 0 if name in SAME else sum(nbytes(v.aval) for v in equation.outvars if v in last)
+        devices = equation.params["mesh"].size if name == "shard_map" else 1
+        within = devices * max((peak_bytes(body) for body in inner(equation)), default=0)
+        most = max(most, alive + max(made, within))
+        alive += made
+        for v in equation.outvars:
+            if made and v in last:
+                ends[last[v]] += nbytes(v.aval)
+        alive -= ends.pop(i, 0)
+    return most

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rag_jax import answer, config, metrics
+from rag_jax import answer, config, distributed, logs, metrics
 from rag_jax import run as runs
 from rag_jax.answer import Answer, AnswerConfig, Pipeline
 from rag_jax.config import SearchConfig
@@ -87,7 +87,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a run on a question file (its own dev questions by default) and write the two files into `out`.
 
-    configure: what to change of how the run answers by default. search: as of Pipeline.from_run.
+    configure: what to change of how the run answers by default. search: as of Pipeline.from_run. With several
+    processes all answer together, and the first one writes.
     """
     begun = time.perf_counter()
     pipeline = Pipeline.from_run(directory, index, search)
@@ -98,8 +99,6 @@ def evaluate(
     cfg = configure(pipeline.answer_config())
     answers = pipeline.answer([q.question for q in asked], cfg)
     rows = prediction_rows(asked, answers, pipeline.loaded.corpus, cfg.retrieval_only)
-    out.mkdir(parents=True, exist_ok=True)
-    write_lines(out / "predictions.jsonl", rows)
     manifest = pipeline.snapshot.manifest
     report = {
         **metrics.summarize(rows),
@@ -117,9 +116,13 @@ def evaluate(
         **config.plain(cfg),
         "seconds": round(time.perf_counter() - begun, 1),
     }
-    temporary = out / "report.json.tmp"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.rename(out / "report.json")
+    if distributed.first():
+        out.mkdir(parents=True, exist_ok=True)
+        write_lines(out / "predictions.jsonl", rows)
+        temporary = out / "report.json.tmp"
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        temporary.rename(out / "report.json")
+    distributed.barrier("report written")
     return report
 
 
@@ -140,11 +143,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="questions answered at once (default: 16)")
     parser.add_argument("--where", default="", metavar="FIELD=VALUE", help="only questions with this, as changed=true")
     parser.add_argument("--limit", type=int, default=0, help="only the first questions of the file")
+    distributed.add_arguments(parser)
     parser.epilog = "example: rag-jax evaluate runs/world --questions data/world/test.jsonl"
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
     configured = partial(answer.from_arguments, args)
-    search = answer.search_from_argument(args.search)
-    out = args.out or args.run
-    return evaluate(args.run, args.questions, out, args.index, args.where, args.limit, configured, search)
+    with distributed.together(args):
+        if not distributed.first():
+            logs.silence()
+        search = answer.search_from_argument(args.search)
+        out = args.out or args.run
+        report = evaluate(args.run, args.questions, out, args.index, args.where, args.limit, configured, search)
+        return report if distributed.first() else None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rag_jax import files
+from rag_jax import files, sharding
 from rag_jax.config import SearchConfig, plain
 from rag_jax.errors import InputError
 from rag_jax.logs import info
@@ -43,9 +43,13 @@ def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple
     return kept and Index(*kept), Passages(*[table[rows_X] for table in tables])
 
 
-def places(rows: np.ndarray) -> np.ndarray:
-    """Where rows [...] of this process stand in tables that `gather` and `shard_batch` make of them: int32 [...]."""
-    return (np.arange(rows.size).reshape(rows.shape) + jax.process_index() * rows.size).astype(np.int32)
+def places(mesh: jax.sharding.Mesh, rows: np.ndarray) -> np.ndarray:
+    """Where rows [b, ...] for this process's part of a batch stand in tables that `gather` and `shard_batch` make of
+    them: int32 [b, ...].
+    """
+    cuts = mesh.shape["data"] * mesh.shape["fsdp"]
+    total = rows.size // len(sharding.own_rows(mesh, cuts)) * cuts
+    return sharding.own_rows(mesh, total).reshape(rows.shape).astype(np.int32)
 
 
 def filled(ids_BK: np.ndarray, corpus: Corpus) -> np.ndarray:
@@ -85,7 +89,8 @@ class Searchers:
         source = Source(self.corpus.hash, encoder_hash, step)
         if kind == "scann" or (kind == "hybrid" and self.cfg.dense == "scann"):
             return self._whole(self.scann(embeddings_NE, source, keep), embeddings_NE)
-        return self._whole(Exact(embeddings_NE, self.mesh, source, live_N=self.corpus.live_N), embeddings_NE)
+        mesh = sharding.own_mesh(self.mesh)  # each process searches for its own questions
+        return self._whole(Exact(embeddings_NE, mesh, source, live_N=self.corpus.live_N), embeddings_NE)
 
     def update(self, searcher: Searcher, old: Corpus, embeddings_NE: Any, step: int) -> Searcher:
         """The search over an update of the corpus of `searcher`: ScaNN's own index stays as it is, until STALE of it is
@@ -139,7 +144,7 @@ class Searchers:
             except InputError as error:
                 info(f"{error}; it is built anew")
         made = build()
-        if path is not None:
+        if path is not None and jax.process_index() == 0:
             try:
                 made.save(path, overwrite=True)
             except (OSError, InputError) as error:  # a run on a medium that cannot be written to still answers
@@ -152,18 +157,22 @@ def on_host(rag: Rag, searchers: Searchers) -> Make:
     corpus = searchers.corpus
 
     def make(encoder: Params, step: int, old: Any, quiet: bool) -> HostIndex:
-        embeddings_NE = embedded(rag, encoder, corpus, 0)
+        # beside training (quiet) processes must not wait for each other: each embeds everything
+        embeddings_NE = embedded(rag, encoder, corpus, 0, alone=quiet)
         step_N = np.full(len(corpus), step, np.int32)
         return HostIndex(embeddings_NE, step_N, searchers.make(embeddings_NE, None, step), corpus.live_N)
 
     return make
 
 
-def embedded(rag: Rag, encoder: Params, corpus: Corpus, first: int) -> np.ndarray:
-    """Embeddings [N - first, E] float32 of the corpus' rows from `first` on; encoder: the part that embeds passages."""
+def embedded(rag: Rag, encoder: Params, corpus: Corpus, first: int, alone: bool = False) -> np.ndarray:
+    """Embeddings [N - first, E] float32 of the corpus' rows from `first` on; encoder: the part that embeds passages.
+
+    alone: see `encode_job.blocks`.
+    """
     params = jax.tree.map(np.asarray, encoder)
     embed_rows = encode.row_embedder(rag.embed_passages, params, corpus.encoder_ids, corpus.encoder_length)
     embeddings_ME = np.empty((len(corpus) - first, rag.config.encoder.output_width), np.float32)
-    for rows, some in encode_job.blocks(embed_rows, range(first, len(corpus))):
+    for rows, some in encode_job.blocks(embed_rows, range(first, len(corpus)), alone=alone):
         embeddings_ME[rows - first] = some
     return embeddings_ME

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +20,18 @@ LINE_SECONDS = 10.0
 BAR_SECONDS = 0.2
 
 _now = time.monotonic
+_silent = threading.Event()  # like stderr itself, one for the whole process
+
+
+def silence() -> None:
+    """From now on this process shows neither lines nor progress: another one of the same command does."""
+    _silent.set()
 
 
 def info(message: str) -> None:
     """Writes one line to stderr, above a progress bar if there is one."""
+    if _silent.is_set():
+        return
     if sys.stderr.isatty():
         tqdm.write(message, file=sys.stderr)
     else:
@@ -45,7 +54,7 @@ class Progress:
     def __enter__(self) -> Self:
         self._start = self._shown_at = _now()
         self._shown_done = self.done
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _silent.is_set():
             self._bar = tqdm(
                 total=self.total, desc=self.desc, unit=self.unit, initial=self.initial, file=sys.stderr,
                 dynamic_ncols=True, unit_scale=(self.total or 0) >= 100_000, mininterval=BAR_SECONDS,
@@ -61,7 +70,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(n)
         now = _now()
-        if now - self._shown_at < (LINE_SECONDS if self._bar is None else BAR_SECONDS):
+        if _silent.is_set() or now - self._shown_at < (LINE_SECONDS if self._bar is None else BAR_SECONDS):
             return
         if self._bar is None:
             # The rate of the last stretch alone: the first step compiles, and an average would remember it for long.

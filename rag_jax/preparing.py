@@ -11,7 +11,7 @@ import grain
 import jax
 import numpy as np
 
-from rag_jax import checkpoint, config, live
+from rag_jax import checkpoint, config, distributed, live, sharding
 from rag_jax import run as runs
 from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.data import formats, pipeline
@@ -42,12 +42,17 @@ def prepare(cfg: TrainConfig, corpus: Corpus, questions: Sequence[formats.Questi
     return Data(examples, corpus, tuple(questions))
 
 
-def batches(stage: StageConfig, cfg: TrainConfig, data: Data, number: int) -> grain.MapDataset:
-    """The batches of stage `number`; InputError where the questions lack what the stage needs."""
+def batches(
+    stage: StageConfig, cfg: TrainConfig, data: Data, number: int, mesh: jax.sharding.Mesh | None = None
+) -> grain.MapDataset:
+    """The batches of stage `number`; InputError where the questions lack what the stage needs. mesh: only the rows that
+    this process feeds to it.
+    """
+    own = slice(None) if mesh is None else sharding.own_rows(mesh, stage.batch)
     seed = cfg.seed * len(cfg.stages) + number
     if stage.objective == "denoise":
         length = stage.source_length or cfg.model.source_length
-        return pipeline.denoise_batches(data.corpus, batch=stage.batch, seed=seed, length=length)
+        return pipeline.denoise_batches(data.corpus, batch=stage.batch, seed=seed, length=length, own=own)
     examples = data.examples
     if stage.objective == "contrastive" or stage.documents == "gold":
         examples = examples.where(examples.gold_NG[:, 0] >= 0)
@@ -62,7 +67,7 @@ def batches(stage: StageConfig, cfg: TrainConfig, data: Data, number: int) -> gr
     if stage.questions:
         examples = examples.where(np.arange(len(examples)) < stage.questions)
     lengths = data.corpus.generator_length
-    return pipeline.question_batches(examples, lengths, batch=stage.batch, seed=seed, window=stage.window)
+    return pipeline.question_batches(examples, lengths, batch=stage.batch, seed=seed, window=stage.window, own=own)
 
 
 def check(cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
@@ -89,7 +94,10 @@ def check(cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
 
 
 def open_run(cfg: TrainConfig, directory: Path, data: Data) -> None:
-    """Make the run directory, or agree to go on in it; InputError where it was started with something else."""
+    """Make the run directory, or agree to go on in it; InputError where it was started with something else.
+
+    The first process writes; each of them looks for itself.
+    """
     known = directory / "config.json"
     identity = runs.identity(data.corpus) | {"questions": data.examples.fingerprint(questions_only=cfg.live)}
     if known.exists():
@@ -107,7 +115,13 @@ def open_run(cfg: TrainConfig, directory: Path, data: Data) -> None:
                 f"{directory} was started with other data ({differing}); put back what {cfg.corpus} and {cfg.train} "
                 "were, or name another --run directory"
             )
-        return
+    elif distributed.first():
+        _begin(cfg, directory, data, identity)
+    distributed.barrier("run directory")
+
+
+def _begin(cfg: TrainConfig, directory: Path, data: Data, identity: dict[str, Any]) -> None:
+    """Makes the run directory; config.json comes last."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / runs.IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
     corpus = data.corpus
@@ -115,9 +129,9 @@ def open_run(cfg: TrainConfig, directory: Path, data: Data) -> None:
     provenance = Path(cfg.init) / runs.PROVENANCE
     if cfg.init and provenance.is_dir():
         shutil.copytree(provenance, directory / runs.PROVENANCE, dirs_exist_ok=True)
-    temporary = known.with_suffix(".tmp")
+    temporary = directory / "config.tmp"
     config.save(cfg, temporary)
-    temporary.rename(known)
+    temporary.rename(directory / "config.json")
 
 
 def differences(old: Any, new: Any, path: str = "") -> str:
@@ -140,10 +154,9 @@ def opened(cfg: TrainConfig, directory: Path) -> Corpus:
     if not cfg.live:
         return Corpus.open(cfg.corpus)
     if (directory / "checkpoints").is_dir():
-        keeper = checkpoint.Checkpoints(directory / "checkpoints", cfg.keep_checkpoints)
+        keeper = checkpoint.Checkpoints(directory / "checkpoints")
         done = keeper.latest()
         position = keeper.position(done) if done else {}
-        keeper.close()
         if "corpus" in position:
             return live.reopen(position["corpus"], cfg.corpus)
     return live.open_version(cfg.corpus)

@@ -285,6 +285,12 @@ class Refresher:
         copied = jax.tree.map(lambda x: jnp.array(x, copy=True), params[self.side])
         return {self.side: jax.device_put(copied, sharding.replicated(self.mesh))}
 
+    def encoder_places(self, places: Params) -> Params:
+        """Shapes, types and shardings of `encoder`, from those of all parameters."""
+        everywhere = sharding.replicated(self.mesh)
+        side = places[self.side]
+        return {self.side: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), side)}
+
     def full(self, params: Params, step: int, old: Any = None) -> Any:
         """A fresh index; it takes the memory of the old one where one is given."""
         return self.make(self.encoder(params), step, old, False)

@@ -5,6 +5,7 @@ checkpoints/  everything, to go on       params/       the parameters of the las
 index/        snapshot for those         metrics.jsonl, tensorboard/, report.json, ...
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import checkpoint, config, sharding
+from rag_jax import checkpoint, config, distributed, sharding
 from rag_jax.config import TrainConfig
 from rag_jax.data import tokenizers
 from rag_jax.data.tokenizers import Tokenizer
@@ -257,10 +258,9 @@ def check_snapshot(loaded: Loaded, params: Params, snapshot: index.Snapshot) -> 
 
 
 def write_index(loaded: Loaded, params: Params, step: int, out: Path, overwrite: bool = False) -> index.Snapshot:
-    """Embed the corpus and write the snapshot."""
+    """Embed the corpus, all processes together, and write the snapshot."""
     encoder, corpus = loaded.rag.encoder, loaded.corpus
-    whole = jax.device_put(params[loaded.encoder_side], sharding.replicated(loaded.mesh))
-    side = jax.tree.map(np.asarray, whole)  # from however many devices and processes it lies on
+    side = sharding.fetched(params[loaded.encoder_side])  # from however many devices and processes it lies on
     width = loaded.rag.config.encoder.output_width
     manifest = index.Manifest.of(corpus, checkpoint.tree_hash(side), step, width)
     embed_rows = encode.row_embedder(
@@ -269,4 +269,10 @@ def write_index(loaded: Loaded, params: Params, step: int, out: Path, overwrite:
         corpus.encoder_ids,
         corpus.encoder_length,
     )
-    return index.write(out, manifest, encode_job.blocks(embed_rows, range(len(corpus))), overwrite)
+    blocks = encode_job.blocks(embed_rows, range(len(corpus)))
+    if distributed.first():
+        index.write(out, manifest, blocks, overwrite)
+    else:
+        collections.deque(blocks, maxlen=0)
+    distributed.barrier("index written")
+    return index.open_snapshot(out)

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rag_jax.errors import InputError
@@ -236,8 +237,19 @@ def with_more_rows(array_NX: jax.Array, n: int) -> jax.Array:
     return jax.jit(lambda x: jnp.pad(x, widths), out_shardings=array_NX.sharding)(array_NX)
 
 
+def own_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """Which rows of a batch of `size` lie on the devices of this process, ascending.
+
+    Two processes may have the same ones, where the axes over which a batch is not cut reach across both.
+    """
+    places = sharding(mesh, ("batch",)).addressable_devices_indices_map((size,)).values()
+    ranges = sorted({index[0].indices(size)[:2] for index in places if index is not None})
+    return np.concatenate([np.arange(*one) for one in ranges])
+
+
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
-    """A tree of host arrays, the rows that this process read, as global arrays with rows over `batch`.
+    """A tree of host arrays, the `own_rows` of this process, as global arrays with rows over `batch`; numbers are the
+    same in all processes.
 
     Raises ValueError (from JAX) when the rows do not divide over the devices of the data and fsdp axes.
     """
@@ -246,12 +258,32 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
     places = jax.tree.map(lambda x: sharding(mesh, ("batch", *[None] * (x.ndim - 1)) if x.ndim else ()), arrays)
     if jax.process_count() == 1:  # one call for the whole tree: most of the cost is per call
         return jax.device_put(arrays, places)
-    return jax.tree.map(lambda x, place: jax.make_array_from_process_local_data(place, x), arrays, places)
+    cuts = mesh.shape["data"] * mesh.shape["fsdp"]
+    share = len(own_rows(mesh, cuts))
+
+    def whole(x: np.ndarray, place: NamedSharding) -> jax.Array:
+        shape = x.shape if not x.ndim else (x.shape[0] // share * cuts, *x.shape[1:])
+        own = own_rows(mesh, shape[0]) if x.ndim else np.zeros(0)
+
+        def rows(index: Any) -> np.ndarray:
+            if not x.ndim:
+                return x
+            start, stop, _ = index[0].indices(shape[0])
+            first = int(np.searchsorted(own, start))
+            return x[first : first + stop - start]
+
+        return jax.make_array_from_callback(shape, place, rows)
+
+    return jax.tree.map(whole, arrays, places)
 
 
-def local_rows(array_BX: jax.Array) -> np.ndarray:
-    """The rows of a batch that this process gave to `shard_batch`."""
-    if array_BX.is_fully_addressable:
-        return np.asarray(array_BX)
-    shards = {shard.index[0].start or 0: shard.data for shard in array_BX.addressable_shards}
-    return np.concatenate([np.asarray(shards[first]) for first in sorted(shards)])
+def fetched(tree: Any) -> Any:
+    """Arrays that lie over the mesh, whole in the memory of every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def own_mesh(mesh: Mesh) -> Mesh:
+    """The mesh, or one of the devices of this process alone where there are several."""
+    return mesh if jax.process_count() == 1 else make_mesh(devices=jax.local_devices())

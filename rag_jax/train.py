@@ -2,7 +2,8 @@
 
     config, corpus, questions -> for each stage: optimiser, index, batches, one jitted step -> params/, index/
 
-The same command started again goes on from the last checkpoint and ends with bit-identical parameters.
+The same command started again goes on from the last checkpoint and ends with bit-identical parameters. It runs as one
+process or as many, each of which feeds its own rows of every batch; the first one writes.
 """
 
 import argparse
@@ -10,26 +11,25 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import checkpoint, config, evaluate, live, logs, metrics, optimizer, preparing, refresh, sharding
+from rag_jax import checkpoint, config, distributed, evaluate, live, logs, metrics, preparing, sharding
 from rag_jax import run as runs
-from rag_jax.answer import AnswerConfig, AnswerFn, make_answer
-from rag_jax.config import StageConfig, TrainConfig
+from rag_jax import session as sessions
+from rag_jax.answer import AnswerConfig, make_answer
+from rag_jax.config import TrainConfig
 from rag_jax.data import formats, pipeline
 from rag_jax.errors import InputError
-from rag_jax.hosted import HostIndex, Searchers, on_host
+from rag_jax.hosted import Searchers
 from rag_jax.logs import MetricWriter, Progress
-from rag_jax.models.lexical import inverse_document_frequency, lexical_start
-from rag_jax.refresh import Index, Refresher, on_devices
+from rag_jax.preemption import Preempted, Preemption
 from rag_jax.retrieval import index as snapshots
-from rag_jax.steps import Setting, TrainState, jit_step
-from rag_jax.upkeep import Feed, OnDevice, OnHost, Upkeep, kept_fields
+from rag_jax.session import Session, make_refresher, way_of
+from rag_jax.steps import TrainState, jit_step
+from rag_jax.upkeep import Upkeep
 
 
 def average(rows: list[dict[str, jax.Array]]) -> dict[str, float]:
@@ -71,110 +71,6 @@ class Interval:
         return values | times | self.measured
 
 
-class Session(NamedTuple):
-    """What stays the same over all stages of a run."""
-
-    cfg: TrainConfig
-    directory: Path
-    data: preparing.Data
-    loaded: runs.Loaded
-    searchers: Searchers
-    refresher: Refresher
-    keeper: checkpoint.Checkpoints
-    writer: MetricWriter
-    batches: list[grain.MapDataset]
-    dev: list[formats.Question]
-    answering: AnswerConfig
-    program: AnswerFn
-    versions: live.Versions | None
-    index_hash: str  # of the index that the run began with, "" where it made its own
-
-    def upkeep(self, number: int, index: Any) -> Upkeep:
-        """What stage `number` does about its index."""
-        return upkeep_of(self.cfg, self.loaded, self.data, self.refresher, number, index)
-
-
-def init_state(loaded: runs.Loaded, stage: StageConfig, params: Any, step: int) -> TrainState:
-    """The state at the start of a stage: a fresh optimiser, sharded as its parameters are."""
-    tx = optimizer.make(stage.optimizer, stage.steps)
-
-    def opt_state() -> Any:
-        return tx.init(optimizer.split(stage.optimizer, loaded.rag.init(jax.random.key(0)))[0])
-
-    place = sharding.replicated(loaded.mesh)
-    return TrainState(jax.device_put(np.int32(step), place), params, sharding.init(loaded.mesh, opt_state))
-
-
-def make_refresher(cfg: TrainConfig, loaded: runs.Loaded, searchers: Searchers) -> Refresher:
-    """What makes the run's index anew."""
-    if loaded.passages is None:
-        make = on_host(loaded.rag, searchers)
-    else:
-        make = on_devices(loaded.rag, loaded.mesh, loaded.passages, cfg.search.dtype, loaded.live_N)
-    return Refresher(make, loaded.mesh, loaded.encoder_side)
-
-
-def upkeep_of(
-    cfg: TrainConfig, loaded: runs.Loaded, data: preparing.Data, refresher: Refresher, number: int, index: Any
-) -> Upkeep:
-    """What stage `number` does about its index, which is `index` so far."""
-    setting, way = way_of(cfg, loaded, data, number)
-    return Upkeep(setting, way, refresher, cfg.seed, cfg.drift_sample, index)
-
-
-def way_of(cfg: TrainConfig, loaded: runs.Loaded, data: preparing.Data, number: int) -> tuple[Setting, Feed]:
-    """What the step of stage `number` closes over, and how it is fed."""
-    stage = cfg.stages[number]
-    setting = Setting(
-        rag=loaded.rag,
-        stage=stage,
-        mesh=loaded.mesh,
-        n_passages=loaded.n_rows,
-        prefix_ids=loaded.corpus.generator_tokenizer.prefix_ids,
-        search=cfg.search,
-        epoch=max(1, len(data.examples) // stage.batch),
-    )
-    if loaded.passages is not None:
-        return setting, OnDevice(setting, loaded.passages)
-    return setting, OnHost(setting, loaded.corpus, [question.question for question in data.questions])
-
-
-def save(session: Session, state: TrainState, upkeep: Upkeep, seconds: float) -> None:
-    arrays = {"state": state._asdict(), **upkeep.arrays()}
-    index = {"index_hash": session.index_hash} if session.index_hash else {}
-    version = {"corpus": live.position(session.data.corpus)} if session.versions else {}
-    session.keeper.save(int(state.step), arrays, {"seconds": seconds, **upkeep.position(), **index, **version})
-
-
-def begun_with(cfg: TrainConfig, keeper: checkpoint.Checkpoints, done: int) -> str:
-    """The hash of the index that the configuration names, "" where it names none; a checkpoint has it, too."""
-    if not cfg.index:
-        return ""
-    return keeper.position(done)["index_hash"] if done else snapshots.open_snapshot(cfg.index).hash
-
-
-def restore(session: Session, number: int, params: Any, step: int) -> tuple[TrainState, Upkeep, float]:
-    """State, index and training seconds of the checkpoint of `step`, which lies in stage `number`."""
-    stage, refresher = session.cfg.stages[number], session.refresher
-    position = session.keeper.position(step)
-    like = {"state": init_state(session.loaded, stage, params, 0)._asdict()}
-    corpus = session.data.corpus
-    n = position.get("corpus", live.position(corpus))["n_passages"]  # fewer than now where that version is gone
-    if config.searches(stage):
-        like["index"] = kept_fields(blank_index(session, n))
-    if "pending_step" in position:
-        like["pending"] = refresher.encoder(params)
-    arrays = session.keeper.restore(step, like)
-    index = None
-    if config.searches(stage):
-        encoder = refresher.encoder(arrays["state"]["params"]) if n < len(corpus) else {}
-        index = whole_index(session, arrays["index"], n, encoder, step)
-    if "pending_step" in position:
-        refresher.resume(arrays["pending"], position["pending_step"])
-    logs.info(f"{session.directory}: going on from step {step}")
-    return TrainState(**arrays["state"]), session.upkeep(number, index), position["seconds"]
-
-
 def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int) -> Session:
     """Between two steps: the newest version of the corpus, if there is another one, in place of the one in use.
 
@@ -188,7 +84,7 @@ def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int
     try:
         preparing.check(cfg, corpus, session.loaded.mesh)
         data = preparing.prepare(cfg, corpus, session.data.questions)
-        every_batch = [preparing.batches(stage, cfg, data, number) for number, stage in enumerate(cfg.stages)]
+        every_batch = all_batches(cfg, data, session.loaded.mesh)
         loaded, searchers = live.updated(session.loaded, corpus), Searchers(cfg.search, corpus, session.loaded.mesh)
         refresher, index = make_refresher(cfg, loaded, searchers), upkeep.index
         if index is not None:
@@ -231,6 +127,8 @@ def run_stage(
     ) as progress:
         for step in range(first, end):
             into = step - start
+            if session.preemption.asked(step):
+                stop(session, number, state, upkeep, interval, into, seconds + time.perf_counter() - begun)
             before = time.perf_counter()
             drawn = next(iterator)
             waited = time.perf_counter() - before
@@ -253,6 +151,7 @@ def run_stage(
             logged = (into + 1) % cfg.log_every == 0 or step + 1 == end
             if step + 1 == end:
                 upkeep.refresher.drop()
+            measured: dict[str, float] = {}
             if logged:
                 row = {"stage": stage.name, **interval.summary(), **upkeep.age(step)}
                 moved = follow(session, number, upkeep, state.params, step + 1)
@@ -262,13 +161,28 @@ def run_stage(
                     step_fn = step_fn if moved.loaded.n_rows == session.loaded.n_rows else None
                     session = moved
                 if cfg.evaluate_every and ((into + 1) % cfg.evaluate_every == 0 or step + 1 == end):
-                    row |= evaluate_dev(session, state.params, upkeep.index, step)
-                session.writer.write(step + 1, row)
-            if (into + 1) % cfg.checkpoint_every == 0 or step + 1 == end:
-                save(session, state, upkeep, seconds + time.perf_counter() - begun)
+                    measured = evaluate_dev(session, state.params, upkeep.index, step)
+                session.write(step + 1, row | measured)
+            if (into + 1) % cfg.checkpoint_every == 0 or step + 1 == end or (cfg.keep_best and measured):
+                sessions.save(session, state, upkeep, seconds + time.perf_counter() - begun, measured)
             if logged:
                 interval = Interval()
     return session, state, seconds + time.perf_counter() - begun
+
+
+def stop(
+    session: Session, number: int, state: TrainState, upkeep: Upkeep, interval: Interval, into: int, seconds: float
+) -> None:
+    """Ends the run after `into` steps of stage `number`, with what was measured since the last log line and with a
+    checkpoint (that of the stage before, where there are none); raises Preempted.
+    """
+    step = int(state.step)
+    if interval.rows:
+        session.write(step, {"stage": session.cfg.stages[number].name, **interval.summary(), **upkeep.age(step - 1)})
+    if into:
+        sessions.save(session, state, upkeep, seconds)
+    session.keeper.wait()
+    raise Preempted(step)
 
 
 def evaluate_dev(session: Session, params: Any, index: Any, step: int) -> dict[str, float]:
@@ -280,23 +194,28 @@ def evaluate_dev(session: Session, params: Any, index: Any, step: int) -> dict[s
     return {f"eval/{name}": value for name, value in summary.items() if name != "n"}
 
 
+def all_batches(cfg: TrainConfig, data: preparing.Data, mesh: jax.sharding.Mesh) -> list[Any]:
+    """The batches of every stage, this process's rows of them."""
+    return [preparing.batches(stage, cfg, data, number, mesh) for number, stage in enumerate(cfg.stages)]
+
+
 def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
-    """Run every stage, going on from the run's last checkpoint if it has one; writes params/ and index/ at the end."""
+    """Run every stage, going on from the run's last whole checkpoint if it has one; writes params/ and index/ at the
+    end. At SIGTERM it saves a checkpoint and returns, with `preempted` in the result.
+    """
     corpus, mesh = preparing.opened(cfg, directory), sharding.make_mesh(cfg.mesh or None)
     preparing.check(cfg, corpus, mesh)
     data = preparing.prepare(cfg, corpus)
-    every_batch = [preparing.batches(stage, cfg, data, number) for number, stage in enumerate(cfg.stages)]
+    every_batch = all_batches(cfg, data, mesh)
     dev = formats.read_questions(cfg.dev)[: cfg.evaluate_questions] if cfg.evaluate_every else []
     if cfg.init and not (directory / "config.json").exists():
         runs.check_init(Path(cfg.init), cfg.model, corpus, mesh)
     preparing.open_run(cfg, directory, data)
-    keeper = checkpoint.Checkpoints(directory / "checkpoints", cfg.keep_checkpoints)
+    keeper = checkpoint.Checkpoints(directory / "checkpoints", cfg.keep_checkpoints, cfg.keep_best, cfg.best_metric)
     done, total = keeper.latest() or 0, sum(stage.steps for stage in cfg.stages)
-    if done == total and finished(directory, total):
+    if done == total and distributed.everywhere(finished(directory, total)):
         logs.info(f"{directory}: all {total} steps are done")
-        seconds = keeper.position(done)["seconds"]
-        keeper.close()
-        return result(directory, total, seconds)
+        return result(directory, total, keeper.position(done)["seconds"])
     loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact", cfg.live)
     answering = AnswerConfig(
         n_docs=cfg.model.n_docs,
@@ -306,42 +225,68 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
         retrieval_only=cfg.model.generator is None,
     )
     searchers = Searchers(cfg.search, corpus, mesh, None if cfg.live else directory / "search")
-    session = Session(
-        cfg=cfg,
-        directory=directory,
-        data=data,
-        loaded=loaded,
-        searchers=searchers,
-        refresher=make_refresher(cfg, loaded, searchers),
-        keeper=keeper,
-        writer=MetricWriter(directory, resume_step=done),
-        batches=every_batch,
-        dev=dev,
-        answering=answering,
-        program=make_answer(loaded, answering),
-        versions=live.Versions(cfg.corpus) if cfg.live else None,
-        index_hash=begun_with(cfg, keeper, done),
-    )
-    params = init_params(loaded, cfg.seed, cfg.init if not done else "")
-    given = given_index(session, params) if cfg.index and not done else None
-    seconds, start = 0.0, 0
-    for number, stage in enumerate(cfg.stages):
-        end = start + stage.steps
-        if done <= end:
-            if start < done:
-                state, upkeep, seconds = restore(session, number, params, done)
-            else:
-                state = init_state(session.loaded, stage, params, start)
-                upkeep = session.upkeep(number, given if start == 0 else None)
+    with Preemption() as preemption:
+        session = Session(
+            cfg=cfg,
+            directory=directory,
+            data=data,
+            loaded=loaded,
+            searchers=searchers,
+            refresher=make_refresher(cfg, loaded, searchers),
+            keeper=keeper,
+            writer=None,
+            preemption=preemption,
+            batches=every_batch,
+            dev=dev,
+            answering=answering,
+            program=make_answer(loaded, answering),
+            versions=live.Versions(cfg.corpus) if cfg.live else None,
+        )
+        try:
+            return run_stages(session, total)
+        except Preempted as error:
+            logs.info(f"{directory}: SIGTERM: saved and stopped after step {error.step} of {total}; the same command "
+                      "goes on from there")  # fmt: skip
+            return {"run": str(directory), "steps": error.step, "of": total, "preempted": True}
+        finally:
+            keeper.close()
+
+
+def run_stages(session: Session, total: int) -> dict[str, Any]:
+    """The stages that are still to do, and what is written at the end."""
+    cfg, directory, loaded = session.cfg, session.directory, session.loaded
+    restored = sessions.resume(session)
+    done = restored.step if restored else 0
+    writer = MetricWriter(directory, resume_step=done) if distributed.first() else None
+    session = session._replace(writer=writer, index_hash=sessions.begun_with(session, done))
+    if restored:
+        params, seconds, given = restored.state.params, restored.seconds, None
+    else:
+        params, seconds = sessions.init_params(loaded, cfg.seed, cfg.init), 0.0
+        given = sessions.given_index(session, params) if cfg.index else None
+    start = 0
+    try:
+        for number, stage in enumerate(cfg.stages):
+            end = start + stage.steps
             if done < end:
+                if restored and start < done:
+                    state, upkeep = restored.state, restored.upkeep
+                else:
+                    state = sessions.init_state(session.loaded, stage, params, start)
+                    upkeep = session.upkeep(number, given if start == 0 else None)
+                restored = None
                 session, state, seconds = run_stage(session, number, start, state, upkeep, seconds)
-            params = state.params
-        start = end
-    session.writer.close()
+                params = state.params
+            start = end
+    finally:
+        if writer is not None:
+            writer.close()
+    if session.preemption.asked(total):
+        session.keeper.wait()
+        raise Preempted(total)
     checkpoint.save_params(directory / "params", params.items())
     logs.info("embedding the corpus for the run's index")
     runs.write_index(session.loaded, params, total, directory / "index", overwrite=True)
-    keeper.close()
     return result(directory, total, seconds)
 
 
@@ -359,58 +304,6 @@ def result(directory: Path, total: int, seconds: float) -> dict[str, Any]:
     return {"run": str(directory), "steps": total, "training_seconds": round(seconds, 1), "last": last}
 
 
-def init_params(loaded: runs.Loaded, seed: int, init_from: str) -> Any:
-    """New parameters, made sharded; or those of another run."""
-    if init_from:
-        return runs.read_params(Path(init_from), loaded.rag, loaded.mesh)
-    params = sharding.init(loaded.mesh, loaded.rag.init, jax.random.key(seed))
-    encoder = loaded.rag.config.encoder
-    if encoder.init == "lexical":
-        corpus = loaded.corpus
-        weight_V = inverse_document_frequency(corpus.encoder_ids, corpus.encoder_length, encoder.vocab_size)
-        for side in {"question_encoder", "context_encoder"} & set(params):
-            places = jax.tree.map(lambda x: x.sharding, params[side])
-            params[side] = jax.device_put(lexical_start(params[side], weight_V), places)
-    return params
-
-
-def blank_index(session: Session, n: int) -> Index:
-    """An index of zeros, in the shapes and places of one that the run makes of n passages."""
-    loaded = session.loaded
-    width = loaded.rag.config.encoder.output_width
-    if loaded.passages is None:
-        arrays: Any = np.zeros((n, width), np.float32), np.zeros(n, np.int32)
-        return Index(*arrays)
-    return refresh.blank(loaded.mesh, loaded.table_rows(n), width, session.cfg.search.dtype)
-
-
-def whole_index(session: Session, arrays: dict[str, Any], n: int, encoder: Any, step: int) -> Index | HostIndex:
-    """The index whose arrays a checkpoint kept for n passages; rows that came since are embedded as in `follow`."""
-    loaded, searchers = session.loaded, session.searchers
-    if loaded.passages is not None:
-        index = Index(**arrays, live_N=runs.live_on_device(loaded))
-        return live.longer_index(index, loaded, n, encoder, step) if n < len(loaded.corpus) else index
-    embeddings_NE, step_N = (np.asarray(arrays[name]) for name in ("embeddings_NE", "step_N"))
-    if n < len(loaded.corpus):
-        embeddings_NE, step_N = live.longer_rows(embeddings_NE, step_N, loaded, encoder, step)
-    searcher = searchers.make(embeddings_NE, None, int(step_N.max()))
-    return HostIndex(embeddings_NE, step_N, searcher, loaded.corpus.live_N)
-
-
-def given_index(session: Session, params: Any) -> Index | HostIndex:
-    """The index that the configuration names; InputError where it is of another corpus or encoder."""
-    loaded = session.loaded
-    snapshot = snapshots.open_snapshot(session.cfg.index)
-    runs.check_snapshot(loaded, params, snapshot)
-    if loaded.passages is None:
-        step_N, encoder_hash = np.zeros(len(loaded.corpus), np.int32), snapshot.manifest.encoder_hash
-        searcher = session.searchers.make(snapshot.embeddings_NE, encoder_hash, 0)
-        return HostIndex(snapshot.embeddings_NE, step_N, searcher, loaded.corpus.live_N)
-    index = runs.index_on_device(loaded, snapshot, session.cfg.search.dtype)
-    drift_E = refresh.no_drift(loaded.mesh, index.embeddings_NE.shape[1])
-    return index._replace(step_N=jnp.zeros_like(index.step_N), drift_E=drift_E)
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENT")
     parser.add_argument(
@@ -424,13 +317,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the configuration"
     )
+    distributed.add_arguments(parser)
     parser.epilog = (
         "example: rag-jax train --config configs/world.py --run runs/world --set stages.joint.steps=400\n"
-        "Killed and started again with the same words, it goes on where it was."
+        "Killed and started again with the same words, it goes on where it was, on as many processes and devices as\n"
+        "there are then. At SIGTERM it saves a checkpoint and ends with status 0."
     )
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    with distributed.together(args, args.run / "checkpoints", preemption=True):
+        if not distributed.first():
+            logs.silence()
+        found = train(configured(args), args.run)
+        return found if distributed.first() else None
+
+
+def configured(args: argparse.Namespace) -> TrainConfig:
+    """What the arguments make of the configuration file."""
     start = [f"init={json.dumps(str(args.init))}"] if args.init else []
     cfg = config.load(args.config, [*args.set, *start])
     if args.stage:
@@ -442,4 +346,4 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.refresh is not None:
         stages = [dataclasses.replace(s, refresh=args.refresh) if config.searches(s) else s for s in cfg.stages]
         cfg = dataclasses.replace(cfg, stages=tuple(stages))
-    return train(cfg, args.run)
+    return cfg

@@ -50,7 +50,9 @@ class OnDevice:
 
 
 class OnHost:
-    """Passages are found and gathered here; `texts` are the questions that `source` of a batch counts."""
+    """Passages are found and gathered here; `texts` are the questions that `source` of a batch counts. Each process
+    does so for its own part of the batch.
+    """
 
     def __init__(self, setting: Setting, corpus: Corpus, texts: Sequence[str]) -> None:
         self.setting, self.corpus, self.texts = setting, corpus, texts
@@ -63,13 +65,17 @@ class OnHost:
         else:
             wanted = stage.hard_negatives if stage.objective == "contrastive" else max(stage.n_docs, stage.n_retrieved)
             on_device = sharding.shard_batch(mesh, arrays)
-            q_BE = sharding.local_rows(question_program(self.setting.rag)(params, on_device)).astype(np.float32)
+            q_BE = sharding.fetched(question_program(self.setting.rag)(params, on_device)).astype(np.float32)
             texts = [self.texts[source] for source in batch["source"]]
-            rows = filled(index.searcher.search(Queries(q_BE, texts), wanted).ids_BK, self.corpus)
+            queries = Queries(q_BE[sharding.own_rows(mesh, len(q_BE))], texts)
+            rows = filled(index.searcher.search(queries, wanted).ids_BK, self.corpus)
         if stage.objective == "contrastive":
-            rows = np.concatenate([arrays["gold"][:, 0], rows.reshape(-1)]) if config.searches(stage) else rows[:, 0]
+            found = (arrays["gold"][:, 0], rows) if config.searches(stage) else (arrays["gold"][:, 0],)
+            all_rows = sharding.fetched(sharding.shard_batch(mesh, found))  # the gold ones of all questions come first
+            rows = np.concatenate([part.reshape(-1) for part in all_rows])
+            rows = rows[sharding.own_rows(mesh, len(rows))]
         tables, passages = gather(self.corpus, index, rows.reshape(-1))
-        arrays |= {"documents": places(rows), "document_rows": rows.astype(np.int32)}
+        arrays |= {"documents": places(mesh, rows), "document_rows": rows.astype(np.int32)}
         return Fed(*sharding.shard_batch(mesh, (arrays, tables, passages)))
 
     def rows(self, index: HostIndex, rows_S: np.ndarray) -> tuple[Index | None, Passages, np.ndarray]:

@@ -14,7 +14,6 @@ import importlib.util
 import itertools
 import json
 import math
-import re
 import sys
 import time
 from typing import Any
@@ -24,22 +23,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from rag_jax import sharding
+from rag_jax import hlo, sharding
 from rag_jax.retrieval import mips
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-ITEM = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-COLLECTIVE = r"= (.*?) (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(?:-start)?\("
-
-
-def collectives(hlo: str) -> list[str]:
-    """`kind bytes` of every collective in a compiled program, largest first."""
-    found = []
-    for shapes, kind in re.findall(COLLECTIVE, hlo):
-        arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
-        size = max(ITEM[dtype] * math.prod(int(x) for x in dims.split(",") if x) for dtype, dims in arrays)
-        found.append((size, kind))
-    return [f"{kind} {size:,}" for size, kind in sorted(found, reverse=True)]
 
 
 def abstract_mesh(topology: str) -> Mesh:
@@ -65,7 +52,7 @@ def compiled(mesh: Mesh, n: int, args: argparse.Namespace, dtype: str, batch: in
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "collectives": collectives(done.as_text()),
+        "collectives": [f"{c.kind} {c.bytes:,.0f}" for c in hlo.collectives(done.as_text(), mesh.size)],
         "compile_seconds": round(time.perf_counter() - begun, 1),
     }
 

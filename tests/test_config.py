@@ -204,6 +204,8 @@ def test_a_list_of_stages_and_a_section_must_be_that(tmp_path):
         (["evaluate_every=7"], "evaluate_every=7 must be a multiple of log_every=5"),
         (["log_every=0"], "log_every=0 must be at least 1"),
         (["keep_checkpoints=0"], "keep_checkpoints=0 must be at least 1"),
+        (["keep_best=-1"], "keep_best=-1 must be at least 0"),
+        (["keep_best=1", "evaluate_every=0"], "keep_best=1 needs evaluate_every: eval/exact_match is measured there"),
         (["target_length=2"], "target_length=2 must be at least 3"),
         (["target_length=161"], "target_length=161 is more than the 160 positions"),
         (["model.source_length=161"], "model.source_length=161 is more than the 160 positions"),

@@ -15,18 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_jax"
 LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors"],
-    [
-        "objectives",
-        "decoding_rules",
-        "metrics",
-        "logs",
-        "sharding",
-        "files",
-        "moments",
-        "schedule",
-        "distributed",
-        "heap",
-    ],
+    ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "moments", "schedule", "distributed"],
+    ["checksums", "preemption", "counting", "hardware", "hlo", "heap"],
     ["decoding", "checkpoint", "optimizer", "plots", "tensors"],
     ["models"],
     ["data"],
@@ -38,17 +28,19 @@ LEVELS = [
     ["steps", "hosted"],
     ["upkeep"],
     ["run"],
+    ["programs"],
     ["pretrained", "encode_corpus", "live"],
     ["saving"],
     ["answer"],
     ["evaluate"],
     ["preparing"],
+    ["session"],
     ["train"],
-    ["bench_limits", "bench_load", "counting"],
+    ["bench_limits", "bench_load"],
     ["bench_decode", "bench_encode", "bench_search", "bench_torch"],
     ["bench_train"],
     ["bench_largest"],
-    ["ask", "bench", "build_index", "convert", "export"],
+    ["aot", "ask", "bench", "build_index", "convert", "export"],
     ["__main__"],
 ]
 
@@ -64,7 +56,7 @@ RETRIEVAL = [
     "data.joining",
 ]
 ONLY = {
-    **{name: [] for name in LEVELS[2]},
+    **{name: [] for name in [*LEVELS[2], *LEVELS[3]]},
     "models": ["models", "sharding"],
     "data": ["data", "sharding", "logs", "files"],
     "retrieval": RETRIEVAL,

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -109,6 +110,24 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 def rows_of(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_silent_process_shows_nothing(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    monkeypatch.setattr(logs, "_silent", threading.Event())
+    screen = Terminal()
+    if terminal:
+        monkeypatch.setattr(sys, "stderr", screen)
+    logs.silence()
+    logs.info("a line")
+    with logs.Progress(3, "steps") as progress:
+        clock.now += 60
+        progress.update(3, loss=jnp.float32(1))
+    assert progress.done == 3 and screen.getvalue() == ""
+    if not terminal:
+        assert capsys.readouterr().err == ""
 
 
 def test_values_keep_every_bit(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax import config, sharding, steps, train
+from rag_jax import config, session, sharding, steps
 from rag_jax import run as runs
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
@@ -22,7 +22,7 @@ B, K, N, E, L, T = 8, 2, 40, 16, 20, 6
 ENCODER_V, V = 45, 48  # the first does not divide over a tensor axis, the second does
 GENERATORS = {
     "bart": BartConfig(V, E, 1, 1, 4, 32, 40, dropout=0.0, init="copy"),
-    "t5": T5Config(V, E, 1, 1, 4, head_width=4, hidden=32, dropout=0.0, init="copy", buckets=8),
+    "t5": T5Config(V, E, 1, 1, 8, head_width=4, hidden=32, dropout=0.0, init="copy", buckets=8),
     "lm": LmConfig(V, E, 1, 4, hidden=32, positions=40, dropout=0.0, init="copy", tied=False),
 }
 LOSSES = {
@@ -68,7 +68,7 @@ def updated(kind, loss, mesh, **changes):
     wanted = runs.param_places(rag, mesh)
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, wanted)
     before = jax.device_get(params)
-    state = train.init_state(runs.Loaded(rag, None, mesh, None), stage, params, 0)
+    state = session.init_state(runs.Loaded(rag, None, mesh, None), stage, params, 0)
     rows = sharding.shard_rows(mesh, embeddings, 0)
     index = Index(rows, sharding.shard_rows(mesh, np.zeros(N, np.int32), 0), drift_E=no_drift(mesh, E))
     tables = Passages(*(sharding.shard_rows(mesh, table, 1) for table in passages))

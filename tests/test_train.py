@@ -15,7 +15,7 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from rag_jax import config, logs, preparing, pretrained, sharding, train
+from rag_jax import config, logs, preparing, pretrained, session, sharding, train
 from rag_jax import run as runs
 from rag_jax.errors import InputError
 from rag_jax.models.lexical import inverse_document_frequency, lexical_start
@@ -334,7 +334,7 @@ def test_a_lexical_start_is_made_from_the_corpus(tiny_data):
     for init in ("copy", "lexical"):
         model = dataclasses.replace(cfg.model, encoder=dataclasses.replace(cfg.model.encoder, init=init))
         loaded = runs.load(model, corpus, mesh)
-        starts[init] = train.init_params(loaded, 0, "")
+        starts[init] = session.init_params(loaded, 0, "")
     weight = inverse_document_frequency(corpus.encoder_ids, corpus.encoder_length, corpus.encoder_tokenizer.vocab_size)
     expected = lexical_start(starts["copy"]["question_encoder"], weight)
     jax.tree.map(np.testing.assert_array_equal, starts["lexical"]["question_encoder"], expected)

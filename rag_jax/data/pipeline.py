@@ -186,10 +186,17 @@ def window_around(answer_B2: np.ndarray, length_B: np.ndarray, widest: int, rng:
 
 
 def question_batches(
-    examples: Examples, passage_lengths: np.ndarray, *, batch: int, seed: int, window: int = 0
+    examples: Examples,
+    passage_lengths: np.ndarray,
+    *,
+    batch: int,
+    seed: int,
+    window: int = 0,
+    own: np.ndarray | slice = slice(None),
 ) -> grain.MapDataset:
     """Endless shuffled batches of questions; `batches[step]` is one, `source` says of which questions. With `window` >
-    0 each has `window_B2`, a part of its first gold passage that holds the answer: the reading curriculum.
+    0 each has `window_B2`, a part of its first gold passage that holds the answer: the reading curriculum. own: only
+    these rows of each batch are made, as they would be among all.
     """
     if len(examples) < batch:
         raise InputError(
@@ -197,10 +204,10 @@ def question_batches(
         )
 
     def assemble(rows: np.ndarray, rng: np.random.Generator) -> Batch:
-        taken = examples.take(rows)
+        taken = examples.take(rows[own])
         if window:
-            lengths = passage_lengths[np.maximum(taken["gold_NG"][:, 0], 0)].astype(np.int32)
-            taken["window_B2"] = window_around(taken["answer_N2"], lengths, window, rng)
+            lengths = passage_lengths[np.maximum(examples.gold_NG[rows, 0], 0)].astype(np.int32)
+            taken["window_B2"] = window_around(examples.answer_N2[rows], lengths, window, rng)[own]
         return {name[: name.rindex("_")]: value for name, value in taken.items() if name != "answer_N2"}
 
     return (
@@ -232,10 +239,16 @@ def corrupt(
 
 
 def denoise_batches(
-    corpus: PassageTable, *, batch: int, seed: int, length: int, share: float = 0.3
+    corpus: PassageTable,
+    *,
+    batch: int,
+    seed: int,
+    length: int,
+    share: float = 0.3,
+    own: np.ndarray | slice = slice(None),
 ) -> grain.MapDataset:
     """Endless batches of corrupted passages (`tail`, a whole generator input less the prefix) and `labels`, the
-    passage itself; deleted passages are left out.
+    passage itself; deleted passages are left out. own: as in `question_batches`.
     """
     tokenizer = corpus.generator_tokenizer
     mask_id = tokenizer.mask_id
@@ -247,8 +260,9 @@ def denoise_batches(
 
     def assemble(rows: np.ndarray, rng: np.random.Generator) -> Batch:
         sources, labels = [], []
-        for row in rows if live is None else live[rows]:
-            total = int(corpus.generator_length[row])
+        seeds = rng.integers(2**63, size=len(rows))[own]  # one for each row, whichever others are made here
+        for row, seed in zip((rows if live is None else live[rows])[own], seeds, strict=True):
+            rng, total = np.random.default_rng(seed), int(corpus.generator_length[row])
             start = int(rng.integers(0, max(total - room, 0) + 1))
             ids = np.asarray(corpus.generator_ids[row][start : min(start + room, total)], np.int32)
             sources.append([*corrupt(ids, mask_id, rng, share), *tokenizer.suffix_ids])

@@ -5,11 +5,13 @@ job goes on with the same command, on as many processes as there are.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from rag_jax import files, logs
 from rag_jax.errors import InputError
@@ -112,12 +114,32 @@ def make(directory: Path, job: Job, embed_rows: EmbedRows, process: int = 0, pro
     return made
 
 
-def blocks(embed_rows: EmbedRows, rows: range, shard_rows: int = SHARD_ROWS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows [X], embeddings [X, E]) shard by shard, for `index.write`: the same work in one go, with progress."""
+def blocks(
+    embed_rows: EmbedRows, rows: range, shard_rows: int = SHARD_ROWS, alone: bool = False
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows [X], embeddings [X, E]) shard by shard, for `index.write`: the same work in one go, with progress.
+
+    Several processes share the work, and each gets all of it; alone: this one does everything by itself.
+    """
+    embed = embed_rows if alone or jax.process_count() == 1 else shared(embed_rows)
     with logs.Progress(len(rows), "embedding passages", "passage") as progress:
         for first in range(rows.start, rows.stop, shard_rows):
             last = min(first + shard_rows, rows.stop)
-            yield np.arange(first, last), embed_rows(first, last, progress.update)
+            yield np.arange(first, last), embed(first, last, progress.update)
+
+
+def shared(embed_rows: EmbedRows) -> EmbedRows:
+    """The same for all processes together: each embeds one of equal parts of a range, and all get the whole."""
+
+    def embed(first: int, last: int, done: Callable[[int], None]) -> np.ndarray:
+        part = -(-(last - first) // jax.process_count())
+        begin = min(first + jax.process_index() * part, last - 1)  # past the end: a row that nobody looks at
+        mine_XE = embed_rows(begin, min(begin + part, last), lambda n: None)
+        padded_XE = np.pad(mine_XE, ((0, part - len(mine_XE)), (0, 0)))
+        done(last - first)
+        return multihost_utils.process_allgather(padded_XE).reshape(-1, mine_XE.shape[1])[: last - first]
+
+    return embed
 
 
 def _make_one(directory: Path, identity: Identity, embed_rows: EmbedRows, progress: logs.Progress) -> bool:

@@ -1,0 +1,26 @@
+"""RAG-Sequence with T5 1.1 XL (2.8 billion parameters) as the reader, over the Wikipedia of DPR.
+
+As configs/nq_rag_sequence.py, whose docstring has the commands, with --generator google/t5-v1_1-xl in `rag-jax convert`
+and models/rag-nq-t5 for models/rag-nq:
+
+    rag-jax train --config configs/nq_t5_xl.py --run runs/nq_t5_xl
+
+Adafactor at 1e-4, as T5 was fine-tuned with (Raffel et al. 2020, section 3.1.2, at a tenth of its rate), has no moments
+to keep; two micro-batches, every layer computed again in the backward pass.
+"""
+
+from ml_collections import ConfigDict
+from nq_rag_sequence import nq_config, optimizer  # the file beside this one
+
+XL = {"width": 2048, "head_width": 64, "heads": 32, "hidden": 5120, "encoder_layers": 24, "decoder_layers": 24}
+
+
+def get_config() -> ConfigDict:
+    c = nq_config("sequence", {"kind": "t5", **XL})
+    c.init = "models/rag-nq-t5"
+    stage = c.stages[0]
+    stage.accumulate = 2
+    stage.optimizer = optimizer(
+        {"question_encoder": 1.0, "generator": 1.0}, kind="adafactor", learning_rate=1e-4, weight_decay=0.0
+    )
+    return c

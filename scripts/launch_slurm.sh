@@ -1,0 +1,44 @@
+#!/bin/bash
+# A command of rag-jax on several nodes of a Slurm cluster, one process a node. Preempted, or at the end of its time, it
+# saves a checkpoint, and the job is put back into the queue and goes on from there.
+#
+#   sbatch --nodes 4 --gpus-per-node 8 scripts/launch_slurm.sh train --config configs/world.py --run /shared/runs/world
+#
+# The run directory, the corpus and the questions must be on a file system that all nodes share.
+#
+# VENV     a virtual environment to activate first (default: none)
+# Anything else, such as partition and account, goes to sbatch.
+
+#SBATCH --job-name=rag-jax
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@300
+
+set -euo pipefail
+if [ "$#" -eq 0 ]; then
+    sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+    exit 2
+fi
+if [ -n "${VENV:-}" ]; then
+    source "$VENV/bin/activate"
+fi
+
+asked_to_stop=
+# one process ends, and all end: those that are left say why within a minute
+srun --kill-on-bad-exit=0 --wait=60 --label python -m rag_jax "$@" --distributed auto &
+steps=$!
+trap 'asked_to_stop=1; scancel --signal=TERM "$SLURM_JOB_ID.0" || kill -TERM "$steps"' TERM
+
+status=0
+wait "$steps" || status=$?
+while kill -0 "$steps" 2>/dev/null; do # the trap ended the first wait
+    status=0
+    wait "$steps" || status=$?
+done
+if [ -n "$asked_to_stop" ] && [ "$status" -eq 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

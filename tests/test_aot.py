@@ -1,0 +1,213 @@
+"""`rag-jax compile`: what it counts, against sums by hand, and programs compiled for fake devices and for TPUs."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rag_jax import __main__ as cli
+from rag_jax import aot, config, hardware, preparing, programs, refresh, session, sharding
+from rag_jax import run as runs
+from rag_jax.config import SearchConfig, StageConfig, TrainConfig
+from rag_jax.errors import InputError
+from rag_jax.models.bart import BartConfig
+from rag_jax.models.bert import BertConfig
+from rag_jax.optimizer import OptimizerConfig
+from rag_jax.rag import RagConfig
+from rag_jax.retrieval.corpus import Corpus
+from rag_jax.upkeep import OnDevice
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = {"vocab_size": 64, "width": 16, "heads": 2, "hidden": 32}
+MODEL = RagConfig(
+    "token", BertConfig(**SHAPE, layers=1, positions=16),
+    BartConfig(**SHAPE, encoder_layers=1, decoder_layers=1, positions=32),
+    n_docs=2, source_length=24, question_length=8,
+)  # fmt: skip
+JOINT = StageConfig("joint", batch=8, n_docs=2, optimizer=OptimizerConfig(groups={"generator": 1.0}))
+SIZE = programs.Sizes(100, 16, 12, "uint16", "uint16", (0,))
+
+
+def tiny_config(**changes: object) -> TrainConfig:
+    return dataclasses.replace(
+        TrainConfig("none", "", "", (JOINT,), MODEL, mesh={"fsdp": -1}, target_length=6), **changes
+    )
+
+
+def report(cfg: TrainConfig, where: str = "cpu:8", name: str = "joint") -> aot.Report:
+    place = hardware.topology(where)
+    mesh, compiles = aot.mesh_of(cfg, place)
+    rag = programs.sizes(cfg, SIZE.passages, 16, 12)[0]
+    program = programs.every(cfg, rag, SIZE, mesh, [name], 64, 5)[name]
+    made = aot.compiled(program, place, mesh, 0.0, None) if compiles else aot.counted(program, place, mesh)
+    aot.roofline(made, place)
+    return made
+
+
+def test_memory_of_arguments_by_hand() -> None:
+    """8 devices: 13 of 104 rows each; parameters of width 16 in halves of 2, Adam's two moments of the generator."""
+    memory = report(tiny_config(), "h100:8").memory
+    assert memory["index"] == 13 * (16 * 4 + 4) + 16 * 4  # rows and steps; drift_E on each
+    assert memory["token table"] == 13 * (16 + 12 + 2) * 2
+    assert memory["batch"] == 1 * (8 + 1 + 8 + 1 + 6 + 1) * 4 + 8
+    params = jax.eval_shape(lambda: programs.Rag(MODEL).init(jax.random.key(0)))
+    sizes = {
+        side: [(x.names, x.value.size) for x in jax.tree.leaves(tree, is_leaf=boxed)] for side, tree in params.items()
+    }
+    share = {side: sum(n * 4 // (8 if "embed" in names else 1) for names, n in found) for side, found in sizes.items()}
+    assert memory["parameters"] == sum(share.values())
+    assert memory["optimiser"] == 2 * share["generator"] + 4 + 4 + 4  # the step's, Adam's and the schedule's counts
+
+
+def boxed(x: object) -> bool:
+    return hasattr(x, "names")
+
+
+def test_a_compiled_step_has_the_same_arguments_and_work() -> None:
+    cfg = tiny_config()
+    there, away = report(cfg), report(cfg, "h100:8")
+    for name in ("parameters", "optimiser", "index"):
+        assert there.memory[name] == pytest.approx(away.memory[name], rel=0.02), "but for what the step does not use"
+    assert there.flops == away.flops and there.compiled and not away.compiled
+    assert there.fits is None and away.fits
+    assert there.collectives["all-reduce"]["count"] > 0 and there.traffic > there.memory["parameters"]
+    assert away.step_seconds == pytest.approx(away.flops["float32"] / (989e12 / 2), rel=0.5)
+
+
+def test_counts_of_search_and_encode() -> None:
+    cfg = tiny_config(search=SearchConfig(dtype="bfloat16"))
+    found, made = report(cfg, "h100:8", "search"), report(cfg, "h100:8", "encode")
+    assert found.flops["bfloat16"] >= 2 * 64 * 100 * 16 / 8 and found.questions == 64
+    assert (made.passages, made.tokens) == (104, 104 * 16)
+    assert made.flops["float32"] >= 2 * 16 * 13 * (4 * 16 * 16 + 2 * 16 * 32)
+
+
+@pytest.mark.parametrize(
+    "stage", ["joint", *(pytest.param(x, marks=pytest.mark.slow) for x in ("retriever", "read", "denoise"))]
+)
+def test_arguments_are_those_of_training(tiny_data: Path, stage: str) -> None:
+    """Shapes, types and places of the real first batch, index, tables and state of every kind of stage."""
+    cfg = config.load(f"{Path(__file__).parent / 'tiny.py'}:{tiny_data}", ['mesh={"data": 2, "fsdp": 4}'])
+    number = [s.name for s in cfg.stages].index(stage)
+    corpus, mesh = Corpus.open(cfg.corpus), sharding.make_mesh(cfg.mesh)
+    loaded, data = runs.load(cfg.model, corpus, mesh), preparing.prepare(cfg, corpus)
+    params = session.init_params(loaded, 0, "")
+    state = session.init_state(loaded, cfg.stages[number], params, 0)
+    _, way = session.way_of(cfg, loaded, data, number)
+    assert isinstance(way, OnDevice)
+    index = refresh.blank(mesh, loaded.table_rows(), loaded.rag.config.encoder.output_width)
+    fed = way.feed(params, preparing.batches(cfg.stages[number], cfg, data, number)[0], index)
+    rag, size = programs.sizes(cfg, 0, 0, 0)
+    program = programs.step(cfg, cfg.stages[number], rag, size, mesh)
+    assert rag == loaded.rag and size.passages == len(corpus)
+    given = (state, fed.batch, fed.table if config.searches(cfg.stages[number]) else None, fed.passages)
+    for ours, theirs in zip(program.arguments[:-1], given, strict=True):
+        flat, shape = jax.tree_util.tree_flatten_with_path(theirs)
+        assert jax.tree.structure(ours) == shape
+        for mine, (path, array) in zip(jax.tree.leaves(ours), flat, strict=True):
+            where = jax.tree_util.keystr(path)
+            if "gold" not in where:  # as wide as the questions have it
+                assert (mine.shape, mine.dtype) == (array.shape, array.dtype), where
+            assert mine.sharding.is_equivalent_to(array.sharding, array.ndim), where
+
+
+def command(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str, str]:
+    status = cli.main(["compile", *map(str, words)])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_command_line(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config_file = f"{Path(__file__).parent / 'tiny.py'}:{tiny_data}"
+    words = ("--config", config_file, "--topology", "cpu:8", "--stage", "search", "--hlo", tmp_path / "hlo")
+    status, out, _ = command(capsys, *words, "--json")
+    result = json.loads(out)
+    (found,) = result["programs"]
+    assert status == 0 and found["compiled"] and found["fits"] is None and result["mesh"]["data"] == 8
+    assert found["collectives"] and (tmp_path / "hlo" / "search.txt").read_text().startswith("HloModule")
+    status, out, err = command(capsys, *words[:3], "a100:16", "--stage", "search")
+    assert status == 0 and "counted from shapes" in out and "fits" in out and "questions/s" in out
+    assert "nothing is compiled" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--topology", "v5e:16"), "write v5e:16x16"),
+        (("--topology", "v9:4x4"), "also v4, v5e"),
+        (("--topology", "h100:8"), "--passages 21015300"),
+        (("--topology", "h100:3", "--passages", "9"), "--set stages.joint.batch=66"),
+        (("--topology", "h100:8", "--passages", "9", "--stage", "jiont"), "joint, search, encode"),
+        (("--topology", "h100:8", "--passages", "9", "--k", "0"), "--k 0: at least 1"),
+        (("--topology", "h100:8", "--passages", "9", "--set", "model.generator.vocab_size=0"), "vocab_size=30522"),
+    ],
+)
+def test_user_errors(words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture) -> None:
+    status, out, err = command(capsys, "--config", ROOT / "configs/nq_rag_token.py", *words)
+    assert status == 2 and out == "" and says in err
+
+
+def test_what_libtpu_says_of_a_program_that_is_too_large() -> None:
+    """In the words of libtpu 0.0.42."""
+    made = aot.Report("joint", False, {"index": 2.0**30, "activations and the like": 5.0}, 0.0, 16.0 * 2**30, {})
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (22.80G) exceeds "
+        "available HBM (15.75G)."
+    )
+    aot.too_large(made, message)
+    assert made.fits is False and made.limit == 15.75 * 2**30
+    assert made.memory == {"index": 2.0**30, "activations and temporaries": pytest.approx(21.8 * 2**30)}
+    with pytest.raises(RuntimeError, match="joint: INTERNAL"):
+        aot.too_large(made, "INTERNAL: something else")
+
+
+def test_topologies() -> None:
+    assert hardware.topology("v5p:4x4x4").chips == 64 and hardware.topology("tpu7x:4x4x4").devices == 128
+    assert hardware.topology("cpu:8").chip is None
+    chip = hardware.topology("v5e:16x16").chip
+    assert chip is not None and chip.rate("bfloat16") == chip.rate("float32") == 6 * chip.rate("float32 highest")
+    with pytest.raises(InputError, match="three sides"):
+        hardware.topology("v5p:4")
+
+
+def test_padding_of_tiles() -> None:
+    """A uint16 table of 160 columns lies in tiles of (8, 128): 256 columns."""
+    layout = type("Layout", (), {"major_to_minor": (0, 1), "tiling": ((8, 128), (2, 1))})
+    mesh = sharding.make_mesh({"data": 8})
+    leaf = programs.array(mesh, (8 * 1003, 160), "uint16", "rows")
+    assert aot.shape_bytes(leaf) == 1003 * 160 * 2
+    assert aot.padded_bytes(leaf, layout) == 1008 * 256 * 2
+    assert aot.padded_bytes(leaf, None) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4", "v4:2x2x4", "v6e:4x4", "tpu7x:2x2x2"])
+def test_compiled_for_a_tpu(topology: str, tmp_path: Path) -> None:
+    """The search over a million rows, in a process of its own: memory as shapes have it, nothing of the index sent."""
+    words = ["compile", "--json", "--config", str(ROOT / "configs/nq_rag_token.py"), "--topology", topology]
+    words += ["--passages", "1000000", "--stage", "search"]
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    out = subprocess.run(
+        [sys.executable, "-m", "rag_jax", *words], capture_output=True, text=True, env=kept, check=True
+    )
+    result = json.loads(out.stdout)
+    (found,) = result["programs"]
+    rows = -(-1_000_000 // result["devices"])
+    assert found["memory_bytes"]["index"] == pytest.approx(rows * 768 * 2, rel=0.01)
+    assert found["fits"] and found["compiled"]
+    sent = sum(row["sent"] for row in found["collectives"].values())
+    assert 0 < sent < 10e6 and np.isfinite(found["step_seconds"])
+
+
+def test_peaks_by_the_names_that_jax_has_for_devices():
+    assert hardware.peak("NVIDIA H100 80GB HBM3", "bfloat16") == hardware.peak("NVIDIA H200", "bfloat16") == 989e12
+    assert hardware.peak("TPU v5 lite", "bfloat16") == 197e12 and hardware.peak("TPU v5p", "bfloat16") == 459e12
+    assert hardware.peak("cpu", "float32") is None

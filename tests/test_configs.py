@@ -1,0 +1,57 @@
+"""The shipped configurations: each loads, contradicts nothing, and its steps can be traced at full size."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from rag_jax import config, programs, sharding
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NAMES = {
+    "dpr_nq.py", "minilm.py", "nq_gold.py", "nq_lm.py", "nq_lm.py:7b", "nq_rag_sequence.py", "nq_rag_token.py",
+    "nq_t5_xl.py", "squad.py", "squad.py:token", "world.py", "world.py:token",
+}  # fmt: skip
+LARGE = {
+    "dpr_nq.py": 0.22, "nq_rag_sequence.py": 0.62, "nq_rag_token.py": 0.62, "nq_t5_xl.py": 3.07, "nq_lm.py": 1.76,
+    "nq_lm.py:7b": 7.83,
+}  # fmt: skip  # billions of parameters
+
+
+def load(name: str, **vocabulary: int) -> config.TrainConfig:
+    cfg = config.load(str(CONFIGS / name))
+    words = [f"model.{side}.vocab_size={n}" for side, n in vocabulary.items()]
+    return config.load(str(CONFIGS / name), words) if words else cfg
+
+
+def test_every_configuration_is_named_here() -> None:
+    there = {path.name for path in CONFIGS.glob("*.py")} - {"decoding.py"}
+    assert there == {name.partition(":")[0] for name in NAMES}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_loads_and_contradicts_nothing(name: str) -> None:
+    cfg = load(name)
+    config.check(cfg)
+    assert config.build(config.TrainConfig, json.loads(json.dumps(config.plain(cfg)))) == cfg
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(LARGE))
+def test_steps_can_be_traced(name: str) -> None:
+    """Every step on eight devices, with no array made: its results have the shapes of what it was given."""
+    cfg = load(name)
+    mesh = sharding.make_mesh(dict(cfg.mesh) or None)
+    rag, size = programs.sizes(cfg, 21_015_300, 160, 160)
+    for stage in cfg.stages:
+        program = programs.step(cfg, stage, rag, size, mesh)
+        state, index, metrics = jax.eval_shape(program.call, *program.arguments)
+        parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        assert parameters / 1e9 == pytest.approx(LARGE[name], abs=0.01)
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (state, program.arguments[0]))
+        assert shapes[0] == shapes[1] and index is None
+        assert metrics["loss"].shape == ()
+        cut = [x for x in jax.tree.leaves(program.arguments[0].params) if x.size > 10**6]
+        if "fsdp" in cfg.mesh:  # nothing large lies whole on every device
+            assert all(x.sharding.shard_shape(x.shape) != x.shape for x in cut)
