@@ -15,7 +15,7 @@ import sys
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-from rag_jax import __version__, large_pages
+from rag_jax import __version__, heap
 from rag_jax.errors import InputError
 
 COMMANDS = {
@@ -38,7 +38,7 @@ COMMANDS = {
     "compile": ("rag_jax.aot", "will it fit, how fast can it be: compile a configuration for a pod that is not here"),
     "bench": ("rag_jax.bench", "time the steps of training and search against the limits of the machine"),
 }
-COMPUTES = ("train", "evaluate", "encode", "index", "bench")  # long enough for large pages to pay
+COMPUTES = ("train", "evaluate", "encode", "index", "bench")  # long enough to begin twice
 
 
 def help_text() -> str:
@@ -96,7 +96,7 @@ def keep_programs(environment: MutableMapping[str, str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 for bad usage or input, 130 when interrupted, 141 when the reader of our output left."""
     if argv is None and sys.argv[1:2] and sys.argv[1] in COMPUTES:
-        large_pages.ask(os.environ)
+        heap.keep(os.environ)
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if not argv or argv[0] in ("-h", "--help"):

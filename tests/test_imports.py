@@ -16,7 +16,7 @@ LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors"],
     ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "moments", "schedule", "distributed"],
-    ["checksums", "preemption", "counting", "hardware", "hlo", "large_pages"],
+    ["checksums", "preemption", "counting", "hardware", "hlo", "heap"],
     ["decoding", "checkpoint", "optimizer", "plots", "tensors"],
     ["models"],
     ["data"],
@@ -65,7 +65,7 @@ ONLY = {
     "tensors": [],
     "decoding": ["decoding_rules"],
     "optimizer": ["moments"],
-    "__main__": ["large_pages"],  # imports commands by name, when they are called
+    "__main__": ["heap"],  # imports commands by name, when they are called
 }
 
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow"}

@@ -11,6 +11,7 @@ from rag_jax import sharding
 from rag_jax.models.layers import (
     Activation,
     Attention,
+    Dropout,
     Embed,
     FeedForward,
     Generator,
@@ -91,7 +92,7 @@ class Layer(nn.Module):
             self.cross_attention, self.cross_norm = attention(), LayerNorm(c.eps, dtype)
         self.feed_forward = FeedForward(c.width, c.hidden, c.init, 0.0, dtype, c.activation)
         self.feed_forward_norm = LayerNorm(c.eps, dtype)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
 
     def project_cross(self, source_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.cross_attention.project(source_BLD)
@@ -146,7 +147,7 @@ class Stack(nn.Module):
         self.layer = [layer(c, self.decoder) for _ in range(count)]
         if c.norm == "pre":
             self.final_norm = LayerNorm(c.eps, dtype)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
 
     def project_cross(self, source_BLD: jax.Array) -> KeyValues:
         pairs = [layer.project_cross(source_BLD) for layer in self.layer]

@@ -12,6 +12,7 @@ from rag_jax.models.layers import (
     Activation,
     Attention,
     Dense,
+    Dropout,
     Dtype,
     Embed,
     FeedForward,
@@ -62,7 +63,7 @@ class BertLayer(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array, mask_B11L: jax.Array, deterministic: bool) -> jax.Array:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        drop = nn.Dropout(c.dropout)
+        drop = Dropout(c.dropout)
         attend = Attention(c.heads, c.width, c.init, c.dropout, dtype, name="attention")
 
         def attention(h: jax.Array) -> jax.Array:
@@ -105,7 +106,7 @@ class Bert(nn.Module):
             self.final_norm = LayerNorm(c.eps, dtype)
         if c.projection:
             self.projection = Dense(c.projection, ("embed", "heads"), c.init, jnp.float32)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
 
     def hidden(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> jax.Array:
         """Last hidden states [B, L, D]; mask is True on real tokens; token types are all 0."""

@@ -21,6 +21,7 @@ from rag_jax.models.layers import (
     Activation,
     Attention,
     Dense,
+    Dropout,
     Embed,
     FeedForward,
     Generator,
@@ -138,7 +139,7 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(
             c.width, c.hidden, c.init, 0.0, dtype, c.activation, gated=c.gated, use_bias=c.mlp_bias
         )
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
 
     def __call__(
         self,
@@ -178,7 +179,7 @@ class Lm(Generator):
         self.final_norm = norm(c)
         if not c.tied:
             self.lm_head = Dense(c.vocab_size, ("embed", "vocab"), c.init, dtype, use_bias=False, out=jnp.float32)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
 
     def run(
         self,

@@ -18,6 +18,7 @@ from rag_jax.models.layers import (
     Activation,
     Attention,
     Dense,
+    Dropout,
     Embed,
     FeedForward,
     Generator,
@@ -116,7 +117,7 @@ class Layer(nn.Module):
             c.width, c.hidden, c.init, c.dropout, dtype, c.activation, c.gated, use_bias=False
         )
         self.feed_forward_norm = RMSNorm(c.eps, dtype)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
 
     def project_cross(self, source_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.cross_attention.project(source_BLD)
@@ -158,7 +159,7 @@ class Stack(nn.Module):
         count = c.decoder_layers if self.decoder else c.encoder_layers
         self.layer = [layer(c, self.decoder) for _ in range(count)]
         self.final_norm = RMSNorm(c.eps, jnp.dtype(c.dtype))
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
 
     def project_cross(self, source_BLD: jax.Array) -> KeyValues:
         pairs = [layer.project_cross(source_BLD) for layer in self.layer]
