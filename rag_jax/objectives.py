@@ -28,7 +28,8 @@ class Head(NamedTuple):
     """The output layer: logits [..., V] = scale * hidden [..., D] @ kernel_VD^T + bias_V.
 
     parts: pieces of the vocabulary that lie on different devices; V is a multiple of it. chunk: how much of the
-    vocabulary there are logits of at a time.
+    vocabulary there are logits of at a time. shards: pieces of the batch that lie on different devices; the first axis
+    of the states is a multiple of it, and the gradient of the kernel is summed over them once, not for every chunk.
     """
 
     kernel_VD: jax.Array
@@ -36,10 +37,11 @@ class Head(NamedTuple):
     scale: float = 1.0
     chunk: int = 4096
     parts: int = 1
+    shards: int = 1
 
     def norm(self, hidden: jax.Array) -> jax.Array:
         """logsumexp of the logits over V [...]."""
-        return vocabulary_norm(hidden, self.kernel_VD, self.bias_V, self.scale, self.chunk, self.parts)
+        return vocabulary_norm(hidden, *self)
 
 
 def target_logp(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -48,16 +50,22 @@ def target_logp(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - logsumexp(logits, axis=-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def vocabulary_norm(
-    hidden: jax.Array, kernel_VD: jax.Array, bias_V: jax.Array, scale: float = 1.0, chunk: int = 4096, parts: int = 1
+    hidden: jax.Array,
+    kernel_VD: jax.Array,
+    bias_V: jax.Array,
+    scale: float = 1.0,
+    chunk: int = 4096,
+    parts: int = 1,
+    shards: int = 1,
 ) -> jax.Array:
     """logsumexp over V of hidden [..., D] @ kernel^T * scale + bias [...], without the logits [..., V] ever existing,
     also in the gradient, which makes them a second time.
 
     A chunk of the vocabulary at a time, which a CPU's caches hold: twice as fast there as all at once.
     """
-    return _norm_forward(hidden, kernel_VD, bias_V, scale, chunk, parts)[0]
+    return _norm_forward(hidden, kernel_VD, bias_V, scale, chunk, parts, shards)[0]
 
 
 class _Chunks(NamedTuple):
@@ -94,7 +102,7 @@ class _Chunks(NamedTuple):
 
 
 def _norm_forward(
-    hidden: jax.Array, kernel_VD: jax.Array, bias_V: jax.Array, scale: float, chunk: int, parts: int
+    hidden: jax.Array, kernel_VD: jax.Array, bias_V: jax.Array, scale: float, chunk: int, parts: int, shards: int
 ) -> tuple[jax.Array, tuple]:
     chunks = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts)
 
@@ -105,37 +113,43 @@ def _norm_forward(
     return norm, (hidden, kernel_VD, bias_V, norm)
 
 
-def _gradients(chunks: _Chunks, hidden: jax.Array, d_logits_of: Callable[[jax.Array], jax.Array]) -> tuple:
+def _gradients(chunks: _Chunks, hidden: jax.Array, shards: int, d_logits_of: Callable[[jax.Array], jax.Array]) -> tuple:
     """Gradients in hidden, kernel [P, V, D] and bias [P, V] of what has the gradient d_logits_of(logits) in the logits
     of a chunk; and the sum of that over V [...].
     """
 
     def add(total: jax.Array, part: jax.Array, number: jax.Array) -> jax.Array:
         start = chunks.at(number)
-        old = jax.lax.dynamic_slice_in_dim(total, start, chunks.size, 1)
-        return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, 1)
+        old = jax.lax.dynamic_slice_in_dim(total, start, chunks.size, 2)
+        return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, 2)
+
+    def by_shard(x: jax.Array, axes: int) -> jax.Array:
+        """[B, ..., last axes] -> [shards, rows, last axes]"""
+        return x.reshape(shards, -1, *x.shape[x.ndim - axes :])
 
     def one(d: tuple, number: jax.Array) -> tuple[tuple, None]:
-        d_hidden, d_kernel_PVD, d_bias_PV, total = d
+        d_hidden, d_kernel_SPVD, d_bias_SPV, total = d
         logits, some = chunks.logits(hidden, number)
         d_logits = d_logits_of(logits)
-        d_bias = d_logits.reshape(-1, *d_logits.shape[-2:]).sum(0)
+        d_bias = by_shard(d_logits, 2).sum(1)
         total = total + d_logits.sum((-2, -1))
         d_logits = (d_logits * chunks.scale).astype(hidden.dtype)
         d_hidden = d_hidden + jnp.einsum("...pv,pvd->...d", d_logits, some, preferred_element_type=jnp.float32)
-        d_kernel = jnp.einsum("...pv,...d->pvd", d_logits, hidden, preferred_element_type=jnp.float32)
-        return (d_hidden, add(d_kernel_PVD, d_kernel, number), add(d_bias_PV, d_bias, number), total), None
+        given = by_shard(d_logits, 2), by_shard(hidden, 1)
+        d_kernel = jnp.einsum("sxpv,sxd->spvd", *given, preferred_element_type=jnp.float32)
+        return (d_hidden, add(d_kernel_SPVD, d_kernel, number), add(d_bias_SPV, d_bias, number), total), None
 
-    shapes = hidden.shape, chunks.kernel_PVD.shape, chunks.bias_PV.shape, hidden.shape[:-1]
-    d_hidden, *rest = jax.lax.scan(one, tuple(jnp.zeros(x) for x in shapes), jnp.arange(chunks.steps))[0]
-    return d_hidden.astype(hidden.dtype), *rest
+    local = [(shards, *x.shape) for x in (chunks.kernel_PVD, chunks.bias_PV)]
+    zeros = tuple(jnp.zeros(shape) for shape in (hidden.shape, *local, hidden.shape[:-1]))
+    d_hidden, d_kernel_SPVD, d_bias_SPV, total = jax.lax.scan(one, zeros, jnp.arange(chunks.steps))[0]
+    return d_hidden.astype(hidden.dtype), d_kernel_SPVD.sum(0), d_bias_SPV.sum(0), total
 
 
-def _norm_backward(scale: float, chunk: int, parts: int, saved: tuple, d_norm: jax.Array) -> tuple:
+def _norm_backward(scale: float, chunk: int, parts: int, shards: int, saved: tuple, d_norm: jax.Array) -> tuple:
     hidden, kernel_VD, bias_V, norm = saved
     chunks = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts)
     d_hidden, d_kernel, d_bias, _ = _gradients(
-        chunks, hidden, lambda logits: jnp.exp(logits - norm[..., None, None]) * d_norm[..., None, None]
+        chunks, hidden, shards, lambda logits: jnp.exp(logits - norm[..., None, None]) * d_norm[..., None, None]
     )
     return d_hidden, d_kernel.reshape(kernel_VD.shape).astype(kernel_VD.dtype), d_bias.reshape(bias_V.shape)
 
@@ -157,7 +171,7 @@ def summed_logp(hidden: jax.Array, head: Head, norm: jax.Array) -> jax.Array:
     return products * head.scale + head.bias_V.sum() - len(head.kernel_VD) * norm
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def summed_marginal(
     hidden_BKTD: jax.Array,
     kernel_VD: jax.Array,
@@ -167,9 +181,10 @@ def summed_marginal(
     scale: float,
     chunk: int,
     parts: int,
+    shards: int,
 ) -> jax.Array:
     """Sum over V of log sum_k p(z_k|x) p(v|z_k) [B, T], a chunk of the vocabulary at a time; see `vocabulary_norm`."""
-    return _marginal_forward(hidden_BKTD, kernel_VD, bias_V, norm_BKT, prior_BK, scale, chunk, parts)[0]
+    return _marginal_forward(hidden_BKTD, kernel_VD, bias_V, norm_BKT, prior_BK, scale, chunk, parts, shards)[0]
 
 
 def _marginal_forward(
@@ -181,6 +196,7 @@ def _marginal_forward(
     scale: float,
     chunk: int,
     parts: int,
+    shards: int,
 ) -> tuple[jax.Array, tuple]:
     chunks, add_BKT = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts), prior[..., None] - norm
 
@@ -192,7 +208,7 @@ def _marginal_forward(
     return total_BT, (hidden, kernel_VD, bias_V, norm, prior)
 
 
-def _marginal_backward(scale: float, chunk: int, parts: int, saved: tuple, d_total_BT: jax.Array) -> tuple:
+def _marginal_backward(scale: float, chunk: int, parts: int, shards: int, saved: tuple, d_total_BT: jax.Array) -> tuple:
     hidden, kernel_VD, bias_V, norm, prior = saved
     chunks, add_BKT = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts), prior[..., None] - norm
 
@@ -200,7 +216,7 @@ def _marginal_backward(scale: float, chunk: int, parts: int, saved: tuple, d_tot
         share = jax.nn.softmax(logits + add_BKT[..., None, None], axis=1)  # of each document in a token's probability
         return jnp.where(jnp.isneginf(logits), 0.0, share) * d_total_BT[:, None, :, None, None]
 
-    d_hidden, d_kernel, d_bias, d_add_BKT = _gradients(chunks, hidden, d_logits_of)
+    d_hidden, d_kernel, d_bias, d_add_BKT = _gradients(chunks, hidden, shards, d_logits_of)
     d_kernel = d_kernel.reshape(kernel_VD.shape).astype(kernel_VD.dtype)
     return d_hidden, d_kernel, d_bias.reshape(bias_V.shape), -d_add_BKT, d_add_BKT.sum(-1)
 

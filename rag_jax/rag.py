@@ -228,12 +228,13 @@ class Rag:
         hidden_CBSTD = jax.lax.map(read, (ids, mask, keys))
         return hidden_CBSTD.swapaxes(0, 1).reshape(B, K, *hidden_CBSTD.shape[3:])
 
-    def head(self, params: Params, logit_chunk: int = 4096) -> objectives.Head:
+    def head(self, params: Params, logit_chunk: int = 4096, questions: int = 1) -> objectives.Head:
         """The output layer, whole over `fsdp`; logit_chunk: so much of the vocabulary has logits at a time."""
         c, module = self.config.reader, self.generator
         kernel_VD, bias_V = module.apply({"params": params["generator"]}, method="head")
         kernel_VD = sharding.gathered(kernel_VD, ("vocab", "embed"), jnp.dtype(c.dtype))
-        return objectives.Head(kernel_VD, bias_V, c.logit_scale, logit_chunk, sharding.vocabulary_parts(len(kernel_VD)))
+        pieces = sharding.pieces("vocab", len(kernel_VD)), sharding.pieces("batch", questions)
+        return objectives.Head(kernel_VD, bias_V, c.logit_scale, logit_chunk, *pieces)
 
     def nll(
         self,
@@ -280,7 +281,7 @@ class Rag:
         nll_B, token_logp_BKT = objectives.rag_nll(
             self.config.objective,
             hidden_BKTD,
-            self.head(params, logit_chunk),
+            self.head(params, logit_chunk, len(hidden_BKTD)),
             targets_BT,
             mask_BT,
             scores_BK,

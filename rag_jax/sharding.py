@@ -120,10 +120,10 @@ def _current() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
-def vocabulary_parts(size: int) -> int:
-    """Pieces in which a vocabulary of this size lies over the mesh of `on`."""
+def pieces(name: str, size: int) -> int:
+    """In how many pieces an axis of this name and size lies over the mesh of `on`."""
     mesh = _current()
-    return 1 if mesh is None or size % extent(mesh, "vocab") else extent(mesh, "vocab")
+    return 1 if mesh is None or size % extent(mesh, name) else extent(mesh, name)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -145,7 +145,10 @@ def gathered(parameter: jax.Array, names: tuple[str | None, ...], dtype: Any) ->
     What the devices send each other has that type; the gradient is summed in the parameter's own, right into shards.
     """
     whole = [None if name and RULES[name] == "fsdp" else name for name in names]
-    return constrain(parameter.astype(dtype), *whole)
+    used = parameter.astype(dtype)
+    if used.dtype != parameter.dtype and _current() is not None:
+        used = jax.lax.optimization_barrier(used)  # or the compiler converts after it has sent twice as much
+    return constrain(used, *whole)
 
 
 def _gathered_forward(parameter: jax.Array, names: tuple, dtype: Any) -> tuple[jax.Array, jax.Array]:

@@ -135,9 +135,9 @@ def test_gradient_in_the_scores_is_prior_minus_posterior(case):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("objective", list(objectives.OBJECTIVES))
-@pytest.mark.parametrize(("chunk", "parts"), [(3, 1), (4, 2), (1, 1), (100, 3)])
+@pytest.mark.parametrize(("chunk", "parts", "shards"), [(3, 1, 1), (4, 2, 3), (1, 1, 1), (100, 3, 3)])
 def test_a_chunk_of_the_vocabulary_at_a_time_gives_the_same_and_so_does_its_gradient(
-    objective, smoothing, chunk, parts
+    objective, smoothing, chunk, parts, shards
 ):
     """Against the plain formulas on whole logits, differentiated by JAX."""
     rng = np.random.default_rng(2)
@@ -161,7 +161,7 @@ def test_a_chunk_of_the_vocabulary_at_a_time_gives_the_same_and_so_does_its_grad
         return ((1 - smoothing) * nll - smoothing / V * smooth).sum()
 
     def chunked(hidden, kernel, bias, scores):
-        head = objectives.Head(kernel, bias, scale, chunk, parts)
+        head = objectives.Head(kernel, bias, scale, chunk, parts, shards)
         return objectives.rag_nll(objective, hidden, head, targets, mask, scores, label_smoothing=smoothing)[0].sum()
 
     given = hidden, kernel, bias, scores

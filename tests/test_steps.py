@@ -41,7 +41,7 @@ class Bags(Rag):
         table = params["generator"]
         return mean(table[ids], mask)[:, :, None] + table[labels][:, None]
 
-    def head(self, params, logit_chunk=4096):
+    def head(self, params, logit_chunk=4096, questions=1):
         return objectives.Head(params["generator"], jnp.zeros(len(params["generator"])), chunk=logit_chunk)
 
     def logits(self, params, ids, mask, labels, dropout=None):
