@@ -40,6 +40,7 @@ def jaxpr_of(load):
     return jax.make_jaxpr(steps.make_step(ours.setting, 0))(*given).jaxpr
 
 
+@pytest.mark.slow
 def test_one_line_says_everything(capsys):
     found = run(capsys, "--alone", load=dataclasses.replace(TINY, remat="dots", variant="sequence"))
     median = found["seconds"]["median_ms"] / 1e3

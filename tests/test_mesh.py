@@ -102,7 +102,9 @@ def test_every_mesh_gives_the_same_for_every_generator_and_loss(kind, loss, mesh
     assert_same(updated(kind, loss, tuple(mesh.items())), updated(kind, loss, ()))
 
 
-@pytest.mark.parametrize("loss", ["token", "contrastive", pytest.param("denoise", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "loss", ["token", *(pytest.param(name, marks=pytest.mark.slow) for name in ("contrastive", "denoise"))]
+)
 def test_a_batch_in_parts_gives_the_same(loss):
     """Micro-batches, and for the generator a document at a time, over a mesh that cuts everything."""
     chunk = {"doc_chunk": 1} if loss == "token" else {}

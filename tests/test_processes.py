@@ -48,6 +48,7 @@ def test_own_rows_of_one_process_are_all():
         np.testing.assert_array_equal(sharding.own_rows(several.mesh_of(sizes), 16), np.arange(16))
 
 
+@pytest.mark.slow
 def test_what_four_processes_do_together(tiny_data, tmp_path):
     """tests/several.py, in each of them: batches, feeds, parameters, checkpoints, against one process."""
     (tmp_path / "corpus").symlink_to(tiny_data / "corpus")
