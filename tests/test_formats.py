@@ -87,7 +87,7 @@ def test_a_bad_line_is_named_and_can_be_skipped(
         ("p.jsonl", b"\n \n", "no passages"),
         ("p.jsonl", json.dumps(GOOD).encode("utf-16"), ":1: UTF-16"),
         ("p.jsonl.gz", gzip.compress(b"".join(line(id=f"p{i}") for i in range(5000)))[:-20], "truncated gzip"),
-        ("p.jsonl.gz", gzip.compress(line())[:-8] + b"\0" * 8, "truncated gzip"),
+        ("p.jsonl.gz", gzip.compress(line(), mtime=0)[:-8] + b"\0" * 8, "truncated gzip"),
         ("p.tsv", b"id\ttext\n1\tx\n", ":1: the header must name id, text and title"),
         ("p.tsv", b"id\ttext\ttitle\n", "no passages"),
         ("p.pdf", b"%PDF", "rename it"),
