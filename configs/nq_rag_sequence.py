@@ -17,7 +17,8 @@ transformers' recipe: 64 questions, each (question, answer) a pair, AdamW at 3e-
 0, weight decay 0.001, clipping at 0.1, dropout and label smoothing 0.1, questions of 128 tokens, answers of 25, joined
 inputs of 300. The context encoder and the index stay as they are.
 
-The batch must be a multiple of the devices of `data` and `fsdp`: --set stages.joint.batch=256 for 256 chips.
+The batch must be a multiple of the devices of `data` and `fsdp`. For 256 chips: --set stages.joint.batch=256 --set
+mesh.data=-1 --set mesh.fsdp=8; configs/nq_rag_token.py tells what such a step takes.
 """
 
 from ml_collections import ConfigDict
