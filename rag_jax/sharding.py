@@ -59,7 +59,10 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
     if math.prod(sizes) != len(devices):
         raise InputError(f"mesh {shape} does not fit {len(devices)} devices; write -1 for one axis to give it the rest")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    except NotImplementedError as error:  # a TPU slice has sides, and an axis takes whole ones
+        raise InputError(f"mesh {shape} does not lie on these chips: {error}") from error
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:

@@ -89,9 +89,8 @@ def test_counts_of_search_and_encode() -> None:
     assert made.flops["float32"] >= 2 * 16 * 13 * (4 * 16 * 16 + 2 * 16 * 32)
 
 
-@pytest.mark.parametrize(
-    "stage", ["joint", *(pytest.param(x, marks=pytest.mark.slow) for x in ("retriever", "read", "denoise"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["joint", "retriever", "read", "denoise"])
 def test_arguments_are_those_of_training(tiny_data: Path, stage: str) -> None:
     """Shapes, types and places of the real first batch, index, tables and state of every kind of stage."""
     cfg = config.load(f"{Path(__file__).parent / 'tiny.py'}:{tiny_data}", ['mesh={"data": 2, "fsdp": 4}'])

@@ -55,6 +55,7 @@ def test_one_line_says_everything(capsys):
     assert found["peak_process_bytes"] > 1e7 and "transformers" not in found
 
 
+@pytest.mark.slow
 def test_the_work_is_that_of_the_program():
     """Counted in the jaxpr, which has besides: q.d and its gradient, and the logits once more in the gradient."""
     load = dataclasses.replace(TINY, logit_chunk=TINY.vocabulary)
