@@ -35,7 +35,7 @@ from rag_jax.errors import InputError
 from rag_jax.hosted import Searchers
 from rag_jax.logs import Progress
 from rag_jax.retrieval.corpus import Corpus
-from rag_jax.steps import Setting, jit_step, make_step
+from rag_jax.steps import Setting, first_state, jit_step, make_step
 
 
 def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
     data = preparing.prepare(cfg, corpus)
     loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact")
     params = session.init_params(loaded, cfg.seed, cfg.init)
-    state = session.init_state(loaded, stage, params, 0)
+    state = first_state(loaded.rag, stage, mesh, params, 0)
     number = cfg.stages.index(stage)
     refresher = session.make_refresher(cfg, loaded, Searchers(cfg.search, corpus, mesh))
     upkeep = session.upkeep_of(cfg, loaded, data, refresher, number, None)

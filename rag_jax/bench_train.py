@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import bench_decode, bench_load, bench_torch, hardware, optimizer, refresh, sharding, steps
+from rag_jax import bench_decode, bench_load, bench_torch, hardware, refresh, sharding, steps
 from rag_jax import run as runs
 from rag_jax.bench_limits import in_turn, machine, matmul_limit, peak_memory, spread
 from rag_jax.bench_load import LOADS, Load
@@ -55,13 +55,7 @@ def prepare(load: Load, mesh: jax.sharding.Mesh) -> Ours:
 def first_state(ours: Ours) -> TrainState:
     """The state before the first step; the parameters are a copy, as a step takes the memory of its state."""
     s = ours.setting
-    tx = optimizer.make(s.stage.optimizer, s.stage.steps)
-
-    def opt_state() -> Any:
-        return tx.init(optimizer.split(s.stage.optimizer, s.rag.init(jax.random.key(0)))[0])
-
-    step = jax.device_put(np.int32(0), sharding.replicated(s.mesh))
-    return TrainState(step, jax.tree.map(jnp.copy, ours.params), sharding.init(s.mesh, opt_state))
+    return steps.first_state(s.rag, s.stage, s.mesh, jax.tree.map(jnp.copy, ours.params), 0)
 
 
 def compiled_step(ours: Ours, state: TrainState, batch: Batch) -> tuple[Any, dict[str, Any]]:

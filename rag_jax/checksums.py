@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from rag_jax import places
+
 CHUNK = 1 << 22  # elements of a host array that are added up at once
 
 
@@ -31,10 +33,7 @@ def on_device(array: jax.Array) -> jax.Array:
         bits = array.astype(jnp.uint32)
     else:
         bits = lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
-    place = jnp.zeros(array.shape, jnp.uint32)
-    for axis, size in enumerate(array.shape):
-        place = place * np.uint32(size % 2**32) + lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    return (bits * _odd(place)).sum(dtype=jnp.uint32)
+    return (bits * _odd(places.numbers(array.shape))).sum(dtype=jnp.uint32)
 
 
 def on_host(array: np.ndarray) -> int:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rag_jax import places
+
 Kind = Literal["bfloat16", "int8"]
 
 OCTAVE = 8  # codes of int8 in which the value doubles
@@ -29,10 +31,7 @@ class State(NamedTuple):
 def dice(shape: tuple[int, ...], step: jax.Array, salt: int) -> jax.Array:
     """uint32 of even bits for each place of an array, at each step others."""
     h = step.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(salt)
-    place = jnp.zeros(shape, jnp.uint32)
-    for axis, size in enumerate(shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return _mixed(place ^ _mixed(h))
+    return _mixed(places.numbers(shape) ^ _mixed(h))
 
 
 def _mixed(h: jax.Array) -> jax.Array:

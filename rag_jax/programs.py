@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rag_jax import config, optimizer, refresh, sharding, steps
+from rag_jax import config, refresh, sharding, steps
 from rag_jax import run as runs
 from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.errors import InputError
@@ -86,24 +85,10 @@ def array(mesh: Mesh, shape: tuple[int, ...], dtype: str, *names: str | None) ->
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding.sharding(mesh, names))
 
 
-def placed(mesh: Mesh, tree: Any) -> Any:
-    """Shapes boxed with their logical names as shapes with the shardings that `sharding.init` gives them."""
-
-    def place(leaf: Any) -> Any:
-        where, value = sharding.replicated(mesh), leaf
-        if isinstance(leaf, nn.LogicallyPartitioned):
-            value, shape = leaf.value, jax.tree.leaves(leaf)[0].shape
-            where = sharding.placed(mesh, leaf.names, shape) if len(shape) == len(leaf.names) else where
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), value)
-
-    return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
-
-
 def state(rag: Rag, stage: StageConfig, mesh: Mesh) -> TrainState:
-    """As `session.init_state` makes it."""
-    tx = optimizer.make(stage.optimizer, stage.steps)
-    opt_state = jax.eval_shape(lambda: tx.init(optimizer.split(stage.optimizer, rag.init(jax.random.key(0)))[0]))
-    return TrainState(array(mesh, (), "int32"), runs.param_places(rag, mesh), placed(mesh, opt_state))
+    """As `steps.first_state` makes it."""
+    opt_state = sharding.described(mesh, jax.eval_shape(lambda: steps.first_optimizer_state(rag, stage)))
+    return TrainState(array(mesh, (), "int32"), runs.param_places(rag, mesh), opt_state)
 
 
 def batch(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> dict[str, Any]:

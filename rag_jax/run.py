@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,12 +210,7 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 def param_places(rag: Rag, mesh: jax.sharding.Mesh) -> Any:
     """Shapes, types and shardings of the parameters."""
-
-    def placed(box: nn.LogicallyPartitioned) -> jax.ShapeDtypeStruct:
-        shape = box.value.shape
-        return jax.ShapeDtypeStruct(shape, box.value.dtype, sharding=sharding.placed(mesh, box.names, shape))
-
-    return jax.tree.map(placed, abstract_params(rag), is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    return sharding.described(mesh, abstract_params(rag))
 
 
 def read_params(run_dir: Path, rag: Rag, mesh: jax.sharding.Mesh) -> Params:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import checkpoint, config, live, logs, optimizer, preparing, refresh, sharding
+from rag_jax import checkpoint, config, live, logs, preparing, refresh, sharding
 from rag_jax import run as runs
 from rag_jax.answer import AnswerConfig, AnswerFn
-from rag_jax.config import StageConfig, TrainConfig
+from rag_jax.config import TrainConfig
 from rag_jax.data import formats
 from rag_jax.errors import InputError
 from rag_jax.hosted import HostIndex, Searchers, on_host
@@ -20,7 +20,7 @@ from rag_jax.models.lexical import inverse_document_frequency, lexical_start
 from rag_jax.preemption import Preemption
 from rag_jax.refresh import Index, Refresher, on_devices
 from rag_jax.retrieval import index as snapshots
-from rag_jax.steps import Setting, TrainState
+from rag_jax.steps import Setting, TrainState, first_state
 from rag_jax.upkeep import Feed, OnDevice, OnHost, Upkeep, kept_fields
 
 
@@ -66,17 +66,6 @@ def init_params(loaded: runs.Loaded, seed: int, init_from: str) -> Any:
             places = jax.tree.map(lambda x: x.sharding, params[side])
             params[side] = jax.device_put(lexical_start(params[side], weight_V), places)
     return params
-
-
-def init_state(loaded: runs.Loaded, stage: StageConfig, params: Any, step: int) -> TrainState:
-    """The state at the start of a stage: a fresh optimiser, sharded as its parameters are."""
-    tx = optimizer.make(stage.optimizer, stage.steps)
-
-    def opt_state() -> Any:
-        return tx.init(optimizer.split(stage.optimizer, loaded.rag.init(jax.random.key(0)))[0])
-
-    place = sharding.replicated(loaded.mesh)
-    return TrainState(jax.device_put(np.int32(step), place), params, sharding.init(loaded.mesh, opt_state))
 
 
 def make_refresher(cfg: TrainConfig, loaded: runs.Loaded, searchers: Searchers) -> Refresher:
@@ -170,7 +159,7 @@ def restore(session: Session, step: int) -> Restored:
     loaded, refresher, number = session.loaded, session.refresher, stage_of(session.cfg, step)
     stage, position = session.cfg.stages[number], session.keeper.position(step)
     places = runs.param_places(loaded.rag, loaded.mesh)
-    like = {"state": init_state(loaded, stage, places, 0)._asdict()}
+    like = {"state": first_state(loaded.rag, stage, loaded.mesh, places, 0)._asdict()}
     corpus = session.data.corpus
     n = position.get("corpus", live.position(corpus))["n_passages"]  # fewer than now where that version is gone
     if config.searches(stage):

@@ -178,19 +178,24 @@ def init(mesh: Mesh, function: Callable[..., Any], *args: Any) -> Any:
     Raises ValueError for an array without names, unless it is a scalar.
     """
 
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        names, axes = leaf.names if _boxed(leaf) else (), jax.tree.leaves(leaf)[0].ndim
-        if axes < len(names):
-            return replicated(mesh)
-        if len(names) != axes:
-            raise ValueError(f"{jax.tree_util.keystr(path)}: names {names} for {jax.tree.leaves(leaf)[0]}")
-        return placed(mesh, names, jax.tree.leaves(leaf)[0].shape)
-
     def unboxed(*args: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.value if _boxed(leaf) else leaf, function(*args), is_leaf=_boxed)
 
-    places = jax.tree_util.tree_map_with_path(place, jax.eval_shape(function, *args), is_leaf=_boxed)
+    places = jax.tree.map(lambda x: x.sharding, described(mesh, jax.eval_shape(function, *args)))
     return jax.jit(unboxed, out_shardings=places)(*args)
+
+
+def described(mesh: Mesh, tree: Any) -> Any:
+    """What `init` makes: from boxed shapes the shapes, types and shardings, out of their boxes."""
+
+    def describe(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        names, x = (leaf.names, leaf.value) if _boxed(leaf) else ((), leaf)
+        if x.ndim > len(names):
+            raise ValueError(f"{jax.tree_util.keystr(path)}: names {names} for {x}")
+        where = placed(mesh, names, x.shape) if x.ndim == len(names) else replicated(mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(describe, tree, is_leaf=_boxed)
 
 
 def _boxed(leaf: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.nn import logsumexp
 
@@ -27,6 +28,18 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: Params
     opt_state: Any
+
+
+def first_optimizer_state(rag: Rag, stage: StageConfig) -> Any:
+    """That of a stage before its first step, boxed with logical axis names as the parameters are."""
+    tx = optimizer.make(stage.optimizer, stage.steps)
+    return tx.init(optimizer.split(stage.optimizer, rag.init(jax.random.key(0)))[0])
+
+
+def first_state(rag: Rag, stage: StageConfig, mesh: jax.sharding.Mesh, params: Params, step: int) -> TrainState:
+    """The state at the start of a stage: a fresh optimiser, sharded as its parameters are."""
+    opt_state = sharding.init(mesh, lambda: first_optimizer_state(rag, stage))
+    return TrainState(jax.device_put(np.int32(step), sharding.replicated(mesh)), params, opt_state)
 
 
 class Setting(NamedTuple):

@@ -28,7 +28,7 @@ from rag_jax.logs import MetricWriter, Progress
 from rag_jax.preemption import Preempted, Preemption
 from rag_jax.retrieval import index as snapshots
 from rag_jax.session import Session, make_refresher, way_of
-from rag_jax.steps import TrainState, jit_step
+from rag_jax.steps import TrainState, first_state, jit_step
 from rag_jax.upkeep import Upkeep
 
 
@@ -272,7 +272,7 @@ def run_stages(session: Session, total: int) -> dict[str, Any]:
                 if restored and start < done:
                     state, upkeep = restored.state, restored.upkeep
                 else:
-                    state = sessions.init_state(session.loaded, stage, params, start)
+                    state = first_state(loaded.rag, stage, loaded.mesh, params, start)
                     upkeep = session.upkeep(number, given if start == 0 else None)
                 restored = None
                 session, state, seconds = run_stage(session, number, start, state, upkeep, seconds)

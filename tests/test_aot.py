@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rag_jax import __main__ as cli
-from rag_jax import aot, config, hardware, preparing, programs, refresh, session, sharding
+from rag_jax import aot, config, hardware, preparing, programs, refresh, session, sharding, steps
 from rag_jax import run as runs
 from rag_jax.config import SearchConfig, StageConfig, TrainConfig
 from rag_jax.errors import InputError
@@ -98,7 +98,7 @@ def test_arguments_are_those_of_training(tiny_data: Path, stage: str) -> None:
     corpus, mesh = Corpus.open(cfg.corpus), sharding.make_mesh(cfg.mesh)
     loaded, data = runs.load(cfg.model, corpus, mesh), preparing.prepare(cfg, corpus)
     params = session.init_params(loaded, 0, "")
-    state = session.init_state(loaded, cfg.stages[number], params, 0)
+    state = steps.first_state(loaded.rag, cfg.stages[number], mesh, params, 0)
     _, way = session.way_of(cfg, loaded, data, number)
     assert isinstance(way, OnDevice)
     index = refresh.blank(mesh, loaded.table_rows(), loaded.rag.config.encoder.output_width)

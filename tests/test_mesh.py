@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax import config, session, sharding, steps
+from rag_jax import config, sharding, steps
 from rag_jax import run as runs
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
@@ -68,7 +68,7 @@ def updated(kind, loss, mesh, **changes):
     wanted = runs.param_places(rag, mesh)
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, wanted)
     before = jax.device_get(params)
-    state = session.init_state(runs.Loaded(rag, None, mesh, None), stage, params, 0)
+    state = steps.first_state(rag, stage, mesh, params, 0)
     rows = sharding.shard_rows(mesh, embeddings, 0)
     index = Index(rows, sharding.shard_rows(mesh, np.zeros(N, np.int32), 0), drift_E=no_drift(mesh, E))
     tables = Passages(*(sharding.shard_rows(mesh, table, 1) for table in passages))

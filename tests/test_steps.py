@@ -12,7 +12,7 @@ import numpy as np
 import oracles
 import pytest
 
-from rag_jax import objectives, optimizer, refresh, session, sharding, steps
+from rag_jax import objectives, optimizer, refresh, sharding, steps
 from rag_jax import run as runs
 from rag_jax.config import StageConfig
 from rag_jax.data import formats, joining, pipeline
@@ -541,7 +541,7 @@ def two_steps(stage, variant, corpus, examples, mesh):
     model = RagConfig(variant, encoder, GENERATOR, variant == "token", source_length=LENGTH, question_length=24)
     loaded = runs.load(model, corpus, mesh)
     params = drawn_params(loaded)
-    state = session.init_state(loaded, stage, params, 5)
+    state = steps.first_state(loaded.rag, stage, mesh, params, 5)
     embeddings = np.random.default_rng(1).normal(size=(len(corpus), ENCODER.width)).astype(np.float32)
     index = index_of(mesh, embeddings)
     if stage.objective == "denoise":
@@ -592,7 +592,7 @@ def test_dropout_goes_by_the_step_and_the_key(corpus, examples):
     model = RagConfig(encoder=encoder, generator=GENERATOR, question_length=24)
     loaded = runs.load(model, corpus, mesh)
     stage = StageConfig("a", "contrastive", optimizer=ENCODERS)
-    state = session.init_state(loaded, stage, drawn_params(loaded), 0)
+    state = steps.first_state(loaded.rag, stage, mesh, drawn_params(loaded), 0)
     batch = pipeline.question_batches(examples, corpus.generator_length, batch=B, seed=0)[0]
     step = jax.jit(steps.make_step(setting(loaded.rag, stage, mesh, corpus), 0))
 

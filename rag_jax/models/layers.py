@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import sharding
+from rag_jax import places, sharding
 
 Init = Literal["hf", "copy", "lexical"]
 NormPlacement = Literal["post", "pre"]
@@ -274,10 +274,7 @@ def kept(key: jax.Array, rate: float, shape: Sequence[int]) -> jax.Array:
     memory, a tenth of a small step on a CPU; a mask needs no such strength. Arrays of more than 2^32 repeat.
     """
     before, between = jax.random.bits(key, (2,), jnp.uint32)
-    place = jnp.zeros(shape, jnp.uint32)
-    for axis, size in enumerate(shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    bits = _hash(_hash(place ^ before) + between)
+    bits = _hash(_hash(places.numbers(shape) ^ before) + between)
     return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 

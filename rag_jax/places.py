@@ -1,0 +1,15 @@
+"""The number of each place of an array, for what is a hash of it: the same on every mesh, each device makes its own."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def numbers(shape: Sequence[int]) -> jax.Array:
+    """uint32 [shape], 0 to its size - 1 in row-major order; arrays of more than 2^32 begin again."""
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return place
