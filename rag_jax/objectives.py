@@ -6,7 +6,7 @@ P passages of a batch. `mask_BT` is True where a target token counts. Everything
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,14 +91,18 @@ class _Chunks(NamedTuple):
     def at(self, number: jax.Array) -> jax.Array:
         return jnp.minimum(number * self.size, self.bias_PV.shape[1] - self.size)
 
-    def logits(self, hidden: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Logits [..., P, v] of a chunk, -inf where the chunk before had them, and the kernel's rows [P, v, D]."""
+    def rows(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of a chunk: the kernel's rows [P, v, D], and their bias [P, v], -inf where the chunk before had them."""
         start = self.at(number)
-        some = jax.lax.dynamic_slice_in_dim(self.kernel_PVD, start, self.size, 1).astype(hidden.dtype)
-        logits = jnp.einsum("...d,pvd->...pv", hidden, some, preferred_element_type=jnp.float32) * self.scale
-        new = jnp.arange(self.size) + start >= number * self.size
         bias = jax.lax.dynamic_slice_in_dim(self.bias_PV, start, self.size, 1)
-        return jnp.where(new, logits + bias, -jnp.inf), some
+        new = jnp.arange(self.size) + start >= number * self.size
+        return jax.lax.dynamic_slice_in_dim(self.kernel_PVD, start, self.size, 1), jnp.where(new, bias, -jnp.inf)
+
+    def logits(self, hidden: jax.Array, number: jax.Array) -> jax.Array:
+        """Logits [..., P, v] of a chunk."""
+        rows, bias = self.rows(number)
+        products = jnp.einsum("...d,pvd->...pv", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return products * self.scale + bias
 
 
 def _norm_forward(
@@ -107,50 +111,61 @@ def _norm_forward(
     chunks = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts)
 
     def one(norm: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-        return jnp.logaddexp(norm, logsumexp(chunks.logits(hidden, number)[0], axis=(-2, -1))), None
+        return jnp.logaddexp(norm, logsumexp(chunks.logits(hidden, number), axis=(-2, -1))), None
 
     norm = jax.lax.scan(one, jnp.full(hidden.shape[:-1], -jnp.inf), jnp.arange(chunks.steps))[0]
     return norm, (hidden, kernel_VD, bias_V, norm)
 
 
+def _by_shard(x: jax.Array, shards: int) -> jax.Array:
+    """[B, ...] -> [S, B / S, ...]"""
+    return x.reshape(shards, -1, *x.shape[1:])
+
+
 def _gradients(chunks: _Chunks, hidden: jax.Array, shards: int, d_logits_of: Callable[[jax.Array], jax.Array]) -> tuple:
     """Gradients in hidden, kernel [P, V, D] and bias [P, V] of what has the gradient d_logits_of(logits) in the logits
-    of a chunk; and the sum of that over V [...].
+    of a chunk [P, v, S, B / S, ...]; and the sum of that over V [...].
+
+    The vocabulary comes first: so only the small operands of the two products are turned over, never the logits.
+    (einsum would choose another order.)
     """
+    hidden_SXD = hidden.reshape(shards, -1, hidden.shape[-1])
+    S, X, D = hidden_SXD.shape
 
     def add(total: jax.Array, part: jax.Array, number: jax.Array) -> jax.Array:
         start = chunks.at(number)
         old = jax.lax.dynamic_slice_in_dim(total, start, chunks.size, 2)
         return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, 2)
 
-    def by_shard(x: jax.Array, axes: int) -> jax.Array:
-        """[B, ..., last axes] -> [shards, rows, last axes]"""
-        return x.reshape(shards, -1, *x.shape[x.ndim - axes :])
+    def product(one: jax.Array, other: jax.Array, contracted: Any, batch: Any = ((), ())) -> jax.Array:
+        return jax.lax.dot_general(one, other, (contracted, batch), preferred_element_type=jnp.float32)
 
     def one(d: tuple, number: jax.Array) -> tuple[tuple, None]:
-        d_hidden, d_kernel_SPVD, d_bias_SPV, total = d
-        logits, some = chunks.logits(hidden, number)
-        d_logits = d_logits_of(logits)
-        d_bias = by_shard(d_logits, 2).sum(1)
-        total = total + d_logits.sum((-2, -1))
-        d_logits = (d_logits * chunks.scale).astype(hidden.dtype)
-        d_hidden = d_hidden + jnp.einsum("...pv,pvd->...d", d_logits, some, preferred_element_type=jnp.float32)
-        given = by_shard(d_logits, 2), by_shard(hidden, 1)
-        d_kernel = jnp.einsum("sxpv,sxd->spvd", *given, preferred_element_type=jnp.float32)
-        return (d_hidden, add(d_kernel_SPVD, d_kernel, number), add(d_bias_SPV, d_bias, number), total), None
+        d_hidden_DSX, d_kernel_SPVD, d_bias_SPV, total_SX = d
+        rows, bias = chunks.rows(number)
+        rows = rows.astype(hidden.dtype)
+        logits = product(rows, hidden_SXD, ((2,), (2,))) * chunks.scale + bias[..., None, None]
+        by_question = logits.reshape(*bias.shape, S, len(hidden) // S, *hidden.shape[1:-1])
+        d_logits_PVSX = d_logits_of(by_question).reshape(logits.shape)
+        d_bias = d_logits_PVSX.sum(-1).transpose(2, 0, 1)
+        total_SX = total_SX + d_logits_PVSX.sum((0, 1))
+        d_logits_PVSX = (d_logits_PVSX * chunks.scale).astype(hidden.dtype)
+        d_hidden_DSX = d_hidden_DSX + product(rows, d_logits_PVSX, ((0, 1), (0, 1)))
+        d_kernel = product(d_logits_PVSX, hidden_SXD, ((3,), (1,)), ((2,), (0,)))
+        return (d_hidden_DSX, add(d_kernel_SPVD, d_kernel, number), add(d_bias_SPV, d_bias, number), total_SX), None
 
-    local = [(shards, *x.shape) for x in (chunks.kernel_PVD, chunks.bias_PV)]
-    zeros = tuple(jnp.zeros(shape) for shape in (hidden.shape, *local, hidden.shape[:-1]))
-    d_hidden, d_kernel_SPVD, d_bias_SPV, total = jax.lax.scan(one, zeros, jnp.arange(chunks.steps))[0]
-    return d_hidden.astype(hidden.dtype), d_kernel_SPVD.sum(0), d_bias_SPV.sum(0), total
+    shapes = ((D, S, X), (S, *chunks.kernel_PVD.shape), (S, *chunks.bias_PV.shape), (S, X))
+    found = jax.lax.scan(one, tuple(jnp.zeros(shape) for shape in shapes), jnp.arange(chunks.steps))[0]
+    d_hidden_DSX, d_kernel_SPVD, d_bias_SPV, total_SX = found
+    d_hidden = d_hidden_DSX.transpose(1, 2, 0).reshape(hidden.shape).astype(hidden.dtype)
+    return d_hidden, d_kernel_SPVD.sum(0), d_bias_SPV.sum(0), total_SX.reshape(hidden.shape[:-1])
 
 
 def _norm_backward(scale: float, chunk: int, parts: int, shards: int, saved: tuple, d_norm: jax.Array) -> tuple:
     hidden, kernel_VD, bias_V, norm = saved
     chunks = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts)
-    d_hidden, d_kernel, d_bias, _ = _gradients(
-        chunks, hidden, shards, lambda logits: jnp.exp(logits - norm[..., None, None]) * d_norm[..., None, None]
-    )
+    norm, d_norm = (_by_shard(x, shards) for x in (norm, d_norm))
+    d_hidden, d_kernel, d_bias, _ = _gradients(chunks, hidden, shards, lambda logits: jnp.exp(logits - norm) * d_norm)
     return d_hidden, d_kernel.reshape(kernel_VD.shape).astype(kernel_VD.dtype), d_bias.reshape(bias_V.shape)
 
 
@@ -201,7 +216,7 @@ def _marginal_forward(
     chunks, add_BKT = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts), prior[..., None] - norm
 
     def one(total_BT: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-        marginal = logsumexp(chunks.logits(hidden, number)[0] + add_BKT[..., None, None], axis=1)
+        marginal = logsumexp(chunks.logits(hidden, number) + add_BKT[..., None, None], axis=1)
         return total_BT + jnp.where(jnp.isneginf(marginal), 0.0, marginal).sum((-2, -1)), None
 
     total_BT = jax.lax.scan(one, jnp.zeros((len(norm), norm.shape[2])), jnp.arange(chunks.steps))[0]
@@ -211,10 +226,11 @@ def _marginal_forward(
 def _marginal_backward(scale: float, chunk: int, parts: int, shards: int, saved: tuple, d_total_BT: jax.Array) -> tuple:
     hidden, kernel_VD, bias_V, norm, prior = saved
     chunks, add_BKT = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts), prior[..., None] - norm
+    add, d_total = (_by_shard(x, shards) for x in (add_BKT, d_total_BT[:, None]))
 
-    def d_logits_of(logits: jax.Array) -> jax.Array:
-        share = jax.nn.softmax(logits + add_BKT[..., None, None], axis=1)  # of each document in a token's probability
-        return jnp.where(jnp.isneginf(logits), 0.0, share) * d_total_BT[:, None, :, None, None]
+    def d_logits_of(logits_PVSBKT: jax.Array) -> jax.Array:
+        share = jax.nn.softmax(logits_PVSBKT + add, axis=-2)  # of each document in a token's probability
+        return jnp.where(jnp.isneginf(logits_PVSBKT), 0.0, share) * d_total
 
     d_hidden, d_kernel, d_bias, d_add_BKT = _gradients(chunks, hidden, shards, d_logits_of)
     d_kernel = d_kernel.reshape(kernel_VD.shape).astype(kernel_VD.dtype)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from rag_jax import sharding
-from rag_jax.models.layers import Dropout, gelu, kept
+from rag_jax.models.layers import Drop, Dropout, gelu, kept
 
 
 def mask(seed, rate=0.5, shape=(256, 4096)):
-    return np.asarray(kept(jax.random.key(seed), rate, shape))
+    return np.asarray(kept(Drop.drawn(jax.random.key(seed), rate), shape))
 
 
 def together(a, b):
@@ -39,7 +39,7 @@ def test_neighbours_and_distant_places_are_independent():
 
 def test_keys_are_independent():
     masks = [mask(seed) for seed in range(12)]
-    splits = [np.asarray(kept(key, 0.5, (256, 4096))) for key in jax.random.split(jax.random.key(0), 4)]
+    splits = [np.asarray(kept(Drop.drawn(key, 0.5), (256, 4096))) for key in jax.random.split(jax.random.key(0), 4)]
     every = [*masks, *splits]
     for i, a in enumerate(every):
         for b in every[:i]:
@@ -50,7 +50,7 @@ def test_keys_are_independent():
 def test_eight_devices_draw_what_one_draws():
     mesh = sharding.make_mesh({"data": 4, "tensor": 2})
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "tensor"))
-    cut = jax.jit(lambda key: kept(key, 0.3, (64, 128)), out_shardings=place)(jax.random.key(5))
+    cut = jax.jit(lambda key: kept(Drop.drawn(key, 0.3), (64, 128)), out_shardings=place)(jax.random.key(5))
     np.testing.assert_array_equal(cut, mask(5, 0.3, (64, 128)))
 
 

@@ -203,23 +203,34 @@ def test_attention_is_that_of_loops():
                 np.testing.assert_allclose(found[b, h, t], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_gradient_of_attention_is_the_derived_one():
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_gradient_of_attention_is_the_derived_one(rate):
     rng = np.random.default_rng(0)
     query, key, value, weight = (rng.normal(size=(2, 2, n, 4)).astype(np.float32) for n in (3, 5, 5, 3))
     mask = rng.random((2, 1, 3, 5)) < 0.6
     mask[..., 0] = True
+    drop = layers.Drop.drawn(jax.random.key(3), rate) if rate else None
 
-    def gradients(cut=5, **dropout):  # with dropout the gradient is derived by jax
-        def loss(query, key, value):
-            turned = key.swapaxes(2, 3)
-            sources = [(turned[..., :cut], value[:, :, :cut]), (turned[..., cut:], value[:, :, cut:])]
-            return (layers.attention(query, sources, mask, **dropout) * weight).sum()
+    def gradients(attend):
+        return jax.grad(lambda *given: (attend(*given) * weight).sum(), (0, 1, 2))(query, key, value)
 
-        return jax.grad(loss, (0, 1, 2))(query, key, value)
+    def attention(cut, query, key, value):
+        turned = key.swapaxes(2, 3)
+        sources = [(turned[..., :cut], value[:, :, :cut]), (turned[..., cut:], value[:, :, cut:])]
+        return layers.attention(query, sources, mask, drop)
 
-    own, two, derived = jax.jit(lambda: (gradients(), gradients(2), gradients(dropout=lambda w: w)))()
+    def plain(query, key, value):
+        scores = jnp.where(mask, jnp.einsum("bhtc,bhlc->bhtl", query, key) / 2, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1)
+        if drop:
+            weights = weights * layers.kept(drop, weights.shape) / (1 - rate)
+        return jnp.einsum("bhtl,bhlc->bhtc", weights, value)
+
+    own, two, derived = jax.jit(lambda: [gradients(f) for f in (partial(attention, 5), partial(attention, 2), plain)])()
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), own, derived)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), own, two)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), two, derived)
+    value_own, value_plain = (f(query, key, value) for f in (partial(attention, 2), plain))
+    np.testing.assert_allclose(value_own, value_plain, rtol=1e-5, atol=1e-6)
 
 
 def test_layer_norm_is_that_of_numpy():

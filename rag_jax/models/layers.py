@@ -126,7 +126,7 @@ def attention(
     query_BHTC: jax.Array,
     sources: Sequence[Source],
     mask_B1TL: jax.Array,
-    dropout: Callable[[jax.Array], jax.Array] | None = None,
+    dropout: "Drop | None" = None,
     bias_BHTL: jax.Array | None = None,
     scale: float | None = None,
 ) -> jax.Array:
@@ -135,8 +135,8 @@ def attention(
 
     The sources are looked at as if they were one, L the sum of theirs, without being joined in memory. H / G
     neighbouring heads share keys and values (Ainslie et al. 2023). The bias (its B may be 1) is added to the scores,
-    which are multiplied by `scale`, C ** -0.5 by default. A row whose mask is all False gives the mean of the values,
-    never NaN.
+    which are multiplied by `scale`, C ** -0.5 by default; `dropout` is applied to the weights. A row whose mask is all
+    False gives the mean of the values, never NaN.
     """
     if dropout is None and has_fused(query_BHTC, sources):
         return fused_attention(query_BHTC, *sources[0], mask_B1TL, bias_BHTL, scale, "cudnn")
@@ -145,10 +145,8 @@ def attention(
     copies = query_BHTC.shape[1] // keys[0].shape[1]
     if copies > 1:
         keys, values = ([jnp.repeat(x, copies, axis=1) for x in side] for side in (keys, values))
-    if dropout is None:
-        return _attend(query_BHTC, keys, values, mask_B1TL, bias_BHTL)
-    weights_BHTL = dropout(_weights(query_BHTC, keys, mask_B1TL, bias_BHTL)).astype(values[0].dtype)
-    return _mix("bhtl,bhlc->bhtc", _parts(weights_BHTL, values), values)
+    words, rate = dropout or (None, 0.0)
+    return _attend(query_BHTC, keys, values, mask_B1TL, bias_BHTL, words, rate)
 
 
 def has_fused(query_BHTC: jax.Array, sources: Sequence[Source]) -> bool:
@@ -204,33 +202,40 @@ def _weights(
     return jax.nn.softmax(jnp.where(mask_B1TL, scores_BHTL, jnp.finfo(jnp.float32).min), axis=-1)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(
     query_BHTC: jax.Array,
     keys: list[jax.Array],
     values: list[jax.Array],
     mask_B1TL: jax.Array,
     bias_BHTL: jax.Array | None,
+    words: jax.Array | None,
+    rate: float,
 ) -> jax.Array:
-    """Attention without dropout. Its own gradient passes over the [B, H, T, L] scores half as often as the derived
-    one.
-    """
-    return _attend_forward(query_BHTC, keys, values, mask_B1TL, bias_BHTL)[0]
+    """Attention whose own gradient passes over the [B, H, T, L] scores half as often as the derived one."""
+    return _attend_forward(query_BHTC, keys, values, mask_B1TL, bias_BHTL, words, rate)[0]
 
 
 def _attend_forward(
-    query: jax.Array, keys: list[jax.Array], values: list[jax.Array], mask: jax.Array, bias: jax.Array | None
+    query: jax.Array,
+    keys: list[jax.Array],
+    values: list[jax.Array],
+    mask: jax.Array,
+    bias: jax.Array | None,
+    words: jax.Array | None,
+    rate: float,
 ) -> tuple[jax.Array, tuple]:
     weights = _weights(query, keys, mask, bias).astype(values[0].dtype)
-    out = _mix("bhtl,bhlc->bhtc", _parts(weights, values), values)
-    return out, (query, keys, values, mask, bias, weights, out)
+    out = _mix("bhtl,bhlc->bhtc", _parts(_dropped(weights, words, rate), values), values)
+    return out, (query, keys, values, mask, bias, words, weights, out)
 
 
-def _attend_backward(saved: tuple, d_out: jax.Array) -> tuple:
-    query, keys, values, mask, bias, weights, out = saved
-    d_values = [jnp.einsum("bhtl,bhtc->bhlc", part, d_out) for part in _parts(weights, values)]
-    d_weights = _products("bhtc,bhlc->bhtl", d_out, values)
-    # the softmax's gradient needs sum_l w_l dw_l, which is out . d_out
+def _attend_backward(rate: float, saved: tuple, d_out: jax.Array) -> tuple:
+    query, keys, values, mask, bias, words, weights, out = saved
+    dropped = _dropped(weights, words, rate)
+    d_values = [jnp.einsum("bhtl,bhtc->bhlc", part, d_out) for part in _parts(dropped, values)]
+    d_weights = _dropped(_products("bhtc,bhlc->bhtl", d_out, values), words, rate)
+    # the softmax's gradient needs sum_l w_l dw_l, which is out . d_out, with dropout too
     inner = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1, keepdims=True)
     d_scores = weights * (d_weights - inner)
     # where all is masked the weights are even, but no score was used
@@ -241,7 +246,7 @@ def _attend_backward(saved: tuple, d_out: jax.Array) -> tuple:
         d_bias = d_bias.sum(0, keepdims=True) if len(bias) == 1 else d_bias
     parts = _parts(d_scores, values)
     d_keys = [jnp.einsum("bhtl,bhtc->bhcl", part, query) for part in parts]
-    return _mix("bhtl,bhcl->bhtc", parts, keys), d_keys, d_values, None, d_bias
+    return _mix("bhtl,bhcl->bhtc", parts, keys), d_keys, d_values, None, d_bias, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -266,16 +271,32 @@ def rotate(x_BHTC: jax.Array, position_BT: jax.Array, frequency_C2: jax.Array) -
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHTC.dtype)
 
 
-def kept(key: jax.Array, rate: float, shape: Sequence[int]) -> jax.Array:
-    """bool [shape]: each True with probability 1 - rate (to 2^-32), by its place in the array and the key alone.
+class Drop(NamedTuple):
+    """A dropout of its own: two random words, uint32 [2], and the rate; see `kept`."""
 
-    Two rounds of an integer hash (Wellons' lowbias32) of the place, each after a random word of the key: four products
+    words: jax.Array
+    rate: float
+
+    @classmethod
+    def drawn(cls, key: jax.Array, rate: float) -> "Drop":
+        return cls(jax.random.bits(key, (2,), jnp.uint32), rate)
+
+
+def _dropped(x: jax.Array, words: jax.Array | None, rate: float) -> jax.Array:
+    """x / (1 - rate) where `kept`, else 0; x itself where there are no words."""
+    return x if words is None else jnp.where(kept(Drop(words, rate), x.shape), x / (1 - rate), 0)
+
+
+def kept(drop: Drop, shape: Sequence[int]) -> jax.Array:
+    """bool [shape]: each True with probability 1 - rate (to 2^-32), by its place in the array and the words alone.
+
+    Two rounds of an integer hash (Wellons' lowbias32) of the place, each after a random word: four products
     a number, which a compiler computes where the mask is used. jax.random's cipher takes 20 rounds and a pass through
     memory, a tenth of a small step on a CPU; a mask needs no such strength. Arrays of more than 2^32 repeat.
     """
-    before, between = jax.random.bits(key, (2,), jnp.uint32)
+    before, between = drop.words
     bits = _hash(_hash(places.numbers(shape) ^ before) + between)
-    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return bits >= np.uint32(min(round(drop.rate * 2**32), 2**32 - 1))
 
 
 def _hash(x: jax.Array) -> jax.Array:
@@ -293,7 +314,7 @@ class Dropout(nn.Module):
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         if deterministic or self.rate == 0.0:
             return x
-        return jnp.where(kept(self.make_rng("dropout"), self.rate, x.shape), x / (1 - self.rate), 0)
+        return _dropped(x, *Drop.drawn(self.make_rng("dropout"), self.rate))
 
 
 class Dense(nn.Module):
@@ -400,7 +421,6 @@ class Attention(nn.Module):
 
         self.query, self.key, self.value = inner(self.heads), inner(groups), inner(groups)
         self.out = Dense(self.width, ("heads", "embed"), self.init, self.dtype, self.use_out_bias)
-        self.drop = Dropout(self.dropout)
 
     def split(self, x_BLX: jax.Array) -> jax.Array:
         """[B, L, heads * C] -> [B, heads, L, C]"""
@@ -423,7 +443,7 @@ class Attention(nn.Module):
         bias_BHTL: jax.Array | None = None,
         turn: Callable[[jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
-        drop = None if deterministic or self.dropout == 0.0 else lambda w: self.drop(w, deterministic=False)
+        drop = None if deterministic or not self.dropout else Drop.drawn(self.make_rng("dropout"), self.dropout)
         query = self.split(self.query(x_BTD))
         query = query if turn is None else turn(query)
         out_BHTC = attention(query, sources, mask_B1TL, drop, bias_BHTL, self.scale)
