@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rag_jax import logs
 from rag_jax.errors import InputError
 
 HEARTBEAT_SECONDS = 30  # after so long without a word, a process counts as dead, and the others stop
@@ -95,12 +96,15 @@ def everywhere(true: bool) -> bool:
 
 @contextlib.contextmanager
 def together(args: argparse.Namespace, checkpoints: Path | None = None, preemption: bool = False) -> Iterator[None]:
-    """`initialize`; an error inside ends the process at once if it is one of several, and says why.
+    """`initialize`; only the first process shows progress; an error inside ends the process at once if it is one of
+    several, and says why.
 
     Python's own end would wait for the others, who may wait for this one. checkpoints: from which the command goes on,
     for the message.
     """
     initialize(args, preemption=preemption)
+    if not first():
+        logs.silence()
     try:
         with _standard_output_apart(), _last_words(checkpoints):
             yield

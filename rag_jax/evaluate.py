@@ -215,8 +215,6 @@ def listed(text: str) -> tuple[str, ...]:
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     configured = partial(answer.from_arguments, args)
     with distributed.together(args):
-        if not distributed.first():
-            logs.silence()
         search = answer.search_from_argument(args.search)
         out = args.out or args.run
         questions = Path(*formats.named([args.questions], args.format)) if args.questions else None

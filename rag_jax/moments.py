@@ -31,14 +31,7 @@ class State(NamedTuple):
 def dice(shape: tuple[int, ...], step: jax.Array, salt: int) -> jax.Array:
     """uint32 of even bits for each place of an array, at each step others."""
     h = step.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(salt)
-    return _mixed(places.numbers(shape) ^ _mixed(h))
-
-
-def _mixed(h: jax.Array) -> jax.Array:
-    """The hash lowbias32 (Wellons 2018)."""
-    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
-    h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
-    return h ^ (h >> 16)
+    return places.mixed(places.numbers(shape) ^ places.mixed(h))
 
 
 def to_bfloat16(x: jax.Array, rolled: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The number of each place of an array, for what is a hash of it: the same on every mesh, each device makes its own."""
+"""The number of each place of an array, and a hash of it: the same on every mesh, each device makes its own."""
 
 from collections.abc import Sequence
 
@@ -13,3 +13,10 @@ def numbers(shape: Sequence[int]) -> jax.Array:
     for axis, size in enumerate(shape):
         place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     return place
+
+
+def mixed(x: jax.Array) -> jax.Array:
+    """A permutation of the 32-bit numbers in which every bit of the result depends on all bits (Wellons' lowbias32)."""
+    x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
+    x = (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
+    return x ^ (x >> 15)

@@ -327,8 +327,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     with distributed.together(args, args.run / "checkpoints", preemption=True):
-        if not distributed.first():
-            logs.silence()
         found = train(configured(args), args.run)
         return found if distributed.first() else None
 

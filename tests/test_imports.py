@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_jax"
 LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors", "places"],
-    ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "moments", "schedule", "distributed"],
-    ["checksums", "preemption", "counting", "hardware", "hlo", "heap"],
+    ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "moments", "schedule"],
+    ["checksums", "distributed", "preemption", "counting", "hardware", "hlo", "heap"],
     ["decoding", "checkpoint", "optimizer", "plots", "tensors"],
     ["models"],
     ["data"],

@@ -290,20 +290,13 @@ def _dropped(x: jax.Array, words: jax.Array | None, rate: float) -> jax.Array:
 def kept(drop: Drop, shape: Sequence[int]) -> jax.Array:
     """bool [shape]: each True with probability 1 - rate (to 2^-32), by its place in the array and the words alone.
 
-    Two rounds of an integer hash (Wellons' lowbias32) of the place, each after a random word: four products
-    a number, which a compiler computes where the mask is used. jax.random's cipher takes 20 rounds and a pass through
-    memory, a tenth of a small step on a CPU; a mask needs no such strength. Arrays of more than 2^32 repeat.
+    Two rounds of an integer hash of the place (`places.mixed`), each after a random word: four products a number, which
+    a compiler computes where the mask is used. jax.random's cipher takes 20 rounds and a pass through memory, a tenth
+    of a small step on a CPU; a mask needs no such strength. Arrays of more than 2^32 repeat.
     """
     before, between = drop.words
-    bits = _hash(_hash(places.numbers(shape) ^ before) + between)
+    bits = places.mixed(places.mixed(places.numbers(shape) ^ before) + between)
     return bits >= np.uint32(min(round(drop.rate * 2**32), 2**32 - 1))
-
-
-def _hash(x: jax.Array) -> jax.Array:
-    """A permutation of the 32-bit numbers in which every bit of the result depends on all bits."""
-    x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
-    x = (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
-    return x ^ (x >> 15)
 
 
 class Dropout(nn.Module):
