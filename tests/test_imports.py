@@ -61,6 +61,7 @@ ONLY = {
     "models": ["models", "places", "sharding"],
     "moments": ["places"],
     "checksums": ["places"],
+    "distributed": ["logs"],
     "data": ["data", "sharding", "logs", "files"],
     "retrieval": RETRIEVAL,
     "retrieval.encode": [*RETRIEVAL, "models.bert"],
