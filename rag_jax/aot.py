@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rag_jax import config, counting, hardware, hlo, logs, programs, sharding
+from rag_jax import config, counting, depth, hardware, hlo, logs, programs, sharding
 from rag_jax.config import TrainConfig
 from rag_jax.errors import InputError
 from rag_jax.hardware import GIB, Topology
@@ -56,6 +56,7 @@ class Report:
     passages: int = 0
     largest: list[hlo.Largest] = field(default_factory=list)
     busiest: list[hlo.Collective] = field(default_factory=list)
+    layers: int = 0  # of each stack that the compiler saw, and one more; 0: all
     said: str = ""
 
     @property
@@ -74,7 +75,7 @@ class Report:
             "program": self.name, "compiled": self.compiled, "memory_bytes": self.memory, "total_bytes": self.total,
             "limit_bytes": self.limit, "fits": self.fits, "flops_per_chip": self.flops,
             "traffic_bytes": self.traffic, "collectives": self.collectives, "roofline_seconds": self.seconds,
-            "step_seconds": step, "compile_seconds": self.compile_seconds,
+            "step_seconds": step, "compile_seconds": self.compile_seconds, "layers_compiled": self.layers or None,
             **{f"{name}_per_second": n / step for name, n in rates.items() if step and n},
             "largest": [x._asdict() for x in self.largest], "busiest": [x._asdict() for x in self.busiest],
             **({"said": self.said} if self.said else {}),
@@ -230,6 +231,40 @@ def too_large(report: Report, message: str) -> Report:
     return report
 
 
+def few_layers(cfg: TrainConfig, program: Program, where: Topology, mesh: Mesh, args: argparse.Namespace) -> Report:
+    """`compiled`, where the compiler sees args.layers layers of each stack and once more one more of each; what it
+    says of those is drawn on in a straight line. The work is counted from all layers.
+    """
+    report, found, times = counted(program, where, mesh), [], []
+    for shallow, n in depth.shallow(cfg, program.name, args.layers):
+        made = every(shallow, mesh, args, [program.name])[program.name]
+        found.append(compiled(made, where, mesh, args.effort, None))
+        times.append(n)
+        if found[-1].said:
+            return dataclasses.replace(found[-1], name=program.name, flops=report.flops, layers=args.layers)
+    memory, traffic, collectives = (
+        depth.line([getattr(one, name) for one in found], times) for name in ("memory", "traffic", "collectives")
+    )
+    return dataclasses.replace(
+        report,
+        compiled=True,
+        memory=memory,
+        total=sum(memory.values()),
+        traffic=traffic,
+        collectives=collectives,
+        compile_seconds=sum(one.compile_seconds or 0.0 for one in found),
+        largest=found[-1].largest,
+        busiest=found[-1].busiest,
+        layers=args.layers,
+    )
+
+
+def every(cfg: TrainConfig, mesh: Mesh, args: argparse.Namespace, names: list[str]) -> dict[str, Program]:
+    """The programs of a configuration by their names."""
+    rag, size = programs.sizes(cfg, args.passages, args.encoder_length, args.generator_length)
+    return programs.every(cfg, rag, size, mesh, names, args.batch, args.k)
+
+
 def roofline(report: Report, where: Topology) -> None:
     """Seconds of products, of memory traffic and of links, where the chip's rates are known."""
     chip = where.chip
@@ -251,6 +286,7 @@ def table(cfg: TrainConfig, where: Topology, mesh: Mesh, reports: list[Report], 
         lines[0] += f", of which a chip has {where.chip.devices}"
     for r in reports:
         how = f"compiled in {r.compile_seconds:,.0f} s" if r.compiled else "counted from shapes"
+        how += f" with {r.layers} and {r.layers + 1} layers, the others in a straight line" if r.layers else ""
         lines += ["", f"{r.name} ({how})"]
         lines += [f"  {name:<28}{size / GIB:>10.3f} GiB" for name, size in r.memory.items() if size]
         lines.append(f"  {'total':<28}{r.total / GIB:>10.3f} GiB")
@@ -311,6 +347,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--effort", type=float, default=0.0, metavar="-1..1",
         help="of the compiler: -1 compiles some three times as fast, and uses more memory than training will",
     )  # fmt: skip
+    parser.add_argument(
+        "--layers", type=int, default=0, metavar="N",
+        help="compile N layers of each stack and N + 1, and draw the line on to all: minutes where all take hours",
+    )  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="count from shapes, in seconds")
     parser.epilog = (
         "Needs no accelerator; libtpu (pip install libtpu) compiles for TPUs.\n"
@@ -325,6 +365,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("batch", "k", "encoder_length", "generator_length"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if args.layers < 0 or (args.layers and args.hlo):
+        raise InputError(f"--layers {args.layers}: at least 1, and not with --hlo, which writes the whole program")
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")  # what is here is not asked
     jax.config.update("jax_enable_compilation_cache", False)
@@ -332,15 +374,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not compiles:
         logs.info(NO_GPU if where.kind == "gpu" else NO_LIBTPU)
     compiles &= not args.no_compile
-    rag, size = programs.sizes(cfg, args.passages, args.encoder_length, args.generator_length)
-    found = programs.every(cfg, rag, size, mesh, args.stage, args.batch, args.k)
+    found = every(cfg, mesh, args, args.stage)
     if args.hlo:
         args.hlo.mkdir(parents=True, exist_ok=True)
     reports = []
     for name, program in found.items():
         logs.info(f"{name}: {'compiling' if compiles else 'counting'}")
         text = args.hlo and args.hlo / f"{name}.txt"
-        report = compiled(program, where, mesh, args.effort, text) if compiles else counted(program, where, mesh)
+        if not compiles:
+            report = counted(program, where, mesh)
+        elif args.layers:
+            report = few_layers(cfg, program, where, mesh, args)
+        else:
+            report = compiled(program, where, mesh, args.effort, text)
         roofline(report, where)
         reports.append(report)
     notes = [] if compiles else ["", ESTIMATED]
@@ -348,6 +394,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "text": "\n".join([table(cfg, where, mesh, reports, args.effort), *notes]),
         "topology": where.text, "chips": where.chips, "devices": where.devices, "mesh": dict(mesh.shape),
         "chip": where.chip and where.chip.name, "jax": jax.__version__, "effort": args.effort,
-        "passages": size.passages, "fits": all(r.fits for r in reports) if where.chip else None,
+        "passages": programs.sizes(cfg, args.passages, 1, 1)[1].passages,
+        "fits": all(r.fits for r in reports) if where.chip else None,
         "programs": [r.as_dict() for r in reports],
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """`rag-jax compile`: what it counts, against sums by hand, and programs compiled for fake devices and for TPUs."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from rag_jax import __main__ as cli
-from rag_jax import aot, config, hardware, preparing, programs, refresh, session, sharding, steps
+from rag_jax import aot, config, depth, hardware, preparing, programs, refresh, session, sharding, steps
 from rag_jax import run as runs
 from rag_jax.config import SearchConfig, StageConfig, TrainConfig
 from rag_jax.errors import InputError
@@ -165,6 +166,45 @@ def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     mesh, compiles = aot.mesh_of(tiny_config(), hardware.topology("v5e:16x16"))
     assert mesh.size == 256 and not compiles
+
+
+@pytest.mark.slow
+def test_few_layers_tell_of_many() -> None:
+    """Five, four and three layers, from the compiled programs of two and three, beside the whole program compiled."""
+    bert, bart = dataclasses.replace(MODEL.encoder, layers=3), MODEL.generator
+    bart = dataclasses.replace(bart, encoder_layers=5, decoder_layers=4)
+    cfg = tiny_config(model=dataclasses.replace(MODEL, encoder=bert, generator=bart))
+    place = hardware.topology("cpu:8")
+    mesh, _ = aot.mesh_of(cfg, place)
+    args = argparse.Namespace(passages=100, encoder_length=16, generator_length=12, batch=64, k=5, effort=0.0, layers=2)
+    program = aot.every(cfg, mesh, args, ["joint"])["joint"]
+    line, whole = aot.few_layers(cfg, program, place, mesh, args), aot.compiled(program, place, mesh, 0.0, None)
+    assert line.flops == whole.flops and line.layers == 2 and line.name == "joint"
+    for name in ("parameters", "optimiser", "index", "token table"):
+        assert line.memory[name] == whole.memory[name]
+    assert line.total == pytest.approx(whole.total, rel=0.05)
+    assert line.traffic == pytest.approx(whole.traffic, rel=0.12)  # layers are fused with their neighbours
+    assert line.collectives.keys() == whole.collectives.keys()
+    for kind, row in whole.collectives.items():
+        assert line.collectives[kind]["sent"] == pytest.approx(row["sent"], rel=0.05), kind
+
+
+def test_which_layers_a_program_has() -> None:
+    cfg = tiny_config()
+    model = dataclasses.replace(MODEL, encoder=dataclasses.replace(MODEL.encoder, layers=12))
+    cfg = dataclasses.replace(cfg, model=model)
+    assert depth.depths(cfg, "search") == {} and depth.depths(cfg, "encode") == {("encoder", "layers"): 12}
+    assert len(depth.depths(cfg, "joint")) == 3
+    base, more = depth.shallow(cfg, "joint", 2)  # the generator has one layer of each kind
+    assert (base[0].model.encoder.layers, more[0].model.encoder.layers) == (2, 3) and (base[1], more[1]) == (0, 10)
+    assert base[0].model.generator == cfg.model.generator
+
+
+def test_the_line() -> None:
+    values = [{"a": 1.0, "b": {"x": 1.0}}, {"a": 3.0, "b": {"x": 1.0}, "c": 1.0}, {"a": 1.5, "b": {"x": 2.0, "y": 1.0}}]
+    with_all = {"a": 1.0 + 4 * 2.0 + 2 * 0.5, "b": {"x": 3.0, "y": 2.0}}
+    assert depth.line([{k: v for k, v in value.items() if k != "c"} for value in values], [0, 4, 2]) == with_all
+    assert depth.line([None, 1.0], [0, 3]) is None and depth.line([2.0, 3.0], [0, 3]) == 5.0
 
 
 def test_what_libtpu_says_of_a_program_that_is_too_large() -> None:

@@ -25,7 +25,7 @@ LEVELS = [
     ["rag"],
     ["refresh"],
     ["config", "report"],
-    ["steps", "hosted"],
+    ["steps", "hosted", "depth"],
     ["upkeep"],
     ["run"],
     ["programs"],
