@@ -4,8 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 _SIZE, _DPI = (6.4, 4.2), 110
+_PLACE = (0.1, 0.2, 0.87, 0.72)  # left, bottom, width, height
 _COLORS = ("#1f6fb4", "#d1495b", "#2a9d6f", "#8d6cab")
+_POINTS: dict[str, Any] = {"marker": "o", "capsize": 3, "linewidth": 1.6}
 _FOUND = {"gold": "a gold passage", "answer": "a passage with the answer"}
 _FIGURES = {
     "exact_match": "exact match", "accuracy": "label accuracy", "f1": "F1", "rouge_l": "ROUGE-L", "bleu": "BLEU",
@@ -79,40 +83,40 @@ def draw(report: Mapping[str, Any], out: Path) -> list[Picture]:
 def _write(path: Path, title: str, fill: Callable[[Any], None]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=_SIZE, dpi=_DPI)
+    axes = figure.add_axes(_PLACE)  # a layout engine would draw everything twice
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.grid(color="0.87", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     fill(axes)
+    if axes.get_legend_handles_labels()[1]:
+        figure.legend(loc="lower center", ncols=3, frameon=False, fontsize=10)
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png")
     temporary.replace(path)
 
 
 def _recall(axes: Any, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    for color, (name, curve) in zip(_COLORS, curves.items(), strict=False):
-        marker = "o" if len(curve["k"]) < 2 else None
-        axes.plot(curve["k"], curve["value"], color=color, label=_FOUND[name], linewidth=1.8, marker=marker)
+    for color, dashes, (name, curve) in zip(_COLORS, ("-", "--"), curves.items(), strict=False):  # they may coincide
+        how = {"color": color, "linestyle": dashes, "linewidth": 1.8, "marker": "o" if len(curve["k"]) < 2 else None}
+        axes.plot(curve["k"], curve["value"], label=_FOUND[name], **how)
         axes.fill_between(curve["k"], curve["low"], curve["high"], color=color, alpha=0.18, linewidth=0)
     _count_axis(axes, "passages retrieved, k", [k for curve in curves.values() for k in curve["k"]])
-    _share_axis(axes, "share of questions with")
-    axes.legend(loc="lower right", frameon=False)
+    least = min(low for curve in curves.values() for low in curve["low"])
+    _share_axis(axes, "share of questions with", max(0.0, np.floor(10 * least - 0.5) / 10))
 
 
 def _by_docs(axes: Any, points: Sequence[Mapping[str, float]]) -> None:
     names = [name for name in _FIGURES if name in points[0]]
     n_docs = [point["n_docs"] for point in points]
-    for color, name in zip(_COLORS, names, strict=False):
+    for place, (color, name) in enumerate(zip(_COLORS, names, strict=False)):
         values = [point[name] for point in points]
+        aside = [n * (1 + 0.02 * place) for n in n_docs]  # so that bars do not lie over each other
         bars = [[abs(point[name] - point[f"{name}_{side}"]) for point in points] for side in ("low", "high")]
-        axes.errorbar(
-            n_docs, values, yerr=bars, color=color, label=_FIGURES[name], marker="o", capsize=3, linewidth=1.8
-        )
+        axes.errorbar(aside, values, yerr=bars, color=color, label=_FIGURES[name], **_POINTS)
     _count_axis(axes, "documents read per question", n_docs, ticks=n_docs)
     axes.set_ylabel("score")
-    axes.legend(loc="best", frameon=False)
 
 
 def _reliability(axes: Any, found: Mapping[str, Mapping[str, Any]], x: str, y: str) -> None:
@@ -121,13 +125,10 @@ def _reliability(axes: Any, found: Mapping[str, Mapping[str, Any]], x: str, y: s
         bins = one["bins"]
         at, right = [b["confidence"] for b in bins], [b["right"] for b in bins]
         bars = [[abs(b["right"] - b[side]) for b in bins] for side in ("low", "high")]
-        axes.errorbar(
-            at, right, yerr=bars, color=color, label=_PROBABILITIES[name], marker="o", capsize=3, linewidth=1.5
-        )
+        axes.errorbar(at, right, yerr=bars, color=color, label=_PROBABILITIES[name], **_POINTS)
     axes.set_xlim(-0.03, 1.03)
     axes.set_xlabel(x)
     _share_axis(axes, y)
-    axes.legend(loc="best", frameon=False)
 
 
 def _risk(axes: Any, points: Sequence[Sequence[float]]) -> None:
@@ -153,8 +154,9 @@ def _count_axis(axes: Any, label: str, values: Sequence[float], ticks: Sequence[
     axes.set_xlabel(label)
 
 
-def _share_axis(axes: Any, label: str) -> None:
-    axes.set_ylim(-0.03, 1.03)
+def _share_axis(axes: Any, label: str, least: float = 0.0) -> None:
+    margin = 0.03 * (1 - least)
+    axes.set_ylim(least - margin, 1 + margin)
     axes.set_ylabel(label)
 
 

@@ -49,10 +49,10 @@ def write(out: Path, found: Evaluation, limit: int | None = None) -> None:
     write_lines(out / PREDICTIONS, found.rows)
     pictures = plots_evaluation.draw(found.report, out) + training(found.run, out)
     title, about = f"Evaluation of {found.run.resolve().name}", facts(found)
-    page = report_html.Page(title, report.results(found.report), about, pictures)
+    page = report_html.Page(title, report.results(found.report), [*about, ("Command", found.command)], pictures)
     report_html.write(out, page, found.rows, found.setting, lambda one: passage(found.corpus, one), limit)
-    shown = {"title": title, "about": about, "commands": [found.command], **found.report}
-    report.write(out, shown, examples(found), pictures)
+    shown = {name: value for name, value in found.report.items() if name != "seed"}  # that of sampling alone
+    report.write(out, shown | {"title": title, "about": about, "commands": [found.command]}, examples(found), pictures)
     write_json(out / REPORT, found.report)
 
 
@@ -98,7 +98,6 @@ def facts(found: Evaluation) -> list[tuple[str, str]]:
         ("Index", f"{made['index']} (step {made['index_step']:,}, search: {search})"),
         ("Answers", f"{made['n_docs'] or 'as many as trained with'} documents read, {made['n_retrieved']} retrieved"),
         ("Settings", ", ".join(settings)),
-        ("Command", found.command),
     ]
     return [(name, value) for name, value in facts if value]
 

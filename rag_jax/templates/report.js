@@ -162,7 +162,7 @@
     const steps = make("div", { class: "steps" }, make("a", { href: "#", class: "list-link" }, "All questions"),
       step("Previous", place - 1), step("Next", place + 1));
     const parts = [steps, text("h2", q.question), make("p", { class: "note" }, "id ", make("bdi", {}, q.id)), facts];
-    if (q.heat) parts.push(make("h3", {}, "Which passage each token came from: p(z | x, y≤t)"), heat(q));
+    if (q.heat) parts.push(make("h3", {}, "Which passage each token came from: p(z | x, y₁ … yₜ)"), heat(q));
     if (q.read.length) parts.push(make("h3", {}, "Passages read"));
     q.read.forEach((one, rank) => parts.push(passage(q, one, `${rank + 1}.`)));
     if (q.unread.length) parts.push(make("h3", {}, "Gold passages that were not read"));
@@ -284,6 +284,7 @@
     }
   }
 
+  at("summary").open = !narrow.matches; // a long way to the questions else
   overview();
   controls();
   select();
