@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 _SIZE, _DPI = (6.4, 4.2), 110
-_PLACE = (0.1, 0.2, 0.87, 0.72)  # left, bottom, width, height
+_PLACE = (0.12, 0.2, 0.85, 0.72)  # left, bottom, width, height
 _COLORS = ("#1f6fb4", "#d1495b", "#2a9d6f", "#8d6cab")
 _POINTS: dict[str, Any] = {"marker": "o", "capsize": 3, "linewidth": 1.6}
 _FOUND = {"gold": "a gold passage", "answer": "a passage with the answer"}

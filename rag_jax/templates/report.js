@@ -173,7 +173,8 @@
   function passage(q, [number, prior, posterior, gold, has], label) {
     const [id, title, body, left] = data.passages[number];
     const wanted = q.answers.concat(q.target ? [q.target] : []);
-    const head = make("h4", {}, label, highlighted("bdi", title, wanted, said(q)), make("bdi", { class: "id" }, id),
+    const name = title ? highlighted("bdi", title, wanted, said(q)) : null;
+    const head = make("h4", {}, label, name, make("bdi", { class: "id" }, id),
       gold ? make("span", { class: "badge right" }, "gold") : null,
       has ? make("span", { class: "badge" }, "has the answer") : null);
     const article = make("article", {}, head);
@@ -203,7 +204,6 @@
       const cells = q.heat.map((shares, t) => {
         const cell = make("td", { title: `${q.tokens[t].trim()}: ${shares[rank]}` }, shares[rank].toFixed(2));
         cell.style.setProperty("--p", shares[rank]);
-        if (shares[rank] > 0.6) cell.classList.add("deep");
         return cell;
       });
       const [id, title] = data.passages[number];
@@ -255,6 +255,7 @@
     const page = Math.floor(to / PAGE);
     if (page !== state.page) turn(page);
     location.hash = link(questions[place]);
+    show(place); // at once: the next key may come before the browser tells of the new hash
     at("items").querySelector(`[data-place="${place}"]`).scrollIntoView({ block: "nearest" });
   }
 
