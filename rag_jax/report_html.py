@@ -128,7 +128,7 @@ def question(row: Mapping[str, Any], setting: Setting, passages: _Passages) -> d
         "f1": None if f1 is None else round(f1, 4),
         "score": round(score, 4) if math.isfinite(score) else None,
         "unanswerable": bool(row["unanswerable"]),
-        "golden": len(gold),
+        "golden": len(gold) if row["retrieved"] else 0,  # nothing is found where nothing was looked for
         "rank": next((rank for rank, one in enumerate(row["retrieved"], start=1) if one in gold), 0),
         "found": len(row["retrieved"]),
         "read": read,

@@ -76,6 +76,8 @@ def _write(path: Path, text: str) -> None:
 def training(run: Path, out: Path) -> list[Picture]:
     """The training curves of a run, drawn into `out`; none where it has no log."""
     (out / report.CURVES_FILE).unlink(missing_ok=True)
+    if not (run / METRICS_FILE).is_file():
+        return []
     try:
         plots.training_curves(run / METRICS_FILE, out / report.CURVES_FILE)
     except InputError as error:

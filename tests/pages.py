@@ -23,8 +23,8 @@ SETTING = Setting()
 def row(number: int, **values: Any) -> dict[str, Any]:
     usual = {
         "id": f"q{number}", "question": f"Question {number}?", "prediction": "Velor", "score": -0.5,
-        "tokens": ["Vel", "or"], "answers": ["Velor"], "target": None, "label": None, "unanswerable": False,
-        "gold": ["p0"],
+        "tokens": ["Vel", "or"], "answers": ["Velor"], "target": None, "label": None, "relevance": None,
+        "unanswerable": False, "gold": ["p0"],
         "retrieved": ["p0", "p1"], "retrieved_has_answer": [True, False], "read": ["p0", "p1"],
         "prior": [0.75, 0.25], "posterior": [0.125, 0.875], "token_posterior": [[0.9, 0.1], [0.2, 0.8]],
     }  # fmt: skip

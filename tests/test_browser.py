@@ -101,7 +101,8 @@ def test_hostile_texts_are_harmless(browser, tmp_path, width, scheme):
     opened.check()
     assert opened.texts("#items a > span[dir]:nth-of-type(2)")[0] == pages.HOSTILE[0]
     for row in rows:
-        opened.page.keyboard.press("j") if row is not rows[0] or width < 800 else None
+        if opened.texts("#detail h2") == [] or row is not rows[0]:  # a wide window shows the first one by itself
+            opened.page.keyboard.press("j")
         opened.check()
         shown = row["question"].replace("\ud800", "\ufffd").replace("\udc00", "\ufffd")
         assert opened.texts("#detail h2") == [report_html.cut(shown)[0]]
@@ -117,7 +118,6 @@ def test_a_place_in_the_page_can_be_linked_to(browser, tmp_path):
     path = pages.written(tmp_path, rows)
     opened = Opened(browser, path)
     opened.page.click("text=Next >> nth=0")
-    opened.page.keyboard.press("End")
     assert opened.texts("#page") == ["page 2 of 3"]
     opened.page.click("#items li:nth-child(8) a")
     assert opened.texts("#detail h2") == ["Question 57?"]

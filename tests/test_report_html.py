@@ -57,6 +57,7 @@ def test_the_page_holds_what_the_rows_say(tmp_path):
         pages.row(2, answers=[], gold=[], unanswerable=True, prediction=""),
         pages.row(3, prediction=None, token_posterior=None, gold=["none"]),
         pages.row(4, answers=[], target="a long text", prediction="a text", score=-math.inf),
+        pages.row(5, retrieved=[], retrieved_has_answer=[], read=[], prior=[], posterior=[], token_posterior=None),
     ]  # fmt: skip
     found = data(pages.written(tmp_path, rows))
     assert found["title"] == "Evaluation of a run" and found["shown"] == ""
@@ -64,8 +65,9 @@ def test_the_page_holds_what_the_rows_say(tmp_path):
     assert [p[0] for p in found["passages"]] == ["p0", "p1"]  # once each
     assert found["passages"][0] == ["p0", "Velor", "The town of Velor lies by the sea.", 0]
     q = found["questions"]
-    assert [one["right"] for one in q] == [True, False, True, None, None]
-    assert [one["rank"] for one in q] == [1, 2, 0, 0, 1] and [one["golden"] for one in q] == [1, 2, 0, 1, 1]
+    assert [one["right"] for one in q] == [True, False, True, None, None, True]
+    assert [one["rank"] for one in q] == [1, 2, 0, 0, 1, 0]
+    assert [one["golden"] for one in q] == [1, 2, 0, 1, 1, 0]  # closed book looks for none
     assert q[0]["read"] == [[0, 0.75, 0.125, True, True], [1, 0.25, 0.875, False, False]]
     assert q[0]["tokens"] == ["Vel", "or"] and q[0]["heat"] == [[0.9, 0.1], [0.2, 0.8]]
     assert q[1]["heat"] is None and q[1]["unread"] == [1] and q[1]["f1"] == 0  # p9 is not in the corpus
