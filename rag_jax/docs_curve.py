@@ -51,9 +51,10 @@ def curve(
     found = []
     for n_docs, pairs in said.items():
         changed = [{**row, "prediction": text, "score": score} for row, (text, score) in zip(rows, pairs, strict=True)]
-        summary = metrics.summarize(changed, setting, intervals=True)
-        names = [f"{name}{end}" for name in FIGURES if name in summary for end in ("", "_low", "_high")]
-        found.append({"n_docs": n_docs, **{name: summary[name] for name in names}})
+        names = [name for name in metrics.by_default(changed, setting) if name in FIGURES]
+        summary = metrics.summarize(changed, setting, names, intervals=True)
+        figures = [f"{name}{end}" for name in FIGURES if name in summary for end in ("", "_low", "_high")]
+        found.append({"n_docs": n_docs, **{name: summary[name] for name in figures}})
     return found
 
 

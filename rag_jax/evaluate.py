@@ -6,10 +6,10 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rag_jax import answer, config, distributed, docs_curve, logs, metrics, reporting
 from rag_jax import run as runs
@@ -107,8 +107,8 @@ class Wanted:
     """What is evaluated, and what is to be seen of it.
 
     questions: None for the run's own dev questions. search: as of Pipeline.from_run. configure: what to change of how
-    the run answers by default. setting: how answers are judged; labels are the allowed answers where it names none.
-    names: of metrics.METRICS, by default what fits. docs: numbers of documents for the curve of docs_curve.
+    the run answers by default. labels, match: how answers are judged (metrics.Setting), labels by default the allowed
+    answers. names: of metrics.METRICS, by default what fits. docs: numbers of documents for the curve of docs_curve.
     shown: questions in report.html, None for as many as it has room for. command: how to do it again.
     """
 
@@ -119,7 +119,8 @@ class Wanted:
     limit: int = 0
     configure: Callable[[AnswerConfig], AnswerConfig] = lambda cfg: cfg
     search: SearchConfig | None = None
-    setting: metrics.Setting = field(default_factory=metrics.Setting)
+    labels: Sequence[str] = ()
+    match: Literal["string", "regex"] = "string"
     names: Sequence[str] = ()
     docs: Sequence[int] = ()
     shown: int | None = None
@@ -141,7 +142,7 @@ def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
     file = wanted.questions or Path(pipeline.config.dev)
     asked = select(formats.read_questions(file, skip_bad_lines=wanted.skip_bad_lines), wanted.where, wanted.limit)
     cfg = wanted.configure(pipeline.answer_config())
-    setting = dataclasses.replace(wanted.setting, labels=wanted.setting.labels or cfg.allowed_answers)
+    setting = metrics.Setting(tuple(wanted.labels) or cfg.allowed_answers, wanted.match)
     docs_curve.check(pipeline, cfg, wanted.docs)
     answers = pipeline.answer([q.question for q in asked], cfg)
     rows = prediction_rows(asked, answers, pipeline.loaded.corpus, cfg.retrieval_only, setting.match)
@@ -279,7 +280,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             limit=args.limit,
             configure=partial(answer.from_arguments, args),
             search=answer.search_from_argument(args.search),
-            setting=metrics.Setting(args.labels, args.match),
+            labels=args.labels,
+            match=args.match,
             names=args.metrics,
             docs=args.n_docs_curve,
             shown=args.report_questions,

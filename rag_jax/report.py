@@ -70,10 +70,18 @@ def write(
         _examples(examples),
         _commands(report.get("commands", ())),
     ]
-    path = out / REPORT_FILE
+    return _written(out / REPORT_FILE, [part for section in sections for part in section])
+
+
+def write_page(path: Path, title: str, lines: Sequence[str], rows: Sequence[Sequence[str]]) -> Path:
+    """A page with a title, a list and a table, whose first row is its head."""
+    shown = _table([_inline(cell) for cell in rows[0]], rows[1:], "l" + "r" * (len(rows[0]) - 1))
+    return _written(path, [f"# {_inline(title)}", "\n".join(f"- {_inline(line)}" for line in lines), shown])
+
+
+def _written(path: Path, parts: Sequence[str]) -> Path:
     temporary = path.with_name(path.name + ".tmp")
-    text = "\n\n".join(part for section in sections for part in section) + "\n"
-    temporary.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair has no UTF-8
+    temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="replace")  # for half a surrogate pair
     temporary.replace(path)
     return path
 

@@ -34,12 +34,16 @@ Texts = Callable[[str], tuple[str, str] | None]  # id of a passage -> its title 
 
 @dataclass(frozen=True)
 class Page:
-    """What stands above the questions. figures: (label, value, interval) in percent; about: (name, value)."""
+    """What stands above the questions. figures: rows of a table, the first one its head; about: (name, value).
+
+    runs: names of the runs that are compared; each row of predictions then has "runs", [answer, right, log p] of each.
+    """
 
     title: str
-    figures: Sequence[tuple[str, str, str]]
+    figures: Sequence[Sequence[str]]
     about: Sequence[tuple[str, str]]
     pictures: Sequence[Picture] = ()
+    runs: Sequence[str] = ()
 
 
 @dataclass
@@ -63,10 +67,10 @@ class _Passages:
 
 
 def write(
-    out: Path, page: Page, rows: Sequence[Mapping[str, Any]], setting: Setting, texts: Texts, limit: int | None = None
+    path: Path, page: Page, rows: Sequence[Mapping[str, Any]], setting: Setting, texts: Texts, limit: int | None = None
 ) -> Path:
-    """Writes report.html into `out`, by rename. rows: of predictions.jsonl, of which the first `limit` go into the page
-    (None: as many as BUDGET has room for). The pictures are files in `out`.
+    """Writes a page, by rename. rows: of predictions.jsonl, of which the first `limit` go into the page (None: as many
+    as BUDGET has room for). The pictures are files beside it.
     """
     questions, passages = chosen(rows if limit is None else rows[:limit], setting, texts, limit is None)
     shown = "" if len(questions) == len(rows) else (
@@ -77,11 +81,11 @@ def write(
         "title": page.title,
         "figures": page.figures,
         "about": page.about,
-        "plots": [{"title": p.title, "about": p.about, "src": data_uri(out / p.file)} for p in page.pictures],
+        "plots": [{"title": p.title, "about": p.about, "src": data_uri(path.with_name(p.file))} for p in page.pictures],
+        "runs": page.runs,
         "shown": shown,
     }
     data = f'{safe_json(head)[:-1]},"passages":[{",".join(passages)}],"questions":[{",".join(questions)}]}}'
-    path = out / REPORT_FILE
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(filled(page.title, data), encoding="utf-8")
     temporary.replace(path)
@@ -134,6 +138,7 @@ def question(row: Mapping[str, Any], setting: Setting, passages: _Passages) -> d
         "read": read,
         "unread": [number for number in unread if number is not None],
         "tokens": row["tokens"] if by_token else [],
+        "runs": row.get("runs", []),
         "heat": by_token and [[round(share, 3) for share in shares] for shares in by_token],
     }
 

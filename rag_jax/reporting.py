@@ -49,8 +49,11 @@ def write(out: Path, found: Evaluation, limit: int | None = None) -> None:
     write_lines(out / PREDICTIONS, found.rows)
     pictures = plots_evaluation.draw(found.report, out) + training(found.run, out)
     title, about = f"Evaluation of {found.run.resolve().name}", facts(found)
-    page = report_html.Page(title, report.results(found.report), [*about, ("Command", found.command)], pictures)
-    report_html.write(out, page, found.rows, found.setting, lambda one: passage(found.corpus, one), limit)
+    figures = [("Figure", "%", "95% interval"), *report.results(found.report)]
+    page = report_html.Page(title, figures, [*about, ("Command", found.command)], pictures)
+    report_html.write(
+        out / report_html.REPORT_FILE, page, found.rows, found.setting, lambda one: passage(found.corpus, one), limit
+    )
     shown = {name: value for name, value in found.report.items() if name != "seed"}  # that of sampling alone
     report.write(out, shown | {"title": title, "about": about, "commands": [found.command]}, examples(found), pictures)
     write_json(out / REPORT, found.report)

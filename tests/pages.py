@@ -1,6 +1,9 @@
 """Rows and passages that a report page must bear, for the tests of its file and of what a browser makes of it."""
 
+from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
 
 from rag_jax import report_html
 from rag_jax.metrics import Setting
@@ -47,9 +50,24 @@ def texts(passage_id: str) -> tuple[str, str] | None:
     return {"p0": ("Velor", "The town of Velor lies by the sea."), "p1": ("", "Nothing of it.")}.get(passage_id)
 
 
+class Corpus:
+    """A corpus of the two passages of `row`."""
+
+    n_live = 2
+
+    def rows(self, names: list[str], missing: int) -> np.ndarray:
+        return np.array([{"p0": 0, "p1": 1}.get(name, missing) for name in names])
+
+    def __getitem__(self, row: int) -> SimpleNamespace:
+        title, text = texts(f"p{row}") or ("", "")
+        return SimpleNamespace(title=title, text=text)
+
+
 def page(title: str = "Evaluation of a run") -> Page:
-    return Page(title, [("Exact match", "50.0", "40.0 to 60.0")], [("Run", "runs/a"), ("Command", title)])
+    return Page(title, [("Figure", "%"), ("Exact match", "50.0")], [("Run", "runs/a"), ("Command", title)])
 
 
 def written(out: Any, rows: list[dict[str, Any]], **options: Any) -> Any:
-    return report_html.write(out, options.pop("page", page()), rows, SETTING, options.pop("texts", texts), **options)
+    return report_html.write(
+        out / "report.html", options.pop("page", page()), rows, SETTING, options.pop("texts", texts), **options
+    )

@@ -61,7 +61,7 @@ def test_the_page_holds_what_the_rows_say(tmp_path):
     ]  # fmt: skip
     found = data(pages.written(tmp_path, rows))
     assert found["title"] == "Evaluation of a run" and found["shown"] == ""
-    assert found["figures"] == [["Exact match", "50.0", "40.0 to 60.0"]]
+    assert found["figures"] == [["Figure", "%"], ["Exact match", "50.0"]]
     assert [p[0] for p in found["passages"]] == ["p0", "p1"]  # once each
     assert found["passages"][0] == ["p0", "Velor", "The town of Velor lies by the sea.", 0]
     q = found["questions"]
@@ -136,7 +136,7 @@ def test_as_many_questions_as_asked_for_or_as_there_is_room_for(tmp_path, monkey
 
 def test_regular_expressions_are_judged_as_such(tmp_path):
     rows = [pages.row(0, answers=["Ve.*r"]), pages.row(1, answers=["x+"])]
-    path = report_html.write(tmp_path, pages.page(), rows, Setting(match="regex"), pages.texts)
+    path = report_html.write(tmp_path / "report.html", pages.page(), rows, Setting(match="regex"), pages.texts)
     assert [(q["right"], q["f1"]) for q in data(path)["questions"]] == [(True, None), (False, None)]
 
 

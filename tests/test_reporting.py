@@ -1,28 +1,13 @@
 """What evaluate writes: every file whole, and never those of two evaluations side by side."""
 
 import json
-from types import SimpleNamespace
 
-import numpy as np
 import pages
 import pytest
 
 from rag_jax import compare, plots_evaluation, reporting
 from rag_jax.errors import InputError
 from rag_jax.metrics import Setting
-
-
-class Corpus:
-    """Passages of `pages`, by row."""
-
-    n_live = 2
-
-    def rows(self, names, missing):
-        return np.array([{"p0": 0, "p1": 1}.get(name, missing) for name in names])
-
-    def __getitem__(self, row):
-        title, text = pages.texts(f"p{row}")
-        return SimpleNamespace(title=title, text=text)
 
 
 def found(run, rows, **report):
@@ -32,7 +17,9 @@ def found(run, rows, **report):
         "n_docs": 2, "seed": 0, "n_retrieved": 100, "search": {"kind": "exact", "dtype": "int8"}, "labels": [],
         "match": "string", **reporting.DEFAULTS, "num_beams": 4,
     }  # fmt: skip
-    return reporting.Evaluation(run, Corpus(), rows, usual | report, Setting(), "rag-jax evaluate runs/a --limit 2")
+    return reporting.Evaluation(
+        run, pages.Corpus(), rows, usual | report, Setting(), "rag-jax evaluate runs/a --limit 2"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -24,10 +24,10 @@
 
   function overview() {
     at("title").textContent = data.title;
-    const rows = data.figures.map(([label, value, interval]) =>
-      make("tr", {}, make("th", { scope: "row" }, label), make("td", {}, value), make("td", {}, interval)));
+    const rows = data.figures.slice(1).map(([label, ...values]) =>
+      make("tr", {}, make("th", { scope: "row" }, label), ...values.map((value) => make("td", {}, value))));
     if (rows.length) {
-      const head = ["Figure", "%", "95% interval"].map((name) => make("th", { scope: "col" }, name));
+      const head = data.figures[0].map((name) => make("th", { scope: "col" }, name));
       const table = make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
       at("figures").append(make("div", { class: "scroll" }, table));
     }
@@ -46,6 +46,8 @@
     misread: ["Wrong though a gold passage was read", (q) => q.right === false && q.read.some((one) => one[3])],
     unfound: ["No gold passage found", (q) => q.golden > 0 && q.rank === 0],
     unanswerable: ["Without an answer", (q) => q.unanswerable],
+    ahead: ["Right in the first run, wrong in another", (q) => q.right === true && q.runs.some((run) => run[1] === false)],
+    behind: ["Wrong in the first run, right in another", (q) => q.right === false && q.runs.some((run) => run[1] === true)],
   };
   const ORDERS = {
     file: ["As in the file", null],
@@ -143,6 +145,8 @@
   function detail(q) {
     const facts = make("dl");
     const fact = (name, ...values) => values.length && facts.append(make("dt", {}, name), ...values);
+    q.runs.forEach(([answer, right, score], i) => fact(data.runs[i], make("dd", {}, verdict({ right }, true), " ",
+      make("bdi", {}, answer || "(nothing)"), score === null ? "" : ` (log p = ${score.toFixed(2)})`)));
     if (q.prediction !== null) fact("Answer", text("dd", said(q), { class: "answer" }));
     fact("Wanted", ...q.answers.map((answer) => text("dd", answer)));
     if (q.target) fact("Wanted", text("dd", q.target));
@@ -150,7 +154,7 @@
     if (q.right !== null) fact("Verdict", make("dd", {}, verdict(q, true), q.f1 === null ? "" : ` (F1 ${q.f1.toFixed(2)})`));
     else if (q.f1 !== null) fact("F1", make("dd", {}, q.f1.toFixed(2)));
     if (q.prediction !== null)
-      fact("Confidence", make("dd", {}, `log p = ${q.score.toFixed(2)}, p = ${Math.exp(q.score).toPrecision(2)}`));
+      fact("Confidence", make("dd", {}, q.score === null ? "none" : `log p = ${q.score.toFixed(2)}, p = ${Math.exp(q.score).toPrecision(2)}`));
     if (q.golden) fact("Retrieval", make("dd", {}, place_of_gold(q)));
     const place = state.shown.indexOf(state.chosen);
     const step = (label, to) => {
@@ -163,7 +167,7 @@
       step("Previous", place - 1), step("Next", place + 1));
     const parts = [steps, text("h2", q.question), make("p", { class: "note" }, "id ", make("bdi", {}, q.id)), facts];
     if (q.heat) parts.push(make("h3", {}, "Which passage each token came from: p(z | x, y₁ … yₜ)"), heat(q));
-    if (q.read.length) parts.push(make("h3", {}, "Passages read"));
+    if (q.read.length) parts.push(make("h3", {}, data.runs.length ? `Passages read by ${data.runs[0]}` : "Passages read"));
     q.read.forEach((one, rank) => parts.push(passage(q, one, `${rank + 1}.`)));
     if (q.unread.length) parts.push(make("h3", {}, "Gold passages that were not read"));
     q.unread.forEach((number) => parts.push(passage(q, [number, null, null, true, null], "")));
