@@ -263,3 +263,29 @@ def test_real_text_in_its_direction_with_its_answers_marked(browser, tmp_path, s
         opened.check()
         opened.page.keyboard.press("j")
     opened.close()
+
+
+def test_answers_of_several_runs(browser, tmp_path):
+    verdicts = [(True, True), (True, False), (False, True), (False, False)]
+    rows = [
+        pages.row(i, prediction="Velor" if a else "no", runs=[["Velor" if a else "no", a, -0.5], ["", b, None]])
+        for i, (a, b) in enumerate(verdicts)
+    ]
+    page = report_html.Page("Two", [["", "A", "B"], ["f1", "50.0", "25.0"]], [], runs=["A: runs/a", "B: runs/b"])
+    opened = Opened(browser, pages.written(tmp_path, rows, page=page), 390, at="#q1")
+    assert opened.texts("#detail dt")[:2] == ["A: runs/a", "B: runs/b"]
+    assert opened.texts("#detail dd")[:2] == ["✓ right Velor (log p = -0.50)", "✗ wrong (nothing)"]
+    assert "Passages read by A: runs/a" in opened.texts("h3")
+    opened.page.goto(opened.page.url.split("#")[0])
+    for name, wanted in (("ahead", "1"), ("behind", "2")):
+        opened.page.select_option("#filter", name)
+        assert opened.js("[...document.querySelectorAll('#items a')].map((one) => one.dataset.place)") == [wanted]
+    opened.check()
+    opened.close()
+
+
+def test_a_page_without_questions(browser, tmp_path):
+    opened = Opened(browser, pages.written(tmp_path, [pages.row(0)], limit=0))
+    assert opened.texts("#items a") == [] and "They are the first 0 of 1" in opened.texts("#count")[0]
+    opened.check()
+    opened.close()
