@@ -632,19 +632,19 @@ def test_the_posterior_of_every_token(opened, questions, cfg):
     answers = token.answer([q.question for q in questions[:8]], cfg)
     corpus, tokenizer = opened.loaded.corpus, opened.loaded.corpus.generator_tokenizer
     assert sum(len(found.tokens) for found in answers) > 12
-    sources, labels = [], []
+    sources, labels, length = [], [], config.source_length
     for q, found in zip(questions, answers, strict=False):
         assert "".join(found.tokens).strip() == found.text
         tail = pipeline.join_tail(tokenizer, [q.question])[0]
         for passage in found.passages:
-            ids = corpus.generator_ids[corpus.row(passage.id)][
-                : corpus.generator_length[corpus.row(passage.id)]
-            ].tolist()
-            sources.append(oracles.pad([tokenizer.bos_id, *ids, *tail], 170, tokenizer.pad_id))
+            row = corpus.row(passage.id)
+            ids = corpus.generator_ids[row][: corpus.generator_length[row]].tolist()
+            source = [tokenizer.bos_id, *ids[: length - 1 - len(tail)], *tail]
+            sources.append(oracles.pad(source, length, tokenizer.pad_id))
         ids = tokenizer.encode_batch(["".join(found.tokens)])[0]
         assert tokenizer.pieces(ids) == list(found.tokens)
         labels.append(oracles.pad(tokenizer.label(ids, cfg.max_length), cfg.max_length, tokenizer.pad_id))
-    ids_BKL = np.array(sources).reshape(8, 3, 170)[..., : config.source_length]
+    ids_BKL = np.array(sources).reshape(8, 3, length)
     logits = jax.jit(token.loaded.rag.logits)(opened.params, ids_BKL, ids_BKL != tokenizer.pad_id, np.array(labels))
     p_BKTV = oracles.softmax(np.asarray(logits, np.float64))
     for b, found in enumerate(answers):

@@ -16,6 +16,8 @@
     element.append(...children.filter((child) => child !== null && child !== undefined));
     return element;
   }
+  const scrolled = (name, table) =>
+    make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": name }, table);
   const text = (tag, content, attributes) => make(tag, { dir: "auto", ...attributes }, content);
   const start = (content) => (content.length > LIST_LETTERS ? content.slice(0, LIST_LETTERS) + "…" : content);
   const link = (question) => "#" + encodeURIComponent(question.id);
@@ -29,7 +31,7 @@
     if (rows.length) {
       const head = data.figures[0].map((name) => make("th", { scope: "col" }, name));
       const table = make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
-      at("figures").append(make("div", { class: "scroll" }, table));
+      at("figures").append(scrolled("Figures", table));
     }
     for (const plot of data.plots)
       at("plots").append(make("figure", {}, make("img", { src: plot.src, alt: plot.title, loading: "lazy" }),
@@ -147,13 +149,14 @@
     const fact = (name, ...values) => values.length && facts.append(make("dt", {}, name), ...values);
     q.runs.forEach(([answer, right, score], i) => fact(data.runs[i], make("dd", {}, verdict({ right }, true), " ",
       make("bdi", {}, answer || "(nothing)"), score === null ? "" : ` (log p = ${score.toFixed(2)})`)));
-    if (q.prediction !== null) fact("Answer", text("dd", said(q), { class: "answer" }));
+    const alone = !q.runs.length; // else the first run's stand there already
+    if (q.prediction !== null && alone) fact("Answer", text("dd", said(q), { class: "answer" }));
     fact("Wanted", ...q.answers.map((answer) => text("dd", answer)));
     if (q.target) fact("Wanted", text("dd", q.target));
     if (q.unanswerable) fact("Wanted", make("dd", {}, "no answer: there is none"));
-    if (q.right !== null) fact("Verdict", make("dd", {}, verdict(q, true), q.f1 === null ? "" : ` (F1 ${q.f1.toFixed(2)})`));
-    else if (q.f1 !== null) fact("F1", make("dd", {}, q.f1.toFixed(2)));
-    if (q.prediction !== null)
+    if (q.right !== null && alone) fact("Verdict", make("dd", {}, verdict(q, true), q.f1 === null ? "" : ` (F1 ${q.f1.toFixed(2)})`));
+    else if (q.f1 !== null && alone) fact("F1", make("dd", {}, q.f1.toFixed(2)));
+    if (q.prediction !== null && alone)
       fact("Confidence", make("dd", {}, q.score === null ? "none" : `log p = ${q.score.toFixed(2)}, p = ${Math.exp(q.score).toPrecision(2)}`));
     if (q.golden) fact("Retrieval", make("dd", {}, place_of_gold(q)));
     const place = state.shown.indexOf(state.chosen);
@@ -214,7 +217,7 @@
       return make("tr", {}, make("th", { scope: "row" }, `${rank + 1}. `, make("bdi", {}, title || id)), ...cells);
     });
     const table = make("table", { class: "heat", dir: direction }, make("thead", {}, head), make("tbody", {}, ...rows));
-    return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Posterior by token" }, table);
+    return scrolled("Posterior by token", table);
   }
 
   // --- answers in passages: the rule of `matching.has_answer` ----------------------------------------------------------
