@@ -283,9 +283,9 @@
     if (event.key === "Escape" && typing) event.target.blur();
     if (typing) return;
     const place = state.shown.indexOf(state.chosen);
-    const inside = event.target.closest(".scroll") === null;
-    if (event.key === "j" || (event.key === "ArrowRight" && inside)) go(place + 1);
-    else if (event.key === "k" || (event.key === "ArrowLeft" && inside)) go(place - 1);
+    const free = event.target.closest(".scroll") === null; // there the arrows scroll
+    if (event.key === "j" || (event.key === "ArrowRight" && free)) go(place + 1);
+    else if (event.key === "k" || (event.key === "ArrowLeft" && free)) go(place - 1);
     else if (event.key === "/") {
       event.preventDefault();
       at("query").focus();
