@@ -27,7 +27,7 @@ from rag_jax.rag import Params, Passages
 from rag_jax.refresh import Index
 from rag_jax.retrieval import index as snapshots
 from rag_jax.retrieval.corpus import Corpus
-from rag_jax.retrieval.search import Queries
+from rag_jax.retrieval.search import Queries, SearchResult
 from rag_jax.steps import Batch
 
 
@@ -67,13 +67,16 @@ class AnswerConfig:
 
 
 class Answers(NamedTuple):
-    """Arrays of a batch: sequences [B,T], scores [B], rows and prior of what was retrieved [B,R], posterior [B,K]."""
+    """Arrays of a batch: sequences [B,T], scores [B], rows of what was retrieved [B,R], prior and posterior of what was
+    read [B,K]; of RAG-Token also the posterior of every token [B,T-1,K].
+    """
 
     sequences: jax.Array
     scores: jax.Array
     rows: jax.Array
     prior: jax.Array
     posterior: jax.Array
+    token_posterior: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,18 @@ class Passage:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer, its log p(y|x), the passages read (best prior first) and the ids of all that were retrieved."""
+    """The answer, its log p(y|x), the passages read (best prior first) and the ids of all that were retrieved.
+
+    tokens: the answer's parts, without special tokens; of RAG-Token token_posterior has p(z|x,y_t,y_<t) for each of
+    them, over the passages as they stand in `passages` (the paper's figure 2).
+    """
 
     text: str
     score: float
     passages: tuple[Passage, ...]
     retrieved: tuple[str, ...]
+    tokens: tuple[str, ...] = ()
+    token_posterior: tuple[tuple[float, ...], ...] | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -237,7 +246,8 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
         key = jax.random.fold_in(jax.random.key(cfg.seed), number)
         found = loaded.rag.generate(params, ids, mask, scores_BK, tree=tree, key=key, **how)
         prior_BK = jnp.exp(objectives.prior_logp(scores_BK))
-        return Answers(found.sequences, found.scores, rows_BR, prior_BK, found.doc_posterior)
+        by_token = None if cfg.closed_book else found.token_posterior
+        return Answers(found.sequences, found.scores, rows_BR, prior_BK, found.doc_posterior, by_token)
 
     program = jax.jit(answer)
 
@@ -268,9 +278,15 @@ class Hosted(NamedTuple):
 
 
 def found_on_host(
-    loaded: runs.Loaded, params: Params, index: HostIndex, cfg: AnswerConfig, texts: Sequence[str], batch: Batch
+    loaded: runs.Loaded,
+    params: Params,
+    index: HostIndex,
+    cfg: AnswerConfig,
+    texts: Sequence[str],
+    batch: Batch,
+    known: SearchResult | None = None,
 ) -> Hosted:
-    """Searches for this process's part of a batch, and gathers the passages that are read."""
+    """Searches for this process's part of a batch, where what it finds is not `known`; gathers the passages read."""
     n_docs, n = cfg.n_docs or loaded.rag.config.n_docs, loaded.corpus.n_live
     own = sharding.own_rows(loaded.mesh, len(texts))
     if cfg.closed_book:
@@ -278,9 +294,12 @@ def found_on_host(
         tables = gather(loaded.corpus, index, np.zeros(len(own), np.int32))
         table, passages = sharding.shard_batch(loaded.mesh, tables)
         return Hosted(rows_BR, table, passages, batch)
-    q_BE = sharding.fetched(steps.question_program(loaded.rag)(params, batch)).astype(np.float32)
-    queries = Queries(q_BE[own], [texts[row] for row in own])
-    found = index.searcher.search(queries, min(max(cfg.n_retrieved, n_docs), n))
+    if known is None:
+        q_BE = sharding.fetched(steps.question_program(loaded.rag)(params, batch)).astype(np.float32)
+        queries = Queries(q_BE[own], [texts[row] for row in own])
+        found = index.searcher.search(queries, min(max(cfg.n_retrieved, n_docs), n))
+    else:
+        found = SearchResult(known.ids_BK[own], known.scores_BK[own])
     read_BK, scores_BK = filled(found.ids_BK[:, :n_docs], loaded.corpus), found.scores_BK[:, :n_docs]
     least_B1 = np.where(np.isfinite(scores_BK), scores_BK, np.inf).min(1, keepdims=True)
     least_B1 = np.where(np.isfinite(least_B1), least_B1, 0)
@@ -310,8 +329,10 @@ def answer_questions(
     questions: Sequence[str],
     cfg: AnswerConfig,
     program: AnswerFn | None = None,
+    known: SearchResult | None = None,
 ) -> list[Answer]:
-    """Answers in the order of the questions.
+    """Answers in the order of the questions. known: what a search found for them, [N, n_docs or more], with nothing
+    missing where the index is on the devices; then none is made.
 
     Questions of like length go together, and lengths and the number of questions are padded to a few sizes (`bucket`),
     so that other questions of the same sizes need no compilation. With several processes all ask the same, and all get
@@ -334,10 +355,13 @@ def answer_questions(
             width = bucket(int(length_N[rows].max()), loaded.rag.config.question_length)
             own = rows[sharding.own_rows(loaded.mesh, size)]
             batch = {name: table[own][:, :width] if table.ndim == 2 else table[own] for name, table in tables.items()}
+            found_B = None if known is None else SearchResult(known.ids_BK[rows], known.scores_BK[rows])
+            if known is not None and isinstance(index, Index):
+                batch |= {"documents": known.ids_BK[own], "scores": known.scores_BK[own]}
             on_devices = sharding.shard_batch(loaded.mesh, batch)
             if isinstance(index, HostIndex):
                 texts = [questions[row] for row in rows]
-                here = found_on_host(loaded, params, index, cfg, texts, on_devices)
+                here = found_on_host(loaded, params, index, cfg, texts, on_devices, found_B)
                 out = sharding.fetched(program(params, here.table, here.passages, here.batch, number))
                 out = out._replace(rows=here.rows_BR)
             else:
@@ -353,16 +377,22 @@ def answer_questions(
 
 def collect(corpus: Corpus, out: Any, count: int, closed_book: bool) -> list[Answer]:
     """Arrays of one batch -> answers with texts."""
-    answers = []
+    answers, tokenizer = [], corpus.generator_tokenizer
     for i in range(count):
         read = []
         order = np.argsort(-out.prior[i], kind="stable")  # a search on the host may rank by something else
         for place in order:
             p = corpus[int(out.rows[i][place])]
             read.append(Passage(p.id, p.title, p.text, float(out.prior[i][place]), float(out.posterior[i][place])))
-        text = corpus.generator_tokenizer.decode([int(token) for token in out.sequences[i]]).strip()
+        text = tokenizer.decode([int(token) for token in out.sequences[i]]).strip()
         retrieved = () if closed_book else tuple(corpus[int(row)].id for row in out.rows[i] if row >= 0)
-        answers.append(Answer(text, float(out.scores[i]), () if closed_book else tuple(read), retrieved))
+        ids_S, by_token = out.sequences[i][1:], None
+        said_S = np.array([int(token) not in tokenizer.special_ids for token in ids_S], bool)
+        tokens = tuple(tokenizer.pieces([int(token) for token in ids_S[said_S]]))
+        if out.token_posterior is not None:
+            by_token = tuple(tuple(map(float, shares_K)) for shares_K in out.token_posterior[i][said_S][:, order])
+        passages = () if closed_book else tuple(read)
+        answers.append(Answer(text, float(out.scores[i]), passages, retrieved, tokens, by_token))
     return answers
 
 
@@ -450,13 +480,14 @@ class Pipeline:
         base = AnswerConfig(n_docs=self.config.model.n_docs, max_length=self.config.target_length)
         return dataclasses.replace(base, **changes)
 
-    def answer(self, questions: Sequence[str], cfg: AnswerConfig) -> list[Answer]:
-        """Answers in the order of the questions; InputError for an empty one."""
+    def answer(self, questions: Sequence[str], cfg: AnswerConfig, known: SearchResult | None = None) -> list[Answer]:
+        """Answers in the order of the questions; InputError for an empty one. known: see answer_questions."""
         if not all(question.strip() for question in questions):
             raise InputError("a question is empty; give some words")
         if cfg not in self.programs:
             self.programs[cfg] = make_answer(self.loaded, cfg)
-        return answer_questions(self.loaded, self.params, self.index, questions, cfg, self.programs[cfg])
+        program = self.programs[cfg]
+        return answer_questions(self.loaded, self.params, self.index, questions, cfg, program, known)
 
     def ask(self, question: str, n_docs: int = 0, num_beams: int = 1) -> Answer:
         """One answer, with the passages it came from."""

@@ -17,6 +17,10 @@ def render(question: str, found: Answer) -> str:
     for passage in found.passages:
         lines.append(f"{passage.prior:5.2f}  {passage.posterior:9.2f}  {passage.title} [{passage.id}]")
         lines.append(textwrap.fill(passage.text, 100, initial_indent=" " * 18, subsequent_indent=" " * 18))
+    if found.token_posterior:
+        lines += ["", "posterior of the passages above, token by token"]
+        for token, shares in zip(found.tokens, found.token_posterior, strict=True):
+            lines.append(f"{token.strip():<16}  {'  '.join(f'{share:4.2f}' for share in shares)}")
     return "\n".join(lines)
 
 

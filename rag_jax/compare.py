@@ -4,35 +4,41 @@ question (paired bootstrap, Koehn 2004).
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rag_jax import metrics
+from rag_jax import metrics, report, report_html, reporting
 from rag_jax.errors import InputError
-from rag_jax.metrics import bootstrap
+from rag_jax.metrics import bootstrap, verdicts
 from rag_jax.metrics.figures import Figure
+from rag_jax.retrieval.corpus import Corpus
 
 ASKED = ("question", "answers", "target", "label", "unanswerable", "gold", "relevance")  # what must be the same
 
 
 class Evaluation(NamedTuple):
-    """What `rag-jax evaluate` wrote: rows of predictions.jsonl by the question's id, and how they are judged."""
+    """What `rag-jax evaluate` wrote: rows of predictions.jsonl by the question's id, how they are judged, and from
+    which corpus they were answered.
+    """
 
     directory: Path
     rows: dict[str, dict[str, Any]]
     setting: metrics.Setting
+    corpus: str
 
 
 def read(directory: Path) -> Evaluation:
     """InputError, with the file and line, where it is no evaluation."""
     again = "make it with rag-jax evaluate RUN --out DIR"
     try:
-        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+        written = json.loads((directory / "report.json").read_text(encoding="utf-8"))
         lines = (directory / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-        setting = metrics.Setting(tuple(report["labels"]), report["match"])
+        setting = metrics.Setting(tuple(written["labels"]), written["match"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{directory}: not an evaluation ({error}); {again}") from error
     rows: dict[str, dict[str, Any]] = {}
@@ -44,7 +50,7 @@ def read(directory: Path) -> Evaluation:
             raise InputError(
                 f"{directory / 'predictions.jsonl'}:{number}: not a prediction ({error}); {again}"
             ) from error
-    return Evaluation(directory, rows, setting)
+    return Evaluation(directory, rows, setting, written.get("corpus", ""))
 
 
 def check_same(one: Evaluation, other: Evaluation) -> None:
@@ -66,17 +72,27 @@ def check_same(one: Evaluation, other: Evaluation) -> None:
                 raise InputError(f"{names}: question {identity} has another {name}, {mine} and {theirs}; use one file")
 
 
+def opened(directories: Sequence[Path]) -> list[Evaluation]:
+    """The evaluations, of which there are several and all of the same questions."""
+    if len(directories) < 2:
+        raise InputError("compare needs at least two evaluations: rag-jax compare RUN RUN...")
+    evaluations = [read(directory) for directory in directories]
+    for other in evaluations[1:]:
+        check_same(evaluations[0], other)
+    return evaluations
+
+
 def compare(directories: Sequence[Path], names: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
+    """`compared`, of what is in these directories."""
+    return compared(opened(directories), names, seed)
+
+
+def compared(evaluations: Sequence[Evaluation], names: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
     """The figures that all evaluations have: {"runs", "n", "figures": {name: [{"value", "low", "high"}, ...]}}, runs in
     the order given; all but the first also have difference, difference_low, difference_high (to the first) and p.
     """
     metrics.check_names(names)
-    if len(directories) < 2:
-        raise InputError("compare needs at least two evaluations: rag-jax compare RUN RUN...")
-    evaluations = [read(directory) for directory in directories]
     first = evaluations[0]
-    for other in evaluations[1:]:
-        check_same(first, other)
     rows = [[one.rows[identity] for identity in first.rows] for one in evaluations]
     found = [metrics.figures_of(one, first.setting, names) for one in rows]
     shared = [name for name in found[0] if all(name in one and one[name].n == found[0][name].n for one in found)]
@@ -87,7 +103,7 @@ def compare(directories: Sequence[Path], names: Sequence[str] = (), seed: int = 
     for name in shared:
         values = [(one[name], draws[f"{i} {name}"]) for i, one in enumerate(found)]
         figures[name] = [beside(values[0], one, paired=i > 0) for i, one in enumerate(values)]
-    return {"runs": [str(directory) for directory in directories], "n": len(first.rows), "figures": figures}
+    return {"runs": [str(one.directory) for one in evaluations], "n": len(first.rows), "figures": figures}
 
 
 def beside(first: tuple[Figure, np.ndarray], other: tuple[Figure, np.ndarray], paired: bool) -> dict[str, float]:
@@ -105,25 +121,60 @@ def beside(first: tuple[Figure, np.ndarray], other: tuple[Figure, np.ndarray], p
     return cell
 
 
-def table(result: dict[str, Any]) -> str:
-    """Percentages with 95% intervals, one run a column; below, the differences to the first run."""
-    letters = [chr(ord("A") + i) if i < 26 else f"run {i + 1}" for i in range(len(result["runs"]))]
-    lines = [f"{letter}  {run}" for letter, run in zip(letters, result["runs"], strict=True)]
-    lines += [f"{result['n']:,} questions, %, 95% intervals and p of {bootstrap.RESAMPLES:,} paired resamples", ""]
-    head, body = ["", *letters], []
-    for letter in letters[1:]:
-        head += [f"{letter} - {letters[0]}", "p"]
-    for name, cells in result["figures"].items():
-        row = [name, *(f"{_percent(c['value'])} ({_percent(c['low'])} to {_percent(c['high'])})" for c in cells)]
-        for cell in cells[1:]:
+def letters(result: dict[str, Any]) -> list[str]:
+    """What the runs are called in tables."""
+    return [chr(ord("A") + i) if i < 26 else f"run {i + 1}" for i in range(len(result["runs"]))]
+
+
+def about(result: dict[str, Any]) -> str:
+    return f"{result['n']:,} questions, %, 95% intervals and p of {bootstrap.RESAMPLES:,} paired resamples"
+
+
+def cells(result: dict[str, Any]) -> list[list[str]]:
+    """A head, then percentages with 95% intervals, one run a column, and their differences to the first run."""
+    head, body = ["", *letters(result)], []
+    for letter in letters(result)[1:]:
+        head += [f"{letter} - A", "p"]
+    for name, found in result["figures"].items():
+        row = [name, *(f"{_percent(c['value'])} ({_percent(c['low'])} to {_percent(c['high'])})" for c in found)]
+        for cell in found[1:]:
             low, high = (_signed(cell[f"difference_{side}"]) for side in ("low", "high"))
             row += [f"{_signed(cell['difference'])} ({low} to {high})", f"{cell['p']:.3f}"]
         body.append(row)
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    for row in (head, *body):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
+    return [head, *body]
+
+
+def table(result: dict[str, Any]) -> str:
+    """`cells` for a terminal, below what the runs are called."""
+    lines = [f"{letter}  {run}" for letter, run in zip(letters(result), result["runs"], strict=True)]
+    lines += [about(result), ""]
+    rows = cells(result)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        padded = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *padded]).rstrip())
     return "\n".join(lines)
+
+
+def write(out: Path, evaluations: Sequence[Evaluation], result: dict[str, Any]) -> None:
+    """compare.md, and compare.html with the answers of all runs to each question, and the passages of the first run."""
+    first = evaluations[0]
+    corpus = Corpus.open(first.corpus)
+    names = [f"{letter}: {run}" for letter, run in zip(letters(result), result["runs"], strict=True)]
+    rows = [{**row, "runs": [_said(one, identity) for one in evaluations]} for identity, row in first.rows.items()]
+    if not all("read" in row for row in rows):
+        raise InputError(f"{first.directory}: its predictions do not say what was read; evaluate again for --out")
+    out.mkdir(parents=True, exist_ok=True)
+    facts = [("Runs", "\n".join(names)), ("Over", about(result))]
+    page = report_html.Page("Comparison of runs", cells(result), facts, runs=names)
+    report_html.write(out / "compare.html", page, rows, first.setting, partial(reporting.passage, corpus))
+    report.write_page(out / "compare.md", "Comparison of runs", [*names, about(result)], cells(result))
+
+
+def _said(one: Evaluation, identity: str) -> list[Any]:
+    row = one.rows[identity]
+    score = round(row["score"], 4) if row["prediction"] is not None and math.isfinite(row["score"]) else None
+    return [report_html.cut(row["prediction"] or "")[0], verdicts.right(row, one.setting), score]
 
 
 def _percent(share: float) -> str:
@@ -141,10 +192,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metric", action="append", default=[], metavar="NAME", help=f"of {', '.join(metrics.METRICS)} (default: all)"
     )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write compare.md, and compare.html to browse")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
     parser.epilog = "example: rag-jax compare runs/frozen runs/learned --metric exact_match --metric recall"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    result = compare(args.runs, args.metric, args.seed)
+    evaluations = opened(args.runs)
+    result = compared(evaluations, args.metric, args.seed)
+    if args.out:
+        write(args.out, evaluations, result)
     return {"text": table(result), **result}

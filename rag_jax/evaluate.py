@@ -1,17 +1,17 @@
-"""`rag-jax evaluate`: answer a file of questions; score the answers and the retrieval; write predictions.jsonl and
-report.json.
-"""
+"""`rag-jax evaluate`: answer a file of questions; score answers and retrieval; write predictions and reports."""
 
 import argparse
 import dataclasses
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rag_jax import answer, config, distributed, logs, metrics
+from rag_jax import answer, config, distributed, docs_curve, logs, metrics, reporting
 from rag_jax import run as runs
 from rag_jax.answer import Answer, AnswerConfig, Pipeline
 from rag_jax.config import SearchConfig
@@ -19,6 +19,10 @@ from rag_jax.data import formats
 from rag_jax.data.formats import Question
 from rag_jax.errors import InputError
 from rag_jax.metrics import abstention, matching
+from rag_jax.metrics.calibration import calibration
+from rag_jax.metrics.curves import recall_curves
+
+DIGITS = 4  # of the posterior of every token, which is most of a prediction
 
 
 def prediction_rows(
@@ -44,12 +48,16 @@ def prediction_rows(
                 "label": question.extra.get("label"),
                 "unanswerable": not golds and question.target is None and not right,
                 "score": found.score,
+                "tokens": list(found.tokens),
                 "gold": list(right),
                 "gold_documents": ways(question, corpus),
                 "relevance": question.extra.get("relevance"),
                 "retrieved": list(found.retrieved),
+                "read": [passage.id for passage in found.passages],
                 "prior": [passage.prior for passage in found.passages],
                 "posterior": [passage.posterior for passage in found.passages],
+                "token_posterior": found.token_posterior
+                and [[round(share, DIGITS) for share in shares] for shares in found.token_posterior],
                 "retrieved_documents": list(dict.fromkeys(p.document for p in texts)),
                 "retrieved_has_answer": [matching.FINDERS[match](f"{p.title} {p.text}", golds) for p in texts],
             }
@@ -79,13 +87,6 @@ def predict(
     return prediction_rows(questions, answers, loaded.corpus, cfg.retrieval_only)
 
 
-def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """JSON lines, by rename."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.rename(path)
-
-
 def select(questions: Sequence[Question], where: str, limit: int) -> list[Question]:
     """The first `limit` questions (0: all) whose field equals the value in `where`, such as changed=true."""
     if limit < 0:
@@ -101,44 +102,76 @@ def select(questions: Sequence[Question], where: str, limit: int) -> list[Questi
     return chosen[:limit] if limit else chosen
 
 
-def evaluate(
-    directory: Path,
-    questions: Path | None,
-    out: Path,
-    index: Path | None = None,
-    where: str = "",
-    limit: int = 0,
-    configure: Callable[[AnswerConfig], AnswerConfig] = lambda cfg: cfg,
-    search: SearchConfig | None = None,
-    setting: metrics.Setting | None = None,
-    names: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Score a run on a question file (its own dev questions by default) and write the two files into `out`.
+@dataclass(frozen=True)
+class Wanted:
+    """What is evaluated, and what is to be seen of it.
 
-    configure: what to change of how the run answers by default. search: as of Pipeline.from_run. setting: how answers
-    are judged; labels are the allowed answers where it names none. names: of metrics.METRICS, by default what fits.
+    questions: None for the run's own dev questions. search: as of Pipeline.from_run. configure: what to change of how
+    the run answers by default. labels, match: how answers are judged (metrics.Setting), labels by default the allowed
+    answers. names: of metrics.METRICS, by default what fits. docs: numbers of documents for the curve of docs_curve.
+    shown: questions in report.html, None for as many as it has room for. command: how to do it again.
+    """
+
+    questions: Path | None = None
+    skip_bad_lines: bool = False
+    index: Path | None = None
+    where: str = ""
+    limit: int = 0
+    configure: Callable[[AnswerConfig], AnswerConfig] = lambda cfg: cfg
+    search: SearchConfig | None = None
+    labels: Sequence[str] = ()
+    match: Literal["string", "regex"] = "string"
+    names: Sequence[str] = ()
+    docs: Sequence[int] = ()
+    shown: int | None = None
+    command: str = ""
+
+
+def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
+    """Score a run on a question file, and write what `reporting` says into `out`; the content of report.json.
+
     With several processes all answer together, and the first one writes.
     """
     begun = time.perf_counter()
-    metrics.check_names(names)
-    pipeline = Pipeline.from_run(directory, index, search)
-    if questions is None and not pipeline.config.dev:
+    metrics.check_names(wanted.names)
+    if wanted.shown is not None and wanted.shown < 0:
+        raise InputError(f"--report-questions {wanted.shown} must be at least 0")
+    pipeline = Pipeline.from_run(directory, wanted.index, wanted.search)
+    if wanted.questions is None and not pipeline.config.dev:
         raise InputError(f"{directory}: a converted model names no questions; pass --questions FILE")
-    file = questions or Path(pipeline.config.dev)
-    asked = select(formats.read_questions(file), where, limit)
-    cfg = configure(pipeline.answer_config())
-    judged = setting or metrics.Setting()
-    judged = dataclasses.replace(judged, labels=judged.labels or cfg.allowed_answers)
+    file = wanted.questions or Path(pipeline.config.dev)
+    asked = select(formats.read_questions(file, skip_bad_lines=wanted.skip_bad_lines), wanted.where, wanted.limit)
+    cfg = wanted.configure(pipeline.answer_config())
+    setting = metrics.Setting(tuple(wanted.labels) or cfg.allowed_answers, wanted.match)
+    docs_curve.check(pipeline, cfg, wanted.docs)
     answers = pipeline.answer([q.question for q in asked], cfg)
-    rows = prediction_rows(asked, answers, pipeline.loaded.corpus, cfg.retrieval_only, judged.match)
-    figures = scored(rows, judged, names)
-    manifest = pipeline.snapshot.manifest
+    rows = prediction_rows(asked, answers, pipeline.loaded.corpus, cfg.retrieval_only, setting.match)
+    figures = scored(rows, setting, wanted.names)
+    curves: dict[str, Any] = {"recall": recall_curves(rows, setting), "calibration": calibration(rows, setting)}
+    if wanted.docs:
+        curves["n_docs"] = docs_curve.curve(pipeline, cfg, wanted.docs, rows, setting, out)
     report = {
         **figures,
-        **dataclasses.asdict(judged),
-        "run": str(directory),
+        **dataclasses.asdict(setting),
+        **what(pipeline),
         "questions": str(file),
-        "where": where,
+        "where": wanted.where,
+        **config.plain(cfg),
+        "curves": curves,
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+    if distributed.first():
+        made = reporting.Evaluation(directory, pipeline.loaded.corpus, rows, report, setting, wanted.command)
+        reporting.write(out, made, wanted.shown)
+    distributed.barrier("report written")
+    return report
+
+
+def what(pipeline: Pipeline) -> dict[str, Any]:
+    """Which run, corpus and index, for report.json."""
+    manifest = pipeline.snapshot.manifest
+    return {
+        "run": str(pipeline.directory),
         "corpus": manifest.corpus,
         "index": str(pipeline.snapshot.directory),
         "index_hash": pipeline.snapshot.hash,
@@ -147,17 +180,7 @@ def evaluate(
         "search": pipeline.search_manifest(),
         "corpus_hash": manifest.corpus_hash,
         "variant": pipeline.loaded.rag.variant,
-        **config.plain(cfg),
-        "seconds": round(time.perf_counter() - begun, 1),
     }
-    if distributed.first():
-        out.mkdir(parents=True, exist_ok=True)
-        write_lines(out / "predictions.jsonl", rows)
-        temporary = out / "report.json.tmp"
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-        temporary.rename(out / "report.json")
-    distributed.barrier("report written")
-    return report
 
 
 def scored(rows: Sequence[dict[str, Any]], setting: metrics.Setting, names: Sequence[str] = ()) -> dict[str, Any]:
@@ -178,7 +201,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=formats.FORMATS, default="", help="of the question file (default: as its content tells)"
     )
-    parser.add_argument("--out", type=Path, help="directory for predictions.jsonl and report.json (default: RUN)")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="report bad lines instead of stopping")
+    parser.add_argument("--out", type=Path, help="directory for predictions.jsonl and the reports (default: RUN)")
     parser.add_argument("--index", type=Path, help="another index, made by rag-jax index: hot swap, no retraining")
     answer.add_arguments(parser)
     for name, text in (
@@ -203,6 +227,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--match", choices=tuple(matching.FINDERS), default="string", help="regex: the answers of the file are patterns"
     )
+    parser.add_argument(
+        "--n-docs-curve", type=numbers, default=(), metavar="A,B",
+        help="answer again with so many documents each, as 1,2,5,10,20: figure 3; killed, it goes on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--report-questions", type=int, metavar="N", help="questions in report.html (default: what 18 MB hold)"
+    )
     distributed.add_arguments(parser)
     parser.epilog = "example: rag-jax evaluate runs/world --questions data/world/test.jsonl"
 
@@ -212,14 +243,57 @@ def listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """The whole numbers between commas."""
+    return tuple(map(int, listed(text)))
+
+
+NOT_REPEATED = ("run", "json", "coordinator", "processes", "process", "distributed")
+USUAL = {"limit": 0, "match": "string"}
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command line that does the same again."""
+    words = ["rag-jax", "evaluate", str(args.run)]
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        if name in NOT_REPEATED or value is None or value is False or value in ("", [], (), USUAL.get(name)):
+            continue
+        if value is True:
+            words.append(option)
+        elif isinstance(value, list):
+            words += [word for one in value for word in (option, str(one))]
+        else:
+            words += [option, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    configured = partial(answer.from_arguments, args)
     with distributed.together(args):
-        search = answer.search_from_argument(args.search)
-        out = args.out or args.run
-        questions = Path(*formats.named([args.questions], args.format)) if args.questions else None
-        setting = metrics.Setting(args.labels, args.match)
-        report = evaluate(
-            args.run, questions, out, args.index, args.where, args.limit, configured, search, setting, args.metrics
+        wanted = Wanted(
+            questions=Path(*formats.named([args.questions], args.format)) if args.questions else None,
+            skip_bad_lines=args.skip_bad_lines,
+            index=args.index,
+            where=args.where,
+            limit=args.limit,
+            configure=partial(answer.from_arguments, args),
+            search=answer.search_from_argument(args.search),
+            labels=args.labels,
+            match=args.match,
+            names=args.metrics,
+            docs=args.n_docs_curve,
+            shown=args.report_questions,
+            command=command(args),
         )
-        return report if distributed.first() else None
+        out = args.out or args.run
+        report = evaluate(args.run, out, wanted)
+        if not distributed.first():
+            return None
+        return report if args.json else {"text": text(report, out)}
+
+
+def text(report: dict[str, Any], out: Path) -> str:
+    """What a reader sees: all of report.json but the curves, and where they are drawn."""
+    shown = {name: value for name, value in report.items() if name not in ("curves", "risk_coverage")}
+    lines = [f"{name}: {value}" for name, value in shown.items()]
+    return "\n".join([*lines, f"see {out / 'report.html'}, {out / 'report.md'} and {out / 'predictions.jsonl'}"])

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rag_jax import plots
-from rag_jax.logs import METRICS_FILE, clock
+from rag_jax.logs import clock
 from rag_jax.metrics import RECALL_KS
+from rag_jax.plots_evaluation import Picture
 
 REPORT_FILE = "report.md"
 CURVES_FILE = "curves.png"
@@ -47,36 +47,59 @@ _RESULTS = (
 )  # fmt: skip
 
 
-def write(run_dir: str | Path, report: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes `report.md`, and `curves.png` where the run has a metrics.jsonl, into run_dir; absent keys have no row.
+def write(
+    out: str | Path,
+    report: Mapping[str, Any],
+    examples: Sequence[Mapping[str, Any]],
+    pictures: Sequence[Picture] = (),
+) -> Path:
+    """Writes `report.md` into `out`; absent keys have no row.
 
     report: figures by name as in report.json (an interval as NAME_low, NAME_high), n, seconds; of the run: title,
-    config (name or mapping), seed, device, stages [{"name", "steps", "seconds"}], commands [str].
-    examples: {"question", "prediction", "answers", "gold": [passage ids],
-    "passages": [{"id", "title", "text", "prior", "posterior"}]}.
+    about [(name, value)], config (name or mapping), seed, device, commands [str], stages [{"name", "steps",
+    "seconds"}].
+    examples: {"question", "prediction", "answers", "gold": [passage ids], "right": True, False or None,
+    "passages": [{"id", "title", "text", "prior", "posterior"}]}. pictures: files in `out`.
     """
-    run_dir = Path(run_dir)
-    curves = None
-    if (run_dir / METRICS_FILE).is_file():
-        curves = plots.training_curves(run_dir / METRICS_FILE, run_dir / CURVES_FILE)
+    out = Path(out)
     sections = [
-        [f"# {_inline(report.get('title', f'Report of {run_dir.resolve().name}'))}"],
+        [f"# {_inline(report.get('title', f'Report of {out.resolve().name}'))}"],
         _what_was_run(report),
         _results(report),
-        ["## Training curves", f"![Training curves]({CURVES_FILE})"] if curves else [],
+        _pictures(pictures),
         _examples(examples),
         _commands(report.get("commands", ())),
     ]
-    path = run_dir / REPORT_FILE
+    return _written(out / REPORT_FILE, [part for section in sections for part in section])
+
+
+def write_page(path: Path, title: str, lines: Sequence[str], rows: Sequence[Sequence[str]]) -> Path:
+    """A page with a title, a list and a table, whose first row is its head."""
+    shown = _table([_inline(cell) for cell in rows[0]], rows[1:], "l" + "r" * (len(rows[0]) - 1))
+    return _written(path, [f"# {_inline(title)}", "\n".join(f"- {_inline(line)}" for line in lines), shown])
+
+
+def _written(path: Path, parts: Sequence[str]) -> Path:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n\n".join(part for section in sections for part in section) + "\n", encoding="utf-8")
+    temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="replace")  # for half a surrogate pair
     temporary.replace(path)
     return path
 
 
+def results(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(label, value, interval) in percent of the figures that the report has, in a fixed order."""
+    rows = []
+    for key, label in _RESULTS:
+        if isinstance(report.get(key), int | float):
+            low, high = report.get(f"{key}_low"), report.get(f"{key}_high")
+            interval = "" if low is None or high is None else f"{_percent(low)} to {_percent(high)}"
+            rows.append((label, _percent(report[key]), interval))
+    return rows
+
+
 def _what_was_run(report: Mapping[str, Any]) -> list[str]:
     config = report.get("config")
-    lines = []
+    lines = [f"- {_inline(name)}: {_inline(value)}" for name, value in report.get("about", ())]
     if isinstance(config, str):
         lines.append(f"- Configuration: {_code(config)}")
     lines += [
@@ -96,12 +119,7 @@ def _what_was_run(report: Mapping[str, Any]) -> list[str]:
 
 
 def _results(report: Mapping[str, Any]) -> list[str]:
-    rows = []
-    for key, label in _RESULTS:
-        if isinstance(report.get(key), int | float):
-            low, high = report.get(f"{key}_low"), report.get(f"{key}_high")
-            interval = "" if low is None or high is None else f"{_percent(low)} to {_percent(high)}"
-            rows.append((label, _percent(report[key]), interval))
+    rows = results(report)
     if not rows:
         return []
     if not any(interval for *_, interval in rows):
@@ -112,13 +130,22 @@ def _results(report: Mapping[str, Any]) -> list[str]:
     return ["## Results", *over, table]
 
 
+def _pictures(pictures: Sequence[Picture]) -> list[str]:
+    parts = []
+    for picture in pictures:
+        title = _inline(picture.title)
+        parts += [f"### {title}", f"![{title}]({picture.file})", _inline(picture.about)]
+    return ["## Curves", *parts] if parts else []
+
+
 def _examples(examples: Sequence[Mapping[str, Any]]) -> list[str]:
     parts = ["## Questions and answers"] if examples else []
     for number, example in enumerate(examples, start=1):
         parts.append(f"### {number}. {_inline(example['question'])}")
         answers = example.get("answers") or ()
         wanted = f" (wanted: {' or '.join(map(_inline, answers))})" if answers else ""
-        parts.append(f"Answer: **{_inline(example['prediction']) or '(nothing)'}**{wanted}")
+        verdict = {True: ", right", False: ", wrong", None: ""}[example.get("right")]
+        parts.append(f"Answer: **{_inline(example['prediction']) or '(nothing)'}**{verdict}{wanted}")
         passages = example.get("passages") or ()
         if passages:
             parts.append(_passages(passages, example.get("gold") or ()))

@@ -53,4 +53,4 @@ python scripts/quickstart_report.py questions "$run" | while IFS= read -r questi
     xargs -0 rag-jax ask --run "$run" --batch 64
 
 python scripts/quickstart_report.py write "$run" --seconds $(($(date +%s) - begun))
-say "done: see $run/report.md, $run/report.json and $run/curves.png"
+say "done: see $run/report.md, $run/report.json and $run/curves.png; every question: $run/unseen/report.html"

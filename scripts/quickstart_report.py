@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rag_jax import logs, report
+from rag_jax import logs, report, reporting
 from rag_jax import run as runs
 from rag_jax.retrieval.corpus import Corpus
 
@@ -26,17 +26,8 @@ def questions(run: Path, count: int) -> list[str]:
 def examples(run: Path, count: int) -> list[dict[str, Any]]:
     """Predictions with the texts of the passages that were read."""
     corpus = Corpus.open(read(run / "unseen/report.json")["corpus"])
-    found = []
-    for line in (run / "unseen/predictions.jsonl").read_text().splitlines()[:count]:
-        row = json.loads(line)
-        passages = []
-        for passage, prior, posterior in zip(row["retrieved"], row["prior"], row["posterior"], strict=False):
-            text = corpus[corpus.row(passage)]
-            passages.append(
-                {"id": text.id, "title": text.title, "text": text.text, "prior": prior, "posterior": posterior}
-            )
-        found.append({**row, "passages": passages})
-    return found
+    lines = (run / "unseen/predictions.jsonl").read_text().splitlines()[:count]
+    return [reporting.example(corpus, json.loads(line)) for line in lines]
 
 
 def stages(run: Path) -> list[dict[str, Any]]:
@@ -70,10 +61,8 @@ def write(run: Path, seconds: float) -> dict[str, Any]:
         "stages": stages(run),
         "commands": ["scripts/quickstart.sh"],
     }
-    temporary = run / "report.json.tmp"
-    temporary.write_text(json.dumps(merged, indent=2) + "\n")
-    temporary.rename(run / "report.json")
-    report.write(run, merged, examples(run, 5))
+    reporting.write_json(run / "report.json", merged)
+    report.write(run, merged, examples(run, 5), reporting.training(run, run))
     return merged
 
 

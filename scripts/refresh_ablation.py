@@ -36,7 +36,7 @@ def schedules(interval: int) -> dict[str, str]:
 
 def measured(run: Path, questions: Path, limit: int) -> dict[str, Any]:
     """Of a finished run: on the test questions with a fresh index, and of the training questions as it went."""
-    report = evaluate.evaluate(run, questions, run / "test", limit=limit)
+    report = evaluate.evaluate(run, run / "test", evaluate.Wanted(questions, limit=limit))
     rows = logs.read_rows(run / logs.METRICS_FILE)
     found = {name: float(np.mean([row[name] for row in rows])) for name in ("row_age", "score_gap", "recall_at_1")}
     return {

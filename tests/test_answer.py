@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,13 +16,14 @@ import tiny
 from conftest import ROOT
 
 import rag_jax
-from rag_jax import answer, ask, checkpoint, pretrained, refresh
+from rag_jax import answer, ask, checkpoint, pretrained, refresh, reporting
 from rag_jax import evaluate as evaluation
 from rag_jax import run as runs
 from rag_jax.answer import Pipeline
 from rag_jax.data import formats, pipeline
 from rag_jax.errors import InputError
 from rag_jax.metrics import matching
+from rag_jax.rag import Rag
 from rag_jax.retrieval import index as snapshots
 from rag_jax.retrieval.corpus import Corpus
 
@@ -82,6 +84,13 @@ def reuse(monkeypatch, opened):
         return dataclasses.replace(from_run(path, index, search), programs=opened.programs)
 
     monkeypatch.setattr(Pipeline, "from_run", staticmethod(with_programs))
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """No pictures: tests/test_plots_evaluation.py looks at them, and they take longer than the rest of a report."""
+    monkeypatch.setattr(reporting.plots_evaluation, "draw", lambda report, out: [])
+    monkeypatch.setattr(reporting, "training", lambda run, out: [])
 
 
 def refused(capsys, *words):
@@ -217,7 +226,8 @@ def test_report_is_what_the_predictions_say(tiny_data, run, questions, answers, 
         assert not made["unanswerable"] and made["target"] is made["label"] is made["relevance"] is None
         assert made["retrieved"] == list(found.retrieved) and len(made["retrieved"]) == 40
         np.testing.assert_allclose([sum(made["prior"]), sum(made["posterior"])], 1, atol=1e-5)
-        assert len(made["prior"]) == len(made["posterior"]) == 3
+        assert len(made["prior"]) == len(made["posterior"]) == 3 and made["read"] == made["retrieved"][:3]
+        assert "".join(made["tokens"]).strip() == made["prediction"] and made["token_posterior"] is None
         texts = [corpus[corpus.row(p)] for p in made["retrieved"]]
         words = [f" {re.sub('[^a-z0-9]+', ' ', f'{t.title} {t.text}'.lower())} " for t in texts]
         wanted = [f" {a.lower()} " for a in row["answers"] if a]
@@ -240,6 +250,24 @@ def test_report_is_what_the_predictions_say(tiny_data, run, questions, answers, 
     assert report["kilt_r_precision"] == report["r_precision"] == 5 / 20
     assert report["kilt_exact_match"] == np.mean([i % 4 == 0 and i % 2 for i in range(20)])
     assert "recall_at_100" not in report  # there are 40
+    curve = report["curves"]["recall"]
+    assert curve["gold"]["k"] == list(range(1, 41)) and curve["gold"]["value"][30] == 1
+    for k in (1, 5, 20):
+        points = [curve["gold"][side][k - 1] for side in ("value", "low", "high")]
+        np.testing.assert_allclose(points, [report[f"recall_at_{k}{end}"] for end in ("", "_low", "_high")], atol=1e-6)
+        assert curve["answer"]["value"][k - 1] == pytest.approx(report[f"answer_recall_at_{k}"], abs=1e-6)
+    calibration = report["curves"]["calibration"]
+    assert {name: one["n"] for name, one in calibration.items()} == dict.fromkeys(
+        ("prior", "posterior", "answer", "token"), 20
+    )
+    rights = [p["gold"][0] == p["read"][int(np.argmax(p["posterior"]))] for p in predictions]
+    assert sum(b["n"] * b["right"] for b in calibration["posterior"]["bins"]) == pytest.approx(sum(rights))
+    assert sum(b["n"] * b["right"] for b in calibration["answer"]["bins"]) == pytest.approx(sum(matches))
+    page = (out / "report.html").read_text()
+    assert all(json.dumps(row["question"])[1:-1] in page for row in rows)
+    again = (out / "report.md").read_text().split("```bash\n")[1].splitlines()[0]
+    written = (out / "predictions.jsonl").read_bytes()
+    assert tiny.rag_jax(*shlex.split(again)[1:]) == 0 and (out / "predictions.jsonl").read_bytes() == written
     assert report["labels"] == [] and report["match"] == "string" and "accuracy" not in report
     assert report["run"] == str(run) and report["n_docs"] == 3 and report["closed_book"] is False
     assert report["index_step"] == tiny.STEPS and report["corpus_hash"] == corpus.hash
@@ -363,6 +391,18 @@ def test_bad_input_of_evaluate_writes_nothing(tiny_data, run, tmp_path, capsys):
     ):
         assert message in refused(capsys, "evaluate", run, "--out", tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_lines_are_left_out_where_that_is_asked_for(tiny_data, run, reuse, tmp_path, capsys):
+    lines = (tiny_data / "world/train.jsonl").read_text().splitlines()[:8]
+    file = tmp_path / "some.jsonl"
+    file.write_text("\n".join([*lines[:3], '{"id": "x"}', *lines[3:]]))
+    words = ["evaluate", run, "--questions", file, "--out", tmp_path / "out", "--batch", 8]
+    assert "some.jsonl:4: missing field" in refused(capsys, *words)
+    assert tiny.rag_jax(*words, "--skip-bad-lines", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["n"] == 8 and "skipped" in captured.err and "some.jsonl:4" in captured.err
+    assert "--skip-bad-lines" in (tmp_path / "out/report.md").read_text()
 
 
 # --- hot swap ---------------------------------------------------------------------------------------------------------
@@ -583,3 +623,42 @@ def test_questions_of_like_length_need_no_compilation(opened, questions, cfg):
     assert [found.text for found in some] == [found.text for found in together[:5]]
     assert [answer.bucket(n, 40) for n in (1, 16, 17, 33, 40, 50)] == [16, 16, 32, 40, 40, 40]
     assert [answer.bucket(n, 16, 1) for n in (1, 2, 3, 9, 16, 99)] == [1, 2, 4, 16, 16, 16]
+
+
+def test_the_posterior_of_every_token(opened, questions, cfg, monkeypatch):
+    """RAG-Token, figure 2: p(z) p(y_t|z,y_<t) over its sum, each by teacher forcing; beside the tokens as texts."""
+    config = dataclasses.replace(opened.loaded.rag.config, variant="token")
+    token = dataclasses.replace(opened, programs={}, loaded=dataclasses.replace(opened.loaded, rag=Rag(config)))
+    collect, arrays = answer.collect, []
+    monkeypatch.setattr(answer, "collect", lambda corpus, out, *rest: arrays.append(out) or collect(corpus, out, *rest))
+    answers = token.answer([q.question for q in questions[:8]], cfg)
+    sequence_of = dict(zip(arrays[0].scores.tolist(), arrays[0].sequences, strict=True))
+    labels = np.array([sequence_of[found.score] for found in answers])
+    corpus, tokenizer = opened.loaded.corpus, opened.loaded.corpus.generator_tokenizer
+    sources, length = [], config.source_length
+    for q, found in zip(questions, answers, strict=False):
+        tail = pipeline.join_tail(tokenizer, [q.question])[0]
+        for passage in found.passages:
+            row = corpus.row(passage.id)
+            ids = corpus.generator_ids[row][: corpus.generator_length[row]].tolist()
+            source = [tokenizer.bos_id, *ids[: length - 1 - len(tail)], *tail]
+            sources.append(oracles.pad(source, length, tokenizer.pad_id))
+    ids_BKL = np.array(sources).reshape(8, 3, length)
+    logits = jax.jit(token.loaded.rag.logits)(opened.params, ids_BKL, ids_BKL != tokenizer.pad_id, labels)
+    p_BKTV = oracles.softmax(np.asarray(logits, np.float64))
+    steps = []
+    for b, found in enumerate(answers):
+        prior = np.array([p.prior for p in found.passages])
+        said = [t for t, one in enumerate(labels[b][1:]) if tokenizer.decode([one])]
+        assert [tokenizer.decode([labels[b][t + 1]]).strip() for t in said] == [text.strip() for text in found.tokens]
+        assert "".join(found.tokens).strip() == found.text
+        for t, shares in zip(said, found.token_posterior, strict=True):
+            joint = prior * p_BKTV[b, :, t, labels[b][t + 1]]
+            np.testing.assert_allclose(shares, joint / joint.sum(), atol=1e-4)
+            steps.append(np.abs(np.array(shares) - prior).max())
+    assert len(steps) > 12 and max(steps) > 1e-2  # something is said, and the tokens do tell of the passages
+    most = max(answers, key=lambda found: len(found.tokens))
+    assert (
+        ask.render("Who?", most).splitlines()[-len(most.tokens) - 1]
+        == "posterior of the passages above, token by token"
+    )

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 import tiny
 
@@ -115,3 +116,38 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture) 
         assert message in capsys.readouterr().err
     with pytest.raises(InputError, match="at least two"):
         compare.compare([])
+
+
+def test_pages_to_browse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """All answers to a question beside each other, the passages of the first run, the table in markdown."""
+    monkeypatch.setattr(compare.Corpus, "open", lambda directory: pages.Corpus())
+    paths = []
+    for name, answers in (("a|x", ["Velor", "no", "Velor"]), ("b", ["no", "Velor </script>", "Velor"])):
+        rows = [pages.row(i, prediction=answer, score=-float(i)) for i, answer in enumerate(answers)]
+        paths.append(tmp_path / name)
+        paths[-1].mkdir()
+        (paths[-1] / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (paths[-1] / "report.json").write_text(json.dumps({"labels": [], "match": "string", "corpus": "data/corpus"}))
+    out = tmp_path / "out"
+    assert tiny.rag_jax("compare", *paths, "--out", out, "--metric", "exact_match", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {path.name for path in out.iterdir()} == {"compare.md", "compare.html"}
+    page = (out / "compare.html").read_text().split('id="data">')[1].split("</script>")[0]
+    found = json.loads(page)
+    assert found["runs"] == [f"A: {paths[0]}", f"B: {paths[1]}"]
+    assert [q["runs"] for q in found["questions"]] == [
+        [["Velor", True, 0.0], ["no", False, 0.0]],
+        [["no", False, -1.0], ["Velor </script>", False, -1.0]],
+        [["Velor", True, -2.0], ["Velor", True, -2.0]],
+    ]
+    assert found["figures"] == compare.cells(result) and found["figures"][0] == ["", "A", "B", "B - A", "p"]
+    lines = (out / "compare.md").read_text().splitlines()
+    assert lines[0] == "# Comparison of runs" and "- A: " in lines[2] and "a\\|x" in lines[2]
+    assert lines[-1].startswith("| exact\\_match | 66.7 (") and lines[-1].endswith(
+        f"| {result['figures']['exact_match'][1]['p']:.3f} |"
+    )
+    rows = [{name: value for name, value in pages.row(0).items() if name != "read"}]
+    (paths[0] / "predictions.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    (paths[1] / "predictions.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert tiny.rag_jax("compare", *paths, "--out", out) == 2
+    assert "do not say what was read; evaluate again" in capsys.readouterr().err

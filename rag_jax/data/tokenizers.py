@@ -8,7 +8,8 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,19 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, specials left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """What `decode` leaves out."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What every id adds to the text of those before; "" where the bytes of a letter are not all there yet."""
+        texts = [""]
+        for end in range(1, len(ids) + 1):
+            text = self.decode(ids[:end])
+            texts.append(texts[-1] if text.endswith("\ufffd") else text)
+        return [text[len(before) :] for before, text in pairwise(texts)]
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, as Hugging Face lays them out."""

@@ -2,8 +2,10 @@
 
 A row is what `evaluate.prediction_rows` makes of a question and predictions.jsonl keeps:
 
-id, question; prediction (None: retrieval alone), score log p(y|x); answers, target, label; unanswerable
+id, question; prediction (None: retrieval alone), score log p(y|x), tokens; answers, target, label; unanswerable
 gold, retrieved: ids of passages, best first; relevance {id: grade} or None; retrieved_has_answer
+read, prior, posterior: ids and probabilities of the passages read, best prior first; token_posterior: RAG-Token's, a
+list like them for each of the tokens, else None
 gold_documents, one list for each way to answer; retrieved_documents, each once
 """
 

@@ -1,0 +1,71 @@
+"""Whether a probability means what it says: reliability diagrams and the expected calibration error (Guo et al. 2017).
+
+Of a passage: the posterior p(z|x,y), or the prior p(z|x), of the best passage read, beside whether it is gold, or has
+the answer where no gold passage is known. Of an answer: p(y|x), and its geometric mean over the tokens, the end
+included, beside whether the answer is right.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rag_jax.metrics import verdicts
+from rag_jax.metrics.figures import Row, Setting, golds
+
+BINS = 10
+Z = 1.959964  # of a 95% interval
+
+
+def calibration(rows: Sequence[Row], setting: Setting) -> dict[str, dict[str, Any]]:
+    """`reliability` of the "prior" and the "posterior" of the best passage, of the "answer" and of its "token"s; what
+    the rows have not is left out.
+    """
+    pairs: dict[str, list[tuple[float, bool]]] = {"prior": [], "posterior": [], "answer": [], "token": []}
+    for row in rows:
+        right = _right_passages(row, setting)
+        if right is not None:
+            for name in ("prior",) if row["prediction"] is None else ("prior", "posterior"):
+                best = int(np.argmax(row[name]))
+                pairs[name].append((row[name][best], right[best]))
+        verdict = verdicts.right(row, setting)
+        if verdict is not None:
+            pairs["answer"].append((math.exp(row["score"]), verdict))
+            pairs["token"].append((math.exp(row["score"] / (len(row["tokens"]) + 1)), verdict))
+    arrays = {name: np.array(found, np.float64).T for name, found in pairs.items() if found}
+    return {name: reliability(confidence_N, right_N) for name, (confidence_N, right_N) in arrays.items()}
+
+
+def reliability(confidence_N: np.ndarray, right_N: np.ndarray, bins: int = BINS) -> dict[str, Any]:
+    """{"n", "error", "bins": [{"n", "confidence", "right", "low", "high"}]}, bins of equal width that are not empty.
+
+    The error is the expected calibration error, the mean over all of |share right - mean confidence| of their bin;
+    low and high are Wilson's 95% interval of the share right.
+    """
+    bin_N = np.minimum((np.asarray(confidence_N, np.float64) * bins).astype(int), bins - 1)
+    found, error = [], 0.0
+    for number in np.unique(bin_N):
+        here = bin_N == number
+        n, confidence, right = int(here.sum()), float(confidence_N[here].mean()), float(right_N[here].mean())
+        low, high = wilson(right, n)
+        found.append({"n": n, "confidence": confidence, "right": right, "low": low, "high": high})
+        error += n / len(bin_N) * abs(right - confidence)
+    return {"n": len(bin_N), "error": error, "bins": found}
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share of n."""
+    middle, spread = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return max(0.0, (middle - spread) / (1 + Z**2 / n)), min(1.0, (middle + spread) / (1 + Z**2 / n))
+
+
+def _right_passages(row: Row, setting: Setting) -> list[bool] | None:
+    """Of each passage read, whether it is gold or, where none is known, has the answer; None where neither is known."""
+    read = row["read"]
+    if not read or not (row["gold"] or golds(row, setting)):
+        return None
+    if row["gold"]:
+        return [one in row["gold"] for one in read]
+    has = dict(zip(row["retrieved"], row["retrieved_has_answer"], strict=True))
+    return [has.get(one, False) for one in read]

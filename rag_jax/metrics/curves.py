@@ -1,0 +1,42 @@
+"""Recall@k for every k, with its interval."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rag_jax.metrics import bootstrap
+from rag_jax.metrics.figures import Row, Setting, golds
+
+DENSE = 100  # up to here every k has its point, beyond each is a twentieth further
+
+Curve = dict[str, list[float]]
+
+
+def recall_curves(rows: Sequence[Row], setting: Setting, seed: int = 0) -> dict[str, Curve]:
+    """ "gold" and "answer", as `measures.recall` and `measures.answer_recall` have them at their few k: {"k", "value",
+    "low", "high"}, lists of one length; what no row has is left out.
+    """
+    gold = [[one in set(row["gold"]) for one in row["retrieved"]] for row in rows if row.get("gold")]
+    answer = [row["retrieved_has_answer"] for row in rows if golds(row, setting)]
+    found = {"gold": gold, "answer": answer}
+    return {name: hits_curve(flags, seed) for name, flags in found.items() if any(map(len, flags))}
+
+
+def hits_curve(flags: Sequence[Sequence[bool]], seed: int = 0) -> Curve:
+    """The share of rows with a hit among their first k, for every k; percentile bootstrap of the rows, 95%."""
+    deepest = max(map(len, flags))
+    first_N = np.array([next((i for i, hit in enumerate(row) if hit), deepest) for row in flags])
+    ks = numbers(deepest)
+    hits_NK = (first_N[:, None] < np.array(ks)).astype(np.float64)
+    draws_RK = bootstrap.resampled({"": lambda counts_RN: counts_RN @ hits_NK / len(hits_NK)}, len(hits_NK), seed)[""]
+    low_K, high_K = np.quantile(draws_RK, [0.025, 0.975], axis=0)
+    columns = {"value": hits_NK.mean(0), "low": low_K, "high": high_K}
+    return {"k": [float(k) for k in ks], **{name: [round(float(x), 6) for x in one] for name, one in columns.items()}}
+
+
+def numbers(deepest: int) -> list[int]:
+    """1, 2, ..., DENSE, then further and further apart, the last one `deepest`."""
+    ks = list(range(1, min(deepest, DENSE) + 1))
+    while ks[-1] < deepest:
+        ks.append(min(deepest, ks[-1] * 21 // 20))
+    return ks

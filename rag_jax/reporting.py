@@ -1,0 +1,133 @@
+"""What `rag-jax evaluate` leaves in a directory: predictions.jsonl, report.json, pictures, report.md, report.html."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rag_jax import logs, metrics, plots, plots_evaluation, report, report_html
+from rag_jax.errors import InputError
+from rag_jax.logs import METRICS_FILE
+from rag_jax.metrics import verdicts
+from rag_jax.plots_evaluation import Picture
+from rag_jax.retrieval.corpus import Corpus
+
+PREDICTIONS, REPORT = "predictions.jsonl", "report.json"
+SHOWN = 3  # right and wrong answers each, in report.md
+# settings of answering that are said where they are not these
+DEFAULTS = {
+    "num_beams": 1, "mode": "thorough", "closed_book": False, "retrieval_only": False, "prior": "dense",
+    "candidates": 0, "min_length": 0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0,
+    "do_sample": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found: the rows of predictions.jsonl, and report.json with what it says of the run and its setting.
+
+    run: its directory, for the training curves; command: how to do it again.
+    """
+
+    run: Path
+    corpus: Corpus
+    rows: Sequence[dict[str, Any]]
+    report: Mapping[str, Any]
+    setting: metrics.Setting
+    command: str
+
+
+def write(out: Path, found: Evaluation, limit: int | None = None) -> None:
+    """Writes all files, each by rename; those of an evaluation before are gone first, so that no two are mixed.
+
+    limit: questions in report.html, None: as many as it has room for.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (REPORT, report.REPORT_FILE, report_html.REPORT_FILE):
+        (out / name).unlink(missing_ok=True)
+    write_lines(out / PREDICTIONS, found.rows)
+    pictures = plots_evaluation.draw(found.report, out) + training(found.run, out)
+    title, about = f"Evaluation of {found.run.resolve().name}", facts(found)
+    figures = [("Figure", "%", "95% interval"), *report.results(found.report)]
+    page = report_html.Page(title, figures, [*about, ("Command", found.command)], pictures)
+    report_html.write(
+        out / report_html.REPORT_FILE, page, found.rows, found.setting, lambda one: passage(found.corpus, one), limit
+    )
+    shown = {name: value for name, value in found.report.items() if name != "seed"}  # that of sampling alone
+    report.write(out, shown | {"title": title, "about": about, "commands": [found.command]}, examples(found), pictures)
+    write_json(out / REPORT, found.report)
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """JSON lines, by rename."""
+    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Indented JSON, by rename."""
+    _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    # half a surrogate pair, which an escape in a question file can bring, becomes that escape again
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    temporary.replace(path)
+
+
+def training(run: Path, out: Path) -> list[Picture]:
+    """The training curves of a run, drawn into `out`; none where it has no log."""
+    (out / report.CURVES_FILE).unlink(missing_ok=True)
+    if not (run / METRICS_FILE).is_file():
+        return []
+    try:
+        plots.training_curves(run / METRICS_FILE, out / report.CURVES_FILE)
+    except InputError as error:
+        logs.info(f"no training curves: {error}")
+        return []
+    return [Picture(report.CURVES_FILE, "Training curves", "Stages are shaded")]
+
+
+def facts(found: Evaluation) -> list[tuple[str, str]]:
+    """What was evaluated, in words: names and values."""
+    made = found.report
+    model = {"sequence": "RAG-Sequence", "token": "RAG-Token"}[made["variant"]]
+    questions = f"{made['questions']} ({made['n']:,})" + (f", those with {made['where']}" if made["where"] else "")
+    search = ", ".join(f"{made['search'][name]}" for name in ("kind", "dtype") if name in made["search"])
+    settings = [f"{name}={made[name]}" for name, usual in DEFAULTS.items() if made[name] != usual]
+    facts = [
+        ("Run", f"{made['run']} ({model})"),
+        ("Questions", questions),
+        ("Corpus", f"{made['corpus']} ({found.corpus.n_live:,} passages)"),
+        ("Index", f"{made['index']} (step {made['index_step']:,}, search: {search})"),
+        ("Answers", f"{made['n_docs'] or 'as many as trained with'} documents read, {made['n_retrieved']} retrieved"),
+        ("Settings", ", ".join(settings)),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def passage(corpus: Corpus, passage_id: str) -> tuple[str, str] | None:
+    """Title and text; None where the corpus has no such passage."""
+    row = int(corpus.rows([passage_id], missing=-1)[0])
+    return None if row < 0 else (corpus[row].title, corpus[row].text)
+
+
+def examples(found: Evaluation) -> list[dict[str, Any]]:
+    """The first answers that are right and those that are wrong, or the first of all where that cannot be said."""
+    written = [row for row in found.rows if row["prediction"] is not None]
+    by_verdict: dict[bool | None, list[dict[str, Any]]] = {True: [], False: [], None: []}
+    for row in written:
+        by_verdict[verdicts.right(row, found.setting)].append(row)
+    judged = by_verdict[True][:SHOWN] + by_verdict[False][:SHOWN]
+    shown = judged or by_verdict[None][: 2 * SHOWN]
+    return [example(found.corpus, row) | {"right": verdicts.right(row, found.setting)} for row in shown]
+
+
+def example(corpus: Corpus, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the texts of the passages read, as report.md shows it."""
+    passages = []
+    for one, prior, posterior in zip(row["read"], row["prior"], row["posterior"], strict=True):
+        title, text = passage(corpus, one) or ("", "")
+        passages.append({"id": one, "title": title, "text": text, "prior": prior, "posterior": posterior})
+    return {**row, "answers": row["answers"] or [row["target"] or ""], "passages": passages}
