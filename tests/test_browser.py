@@ -284,6 +284,15 @@ def test_answers_of_several_runs(browser, tmp_path):
     opened.close()
 
 
+def test_a_passage_that_is_gone(browser, tmp_path):
+    opened = Opened(browser, pages.written(tmp_path, [pages.row(0, read=["gone", "p1"])]))
+    assert (
+        opened.texts("article p[dir]")[0] == "(no longer in the corpus)" and opened.texts("table.heat td")[0] == "0.90"
+    )
+    opened.check()
+    opened.close()
+
+
 def test_a_page_without_questions(browser, tmp_path):
     opened = Opened(browser, pages.written(tmp_path, [pages.row(0)], limit=0))
     assert opened.texts("#items a") == [] and "They are the first 0 of 1" in opened.texts("#count")[0]

@@ -189,6 +189,19 @@ def test_a_label_is_cut_before_its_end(bpe: tokenizers.Tokenizer, wordpiece: tok
     assert wordpiece.label([7, 8, 9], 4) == [2, 7, 8, 3]
 
 
+def test_pieces_are_what_every_token_adds(bpe: tokenizers.Tokenizer, wordpiece: tokenizers.Tokenizer) -> None:
+    text = "The cat 🦉 sat, 新しい本 لكن naïve."
+    for t, shown in ((bpe, text), (wordpiece, wordpiece.decode(wordpiece.encode_batch([text])[0]))):
+        ids = t.encode_batch([text])[0]
+        pieces = t.pieces(ids)
+        assert len(pieces) == len(ids) and "".join(pieces) == shown
+    pieces, owl = bpe.pieces(bpe.encode_batch([text])[0]), bpe.encode_batch(["🦉"])[0]
+    at = pieces.index("🦉")  # of several bytes, each a token: it is there with the last one
+    assert len(owl) == 4 and pieces[at - 3 : at] == ["", "", ""]
+    assert bpe.pieces(owl[:2]) == ["", ""] and bpe.pieces([]) == []
+    assert bpe.special_ids == set(range(5)) and wordpiece.special_ids == set(range(5))
+
+
 def test_wrap(wordpiece: tokenizers.Tokenizer) -> None:
     assert tokenizers.wrap(wordpiece, [[7, 8, 9], [], [7]], 4) == [[2, 7, 8, 3], [2, 3], [2, 7, 3]]
     with pytest.raises(InputError, match="no room"):

@@ -177,8 +177,10 @@
     return parts;
   }
 
+  const stored = (number) => (number === null ? ["", "", "(no longer in the corpus)", 0] : data.passages[number]);
+
   function passage(q, [number, prior, posterior, gold, has], label) {
-    const [id, title, body, left] = data.passages[number];
+    const [id, title, body, left] = stored(number);
     const wanted = q.answers.concat(q.target ? [q.target] : []);
     const name = title ? highlighted("bdi", title, wanted, said(q)) : null;
     const head = make("h4", {}, label, name, make("bdi", { class: "id" }, id),
@@ -213,7 +215,7 @@
         cell.style.setProperty("--p", shares[rank]);
         return cell;
       });
-      const [id, title] = data.passages[number];
+      const [id, title] = stored(number);
       return make("tr", {}, make("th", { scope: "row" }, `${rank + 1}. `, make("bdi", {}, title || id)), ...cells);
     });
     const table = make("table", { class: "heat", dir: direction }, make("thead", {}, head), make("tbody", {}, ...rows));
