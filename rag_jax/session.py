@@ -99,7 +99,7 @@ def way_of(cfg: TrainConfig, loaded: runs.Loaded, data: preparing.Data, number: 
     )
     if loaded.passages is not None:
         return setting, OnDevice(setting, loaded.passages)
-    return setting, OnHost(setting, loaded.corpus, [question.question for question in data.questions])
+    return setting, OnHost(setting, loaded.corpus, data.examples.texts)
 
 
 def save(
