@@ -116,7 +116,8 @@ def embed_rows(s: Setting, params: Params, passages: Passages, rows: jax.Array, 
 def contexts(s: Setting, passages: Passages, rows_BK: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Generator inputs [B, K, L] and mask: each retrieved passage joined with its question.
 
-    L: as set, but no longer than a passage of the table (or a window) with a question of this batch can be.
+    L: as set, but no longer than a passage of the table (or a window) with a question of this batch can be, in tiles of
+    16 tokens.
     """
     B, K = rows_BK.shape
     body = passages.generator_ids_NL.shape[1]
@@ -133,7 +134,7 @@ def contexts(s: Setting, passages: Passages, rows_BK: jax.Array, batch: Batch) -
         passages.generator_length_N[flat].astype(jnp.int32),
         jnp.repeat(batch["tail_ids"], K, axis=0),
         jnp.repeat(batch["tail_length"], K),
-        min(s.stage.source_length or s.rag.config.source_length, -(-needed // 8) * 8),
+        min(s.stage.source_length or s.rag.config.source_length, -(-needed // 16) * 16),
         s.rag.config.reader.pad_id,
         start,
         stop,
