@@ -128,15 +128,15 @@ def iterate_questions(path: str | Path, *, skip_bad_lines: bool = False) -> Iter
     """The questions of an input in order. Ids are unique; with `skip_bad_lines` the first one stays."""
     report = logs.info if skip_bad_lines else None
     sources = expand([path], "questions")
-    seen: dict[str, tuple[int, int]] = {}
+    seen: dict[str, int] = {}  # id: where, one number, as there may be millions
     for number, source in enumerate(sources):
         for line, question in _items(source, _format(source)[1], report):
             if question.id in seen:
-                first, at = seen[question.id]
+                at, first = divmod(seen[question.id], len(sources))
                 known = f"first at {sources[first].path}:{at}"
                 refuse(f"{source.path}:{line}: duplicate id {question.id!r}, {known}", report)
                 continue
-            seen[question.id] = number, line
+            seen[question.id] = line * len(sources) + number
             yield question
     if not seen:
         raise InputError(f"{path}:1: no questions in this file")

@@ -63,6 +63,8 @@ class Growing:
         self._lengths.append(lengths)
 
     def whole(self) -> Ragged:
-        """All rows so far."""
-        values = np.concatenate([np.zeros(0, self.dtype), *self._values])
-        return Ragged(values, starts(np.concatenate([np.zeros(0, np.int32), *self._lengths])))
+        """All rows so far, of which it keeps none."""
+        values, lengths = self._values, self._lengths
+        self._values, self._lengths = [], []
+        whole = np.concatenate([np.zeros(0, self.dtype), *values])
+        return Ragged(whole, starts(np.concatenate([np.zeros(0, np.int32), *lengths])))
