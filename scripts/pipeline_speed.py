@@ -181,7 +181,7 @@ def rivals(args: argparse.Namespace) -> dict[str, Callable[[int], None]]:
         return batch
 
     def of(workers: int) -> Callable[[int], None]:
-        # the tokenizers' threads do not survive a fork
+        # forked: the tokenizers see it and use one thread in each
         how: dict[str, Any] = {"multiprocessing_context": "fork", "persistent_workers": True} if workers else {}
         loader: Any = DataLoader(pairs, args.batch, True, collate_fn=collate, num_workers=workers, **how)  # type: ignore[arg-type]
 
@@ -201,7 +201,6 @@ def rivals(args: argparse.Namespace) -> dict[str, Callable[[int], None]]:
 
 
 def assembled(args: argparse.Namespace) -> list[str]:
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     calls = {**ours(args), **rivals(args)}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(args.rounds + 1):

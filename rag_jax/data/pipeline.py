@@ -132,12 +132,12 @@ def question_batches(found: Examples, units: Units, corpus: PassageTable, wanted
     parts = bucketed(found, units, wanted)
     sets = []
     for number, bucket in enumerate(parts):
-        leaves, shares = [], []
+        leaves, shares = [], []  # a leaf has the places in bucket.units of the units of one input, which follow there
         for i in np.unique(input_U[bucket.units]):
-            of_input = bucket.units[input_U[bucket.units] == i]
+            first, last = (int(np.searchsorted(input_U[bucket.units], i, side)) for side in ("left", "right"))
             leaf_seed = seed_of(wanted.seed, number * len(wanted.weights) + int(i))
-            leaves.append(grain.MapDataset.source(of_input).seed(leaf_seed).shuffle().repeat())
-            shares.append(float(weight_U[of_input].sum()))
+            leaves.append(grain.MapDataset.range(first, last).seed(leaf_seed).shuffle().repeat())
+            shares.append(float(weight_U[bucket.units[first:last]].sum()))
         batches = mixing.mixed(leaves, shares).batch(wanted.batch, drop_remainder=True)
         sets.append(batches.random_map(assembler(found, units, corpus, wanted, bucket)))
     return mixing.mixed(sets, [float(weight_U[bucket.units].sum()) for bucket in parts])
@@ -160,12 +160,13 @@ def seed_of(seed: int, number: int) -> int:
 def assembler(
     found: Examples, units: Units, corpus: PassageTable, wanted: Wanted, bucket: Bucket
 ) -> Callable[[np.ndarray, np.random.Generator], Batch]:
-    """(units [B], randomness of the batch) -> the own rows of the batch."""
+    """(places in bucket.units [B], randomness of the batch) -> the own rows of the batch."""
     gold_width = max(1, int(found.gold.lengths().max()))
     own: Any = slice(None) if wanted.own is None else wanted.own
     encoder_pad, generator_pad = corpus.encoder_tokenizer.pad_id, corpus.generator_tokenizer.pad_id
 
-    def assemble(rows: np.ndarray, rng: np.random.Generator) -> Batch:
+    def assemble(places: np.ndarray, rng: np.random.Generator) -> Batch:
+        rows = bucket.units[places]
         pairs, questions = units.drawn(rows, rng), units.question_U[rows]
         mine = questions[own]
         batch = {
