@@ -16,7 +16,7 @@ from typing import Any, Literal
 import ml_collections
 
 from rag_jax import optimizer, schedule
-from rag_jax.data import mixing
+from rag_jax.data import sources
 from rag_jax.errors import InputError
 from rag_jax.optimizer import OptimizerConfig
 from rag_jax.rag import RagConfig
@@ -158,7 +158,7 @@ def check(cfg: TrainConfig) -> None:
     if cfg.keep_best and not cfg.evaluate_every:
         raise InputError(f"keep_best={cfg.keep_best} needs evaluate_every: {cfg.best_metric} is measured there")
     at_least(3, "target_length", cfg.target_length)
-    mixing.parts(cfg.train)
+    sources.weighted(cfg.train)
     limits = [("model.question_length", cfg.model.question_length, cfg.model.encoder.positions)]
     if cfg.model.generator is not None:
         limits.append(("target_length", cfg.target_length, cfg.model.generator.positions))

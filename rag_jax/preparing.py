@@ -14,7 +14,7 @@ import numpy as np
 from rag_jax import checkpoint, config, distributed, live, sharding
 from rag_jax import run as runs
 from rag_jax.config import StageConfig, TrainConfig
-from rag_jax.data import example_cache, examples, formats, mixing, pipeline
+from rag_jax.data import example_cache, examples, formats, pipeline, sources
 from rag_jax.data.examples import Examples
 from rag_jax.errors import InputError
 from rag_jax.retrieval.corpus import Corpus
@@ -34,7 +34,7 @@ class Data:
 
 def prepare(cfg: TrainConfig, corpus: Corpus, directory: Path | None = None) -> Data:
     """Examples of the configuration: those that a run directory keeps, if they are of the same, else made anew."""
-    weights = mixing.parts(cfg.train)
+    weights = sources.weighted(cfg.train)
     settings: dict[str, Any] = {
         "question_length": cfg.model.question_length,
         "target_length": cfg.target_length,

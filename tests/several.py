@@ -25,6 +25,7 @@ STAGES = {
     "gold": StageConfig("s", batch=8, documents="gold"),
     "contrastive": StageConfig("s", batch=8, objective="contrastive"),
     "hard": StageConfig("s", batch=8, objective="contrastive", hard_negatives=2),
+    "given": StageConfig("s", batch=8, objective="contrastive", hard_negatives=2, negatives="given"),
 }
 
 
@@ -66,7 +67,10 @@ def fed(corpus, mesh, rag, params, stage):
     embeddings_NE = np.arange(len(corpus) * 4, dtype=np.float32).reshape(-1, 4)
     index = HostIndex(embeddings_NE, np.arange(len(corpus), dtype=np.int32), ByText())
     feed = OnHost(setting, corpus, lambda sources: ["x" * (5 * i + 1) for i in sources])
-    given = feed.feed(params, {k: v[own] for k, v in batch_of(corpus).items()}, index)
+    batch = batch_of(corpus)
+    if stage.negatives == "given":
+        batch["negatives"] = np.arange(16, dtype=np.int32).reshape(8, 2) - 1
+    given = feed.feed(params, {k: v[own] for k, v in batch.items()}, index)
     tree = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(given)}
     return {name: np.asarray(sharding.fetched(leaf)) for name, leaf in tree.items()}
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rag_jax.data import buckets, formats, mixing, pipeline
+from rag_jax.data import buckets, formats, mixing, pipeline, sources
 from rag_jax.data import examples as made
 from rag_jax.data.formats import Question
 from rag_jax.data.pipeline import Wanted
@@ -369,9 +369,12 @@ def test_shares_are_kept_everywhere(weights, start):
 
 
 def test_mixtures_in_words():
-    assert mixing.parts("a b.jsonl") == {"a b.jsonl": 1.0}
-    assert mixing.parts("2*data/*.jsonl") == {"2*data/*.jsonl": 1.0}  # one input is as it is
-    assert mixing.parts("0.7*a.jsonl + 3*tfds:squad/v1.1/train?x=y") == {"a.jsonl": 0.7, "tfds:squad/v1.1/train?x=y": 3}
+    assert sources.weighted("a b.jsonl") == {"a b.jsonl": 1.0}
+    assert sources.weighted("2*data/*.jsonl") == {"2*data/*.jsonl": 1.0}  # one input is as it is
+    assert sources.weighted("0.7*a.jsonl + 3*tfds:squad/v1.1/train?x=y") == {
+        "a.jsonl": 0.7,
+        "tfds:squad/v1.1/train?x=y": 3,
+    }
     for text, message in (
         ("0.5*a + b", "'b' has no weight; write 0.5*b"),
         ("0.5*a + data/*.jsonl", "the weight data/ of '.jsonl' must be a positive number"),
@@ -383,7 +386,7 @@ def test_mixtures_in_words():
         ("1*a + ", "'' has no weight; write 0.5*INPUT"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
-            mixing.parts(text)
+            sources.weighted(text)
 
 
 # --- buckets ----------------------------------------------------------------------------------------------------------

@@ -1,39 +1,12 @@
-"""Several data sets as one: `train = "0.7*nq/train.jsonl + 0.3*squad/train.jsonl"`, and which of them comes when."""
+"""Several data sets as one, in fixed shares: which of them comes when."""
 
-import math
-import re
 from collections.abc import Sequence
 from fractions import Fraction
 
 import grain
 import numpy as np
 
-from rag_jax.errors import InputError
-
-_WEIGHTED = re.compile(r"([^\s*]+)\*(\S.*)")
 _SCALE = 2**40
-
-
-def parts(train: str) -> dict[str, float]:
-    """{input: weight} of a single input as it is, or of `WEIGHT*INPUT + WEIGHT*INPUT`; InputError names the input."""
-    terms = [term.strip() for term in train.split(" + ")]
-    if len(terms) == 1:
-        return {train: 1.0}
-    weights: dict[str, float] = {}
-    for term in terms:
-        match = _WEIGHTED.fullmatch(term)
-        if match is None:
-            raise InputError(f"train: {term!r} has no weight; write 0.5*{term or 'INPUT'}")
-        try:
-            weight = float(match[1])
-        except ValueError:
-            weight = math.nan
-        if not (weight > 0 and math.isfinite(weight)):
-            raise InputError(f"train: the weight {match[1]} of {match[2]!r} must be a positive number")
-        if match[2] in weights:
-            raise InputError(f"train: {match[2]!r} stands there twice; add up its weights")
-        weights[match[2]] = weight
-    return weights
 
 
 class Shares(grain.transforms.DatasetSelectionMap):
