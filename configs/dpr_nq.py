@@ -1,4 +1,4 @@
-"""DPR on Natural Questions (Karpukhin et al. 2020): two BERT-base encoders, in-batch negatives, then hard negatives.
+"""DPR on Natural Questions (Karpukhin et al. 2020): two BERT-base encoders, in-batch and BM25's negatives.
 
     rag-jax convert --question-encoder google-bert/bert-base-uncased --context-encoder google-bert/bert-base-uncased \\
         --out models/bert2
@@ -7,12 +7,13 @@
     rag-jax train --config configs/dpr_nq.py --run runs/dpr_nq
     rag-jax evaluate runs/dpr_nq --retrieval-only
 
-data/nq/*.jsonl names the right passages of a question as positive_passage_ids. As in the paper: 128 questions, 40
-epochs of the 58,880 with a passage, Adam at 2e-5 with linear warm-up and decay, dropout 0.1, passages of 256 tokens
-there and of 160 here. Its hard negatives are BM25's; those of the second stage are what the index itself finds (as
-ANCE), embedded with the encoder of the first.
+data/nq/biencoder-nq-*.json are DPR's own training files: of every question the right passages, and hard negatives that
+BM25 found. As in the paper: 128 questions, each with one of its hard negatives, 40 epochs of the 58,880 with a passage,
+Adam at 2e-5 with linear warm-up and decay, dropout 0.1, passages of 256 tokens there and of 160 here. No index is
+needed. A further stage with hard_negatives=1 and negatives="retrieved" would take those that its own index finds (as
+ANCE does).
 
-The batch must be a multiple of the devices of `data` and `fsdp`: --set stages.in_batch.batch=256 for 256 chips.
+The batch must be a multiple of the devices of `data` and `fsdp`: --set stages.dpr.batch=256 for 256 chips.
 """
 
 from ml_collections import ConfigDict
@@ -20,18 +21,17 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
-    c.corpus, c.train, c.dev = "data/wiki-corpus-bert", "data/nq/train.jsonl", "data/nq/dev.jsonl"
+    c.corpus = "data/wiki-corpus-bert"
+    c.train, c.dev = (f"dpr:data/nq/biencoder-nq-{split}.json" for split in ("train", "dev"))
     c.init = "models/bert2"
     c.seed, c.log_every, c.checkpoint_every, c.evaluate_every = 0, 50, 500, 0
     c.search = ConfigDict({"dtype": "bfloat16"})
     c.model = ConfigDict({"question_length": 64, "generator": None})
     c.model.encoder = ConfigDict({"dtype": "bfloat16", "dropout": 0.1})
 
-    def stage(name: str, steps: int, warmup: int, **values: object) -> ConfigDict:
-        config = ConfigDict({"name": name, "objective": "contrastive", "steps": steps, "batch": 128, **values})
-        config.optimizer = ConfigDict({"learning_rate": 2e-5, "warmup_steps": warmup, "clip_norm": 2.0})
-        config.optimizer.groups = {"question_encoder": 1.0, "context_encoder": 1.0}
-        return config
-
-    c.stages = (stage("in_batch", 18_400, 1_237), stage("hard", 4_600, 100, hard_negatives=1))
+    stage = ConfigDict({"name": "dpr", "objective": "contrastive", "steps": 18_400, "batch": 128})
+    stage.hard_negatives, stage.negatives, stage.buckets = 1, "given", (16, 32)
+    stage.optimizer = ConfigDict({"learning_rate": 2e-5, "warmup_steps": 1_237, "clip_norm": 2.0})
+    stage.optimizer.groups = {"question_encoder": 1.0, "context_encoder": 1.0}
+    c.stages = (stage,)
     return c

@@ -40,7 +40,7 @@ def text_config(name: str, variant: str) -> ConfigDict:
     """Retriever warm-up, reading, joint training, for a corpus of some thousand passages."""
     c = ConfigDict()
     c.corpus, c.train, c.dev = f"data/{name}-corpus", f"data/{name}/train.jsonl", f"data/{name}/dev.jsonl"
-    c.seed, c.target_length, c.every_answer = 0, 16, False
+    c.seed, c.target_length = 0, 16
     c.log_every, c.checkpoint_every, c.evaluate_every, c.evaluate_questions = 50, 500, 0, 200
 
     c.model = ConfigDict()

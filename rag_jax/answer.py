@@ -221,14 +221,11 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
         tree: decoding.PrefixTree | None,
         number: jax.Array,
     ) -> Answers:
-        # no wider than the longest passage of the table and the questions of this batch
-        longest = len(prefix_ids) + passages.generator_ids_NL.shape[1] + batch["tail_ids"].shape[1]
-        length = min(model.source_length, longest)
         if cfg.closed_book:
             rows_BR = jnp.zeros((len(batch["question_ids"]), 1), jnp.int32)
             scores_BR = jnp.zeros(rows_BR.shape)
             nothing = jnp.zeros((len(rows_BR), 2), jnp.int32)
-            ids, mask = steps.contexts(setting, passages, rows_BR, batch | {"window": nothing}, length)
+            ids, mask = steps.contexts(setting, passages, rows_BR, batch | {"window": nothing})
         else:
             q_BE = steps.embed_questions(setting, params, batch, None)
             if "documents" in batch:
@@ -241,7 +238,7 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
                 prior_BK = jnp.exp(objectives.prior_logp(scores_BR[:, :n_docs]))
                 nothing = jnp.zeros((len(q_BE), 0), int)
                 return Answers(nothing, nothing.sum(-1), rows_BR, prior_BK, prior_BK)
-            ids, mask = steps.contexts(setting, passages, rows_BR[:, :n_docs], batch, length)
+            ids, mask = steps.contexts(setting, passages, rows_BR[:, :n_docs], batch)
         scores_BK = scores_BR[:, :n_docs]
         key = jax.random.fold_in(jax.random.key(cfg.seed), number)
         found = loaded.rag.generate(params, ids, mask, scores_BK, tree=tree, key=key, **how)

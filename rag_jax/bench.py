@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,37 +54,44 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
     batches = preparing.batches(stage, cfg, data, number)
     key = jax.random.key(cfg.seed)
     upkeep.before(params, 0, 0, batches[0])
-    first = upkeep.feed(params, batches[0])
-    done, flops = (
-        matmul_flops(jax.make_jaxpr(make_step(setting, 0))(state, *first, key).jaxpr)
-        for setting in (upkeep.setting, without_savings(upkeep.setting))
-    )
-    begun = time.perf_counter()
-    compiled = jit_step(upkeep.setting, 0, state, first.table).lower(state, *first, key).compile()
-    compile_seconds = time.perf_counter() - begun
-
+    jitted = jit_step(upkeep.setting, 0, state, upkeep.feed(params, batches[0]).table)
+    programs: dict[tuple[int, ...], Any] = {}  # by the widths of their batches
+    work: dict[tuple[int, ...], list[float]] = {}
+    compile_seconds = 0.0
     prepare_seconds: list[float] = []
     for i in range(steps):  # the work itself, in this thread; in training it runs ahead in another
         prepare_seconds += timed(lambda i=i: upkeep.feed(state.params, batches[i]), 1)
     iterator = pipeline.iterate(batches, 0)
-    step_seconds, wait_seconds, tokens = [], [], []
+    step_seconds, wait_seconds, tokens, flops = [], [], [], []
     warmup = 3
     with Progress(steps + warmup, f"bench {stage.name}", "step") as progress:
         for i in range(steps + warmup):
             begun = time.perf_counter()
-            fed = upkeep.feed(state.params, next(iterator))
+            fed = upkeep.feed(state.params, drawn := next(iterator))
             ready = time.perf_counter()
-            state, index, metrics = compiled(state, *fed, key)
+            if (widths := pipeline.widths_of(drawn)) not in programs:
+                work[widths] = [
+                    matmul_flops(jax.make_jaxpr(make_step(setting, 0))(state, *fed, key).jaxpr)
+                    for setting in (upkeep.setting, without_savings(upkeep.setting))
+                ]
+                compiling = time.perf_counter()
+                programs[widths] = jitted.lower(state, *fed, key).compile()
+                compile_seconds += time.perf_counter() - compiling
+                begun += time.perf_counter() - ready
+                ready = time.perf_counter()
+            state, index, metrics = programs[widths](state, *fed, key)
             upkeep.after(index)
             jax.block_until_ready(state)
             if i >= warmup:
                 wait_seconds.append(ready - begun)
                 step_seconds.append(time.perf_counter() - begun)
                 tokens.append(float(metrics["tokens"]))
+                flops.append(work[widths])
             progress.update(1)
     part = loaded.rag.config.generator or loaded.rag.config.encoder
     limit = matmul_limit(dtype=part.dtype) * loaded.mesh.size
     median = statistics.median(step_seconds)
+    needed, done = np.asarray(flops, float).T[::-1]
     return {
         "stage": stage.name,
         **machine(),
@@ -95,15 +103,20 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
         "host_wait": spread(wait_seconds),
         "host_share": sum(wait_seconds) / sum(step_seconds),
         "host_work_share": statistics.median(prepare_seconds) / median,
-        "tokens_per_second": round(float(np.mean(tokens)) / median),
+        "tokens_per_second": round(rate(tokens, step_seconds)),
         "questions_per_second": stage.batch / median,
-        "model_flops": flops,
-        "hardware_flops": done,
-        "flops_per_second": flops / median,
+        "model_flops": float(needed.mean()),
+        "hardware_flops": float(done.mean()),
+        "flops_per_second": rate(needed, step_seconds),
         "matmul_limit_flops_per_second": limit,
-        "fraction_of_limit": flops / median / limit,
+        "fraction_of_limit": rate(needed, step_seconds) / limit,
         **peak_memory(),
     }
+
+
+def rate(amounts: Sequence[float], seconds: Sequence[float]) -> float:
+    """Median over the steps of what was done in a second; steps of several buckets differ."""
+    return float(np.median(np.asarray(amounts) / np.asarray(seconds)))
 
 
 def without_savings(setting: Setting) -> Setting:

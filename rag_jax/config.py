@@ -16,6 +16,7 @@ from typing import Any, Literal
 import ml_collections
 
 from rag_jax import optimizer, schedule
+from rag_jax.data import sources
 from rag_jax.errors import InputError
 from rag_jax.optimizer import OptimizerConfig
 from rag_jax.rag import RagConfig
@@ -30,13 +31,17 @@ class StageConfig:
 
     objective: `contrastive` (in-batch, gold passages), `denoise` (masked spans of the corpus) or `rag` (the model's
     marginal likelihood). documents: `retrieved` searches the index in graph, `gold` reads the first gold passage
-    alone. hard_negatives: in the contrastive loss, that many of the passages found for each question are
-    negatives too. window: with gold documents, only that many tokens of the passage around the answer, 0 for the whole.
-    refresh: when the index is made anew, see schedule.py ("" for only at the stage's start). n_retrieved: that many are
-    found, embedded as they are now, and the n_docs best of them read; 0: the n_docs found. write_back: what a step
-    embeds anyway goes into the index. drift_every: steps between measurements of how far the index has drifted, 0 for
-    none. normaliser: p(z|x) is over what was retrieved, or over the whole corpus. prior_gradient=False stops the
-    gradient to the retriever. questions: train on this many of the questions only, 0 for all.
+    alone. hard_negatives: in the contrastive loss, that many passages a question are negatives too: of those found
+    for it (negatives=`retrieved`), or drawn from its hard_negative_passage_ids (`given`, as in DPR). window: with
+    gold documents, only that many tokens of the passage around the answer, 0 for the whole. refresh: when the index
+    is made anew, see schedule.py ("" for only at the stage's start). n_retrieved: that many are found, embedded as
+    they are now, and the n_docs best of them read; 0: the n_docs found. write_back: what a step embeds anyway goes
+    into the index. drift_every: steps between measurements of how far the index has drifted, 0 for none.
+    normaliser: p(z|x) is over what was retrieved, or over the whole corpus. prior_gradient=False stops the gradient
+    to the retriever. questions: train on this many of the questions of each input only, 0 for all.
+
+    buckets, target_buckets: widths in tokens, ascending. A batch has questions (targets) of one bucket alone and is as
+    wide as that; what is longer than the last one is as wide as model.question_length (target_length).
 
     accumulate: the batch goes through the model in so many parts, one after another; the update is the same.
     doc_chunk: so many of the n_docs are read at a time, 0 for all. logit_chunk: so much of the vocabulary has logits at
@@ -50,6 +55,7 @@ class StageConfig:
     batch: int = 16
     n_docs: int = 5
     hard_negatives: int = 0
+    negatives: Literal["retrieved", "given"] = "retrieved"
     source_length: int = 0  # 0: the model's
     window: int = 0
     refresh: str = ""
@@ -61,6 +67,8 @@ class StageConfig:
     hf_compat: bool = False
     prior_gradient: bool = True
     questions: int = 0
+    buckets: tuple[int, ...] = ()
+    target_buckets: tuple[int, ...] = ()
     accumulate: int = 1
     doc_chunk: int = 0
     logit_chunk: int = 2048
@@ -89,6 +97,8 @@ class SearchConfig:
 class TrainConfig:
     """A whole run: data, model and stages. Vocabulary sizes of the model are those of the corpus' tokenizers.
 
+    train: an input with questions, or several with how often they come: "0.7*A + 0.3*B". answers: of a question that
+    has several, its first one, one drawn in each epoch (`sample`), or a pair of its own for every one (`every`).
     init: a run directory, or a converted checkpoint, whose parameters are the start, "" for new ones; what `model`
     leaves open is then as there. index: an index of the first parameters, made by rag-jax index, "" to embed at the
     start. drift_sample: passages that the drift of the index is measured on. live: at every log line, training looks
@@ -108,7 +118,7 @@ class TrainConfig:
     live: bool = False
     mesh: Mapping[str, int] = field(default_factory=dict)
     target_length: int = 32
-    every_answer: bool = False
+    answers: Literal["first", "sample", "every"] = "first"
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 500
@@ -122,7 +132,7 @@ class TrainConfig:
 def searches(stage: StageConfig) -> bool:
     """Whether the stage's step searches the index."""
     if stage.objective == "contrastive":
-        return stage.hard_negatives > 0
+        return stage.hard_negatives > 0 and stage.negatives == "retrieved"
     return stage.objective == "rag" and stage.documents == "retrieved"
 
 
@@ -148,6 +158,7 @@ def check(cfg: TrainConfig) -> None:
     if cfg.keep_best and not cfg.evaluate_every:
         raise InputError(f"keep_best={cfg.keep_best} needs evaluate_every: {cfg.best_metric} is measured there")
     at_least(3, "target_length", cfg.target_length)
+    sources.weighted(cfg.train)
     limits = [("model.question_length", cfg.model.question_length, cfg.model.encoder.positions)]
     if cfg.model.generator is not None:
         limits.append(("target_length", cfg.target_length, cfg.model.generator.positions))
@@ -177,6 +188,8 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
         ("doc_chunk", retrieves, "objective='rag' with documents='retrieved'"),
         ("write_back", retrieves, "objective='rag' with documents='retrieved'"),
         ("questions", stage.objective != "denoise", "objectives that have questions"),
+        ("buckets", stage.objective != "denoise", "objectives that have questions"),
+        ("target_buckets", stage.objective == "rag", "objective='rag'"),
     ):
         if getattr(stage, name) and not belongs:
             raise InputError(f"{where}{name}={getattr(stage, name)!r} is only for {place}")
@@ -184,6 +197,10 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
         raise InputError(f"{where}batch={stage.batch} is not a multiple of accumulate={stage.accumulate}")
     if stage.doc_chunk and stage.n_docs % stage.doc_chunk:
         raise InputError(f"{where}n_docs={stage.n_docs} is not a multiple of doc_chunk={stage.doc_chunk}")
+    if stage.negatives == "given" and not stage.hard_negatives:
+        raise InputError(f"{where}negatives='given' needs hard_negatives: how many a question")
+    check_widths(f"{where}buckets", stage.buckets, cfg.model.question_length, "model.question_length")
+    check_widths(f"{where}target_buckets", stage.target_buckets, cfg.target_length, "target_length")
     check_search(cfg, stage, where)
     length = stage.source_length or cfg.model.source_length
     if cfg.model.generator is None and not contrasts:
@@ -203,6 +220,13 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
             f"{where}optimizer.groups trains {', '.join(sorted(trained)) or 'nothing'}; with objective="
             f"{stage.objective!r} and documents={stage.documents!r} it may name {', '.join(sorted(reached(stage)))}"
         )
+
+
+def check_widths(name: str, widths: tuple[int, ...], longest: int, of: str) -> None:
+    """InputError for widths of buckets that are not ascending, from 1 to below `longest`."""
+    if list(widths) != sorted({width for width in widths if 0 < width < longest}):
+        said = ", ".join(map(str, widths))
+        raise InputError(f"{name}={said} must be ascending numbers from 1 to below {of}={longest}")
 
 
 def check_search(cfg: TrainConfig, stage: StageConfig, where: str) -> None:

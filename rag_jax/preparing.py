@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,32 +14,51 @@ import numpy as np
 from rag_jax import checkpoint, config, distributed, live, sharding
 from rag_jax import run as runs
 from rag_jax.config import StageConfig, TrainConfig
-from rag_jax.data import formats, pipeline
+from rag_jax.data import example_cache, examples, formats, pipeline, sources
+from rag_jax.data.examples import Examples
 from rag_jax.errors import InputError
 from rag_jax.retrieval.corpus import Corpus
+
+EXAMPLES = "examples"  # of a run directory: the tokenised questions
 
 
 @dataclass(frozen=True)
 class Data:
-    """Training examples, and how long each passage is for the reading windows."""
+    """Training examples of a corpus; `weights` of their inputs; what they were made of, where that is not kept yet."""
 
-    examples: pipeline.Examples
+    examples: Examples
     corpus: Corpus
-    questions: tuple[formats.Question, ...]  # as `source` of a batch counts them
+    weights: Mapping[str, float]
+    unkept: Mapping[str, Any] | None = None
 
 
-def prepare(cfg: TrainConfig, corpus: Corpus, questions: Sequence[formats.Question] = ()) -> Data:
-    """questions: those of the configuration, where they were read before."""
-    questions = questions or formats.read_questions(cfg.train)
-    examples = pipeline.tokenise(
-        questions,
-        corpus,
-        question_length=cfg.model.question_length,
-        target_length=cfg.target_length,
-        every_answer=cfg.every_answer,
-        live=cfg.live,
-    )
-    return Data(examples, corpus, tuple(questions))
+def prepare(cfg: TrainConfig, corpus: Corpus, directory: Path | None = None) -> Data:
+    """Examples of the configuration: those that a run directory keeps, if they are of the same, else made anew."""
+    weights = sources.weighted(cfg.train)
+    settings: dict[str, Any] = {
+        "question_length": cfg.model.question_length,
+        "target_length": cfg.target_length,
+        "answers": cfg.answers,
+        "negatives": any(stage.negatives == "given" for stage in cfg.stages),
+        "live": cfg.live,
+    }
+    wanted = example_cache.made_of(list(weights), corpus, corpus.hash, **settings)
+    kept = None if directory is None else example_cache.read(directory / EXAMPLES, wanted)
+    if kept is not None:
+        return Data(kept, corpus, weights)
+    parts = [examples.tokenise(formats.iterate_questions(one), corpus, **settings) for one in weights]
+    return Data(examples.joined(parts), corpus, weights, wanted)
+
+
+def keep(directory: Path, data: Data) -> None:
+    """Keeps examples that were made anew in the run directory; the first process writes."""
+    if data.unkept is not None and distributed.first():
+        example_cache.write(directory / EXAMPLES, data.examples, dict(data.unkept))
+
+
+def same_questions(a: Data, b: Data) -> bool:
+    """Whether the questions are the same, whatever the corpus of each."""
+    return a.examples.fingerprint(questions_only=True) == b.examples.fingerprint(questions_only=True)
 
 
 def batches(
@@ -48,26 +67,52 @@ def batches(
     """The batches of stage `number`; InputError where the questions lack what the stage needs. mesh: only the rows that
     this process feeds to it.
     """
-    own = slice(None) if mesh is None else sharding.own_rows(mesh, stage.batch)
+    own = None if mesh is None else sharding.own_rows(mesh, stage.batch)
     seed = cfg.seed * len(cfg.stages) + number
     if stage.objective == "denoise":
         length = stage.source_length or cfg.model.source_length
         return pipeline.denoise_batches(data.corpus, batch=stage.batch, seed=seed, length=length, own=own)
-    examples = data.examples
+    pairs = usable_pairs(stage, data.examples)
+    units = pipeline.units_of(data.examples, pairs, cfg.answers == "sample", stage.questions)
+    wanted = pipeline.Wanted(
+        stage.batch,
+        seed,
+        (cfg.model.question_length, cfg.target_length),
+        stage.buckets,
+        stage.target_buckets,
+        stage.window,
+        stage.hard_negatives if stage.negatives == "given" else 0,
+        tuple(data.weights.values()),
+        own,
+    )
+    absent = set(range(len(data.weights))) - set(data.examples.input_N[units.question_U].tolist())
+    if absent and len(units):
+        name = list(data.weights)[min(absent)]
+        raise InputError(f"stage {stage.name}: {name} has no question that the stage can use; leave it out of train")
+    return pipeline.question_batches(data.examples, units, data.corpus, wanted)
+
+
+def usable_pairs(stage: StageConfig, found: Examples) -> np.ndarray:
+    """The pairs that a stage can train on; InputError where there are none."""
+    pairs = np.arange(len(found.label))
     if stage.objective == "contrastive" or stage.documents == "gold":
-        examples = examples.where(examples.gold_NG[:, 0] >= 0)
-        if not len(examples):
+        pairs = pairs[found.gold.lengths(found.question_of(pairs)) > 0]
+        if not len(pairs):
             raise InputError(f"stage {stage.name}: no training question names a gold passage (positive_passage_ids)")
+    if stage.negatives == "given":
+        questions = found.question_of(pairs)
+        if not (found.hard.lengths(questions) + found.other.lengths(questions)).any():
+            raise InputError(
+                f"stage {stage.name}: no training question names a wrong passage (hard_negative_passage_ids, "
+                "negative_passage_ids) that the corpus has, which negatives='given' needs"
+            )
     if stage.window:
-        examples = examples.where(examples.answer_N2[:, 1] > 0)
-        if not len(examples):
+        pairs = pairs[found.answer_P2[pairs, 1] > 0]
+        if not len(pairs):
             raise InputError(
                 f"stage {stage.name}: no answer occurs in its gold passage, which window={stage.window} needs"
             )
-    if stage.questions:
-        examples = examples.where(np.arange(len(examples)) < stage.questions)
-    lengths = data.corpus.generator_length
-    return pipeline.question_batches(examples, lengths, batch=stage.batch, seed=seed, window=stage.window, own=own)
+    return pairs
 
 
 def check(cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:

@@ -101,6 +101,8 @@ def batch(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mes
     else:
         shapes |= {"question_ids": (B, Q), "question_length": (B,), "gold": (B, 1)}
         shapes |= {"window": (B, 2)} if stage.window else {}
+        if stage.negatives == "given" and cfg.search.kind == "exact":
+            shapes["negatives"] = (B, stage.hard_negatives)
         if cfg.search.kind != "exact":  # found between steps
             found = hosted_rows(stage)
             contrasts = stage.objective == "contrastive"

@@ -87,7 +87,7 @@ def upkeep_of(
 
 def way_of(cfg: TrainConfig, loaded: runs.Loaded, data: preparing.Data, number: int) -> tuple[Setting, Feed]:
     """What the step of stage `number` closes over, and how it is fed."""
-    stage = cfg.stages[number]
+    stage, found = cfg.stages[number], data.examples
     setting = Setting(
         rag=loaded.rag,
         stage=stage,
@@ -95,11 +95,11 @@ def way_of(cfg: TrainConfig, loaded: runs.Loaded, data: preparing.Data, number: 
         n_passages=loaded.n_rows,
         prefix_ids=loaded.corpus.generator_tokenizer.prefix_ids,
         search=cfg.search,
-        epoch=max(1, len(data.examples) // stage.batch),
+        epoch=max(1, len(found if cfg.answers == "sample" else found.label) // stage.batch),
     )
     if loaded.passages is not None:
         return setting, OnDevice(setting, loaded.passages)
-    return setting, OnHost(setting, loaded.corpus, [question.question for question in data.questions])
+    return setting, OnHost(setting, loaded.corpus, found.texts)
 
 
 def save(

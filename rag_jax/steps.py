@@ -113,11 +113,17 @@ def embed_rows(s: Setting, params: Params, passages: Passages, rows: jax.Array, 
     return s.rag.embed_passages(params, ids, mask, key).reshape(*rows.shape, -1)
 
 
-def contexts(
-    s: Setting, passages: Passages, rows_BK: jax.Array, batch: Batch, length: int = 0
-) -> tuple[jax.Array, jax.Array]:
-    """Generator inputs [B, K, L] and mask: each retrieved passage joined with its question. L: `length`, or as set."""
+def contexts(s: Setting, passages: Passages, rows_BK: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Generator inputs [B, K, L] and mask: each retrieved passage joined with its question.
+
+    L: as set, but no longer than a passage of the table (or a window) with a question of this batch can be, in tiles of
+    16 tokens.
+    """
     B, K = rows_BK.shape
+    body = passages.generator_ids_NL.shape[1]
+    if "window" in batch:
+        body = min(body, s.stage.window)
+    needed = len(s.prefix_ids) + body + batch["tail_ids"].shape[1]
     flat = rows_BK.reshape(-1)
     start = stop = None
     if "window" in batch:
@@ -128,7 +134,7 @@ def contexts(
         passages.generator_length_N[flat].astype(jnp.int32),
         jnp.repeat(batch["tail_ids"], K, axis=0),
         jnp.repeat(batch["tail_length"], K),
-        length or s.stage.source_length or s.rag.config.source_length,
+        min(s.stage.source_length or s.rag.config.source_length, -(-needed // 16) * 16),
         s.rag.config.reader.pad_id,
         start,
         stop,
@@ -294,8 +300,8 @@ def contrastive_loss(
     """Contrastive loss of each question against the first gold passages of all questions of the (global) batch.
 
     With `hard_negatives`, also against the passages that the index now ranks highest for any of them (as ANCE, Xiong et
-    al. 2021, section 4); right ones among those are left out. With `accumulate`, a part of the batch is embedded at a
-    time; the loss is the same.
+    al. 2021, section 4), or against those given in the batch; right ones among those are left out, and -1. With
+    `accumulate`, a part of the batch is embedded at a time; the loss is the same.
     """
     question_key, passage_key = jax.random.split(key)
 
@@ -308,16 +314,18 @@ def contrastive_loss(
     if "documents" in batch:
         rows_P, numbers_P = batch["documents"], batch["document_rows"]
     else:
-        rows_P = batch["gold"][:, 0]
+        numbers_P = batch["gold"][:, 0]
         if s.stage.hard_negatives:
-            _, hard = find(s, q_BE, index, s.stage.hard_negatives)
-            rows_P = jnp.concatenate([rows_P, hard.reshape(-1)])
-        numbers_P = rows_P
+            hard = batch["negatives"] if "negatives" in batch else find(s, q_BE, index, s.stage.hard_negatives)[1]
+            numbers_P = jnp.concatenate([numbers_P, hard.reshape(-1)])
+        rows_P = jnp.maximum(numbers_P, 0)
     d_PE = in_turns(lambda key, rows: embed_rows(s, params, passages, rows, key), turns, passage_key, rows_P)
     also_right_BP = is_gold(jnp.broadcast_to(numbers_P[None], (B, len(rows_P))), batch["gold"])
-    loss_B = objectives.in_batch_contrastive(q_BE, d_PE, jnp.eye(B, len(rows_P), dtype=bool), also_right_BP)
-    right_B = also_right_BP[jnp.arange(B), (q_BE @ d_PE.T).argmax(-1)]
-    tokens = batch["question_length"].sum() + passages.encoder_length_N[rows_P].astype(jnp.int32).sum()
+    there_P = numbers_P >= 0
+    loss_B = objectives.in_batch_contrastive(q_BE, d_PE, jnp.eye(B, len(rows_P), dtype=bool), also_right_BP | ~there_P)
+    right_B = also_right_BP[jnp.arange(B), jnp.where(there_P, q_BE @ d_PE.T, -jnp.inf).argmax(-1)]
+    read_P = jnp.where(there_P, passages.encoder_length_N[rows_P].astype(jnp.int32), 0)
+    tokens = batch["question_length"].sum() + read_P.sum()
     return loss_B.mean(), {"in_batch_accuracy": right_B.mean(), "tokens": tokens}
 
 

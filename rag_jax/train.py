@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rag_jax import checkpoint, config, distributed, evaluate, live, logs, metri
 from rag_jax import run as runs
 from rag_jax import session as sessions
 from rag_jax.answer import AnswerConfig, make_answer
-from rag_jax.config import TrainConfig
+from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.data import formats, pipeline
 from rag_jax.errors import InputError
 from rag_jax.hosted import Searchers
@@ -51,6 +52,7 @@ class Interval:
     def __init__(self) -> None:
         self.rows: list[dict[str, jax.Array]] = []
         self.measured: dict[str, float] = {}  # the last of what is not measured in every step
+        self.shares: list[np.ndarray] = []  # of each batch, how much of it is of each input
         self.begun = time.perf_counter()
         self.restart_clock()
 
@@ -70,6 +72,12 @@ class Interval:
         }
         return values | times | self.measured
 
+    def mixture(self, inputs: Iterable[str]) -> dict[str, float]:
+        """How much of the batches was of each of several inputs."""
+        if not self.shares:
+            return {}
+        return {f"share/{name}": float(x) for name, x in zip(inputs, np.mean(self.shares, axis=0), strict=True)}
+
 
 def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int) -> Session:
     """Between two steps: the newest version of the corpus, if there is another one, in place of the one in use.
@@ -83,7 +91,9 @@ def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int
         return session
     try:
         preparing.check(cfg, corpus, session.loaded.mesh)
-        data = preparing.prepare(cfg, corpus, session.data.questions)
+        data = preparing.prepare(cfg, corpus)
+        if not preparing.same_questions(data, session.data):
+            raise InputError(f"the questions of {cfg.train} are no longer those of the run; put them back")
         every_batch = all_batches(cfg, data, session.loaded.mesh)
         loaded, searchers = live.updated(session.loaded, corpus), Searchers(cfg.search, corpus, session.loaded.mesh)
         refresher, index = make_refresher(cfg, loaded, searchers), upkeep.index
@@ -108,6 +118,13 @@ def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int
     )
 
 
+def said_of(stage: StageConfig, widths: tuple[int, ...]) -> str:
+    """The widths in words, where a stage has several."""
+    if not stage.buckets and not stage.target_buckets:
+        return ""
+    return f" with {widths[0]} tokens a question and {widths[1]} a target"
+
+
 def run_stage(
     session: Session, number: int, start: int, state: TrainState, upkeep: Upkeep, seconds: float
 ) -> tuple[Session, TrainState, float]:
@@ -119,6 +136,7 @@ def run_stage(
     begun = time.perf_counter()
     first, end = int(state.step), start + stage.steps
     step_fn: Any = None
+    compiled: set[tuple[int, ...]] = set()  # widths of the batches that the step has been compiled for
     iterator = pipeline.iterate(session.batches[number], first - start)
     key = jax.random.key(cfg.seed)
     interval = Interval()
@@ -136,16 +154,21 @@ def run_stage(
             before = time.perf_counter()
             fed = upkeep.feed(state.params, drawn)
             interval.host_seconds += waited + time.perf_counter() - before
-            compiles = step_fn is None
-            step_fn = step_fn or jit_step(upkeep.setting, start, state, fed.table)
+            if step_fn is None:
+                step_fn, compiled = jit_step(upkeep.setting, start, state, fed.table), set()
+            widths = pipeline.widths_of(drawn)
+            compiles = widths not in compiled
+            compiled.add(widths)
             state, changed, metrics = step_fn(state, *fed, key)
             upkeep.after(changed)
             interval.rows.append(metrics)
-            jax.block_until_ready(interval.rows[max(-2, -len(interval.rows))])  # at most two steps under way
+            interval.shares += [drawn["share"]] if "share" in drawn else []
+            behind = 1 if compiles else min(2, len(interval.rows))  # at most two steps under way
+            jax.block_until_ready(interval.rows[-behind])
             if compiles:  # compilation is not step time
-                logs.info(
-                    f"{stage.name}: first step after {time.perf_counter() - before:.1f} s of compiling and running"
-                )
+                spent = time.perf_counter() - before
+                words = f"{stage.name}: first step{said_of(stage, widths)}"
+                logs.info(f"{words} after {spent:.1f} s of compiling and running")
                 interval.restart_clock()
             progress.update(1, loss=metrics["loss"])
             logged = (into + 1) % cfg.log_every == 0 or step + 1 == end
@@ -153,7 +176,8 @@ def run_stage(
                 upkeep.refresher.drop()
             measured: dict[str, float] = {}
             if logged:
-                row = {"stage": stage.name, **interval.summary(), **upkeep.age(step)}
+                shares = interval.mixture(session.data.weights)
+                row = {"stage": stage.name, **interval.summary(), **shares, **upkeep.age(step)}
                 moved = follow(session, number, upkeep, state.params, step + 1)
                 if moved is not session:
                     row |= {"corpus": moved.data.corpus.hash, "n_passages": moved.data.corpus.n_live}
@@ -178,7 +202,9 @@ def stop(
     """
     step = int(state.step)
     if interval.rows:
-        session.write(step, {"stage": session.cfg.stages[number].name, **interval.summary(), **upkeep.age(step - 1)})
+        shares = interval.mixture(session.data.weights)
+        name = session.cfg.stages[number].name
+        session.write(step, {"stage": name, **interval.summary(), **shares, **upkeep.age(step - 1)})
     if into:
         sessions.save(session, state, upkeep, seconds)
     session.keeper.wait()
@@ -205,12 +231,13 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
     """
     corpus, mesh = preparing.opened(cfg, directory), sharding.make_mesh(cfg.mesh or None)
     preparing.check(cfg, corpus, mesh)
-    data = preparing.prepare(cfg, corpus)
+    data = preparing.prepare(cfg, corpus, directory)
     every_batch = all_batches(cfg, data, mesh)
     dev = formats.read_questions(cfg.dev)[: cfg.evaluate_questions] if cfg.evaluate_every else []
     if cfg.init and not (directory / "config.json").exists():
         runs.check_init(Path(cfg.init), cfg.model, corpus, mesh)
     preparing.open_run(cfg, directory, data)
+    preparing.keep(directory, data)
     keeper = checkpoint.Checkpoints(directory / "checkpoints", cfg.keep_checkpoints, cfg.keep_best, cfg.best_metric)
     done, total = keeper.latest() or 0, sum(stage.steps for stage in cfg.stages)
     if done == total and distributed.everywhere(finished(directory, total)):

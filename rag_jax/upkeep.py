@@ -4,12 +4,13 @@
 gathered on the host and go into the same step as small tables of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from rag_jax import config, refresh, sharding
+from rag_jax.data.pipeline import ON_HOST
 from rag_jax.hosted import HostIndex, filled, gather, places
 from rag_jax.rag import Params, Passages
 from rag_jax.refresh import Index, Refresher
@@ -42,7 +43,7 @@ class OnDevice:
         self.setting, self.passages = setting, passages
 
     def feed(self, params: Params, batch: dict[str, np.ndarray], index: Index) -> Fed:
-        arrays = {name: x for name, x in batch.items() if name != "source"}
+        arrays = {name: x for name, x in batch.items() if name not in ON_HOST}
         return Fed(sharding.shard_batch(self.setting.mesh, arrays), index, self.passages)
 
     def rows(self, index: Index, rows_S: np.ndarray) -> tuple[Index, Passages, np.ndarray]:
@@ -50,31 +51,33 @@ class OnDevice:
 
 
 class OnHost:
-    """Passages are found and gathered here; `texts` are the questions that `source` of a batch counts. Each process
+    """Passages are found and gathered here; `texts` gives the questions that `source` of a batch counts. Each process
     does so for its own part of the batch.
     """
 
-    def __init__(self, setting: Setting, corpus: Corpus, texts: Sequence[str]) -> None:
+    def __init__(self, setting: Setting, corpus: Corpus, texts: Callable[[np.ndarray], list[str]]) -> None:
         self.setting, self.corpus, self.texts = setting, corpus, texts
 
     def feed(self, params: Params, batch: dict[str, np.ndarray], index: HostIndex) -> Fed:
         stage, mesh = self.setting.stage, self.setting.mesh
-        arrays = {name: x for name, x in batch.items() if name != "source"}
-        if not config.searches(stage):
+        arrays = {name: x for name, x in batch.items() if name not in ON_HOST}
+        given = arrays.pop("negatives", None)
+        if given is not None:
+            rows = given
+        elif not config.searches(stage):
             rows = arrays["gold"][:, :1] if "gold" in arrays else np.zeros((len(arrays["labels"]), 0), np.int32)
         else:
             wanted = stage.hard_negatives if stage.objective == "contrastive" else max(stage.n_docs, stage.n_retrieved)
             on_device = sharding.shard_batch(mesh, arrays)
             q_BE = sharding.fetched(question_program(self.setting.rag)(params, on_device)).astype(np.float32)
-            texts = [self.texts[source] for source in batch["source"]]
-            queries = Queries(q_BE[sharding.own_rows(mesh, len(q_BE))], texts)
+            queries = Queries(q_BE[sharding.own_rows(mesh, len(q_BE))], self.texts(batch["source"]))
             rows = filled(index.searcher.search(queries, wanted).ids_BK, self.corpus)
         if stage.objective == "contrastive":
-            found = (arrays["gold"][:, 0], rows) if config.searches(stage) else (arrays["gold"][:, 0],)
+            found = (arrays["gold"][:, 0], rows) if stage.hard_negatives else (arrays["gold"][:, 0],)
             all_rows = sharding.fetched(sharding.shard_batch(mesh, found))  # the gold ones of all questions come first
             rows = np.concatenate([part.reshape(-1) for part in all_rows])
             rows = rows[sharding.own_rows(mesh, len(rows))]
-        tables, passages = gather(self.corpus, index, rows.reshape(-1))
+        tables, passages = gather(self.corpus, index, np.maximum(rows.reshape(-1), 0))
         arrays |= {"documents": places(mesh, rows), "document_rows": rows.astype(np.int32)}
         return Fed(*sharding.shard_batch(mesh, (arrays, tables, passages)))
 

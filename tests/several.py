@@ -25,6 +25,7 @@ STAGES = {
     "gold": StageConfig("s", batch=8, documents="gold"),
     "contrastive": StageConfig("s", batch=8, objective="contrastive"),
     "hard": StageConfig("s", batch=8, objective="contrastive", hard_negatives=2),
+    "given": StageConfig("s", batch=8, objective="contrastive", hard_negatives=2, negatives="given"),
 }
 
 
@@ -63,10 +64,13 @@ def fed(corpus, mesh, rag, params, stage):
     """What a step is given on `mesh`, whole: of every array its values, by name."""
     own = sharding.own_rows(mesh, 8)
     setting = Setting(rag, stage, mesh, len(corpus), ())
-    texts = ["x" * (5 * i + 1) for i in range(8)]
     embeddings_NE = np.arange(len(corpus) * 4, dtype=np.float32).reshape(-1, 4)
     index = HostIndex(embeddings_NE, np.arange(len(corpus), dtype=np.int32), ByText())
-    given = OnHost(setting, corpus, texts).feed(params, {k: v[own] for k, v in batch_of(corpus).items()}, index)
+    feed = OnHost(setting, corpus, lambda sources: ["x" * (5 * i + 1) for i in sources])
+    batch = batch_of(corpus)
+    if stage.negatives == "given":
+        batch["negatives"] = np.arange(16, dtype=np.int32).reshape(8, 2) - 1
+    given = feed.feed(params, {k: v[own] for k, v in batch.items()}, index)
     tree = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(given)}
     return {name: np.asarray(sharding.fetched(leaf)) for name, leaf in tree.items()}
 

@@ -21,6 +21,7 @@ from rag_jax import evaluate as evaluation
 from rag_jax import run as runs
 from rag_jax.answer import Pipeline
 from rag_jax.data import formats, pipeline
+from rag_jax.data.joining import join_tail
 from rag_jax.errors import InputError
 from rag_jax.metrics import matching
 from rag_jax.rag import Rag
@@ -146,7 +147,7 @@ def test_answers_and_scores_are_those_of_the_model(opened, questions, answers, c
     for passage in found.passages:
         row = corpus.row(passage.id)
         ids = corpus.generator_ids[row][: corpus.generator_length[row]].tolist()
-        tail = pipeline.join_tail(tokenizer, [questions[0].question])[0]
+        tail = join_tail(tokenizer, [questions[0].question])[0]
         room = length - 1 - len(tail)
         sources.append(oracles.pad([tokenizer.bos_id, *ids[:room], *tail], length, tokenizer.pad_id))
     ids = np.array([sources])
@@ -348,7 +349,7 @@ def test_closed_book_reads_the_question_alone(opened, questions):
     found = opened.answer([q.question for q in questions[:8]], cfg)
     corpus, model = opened.loaded.corpus, opened.loaded.rag
     tokenizer = corpus.generator_tokenizer
-    tails = pipeline.join_tail(tokenizer, [q.question for q in questions[:8]])
+    tails = join_tail(tokenizer, [q.question for q in questions[:8]])
     ids = np.array([[oracles.pad([tokenizer.bos_id, *tail], 64, tokenizer.pad_id)] for tail in tails])
     generate = jax.jit(lambda p, ids: model.generate(p, ids, ids != 1, np.zeros((8, 1)), 1, cfg.max_length))
     made = generate(opened.params, ids)

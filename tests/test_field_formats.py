@@ -367,7 +367,7 @@ def test_every_format_says_what_it_is() -> None:
 
 def test_a_corpus_of_the_same_files_has_the_right_passages(shared_data: Find, tmp_path: Path) -> None:
     from rag_jax.__main__ import main
-    from rag_jax.data import pipeline
+    from rag_jax.data.examples import gold_rows, wrong_rows
     from rag_jax.retrieval.corpus import Corpus
 
     raw = shared_data("raw")
@@ -379,8 +379,12 @@ def test_a_corpus_of_the_same_files_has_the_right_passages(shared_data: Find, tm
     assert [(entry["files"], entry["passages"]) for entry in corpus.manifest["inputs"]] == [(1, 751), (1, 80)]
     for path in paths:
         questions = read_questions(path)
-        for question, row_G in zip(questions, pipeline.gold_rows(questions, corpus), strict=True):
-            assert [corpus[row].id for row in row_G if row >= 0] == list(question.positive_passage_ids) != []
+        gold = gold_rows(questions, corpus)
+        for question, rows, hard, other in zip(questions, gold, *wrong_rows(questions, gold, corpus), strict=True):
+            assert [corpus[row].id for row in rows] == list(question.positive_passage_ids) != []
+            named = [corpus[row].id for row in (*hard, *other)]
+            wrong = {*question.hard_negative_passage_ids, *question.negative_passage_ids}
+            assert set(named) == wrong - {*question.positive_passage_ids} and len(named) == len(set(named))
     assert main(["corpus", str(paths[0]), "--format", "squad", "--out", out + "2", *sizes]) == 2
 
 

@@ -18,6 +18,7 @@ from rag_jax import run as runs
 from rag_jax.answer import Pipeline
 from rag_jax.config import SearchConfig
 from rag_jax.data import formats, pipeline
+from rag_jax.data.examples import gold_rows
 from rag_jax.errors import InputError
 from rag_jax.hosted import filled
 from rag_jax.retrieval import corpus as corpora
@@ -133,11 +134,11 @@ def test_places_that_a_search_left_empty(data):
 def test_gold_passages_and_denoising(data):
     base, corpus = Corpus.open(data / "corpus"), Corpus.open(data / "two")
     questions = formats.read_questions(data / "train.jsonl")
-    gold = pipeline.gold_rows(questions[:5], corpus)[:, 0]
-    assert gold.tolist() == [corpus.row("n0"), corpus.row("n1"), 41, -1, -1] and corpus[41].id == base[5].id
-    assert pipeline.gold_rows(questions[:5], base, live=True)[:, 0].tolist() == [-1, -1, 5, 3, 7]
+    gold = gold_rows(questions[:5], corpus)
+    assert gold == [[corpus.row("n0")], [corpus.row("n1")], [41], [], []] and corpus[41].id == base[5].id
+    assert gold_rows(questions[:5], base, live=True) == [[], [], [5], [3], [7]]
     with pytest.raises(InputError, match=r"'q-n0'.*passage 'n0' is not in this corpus"):
-        pipeline.gold_rows(questions[:5], base)
+        gold_rows(questions[:5], base)
     drawn, tokenizer = pipeline.denoise_batches(corpus, batch=8, seed=0, length=200), corpus.generator_tokenizer
     ids = [corpus.generator_ids[row][: corpus.generator_length[row]].tolist() for row in range(len(corpus))]
     row_of = {tuple(tokenizer.label(x, 200)): row for row, x in enumerate(ids)}

@@ -2,14 +2,17 @@
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rag_jax.data import formats, pipeline
+from rag_jax.data import buckets, formats, mixing, pipeline, sources
+from rag_jax.data import examples as made
 from rag_jax.data.formats import Question
+from rag_jax.data.pipeline import Wanted
 from rag_jax.errors import InputError
 from rag_jax.retrieval.corpus import Corpus
 
@@ -27,7 +30,24 @@ def questions(tiny_data):
 
 
 def tokenise(questions, corpus, **changes):
-    return pipeline.tokenise(questions, corpus, **{"question_length": QUESTION, "target_length": TARGET} | changes)
+    return made.tokenise(questions, corpus, **{"question_length": QUESTION, "target_length": TARGET} | changes)
+
+
+def all_pairs(examples):
+    return np.arange(len(examples.label))
+
+
+def with_answer(examples):
+    """Pairs whose answer stands in the gold passage."""
+    return np.flatnonzero(examples.answer_P2[:, 1] > 0)
+
+
+def batches(examples, corpus, *, sample=False, pairs=None, most=0, **changes):
+    """Of all pairs, or of those given."""
+    pairs = all_pairs(examples) if pairs is None else pairs
+    units = pipeline.units_of(examples, pairs, sample, most)
+    wanted = {"batch": 8, "seed": 0, "lengths": (QUESTION, TARGET)} | changes
+    return pipeline.question_batches(examples, units, corpus, Wanted(**wanted))
 
 
 @pytest.fixture(scope="module")
@@ -44,70 +64,101 @@ def question(i, answers=("Anna",), gold=(), target=None, text="Who?"):
 
 def test_every_array_says_what_the_question_says(questions, corpus, examples):
     encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
-    assert len(examples) == len(questions) > 100
-    assert examples.source_N.tolist() == list(range(len(questions)))
+    assert len(examples) == len(examples.label) == len(questions) > 100
+    assert examples.texts(range(len(questions))) == [q.question for q in questions]
     for i, q in enumerate(questions):
-        ids = examples.question_ids_NQ[i, : examples.question_length_N[i]].tolist()
-        assert ids == encoder.backend.encode(q.question).ids
-        tail = examples.tail_ids_NQ[i, : examples.tail_length_N[i]].tolist()
-        assert tail == [*generator.encode_batch([" // " + q.question])[0], *generator.suffix_ids]
+        assert examples.question[i].tolist() == encoder.backend.encode(q.question).ids
+        tail = generator.encode_batch([" // " + q.question])[0]
+        assert examples.tail[i].tolist() == [*tail, *generator.suffix_ids]
         answer = generator.encode_batch([" " + q.answers[0]])[0]
-        label = [*generator.prefix_ids, *answer, *generator.suffix_ids]
-        assert examples.labels_NT[i].tolist() == label + [generator.pad_id] * (TARGET - len(label))
-        assert [corpus[row].id for row in examples.gold_NG[i]] == list(q.positive_passage_ids)
-    assert (examples.question_ids_NQ[np.arange(QUESTION) >= examples.question_length_N[:, None]] == 0).all()
+        assert examples.label[i].tolist() == [*generator.prefix_ids, *answer, *generator.suffix_ids]
+        assert [corpus[row].id for row in examples.gold[i]] == list(q.positive_passage_ids)
+        assert len(examples.hard[i]) == len(examples.other[i]) == 0
 
 
 def test_further_right_passages_are_no_negatives(questions, corpus):
     """They stand behind the positive one, where the contrastive loss leaves them out and recall counts them."""
-    other = corpus[len(corpus) - 1].id
-    changed = [dataclasses.replace(questions[0], also_relevant_passage_ids=(other,)), questions[1]]
-    gold = pipeline.tokenise(changed, corpus, question_length=QUESTION, target_length=TARGET).gold_NG
-    assert gold[0].tolist() == [corpus.row(questions[0].positive_passage_ids[0]), len(corpus) - 1]
-    assert gold[1].tolist() == [corpus.row(questions[1].positive_passage_ids[0]), -1]
+    first, last = corpus.row(questions[0].positive_passage_ids[0]), len(corpus) - 1
+    wrong = {
+        "also_relevant_passage_ids": (corpus[last].id,),
+        "hard_negative_passage_ids": (corpus[2].id, "nowhere", corpus[first].id, corpus[1].id, corpus[2].id),
+        "negative_passage_ids": (corpus[1].id, corpus[last].id, corpus[3].id),
+    }
+    changed = [dataclasses.replace(questions[0], **wrong), questions[1]]
+    assert first > 3
+    with_negatives = tokenise(changed, corpus, negatives=True)
+    assert with_negatives.gold[0].tolist() == [first, last]
+    assert with_negatives.gold[1].tolist() == [corpus.row(questions[1].positive_passage_ids[0])]
+    assert [with_negatives.hard[i].tolist() for i in (0, 1)] == [[2, 1], []]
+    assert [with_negatives.other[i].tolist() for i in (0, 1)] == [[3], []]
+    assert len(tokenise(changed, corpus).hard[0]) == 0
 
 
 def test_the_span_in_the_gold_passage_is_the_answer(questions, corpus, examples):
     """All answers of the world stand in their passages, whole where the passage was not cut."""
     found = 0
-    for q, gold, (start, stop), label in zip(
-        questions, examples.gold_NG, examples.answer_N2, examples.labels_NT, strict=True
-    ):
+    for i, (q, (start, stop)) in enumerate(zip(questions, examples.answer_P2, strict=True)):
         if stop:
             found += 1
-            span = corpus.generator_ids[gold[0]][start:stop]
+            row = examples.gold[i][0]
+            span = corpus.generator_ids[row][start:stop]
             assert corpus.generator_tokenizer.decode(span) == " " + q.answers[0]
-            assert label[1 : 1 + stop - start].tolist() == span.tolist()
-            assert stop <= corpus.generator_length[gold[0]]
+            assert examples.label[i][1 : 1 + stop - start].tolist() == span.tolist()
+            assert stop <= corpus.generator_length[row]
     assert 0.6 * len(questions) < found < len(questions)  # tiny corpora cut their passages: some answers are lost
 
 
-def test_one_pair_per_question_or_per_answer(corpus):
+@pytest.fixture
+def asked(corpus):
+    """Questions with one answer, two and none, and a target."""
     gold = [corpus[i].id for i in (3, 1)]
-    asked = [
+    return [
         question(0, ["Anna", "Anna Aska"], gold),
         question(1, []),
         question(2, ["nobody"], target=" Berta "),
         question(3, [" "]),
-        question(4, ["x"], gold[:1]),
+        question(4, ["x", " ", "y"], gold[:1]),
     ]
-    one, each = tokenise(asked, corpus), tokenise(asked, corpus, every_answer=True)
-    assert one.source_N.tolist() == [0, 2, 4] and each.source_N.tolist() == [0, 0, 2, 4]
-    texts = [corpus.generator_tokenizer.decode(row) for row in each.labels_NT]
-    assert texts == [" Anna", " Anna Aska", " Berta", " x"]
-    assert each.gold_NG.tolist() == [[3, 1], [3, 1], [-1, -1], [3, -1]]
-    assert one.answer_N2[1].tolist() == [0, 0]
+
+
+def test_the_first_answer_or_all_of_them(asked, corpus):
+    one, each = tokenise(asked, corpus), tokenise(asked, corpus, answers="every")
+    texts = [[corpus.generator_tokenizer.decode(row) for row in table.label] for table in (one, each)]
+    assert texts == [[" Anna", " Berta", " x"], [" Anna", " Anna Aska", " Berta", " x", " y"]]
+    assert len(one) == len(each) == 3
+    assert each.question_of(np.arange(5)).tolist() == [0, 0, 1, 2, 2] and one.first_N1.tolist() == [0, 1, 2, 3]
+    assert [each.gold[i].tolist() for i in range(3)] == [[3, 1], [], [3]]
+    assert one.answer_P2.tolist() == [[0, 0]] * 3
+    sampled = tokenise(asked, corpus, answers="sample")
+    for name, array in each.arrays().items():
+        np.testing.assert_array_equal(array, sampled.arrays()[name])
+
+
+def test_chunks_make_the_same(questions, corpus, examples, monkeypatch):
+    monkeypatch.setattr(made, "CHUNK", 7)
+    assert tokenise(iter(questions), corpus).fingerprint() == examples.fingerprint()
+
+
+def test_two_inputs_one_after_the_other(asked, questions, corpus, examples):
+    both = made.joined([tokenise(asked, corpus, answers="every"), examples])
+    assert len(both) == 3 + len(questions) and both.input_N.tolist() == [0] * 3 + [1] * len(questions)
+    assert both.question_of(np.array([0, 1, 4, 5])).tolist() == [0, 0, 2, 3]
+    for name in ("question", "tail", "text", "gold"):
+        rows = [getattr(both, name)[3 + i].tolist() for i in range(len(questions))]
+        assert rows == [row.tolist() for row in getattr(examples, name)]
+    assert both.label[5].tolist() == examples.label[0].tolist()
+    np.testing.assert_array_equal(both.answer_P2[5:], examples.answer_P2)
 
 
 def test_long_questions_keep_beginning_and_end_token_and_long_answers_their_beginning(corpus):
     text = "where does the river of the old mill bend " * 9
     short, whole = (tokenise([question(0, [text], text=text)], corpus, question_length=n) for n in (12, 400))
     encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
-    np.testing.assert_array_equal(short.question_ids_NQ[0, :11], whole.question_ids_NQ[0, :11])
-    assert short.question_ids_NQ[0, 11] == encoder.suffix_ids[0] and short.question_length_N[0] == 12
-    np.testing.assert_array_equal(short.tail_ids_NQ[0, :11], whole.tail_ids_NQ[0, :11])
-    assert short.tail_ids_NQ[0, 11] == generator.suffix_ids[0] and short.tail_length_N[0] == 12
-    assert short.labels_NT[0, -1] == generator.eos_id and (short.labels_NT != generator.pad_id).all()
+    for side, tokenizer in (("question", encoder), ("tail", generator)):
+        cut, full = getattr(short, side)[0].tolist(), getattr(whole, side)[0].tolist()
+        assert cut == [*full[:11], *tokenizer.suffix_ids] and 12 < len(full) < 400
+    label = short.label[0].tolist()
+    assert len(label) == TARGET and label[-1] == generator.eos_id and generator.pad_id not in label
 
 
 def test_what_cannot_be_tokenised_is_named(corpus):
@@ -117,12 +168,18 @@ def test_what_cannot_be_tokenised_is_named(corpus):
         tokenise([question(0, []), question(1, ["  "])], corpus)
 
 
-def test_fingerprint_changes_with_any_array(examples):
-    assert examples.fingerprint() == examples.where(np.ones(len(examples), bool)).fingerprint()
-    for name, value in examples.take(np.arange(len(examples))).items():
-        changed = value.copy()
-        changed.flat[-1] += 1
-        assert pipeline.Examples(**{**vars(examples), name: changed}).fingerprint() != examples.fingerprint()
+def test_fingerprint_changes_with_any_array(asked, corpus):
+    examples = tokenise(asked, corpus, answers="every")
+    arrays = examples.arrays()
+    assert examples.fingerprint() == made.Examples.of(arrays).fingerprint()
+    of_the_corpus = set()
+    for name, value in arrays.items():
+        changed = np.append(value, value[-1:], axis=0) if len(value) else np.ones(1, value.dtype)
+        other = made.Examples.of(arrays | {name: changed})
+        assert other.fingerprint() != examples.fingerprint()
+        if other.fingerprint(questions_only=True) == examples.fingerprint(questions_only=True):
+            of_the_corpus.add(name.partition(".")[0])
+    assert of_the_corpus == {"gold", "hard", "other", "answer_P2"}
 
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.data())
@@ -131,7 +188,7 @@ def test_find_is_that_of_lists(haystack, data):
     haystack = [(0, 1, 256, 65537)[i] for i in haystack]
     needle = data.draw(st.lists(st.sampled_from([0, 1, 256, 65537]), max_size=3))
     at = [i for i in range(len(haystack) - len(needle) + 1) if haystack[i : i + len(needle)] == needle]
-    assert pipeline.find(needle, np.array(haystack, np.uint32)) == (at[0] if at and needle else -1)
+    assert made.find(needle, np.array(haystack, np.uint32)) == (at[0] if at and needle else -1)
 
 
 # --- windows and batches ----------------------------------------------------------------------------------------------
@@ -152,17 +209,30 @@ def test_windows_hold_the_answer(data, widest, seed):
 
 
 def test_batches_hold_what_the_step_reads(examples, corpus):
-    data = pipeline.question_batches(examples, corpus.generator_length, batch=8, seed=0)
     names = {"question_ids", "question_length", "tail_ids", "tail_length", "labels", "gold", "source"}
-    assert set(data[0]) == names
-    with_answer = examples.where(examples.answer_N2[:, 1] > 0)
-    data = pipeline.question_batches(with_answer, corpus.generator_length, batch=8, seed=0, window=24)
+    assert set(batches(examples, corpus)[0]) == names
+    data = batches(examples, corpus, pairs=with_answer(examples), window=24)
     assert set(data[0]) == names | {"window"}
     for batch in (data[i] for i in range(20)):
         for row, (start, stop), label in zip(batch["gold"][:, 0], batch["window"], batch["labels"], strict=True):
             seen = corpus.generator_ids[row][start : min(stop, corpus.generator_length[row])]
             answer = label[1 : label.tolist().index(corpus.generator_tokenizer.eos_id)].tolist()
-            assert pipeline.find(answer[:8], seen) >= 0 and len(seen) <= 24  # the narrowest window is 8 wide
+            assert made.find(answer[:8], seen) >= 0 and len(seen) <= 24  # the narrowest window is 8 wide
+
+
+def test_rows_of_a_batch_are_padded_examples(examples, corpus):
+    encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
+    batch = batches(examples, corpus)[3]
+    for i, q in enumerate(batch["source"]):
+        for name, table, pad in (
+            ("question", examples.question, encoder.pad_id),
+            ("tail", examples.tail, generator.pad_id),
+        ):
+            row, n = table[q].tolist(), batch[f"{name}_length"][i]
+            assert n == len(row) and batch[f"{name}_ids"][i].tolist() == row + [pad] * (QUESTION - n)
+        label = examples.label[q].tolist()
+        assert batch["labels"][i].tolist() == label + [generator.pad_id] * (TARGET - len(label))
+        assert batch["gold"][i].tolist() == examples.gold[q].tolist()
 
 
 def assert_same(a, b):
@@ -172,8 +242,10 @@ def assert_same(a, b):
 
 
 def all_batches(examples, corpus, seed=0):
-    kept = examples.where(examples.answer_N2[:, 1] > 0)
-    yield pipeline.question_batches(kept, corpus.generator_length, batch=8, seed=seed, window=16)
+    kept = with_answer(examples)
+    yield batches(examples, corpus, pairs=kept, seed=seed, window=16)
+    two = made.joined([examples, examples])
+    yield batches(two, corpus, seed=seed, weights=(1.0, 3.0), question_widths=(16, 20), target_widths=(8,))
     yield pipeline.denoise_batches(corpus, batch=8, seed=seed, length=64)
 
 
@@ -183,7 +255,8 @@ def test_a_batch_is_a_function_of_its_step(examples, corpus):
     for k, data in enumerate(all_batches(examples, corpus)):
         for step in (70, 3, 0):
             assert_same(data[step], again[k][step])
-            assert (data[step]["labels"] != other[k][step]["labels"]).any()
+            labels = (data[step]["labels"], other[k][step]["labels"])
+            assert labels[0].shape != labels[1].shape or (labels[0] != labels[1]).any()
 
 
 @pytest.mark.parametrize("start", [0, 1, 13])
@@ -194,25 +267,192 @@ def test_iterating_from_a_step_is_skipping(examples, corpus, start):
             assert_same(next(iterator), data[step])
 
 
+def test_own_rows_are_those_of_the_whole_batch(asked, examples, corpus):
+    """Each process makes its rows as one process would: with several answers, windows, negatives, buckets, inputs."""
+    own = np.array([1, 2, 6])
+    gold = [corpus[i].id for i in range(9)]
+    more = [
+        dataclasses.replace(question(i, ["a", "b", "c"], gold[:1]), hard_negative_passage_ids=tuple(gold[1:i]))
+        for i in [*range(1, 9)] * 30
+    ]
+    two = made.joined([tokenise(more, corpus, answers="sample", negatives=True), examples])
+    settings = {"sample": True, "weights": (0.5, 0.5), "question_widths": (16,), "negatives": 2, "window": 16}
+    whole, part = batches(two, corpus, **settings), batches(two, corpus, **settings, own=own)
+    for step in range(10):
+        one = whole[step]
+        for name, value in part[step].items():
+            np.testing.assert_array_equal(value, one[name] if name == "share" else one[name][own])
+
+
 def test_every_example_once_an_epoch_in_another_order(examples, corpus):
-    rows = examples.where(np.arange(len(examples)) < 24)
-    data = pipeline.question_batches(rows, corpus.generator_length, batch=8, seed=0)
+    data = batches(examples, corpus, most=24)
 
     def epoch(e):
-        ids = [data[step]["tail_ids"] for step in range(3 * e, 3 * e + 3)]
-        return [row.tobytes() for row in np.concatenate(ids)]
+        return np.concatenate([data[step]["source"] for step in range(3 * e, 3 * e + 3)]).tolist()
 
-    wanted = sorted(row.tobytes() for row in rows.tail_ids_NQ)
-    assert all(sorted(epoch(e)) == wanted for e in range(3))
-    assert epoch(0) != epoch(1) != epoch(2)
-    assert epoch(0) != [row.tobytes() for row in rows.tail_ids_NQ]
+    assert all(sorted(epoch(e)) == list(range(24)) for e in range(3))
+    assert epoch(0) != epoch(1) != epoch(2) and epoch(0) != sorted(epoch(0))
 
 
 def test_fewer_examples_than_a_batch(examples, corpus):
     with pytest.raises(InputError, match="3 training examples are fewer than one batch of 8"):
-        pipeline.question_batches(
-            examples.where(np.arange(len(examples)) < 3), corpus.generator_length, batch=8, seed=0
+        batches(examples, corpus, most=3)
+
+
+# --- several answers --------------------------------------------------------------------------------------------------
+
+
+def test_one_answer_is_drawn_in_each_epoch(corpus):
+    """Each question comes once an epoch, with one of its own answers, and all of these come equally often."""
+    n, epochs = 300, 20
+    asked = [question(i, ["a", "b", "c"][: 1 + i % 3]) for i in range(n)]
+    data = batches(tokenise(asked, corpus, answers="sample"), corpus, sample=True, batch=n)
+    seen = np.zeros((n, 3), int)
+    for epoch in range(epochs):
+        batch = data[epoch]
+        assert sorted(batch["source"].tolist()) == list(range(n))
+        texts = [corpus.generator_tokenizer.decode(row).strip() for row in batch["labels"]]
+        seen[batch["source"], ["abc".index(text) for text in texts]] += 1
+    for count in (1, 2, 3):
+        mine = seen[count - 1 :: 3]
+        assert (mine[:, count:] == 0).all() and ((mine[:, :count] > 0).sum(1) == count).mean() > 0.99
+        share = mine[:, :count].sum(0) / (n / 3 * epochs)
+        np.testing.assert_allclose(share, 1 / count, atol=5 / np.sqrt(n / 3 * epochs))
+
+
+def test_only_usable_answers_are_drawn(corpus):
+    asked = [question(i, ["a", "b", "c"]) for i in range(100)]
+    pairs = np.array([3 * i + j for i in range(100) for j in ((0, 2) if i % 2 else (1,))])
+    data = batches(tokenise(asked, corpus, answers="sample"), corpus, sample=True, pairs=pairs, batch=100)
+    drawn = {
+        (int(q), corpus.generator_tokenizer.decode(row).strip())
+        for step in range(20)
+        for q, row in zip(data[step]["source"], data[step]["labels"], strict=True)
+    }
+    assert drawn == {(i, text) for i in range(100) for text in ("ac" if i % 2 else "b")}
+
+
+# --- several inputs ---------------------------------------------------------------------------------------------------
+
+
+def test_inputs_come_in_their_shares(examples, corpus):
+    """Of 3 and 1: in every batch of 8 six and two, each input in an order of its own, all of it once an epoch."""
+    few = tokenise([question(i, text=f"Who is {i}?") for i in range(10)], corpus)
+    data = batches(made.joined([examples, few]), corpus, weights=(3.0, 1.0))
+    n, sources, shares = len(examples), [], []
+    for step in range(25):
+        batch = data[step]
+        sources.append(batch["source"])
+        shares.append(batch["share"])
+        np.testing.assert_array_equal(batch["share"], [(batch["source"] < n).mean(), (batch["source"] >= n).mean()])
+    np.testing.assert_allclose(shares, np.broadcast_to([0.75, 0.25], (25, 2)))
+    second = np.concatenate(sources)
+    second = second[second >= n].reshape(5, 10) - n
+    assert all(sorted(epoch) == list(range(10)) for epoch in second.tolist())
+    assert len({tuple(epoch) for epoch in second.tolist()}) == 5
+    first = np.concatenate(sources)
+    first = first[first < n]
+    assert len(set(first.tolist())) == len(first) == 150  # within its first epoch
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=6), st.integers(0, 10**9))
+@settings(max_examples=100)
+def test_shares_are_kept_everywhere(weights, start):
+    """Each set's elements come in order, without a gap, in their share."""
+    shares = mixing.Shares(weights)
+    at: dict[int, int] = {}
+    for k in range(start, start + 200):
+        number, i = shares[k]
+        assert abs(i - k * weights[number] / sum(weights)) < len(weights)
+        assert i == at.get(number, i)
+        at[number] = i + 1
+
+
+def test_mixtures_in_words():
+    assert sources.weighted("a b.jsonl") == {"a b.jsonl": 1.0}
+    assert sources.weighted("2*data/*.jsonl") == {"2*data/*.jsonl": 1.0}  # one input is as it is
+    assert sources.weighted("0.7*a.jsonl + 3*tfds:squad/v1.1/train?x=y") == {
+        "a.jsonl": 0.7,
+        "tfds:squad/v1.1/train?x=y": 3,
+    }
+    for text, message in (
+        ("0.5*a + b", "'b' has no weight; write 0.5*b"),
+        ("0.5*a + data/*.jsonl", "the weight data/ of '.jsonl' must be a positive number"),
+        ("0*a + 1*b", "the weight 0 of 'a' must be a positive number"),
+        ("1*a + -1*b", "the weight -1 of 'b'"),
+        ("1*a + inf*b", "the weight inf of 'b'"),
+        ("1*a + nan*b", "the weight nan of 'b'"),
+        ("1*a + 2*a", "'a' stands there twice"),
+        ("1*a + ", "'' has no weight; write 0.5*INPUT"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            sources.weighted(text)
+
+
+# --- buckets ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_as_wide_as_its_bucket(examples, corpus):
+    longest = np.maximum(examples.question.lengths(), examples.tail.lengths())
+    targets, seen, shapes = examples.label.lengths(), [], set()
+    narrow, wide = (int(x) for x in np.quantile(longest, [0.3, 0.7]))
+    short = int(np.median(targets))
+    data = batches(examples, corpus, question_widths=(narrow, wide), target_widths=(short,))
+    steps = 100
+    for step in range(steps):
+        batch = data[step]
+        q, t = batch["question_ids"].shape[1], batch["labels"].shape[1]
+        assert batch["tail_ids"].shape == batch["question_ids"].shape == (8, q)
+        mine = batch["source"]
+        assert (longest[mine] <= q).all() and (targets[mine] <= t).all()
+        if q == wide:  # none that a narrower one would take, as all buckets are large enough
+            assert (longest[mine] > narrow).all()
+        shapes.add((q, t))
+        seen += mine.tolist()
+    assert shapes == {(q, t) for q in (narrow, wide, QUESTION) for t in (short, TARGET)}
+    counts = np.bincount(seen, minlength=len(examples))  # each as often as any other, but for begun epochs
+    assert counts.min() >= 8 * steps // len(examples) - 1 and counts.max() <= -(-8 * steps // len(examples)) + 1
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_small_buckets_are_put_together(data):
+    n = data.draw(st.integers(1, 60))
+    lengths = np.array(data.draw(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=n, max_size=n)))
+    least = data.draw(st.integers(1, n))
+    found = buckets.grouped(lengths, (8, 16), (4,), (30, 9), least)
+    assert sorted(np.concatenate([b.units for b in found]).tolist()) == list(range(n))
+    for bucket in found:
+        assert len(bucket.units) >= least
+        assert (lengths[bucket.units] <= (bucket.question, bucket.target)).all()
+        assert bucket.question in (8, 16, 30) and bucket.target in (4, 9)
+    if least == 1:
+        for bucket in found:
+            widths = lengths[bucket.units]
+            assert (np.array([8, 16, 30])[np.searchsorted([8, 16, 30], widths[:, 0])] == bucket.question).all()
+
+
+# --- negatives of the files -------------------------------------------------------------------------------------------
+
+
+def test_hard_negatives_are_drawn_before_others(corpus):
+    ids = [corpus[i].id for i in range(20)]
+    wrong = [((1, 2, 3, 4), (5,)), ((6,), (7, 8)), ((), ()), ((9, 10), ())]
+    asked = [
+        dataclasses.replace(
+            question(i, gold=[ids[0]]),
+            hard_negative_passage_ids=tuple(ids[j] for j in hard),
+            negative_passage_ids=tuple(ids[j] for j in other),
         )
+        for i, (hard, other) in enumerate(wrong * 25)
+    ]
+    data = batches(tokenise(asked, corpus, negatives=True), corpus, negatives=2, batch=100)
+    drawn = [set() for _ in wrong]
+    for step in range(5):
+        for q, rows in zip(data[step]["source"] % 4, data[step]["negatives"].tolist(), strict=True):
+            drawn[q].add(tuple(rows))
+    assert drawn[0] == set(itertools.permutations((1, 2, 3, 4), 2))
+    assert drawn[1] == {(6, 7), (6, 8)} and drawn[2] == {(-1, -1)} and drawn[3] == {(9, 10), (10, 9)}
 
 
 # --- denoising --------------------------------------------------------------------------------------------------------
@@ -251,7 +491,7 @@ def test_denoise_batches_are_passages_and_their_corruption(corpus):
             text = label[label != g.pad_id]
             assert text[0] == g.bos_id and text[-1] == g.eos_id and (tail[n:] == g.pad_id).all()
             body = text[1:-1]
-            assert any(pipeline.find(body.tolist(), corpus.generator_ids[i]) >= 0 for i in range(len(corpus)))
+            assert any(made.find(body.tolist(), corpus.generator_ids[i]) >= 0 for i in range(len(corpus)))
             source = tail[:n]
             assert source[-1] == g.eos_id and 8 < n < 63 and (source == g.mask_id).sum() >= 2
             left = iter(body.tolist())
@@ -270,6 +510,7 @@ def test_encode_questions_is_the_batch_without_labels(questions, corpus, example
     tables = pipeline.encode_questions(
         [q.question for q in questions], corpus.encoder_tokenizer, corpus.generator_tokenizer, QUESTION
     )
+    batch = batches(examples, corpus)[0]
     assert set(tables) == {"question_ids", "question_length", "tail_ids", "tail_length"}
-    np.testing.assert_array_equal(tables["question_ids"], examples.question_ids_NQ)
-    np.testing.assert_array_equal(tables["tail_ids"], examples.tail_ids_NQ)
+    for name, table in tables.items():
+        np.testing.assert_array_equal(table[batch["source"]], batch[name])

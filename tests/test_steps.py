@@ -16,6 +16,7 @@ from rag_jax import objectives, optimizer, refresh, sharding, steps
 from rag_jax import run as runs
 from rag_jax.config import StageConfig
 from rag_jax.data import formats, joining, pipeline
+from rag_jax.data.examples import tokenise
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
 from rag_jax.optimizer import OptimizerConfig
@@ -60,7 +61,7 @@ def corpus(tiny_data):
 @pytest.fixture(scope="module")
 def examples(tiny_data, corpus):
     questions = formats.read_questions(tiny_data / "world/train.jsonl")
-    return pipeline.tokenise(questions, corpus, question_length=24, target_length=14)
+    return tokenise(questions, corpus, question_length=24, target_length=14)
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +88,17 @@ def params(corpus):
     return {name: rng.normal(0, 2.0, (size, E)).astype(np.float32) for name, size in sizes.items()}
 
 
+def question_batches(examples, corpus, window=0):
+    """Batches of all examples, or of those whose answer a window can hold."""
+    pairs = np.flatnonzero(examples.answer_P2[:, 1] > 0) if window else np.arange(len(examples.label))
+    units, wanted = pipeline.units_of(examples, pairs, False), pipeline.Wanted(B, 0, (24, 14), window=window)
+    return pipeline.question_batches(examples, units, corpus, wanted)
+
+
 @pytest.fixture(scope="module")
-def batch(examples):
+def batch(examples, corpus):
     """Eight questions, one of them without a known gold passage, one with two."""
-    data = pipeline.question_batches(examples, np.zeros(1), batch=B, seed=0)[0]
+    data = question_batches(examples, corpus)[0]
     gold = np.concatenate([data["gold"], np.full((B, 1), -1, np.int32)], 1)
     gold[2], gold[5, 1] = -1, (gold[5, 0] + 1) % 40
     return {**data, "gold": gold}
@@ -385,9 +393,11 @@ def test_gold_reading_through_a_window(params, batch, corpus, mesh, passages, in
 # --- the other losses -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tied", "hard"), [(True, 0), (False, 2)])
-def test_contrastive_on_host(params, batch, corpus, mesh, passages, index, tied, hard):
-    """The same passage twice in the batch, and a second gold passage of a question, are no negatives."""
+@pytest.mark.parametrize(("tied", "hard", "given"), [(True, 0, False), (False, 2, False), (False, 2, True)])
+def test_contrastive_on_host(params, batch, corpus, mesh, passages, index, tied, hard, given):
+    """The same passage twice in the batch, and a second gold passage of a question, are no negatives; nor are those
+    given for a question that has fewer.
+    """
     gold = batch["gold"].copy()
     gold[2, 0], gold[3] = 4, gold[0]
     gold[6, 1] = gold[7, 0]
@@ -396,9 +406,14 @@ def test_contrastive_on_host(params, batch, corpus, mesh, passages, index, tied,
     d = embed_all(params["question_encoder" if tied else "context_encoder"], corpus)
     stored = np.asarray(index.embeddings_NE, np.float64)[: len(corpus)]
     found = np.argsort(-(q @ stored.T), axis=1, kind="stable")[:, :hard]
+    if given:
+        found = np.random.default_rng(2).integers(0, len(corpus), (B, hard)).astype(np.int32)
+        found[3], found[4, 1] = -1, -1
+        batch = batch | {"negatives": found}
     if hard:
         gold[1, 1] = found[1, 1]  # a right passage among those found
-    stage = StageConfig("retriever", objective="contrastive", hard_negatives=hard)
+    how = "given" if given else "retrieved"
+    stage = StageConfig("retriever", objective="contrastive", hard_negatives=hard, negatives=how)
     s = setting(bags(corpus, tie_encoders=tied), stage, mesh, corpus)
 
     @jax.jit
@@ -406,7 +421,7 @@ def test_contrastive_on_host(params, batch, corpus, mesh, passages, index, tied,
         return steps.contrastive_loss(s, params, batch, index, passages, jax.random.key(0))
 
     value, metrics = loss(params, sharding.shard_batch(mesh, {**batch, "gold": gold}))
-    pool = [*gold[:, 0].tolist(), *found.reshape(-1).tolist()]
+    pool = [*gold[:, 0].tolist(), *(row for row in found.reshape(-1).tolist() if row >= 0)]
     losses, right = [], []
     for b in range(B):
         mine = set(gold[b].tolist()) - {-1}
@@ -547,8 +562,7 @@ def two_steps(stage, variant, corpus, examples, mesh):
     if stage.objective == "denoise":
         data = pipeline.denoise_batches(corpus, batch=B, seed=0, length=48)
     else:
-        examples = examples.where(examples.answer_N2[:, 1] > 0)
-        data = pipeline.question_batches(examples, corpus.generator_length, batch=B, seed=0, window=stage.window)
+        data = question_batches(examples, corpus, stage.window)
     before = jax.device_get(params)
     places = jax.tree.map(lambda x: x.sharding, state)
     step = steps.jit_step(setting(loaded.rag, stage, mesh, corpus), 4, state)
@@ -593,7 +607,7 @@ def test_dropout_goes_by_the_step_and_the_key(corpus, examples):
     loaded = runs.load(model, corpus, mesh)
     stage = StageConfig("a", "contrastive", optimizer=ENCODERS)
     state = steps.first_state(loaded.rag, stage, mesh, drawn_params(loaded), 0)
-    batch = pipeline.question_batches(examples, corpus.generator_length, batch=B, seed=0)[0]
+    batch = question_batches(examples, corpus)[0]
     step = jax.jit(steps.make_step(setting(loaded.rag, stage, mesh, corpus), 0))
 
     def loss(at, key):

@@ -20,6 +20,7 @@ __all__ = [
     "detect",
     "digest",
     "expand",
+    "iterate_questions",
     "named",
     "read_located",
     "read_passages",
@@ -119,21 +120,26 @@ def read_located(
 
 
 def read_questions(path: str | Path, *, skip_bad_lines: bool = False) -> list[Question]:
-    """All questions of an input. Ids are unique; with `skip_bad_lines` the first one stays."""
+    """All questions of an input; see `iterate_questions`."""
+    return list(iterate_questions(path, skip_bad_lines=skip_bad_lines))
+
+
+def iterate_questions(path: str | Path, *, skip_bad_lines: bool = False) -> Iterator[Question]:
+    """The questions of an input in order. Ids are unique; with `skip_bad_lines` the first one stays."""
     report = logs.info if skip_bad_lines else None
-    seen: dict[str, str] = {}
-    questions = []
-    for source in expand([path], "questions"):
+    sources = expand([path], "questions")
+    seen: dict[str, int] = {}  # id: where, one number, as there may be millions
+    for number, source in enumerate(sources):
         for line, question in _items(source, _format(source)[1], report):
-            place = f"{source.path}:{line}"
             if question.id in seen:
-                refuse(f"{place}: duplicate id {question.id!r}, first at {seen[question.id]}", report)
+                at, first = divmod(seen[question.id], len(sources))
+                known = f"first at {sources[first].path}:{at}"
+                refuse(f"{source.path}:{line}: duplicate id {question.id!r}, {known}", report)
                 continue
-            seen[question.id] = place
-            questions.append(question)
-    if not questions:
+            seen[question.id] = line * len(sources) + number
+            yield question
+    if not seen:
         raise InputError(f"{path}:1: no questions in this file")
-    return questions
 
 
 def expand(paths: Sequence[str | Path], kind: Kind = "passages") -> list[Source]:

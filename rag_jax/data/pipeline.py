@@ -1,176 +1,68 @@
-"""Questions -> batches of arrays: tokenised once, then shuffled, windowed and batched by grain.
+"""Examples -> batches of arrays: chosen, shuffled, mixed, bucketed, windowed and batched by grain.
 
 A batch is a pure function of (seed, stage, step), so the step number is the whole data position and resuming is exact.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import grain
 import numpy as np
 
-from rag_jax.data.formats import Question
-from rag_jax.data.joining import join_tail
-from rag_jax.data.tokenizers import Tokenizer, pad_rows, wrap
+from rag_jax.data import buckets, examples, mixing
+from rag_jax.data.buckets import Bucket
+from rag_jax.data.examples import Examples, PassageTable
+from rag_jax.data.tokenizers import Tokenizer, pad_rows
 from rag_jax.errors import InputError
 
 Batch = Mapping[str, np.ndarray]
-
-
-class PassageTable(Protocol):
-    """What the pipeline needs of a corpus."""
-
-    generator_ids: np.ndarray
-    generator_length: np.ndarray
-
-    @property
-    def encoder_tokenizer(self) -> Tokenizer: ...
-    @property
-    def generator_tokenizer(self) -> Tokenizer: ...
-    @property
-    def live_N(self) -> np.ndarray | None: ...
-    def __len__(self) -> int: ...
-    def rows(self, passage_ids: Sequence[str], missing: int | None = None) -> np.ndarray: ...
-    def pieces(self, passage_id: str) -> list[int]: ...
-    def deleted(self, passage_id: str) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Tokenised (question, answer) pairs. N pairs, Q question length, T target length, G gold passages; -1 and pad
-    fill up.
-
-    `labels_NT` are `<s> answer </s>`; `answer_N2` is where the answer's tokens stand in the first gold passage, or
-    (0, 0).
-    """
-
-    question_ids_NQ: np.ndarray
-    question_length_N: np.ndarray
-    tail_ids_NQ: np.ndarray
-    tail_length_N: np.ndarray
-    labels_NT: np.ndarray
-    gold_NG: np.ndarray
-    answer_N2: np.ndarray
-    source_N: np.ndarray  # which question the pair was made from
-
-    def __len__(self) -> int:
-        return len(self.labels_NT)
-
-    def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: getattr(self, name)[rows] for name in self.__dataclass_fields__}
-
-    def where(self, keep: np.ndarray) -> "Examples":
-        return Examples(**self.take(np.flatnonzero(keep)))
-
-    def fingerprint(self, questions_only: bool = False) -> str:
-        """Hash of every array: a checkpoint's data position means nothing for other data. questions_only: of those that
-        are the same whatever the corpus holds.
-        """
-        digest = hashlib.sha256()
-        for name, value in self.take(np.arange(len(self))).items():
-            if questions_only and name in ("gold_NG", "answer_N2"):
-                continue
-            digest.update(str(value.shape).encode() + np.ascontiguousarray(value).tobytes())
-        return digest.hexdigest()
-
-
-def tail(tokenizer: Tokenizer, questions: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The generator's side of a question: ids of " // question" and the suffix, [N, max_length] and lengths."""
-    keep = max_length - len(tokenizer.suffix_ids)
-    rows = join_tail(tokenizer, questions)
-    rows = [ids if len(ids) <= max_length else [*ids[:keep], *tokenizer.suffix_ids] for ids in rows]
-    return pad_rows(rows, max_length, tokenizer.pad_id, np.int32)
+ON_HOST = ("source", "share")  # of a batch, what the devices have no use for
 
 
 def encode_questions(
     questions: Sequence[str], encoder: Tokenizer, generator: Tokenizer, length: int
 ) -> dict[str, np.ndarray]:
     """Both sides of each question, as the keys of a batch. Questions longer than `length` keep their beginning."""
-    ids, lengths = pad_rows(
-        wrap(encoder, encoder.encode_batch(list(questions)), length), length, encoder.pad_id, np.int32
-    )
-    tail_ids, tail_lengths = tail(generator, questions, length)
+    rows, tails = examples.both_sides(questions, encoder, generator, length)
+    ids, lengths = pad_rows(rows, length, encoder.pad_id, np.int32)
+    tail_ids, tail_lengths = pad_rows(tails, length, generator.pad_id, np.int32)
     return {"question_ids": ids, "question_length": lengths, "tail_ids": tail_ids, "tail_length": tail_lengths}
 
 
-def find(needle: Sequence[int], haystack: np.ndarray) -> int:
-    """First position of the ids `needle` in `haystack`, or -1."""
-    wanted, row = np.asarray(needle, np.int32).tobytes(), np.asarray(haystack, np.int32).tobytes()
-    at = row.find(wanted)
-    while at % 4 and at >= 0:
-        at = row.find(wanted, at + 1)
-    return at // 4 if at >= 0 and needle else -1
+@dataclass(frozen=True)
+class Units:
+    """What a stage goes through once an epoch: U units, each a question with those of its answers that are drawn from.
 
-
-def tokenise(
-    questions: Sequence[Question],
-    corpus: PassageTable,
-    *,
-    question_length: int,
-    target_length: int,
-    every_answer: bool = False,
-    live: bool = False,
-) -> Examples:
-    """Examples for training: one pair per question (its target or first answer), or one per answer as the paper does
-    for NQ.
-
-    Questions with no answer are left out. A gold passage that was deleted is none. InputError names one that the corpus
-    never had; with `live` it may still come.
+    Unit u has the pairs pairs[first_U[u]:first_U[u] + count_U[u]].
     """
-    encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
-    pairs = []
-    for source, question in enumerate(questions):
-        wanted = [question.target] if question.target else list(question.answers)
-        wanted = [answer.strip() for answer in wanted if answer.strip()]
-        pairs += [(source, answer) for answer in (wanted if every_answer else wanted[:1])]
-    if not pairs:
-        raise InputError("no question has an answer or a target; training needs at least one")
-    source_N = np.asarray([source for source, _ in pairs], np.int32)
-    both = encode_questions([q.question for q in questions], encoder, generator, question_length)
-    # the answer in the middle of a text follows a space; labels made of the same tokens can be copied
-    answers = generator.encode_batch([" " + answer for _, answer in pairs])
-    labels = [generator.label(ids, target_length) for ids in answers]
-    labels_NT, _ = pad_rows(labels, target_length, generator.pad_id, np.int32)
-    gold_NG = gold_rows(questions, corpus, live)[source_N]
-    answer_N2 = np.zeros((len(pairs), 2), np.int32)
-    for i, ids in enumerate(answers):
-        row = gold_NG[i, 0]
-        at = find(ids, corpus.generator_ids[row][: corpus.generator_length[row]]) if row >= 0 else -1
-        if at >= 0:
-            answer_N2[i] = at, at + len(ids)
-    return Examples(
-        question_ids_NQ=both["question_ids"][source_N],
-        question_length_N=both["question_length"][source_N],
-        tail_ids_NQ=both["tail_ids"][source_N],
-        tail_length_N=both["tail_length"][source_N],
-        labels_NT=labels_NT,
-        gold_NG=gold_NG,
-        answer_N2=answer_N2,
-        source_N=source_N,
-    )
+
+    pairs: np.ndarray
+    first_U: np.ndarray
+    count_U: np.ndarray
+    question_U: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first_U)
+
+    def drawn(self, units: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One pair of each of these units; the draws are those of all of them, whichever are used."""
+        first, count = self.first_U[units], self.count_U[units]
+        return self.pairs[first + rng.integers(count) if (self.count_U > 1).any() else first]
 
 
-def gold_rows(questions: Sequence[Question], corpus: PassageTable, live: bool = False) -> np.ndarray:
-    """Rows [n, G] int32 of the right passages of each question, those that are there first; see `tokenise`."""
-    width = max(1, *(len(q.right_passage_ids) for q in questions)) if questions else 1
-    gold_nG = np.full((len(questions), width), -1, np.int32)
-    for i, question in enumerate(questions):
-        ids = question.right_passage_ids
-        if not ids:
-            continue
-        rows = corpus.rows(ids, missing=-1)
-        for passage_id in [passage_id for passage_id, row in zip(ids, rows, strict=True) if row < 0]:
-            if corpus.deleted(passage_id) or (live and not corpus.pieces(passage_id)):
-                continue
-            try:
-                corpus.rows([passage_id])  # says what is wrong with it
-            except InputError as error:
-                raise InputError(f"question {question.id!r}: {error}") from error
-        found = rows[rows >= 0]
-        gold_nG[i, : len(found)] = found
-    return gold_nG
+def units_of(found: Examples, pairs: np.ndarray, sample: bool, most: int = 0) -> Units:
+    """Units of these pairs, ascending: each one, or (sample) all of a question together. most: so many of the first of
+    every input, 0 for all.
+    """
+    question_P = found.question_of(pairs)
+    first_U = np.flatnonzero(np.diff(question_P, prepend=-1)) if sample else np.arange(len(pairs))
+    count_U = np.diff(first_U, append=len(pairs))
+    if most:
+        input_U = found.input_N[question_P[first_U]]
+        kept_U = np.arange(len(first_U)) - np.searchsorted(input_U, input_U) < most
+        return units_of(found, pairs[np.repeat(kept_U, count_U)], sample)
+    return Units(pairs, first_U, count_U, question_P[first_U])
 
 
 def window_around(answer_B2: np.ndarray, length_B: np.ndarray, widest: int, rng: np.random.Generator) -> np.ndarray:
@@ -185,39 +77,124 @@ def window_around(answer_B2: np.ndarray, length_B: np.ndarray, widest: int, rng:
     return np.stack([start, start + width_B], axis=1).astype(np.int32)
 
 
-def question_batches(
-    examples: Examples,
-    passage_lengths: np.ndarray,
-    *,
-    batch: int,
-    seed: int,
-    window: int = 0,
-    own: np.ndarray | slice = slice(None),
-) -> grain.MapDataset:
-    """Endless shuffled batches of questions; `batches[step]` is one, `source` says of which questions. With `window` >
-    0 each has `window_B2`, a part of its first gold passage that holds the answer: the reading curriculum. own: only
-    these rows of each batch are made, as they would be among all.
+def negatives_of(
+    found: Examples, questions_B: np.ndarray, count: int, rng: np.random.Generator, own: Any
+) -> np.ndarray:
+    """int32 [b, count] for the `own` ones of these questions: different rows of the corpus, drawn from the hard
+    negatives of each, and where these are too few from the others; -1 where there are no more.
     """
-    if len(examples) < batch:
+    hard_B, other_B = found.hard.lengths(questions_B), found.other.lengths(questions_B)
+    order_BW = rng.random((len(questions_B), max(1, int((hard_B + other_B).max()))))
+    rows_bn = np.full((len(questions_B[own]), count), -1, np.int32)
+    for out_n, question, order_W in zip(rows_bn, questions_B[own], order_BW[own], strict=True):
+        hard, other = found.hard[question], found.other[question]
+        rows = np.concatenate([hard, other])
+        drawn = np.argsort(order_W[: len(rows)] + (np.arange(len(rows)) >= len(hard)))[:count]  # hard ones first
+        out_n[: len(drawn)] = rows[drawn]
+    return rows_bn
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the batches of a stage are like; own: only these rows of each batch are made, as they
+    would be among all; None for all.
+
+    lengths: of questions and targets. question_widths, target_widths: of buckets, beside those. window: with `window` >
+    0 each question has a part `window` of its first gold passage that holds the answer: the reading curriculum.
+    negatives: so many wrong passages a question. weights: of the inputs, in their order.
+    """
+
+    batch: int
+    seed: int
+    lengths: tuple[int, int]
+    question_widths: tuple[int, ...] = ()
+    target_widths: tuple[int, ...] = ()
+    window: int = 0
+    negatives: int = 0
+    weights: tuple[float, ...] = (1.0,)
+    own: np.ndarray | None = None
+
+
+def question_batches(found: Examples, units: Units, corpus: PassageTable, wanted: Wanted) -> grain.MapDataset:
+    """Endless shuffled batches of questions; `batches[step]` is one, `source` says of which questions, `share` how much
+    of it is of each input where there are several.
+
+    Every bucket has a shuffled order of its own for each input, and comes as often as its units ask for: every unit of
+    an input as often as any other.
+    """
+    if len(units) < wanted.batch:
         raise InputError(
-            f"{len(examples)} training examples are fewer than one batch of {batch}; give more or a smaller batch"
+            f"{len(units)} training examples are fewer than one batch of {wanted.batch}; give more or a smaller batch"
         )
+    input_U = found.input_N[units.question_U]
+    count_I = np.bincount(input_U, minlength=len(wanted.weights))
+    weight_U = (np.asarray(wanted.weights) / np.maximum(count_I, 1))[input_U]  # how often a unit comes
+    parts = bucketed(found, units, wanted)
+    sets = []
+    for number, bucket in enumerate(parts):
+        leaves, shares = [], []  # a leaf has the places in bucket.units of the units of one input, which follow there
+        for i in np.unique(input_U[bucket.units]):
+            first, last = (int(np.searchsorted(input_U[bucket.units], i, side)) for side in ("left", "right"))
+            leaf_seed = seed_of(wanted.seed, number * len(wanted.weights) + int(i))
+            leaves.append(grain.MapDataset.range(first, last).seed(leaf_seed).shuffle().repeat())
+            shares.append(float(weight_U[bucket.units[first:last]].sum()))
+        batches = mixing.mixed(leaves, shares).batch(wanted.batch, drop_remainder=True)
+        sets.append(batches.random_map(assembler(found, units, corpus, wanted, bucket)))
+    return mixing.mixed(sets, [float(weight_U[bucket.units].sum()) for bucket in parts])
 
-    def assemble(rows: np.ndarray, rng: np.random.Generator) -> Batch:
-        taken = examples.take(rows[own])
-        if window:
-            lengths = passage_lengths[np.maximum(examples.gold_NG[rows, 0], 0)].astype(np.int32)
-            taken["window_B2"] = window_around(examples.answer_N2[rows], lengths, window, rng)[own]
-        return {name[: name.rindex("_")]: value for name, value in taken.items() if name != "answer_N2"}
 
-    return (
-        grain.MapDataset.range(len(examples))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch, drop_remainder=True)
-        .random_map(assemble)
-    )
+def bucketed(found: Examples, units: Units, wanted: Wanted) -> list[Bucket]:
+    """The buckets of a stage: a unit is as long as the longer side of its question, and as its longest answer."""
+    questions = units.question_U
+    longest_U = np.maximum(found.question.lengths(questions), found.tail.lengths(questions))
+    targets_U = np.maximum.reduceat(found.label.lengths(units.pairs), units.first_U)
+    lengths_U2 = np.stack([longest_U, targets_U], axis=1)
+    return buckets.grouped(lengths_U2, wanted.question_widths, wanted.target_widths, wanted.lengths, wanted.batch)
+
+
+def seed_of(seed: int, number: int) -> int:
+    """A seed for each of several orders of one stage; the first has that of the stage."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0]) if number else seed
+
+
+def assembler(
+    found: Examples, units: Units, corpus: PassageTable, wanted: Wanted, bucket: Bucket
+) -> Callable[[np.ndarray, np.random.Generator], Batch]:
+    """(places in bucket.units [B], randomness of the batch) -> the own rows of the batch."""
+    gold_width = max(1, int(found.gold.lengths().max()))
+    own: Any = slice(None) if wanted.own is None else wanted.own
+    encoder_pad, generator_pad = corpus.encoder_tokenizer.pad_id, corpus.generator_tokenizer.pad_id
+
+    def assemble(places: np.ndarray, rng: np.random.Generator) -> Batch:
+        rows = bucket.units[places]
+        pairs, questions = units.drawn(rows, rng), units.question_U[rows]
+        mine = questions[own]
+        batch = {
+            "question_ids": found.question.padded(mine, bucket.question, encoder_pad),
+            "question_length": found.question.lengths(mine),
+            "tail_ids": found.tail.padded(mine, bucket.question, generator_pad),
+            "tail_length": found.tail.lengths(mine),
+            "labels": found.label.padded(pairs[own], bucket.target, generator_pad),
+            "gold": found.gold.padded(mine, gold_width, -1),
+            "source": mine.astype(np.int32),
+        }
+        if wanted.window:
+            first_gold = found.gold.padded(questions, 1, 0)[:, 0]
+            lengths = np.asarray(corpus.generator_length[first_gold], np.int32)
+            batch["window"] = window_around(found.answer_P2[pairs], lengths, wanted.window, rng)[own]
+        if wanted.negatives:
+            batch["negatives"] = negatives_of(found, questions, wanted.negatives, rng, own)
+        if len(wanted.weights) > 1:
+            count_I = np.bincount(found.input_N[questions], minlength=len(wanted.weights))
+            batch["share"] = count_I / len(questions)
+        return batch
+
+    return assemble
+
+
+def widths_of(batch: Batch) -> tuple[int, ...]:
+    """Of the questions (or passages) and of the targets: which program of the step takes this batch."""
+    return batch["tail_ids"].shape[1], batch["labels"].shape[1]
 
 
 def corrupt(
@@ -245,10 +222,10 @@ def denoise_batches(
     seed: int,
     length: int,
     share: float = 0.3,
-    own: np.ndarray | slice = slice(None),
+    own: np.ndarray | None = None,
 ) -> grain.MapDataset:
     """Endless batches of corrupted passages (`tail`, a whole generator input less the prefix) and `labels`, the
-    passage itself; deleted passages are left out. own: as in `question_batches`.
+    passage itself; deleted passages are left out. own: as in `Wanted`.
     """
     tokenizer = corpus.generator_tokenizer
     mask_id = tokenizer.mask_id
@@ -257,11 +234,12 @@ def denoise_batches(
     room = length - len(tokenizer.prefix_ids) - len(tokenizer.suffix_ids)
 
     live = None if corpus.live_N is None else np.flatnonzero(corpus.live_N)
+    mine: Any = slice(None) if own is None else own
 
     def assemble(rows: np.ndarray, rng: np.random.Generator) -> Batch:
         sources, labels = [], []
-        seeds = rng.integers(2**63, size=len(rows))[own]  # one for each row, whichever others are made here
-        for row, seed in zip((rows if live is None else live[rows])[own], seeds, strict=True):
+        seeds = rng.integers(2**63, size=len(rows))[mine]  # one for each row, whichever others are made here
+        for row, seed in zip((rows if live is None else live[rows])[mine], seeds, strict=True):
             rng, total = np.random.default_rng(seed), int(corpus.generator_length[row])
             start = int(rng.integers(0, max(total - room, 0) + 1))
             ids = np.asarray(corpus.generator_ids[row][start : min(start + room, total)], np.int32)

@@ -1,6 +1,7 @@
 """Files behind an input: a file, a glob, a folder, a set of parts, a pair of files that belong together."""
 
 import glob
+import math
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ Kind = Literal["passages", "questions"]
 
 PART = re.compile(r"^(?P<stem>.*)-(?P<index>\d+)-of-(?P<count>\d+)(?P<ext>\..*)?$")
 _WIKI = re.compile(r"^wiki_\d+(\.gz)?$")  # as wikiextractor names its files
+_WEIGHTED = re.compile(r"([^\s*]+)\*(\S.*)")  # WEIGHT*INPUT
 _TEXT_SUFFIXES = (".txt", ".md")
 _TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".tsv")
 
@@ -51,6 +53,28 @@ def stem(name: str) -> str:
     name = match["stem"] + (match["ext"] or "") if match else name
     name = name.removesuffix(".gz")
     return re.sub(r"\.(jsonl?|ndjson|tsv|csv|source)$", "", name) or name
+
+
+def weighted(train: str) -> dict[str, float]:
+    """{input: weight} of a single input as it is, or of `WEIGHT*INPUT + WEIGHT*INPUT`; InputError names the input."""
+    terms = [term.strip() for term in train.split(" + ")]
+    if len(terms) == 1:
+        return {train: 1.0}
+    weights: dict[str, float] = {}
+    for term in terms:
+        match = _WEIGHTED.fullmatch(term)
+        if match is None:
+            raise InputError(f"train: {term!r} has no weight; write 0.5*{term or 'INPUT'}")
+        try:
+            weight = float(match[1])
+        except ValueError:
+            weight = math.nan
+        if not (weight > 0 and math.isfinite(weight)):
+            raise InputError(f"train: the weight {match[1]} of {match[2]!r} must be a positive number")
+        if match[2] in weights:
+            raise InputError(f"train: {match[2]!r} stands there twice; add up its weights")
+        weights[match[2]] = weight
+    return weights
 
 
 def files_of(path: Path, kind: Kind) -> list[Found]:

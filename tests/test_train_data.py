@@ -1,0 +1,84 @@
+"""Training on mixed data sets in buckets, with drawn answers and negatives of the files; killed and resumed."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import tiny
+from test_train import assert_same_run, command, last_step, rows
+
+SETTINGS = {
+    "answers": "sample",
+    "evaluate_every": 0,
+    "checkpoint_every": 5,
+    "stages.retriever.steps": 10,
+    "stages.retriever.hard_negatives": 2,
+    "stages.retriever.negatives": "given",
+    "stages.retriever.buckets": [20],
+    "stages.joint.steps": 10,
+    "stages.joint.buckets": [16, 20],
+    "stages.joint.target_buckets": [6],
+    "stages.joint.refresh": "",
+}
+
+
+def questions(source, out, passages, number):
+    """The questions of `source` with a second answer and wrong passages."""
+    lines = []
+    for i, line in enumerate(source.read_text().splitlines()):
+        row = json.loads(line)
+        row["answers"] = [*row["answers"], f"{row['answers'][0]} and {number}"]
+        row["hard_negative_passage_ids"] = [passages[(i + k) % len(passages)] for k in range(1, 2 + i % 3)]
+        lines.append(json.dumps(row) + "\n")
+    out.write_text("".join(lines[number::2]))
+
+
+@pytest.fixture(scope="module")
+def words(tiny_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    passages = [json.loads(line)["id"] for line in (tiny_data / "world/passages.jsonl").read_text().splitlines()]
+    for number, name in enumerate(("a", "b")):
+        questions(tiny_data / "world/train.jsonl", folder / f"{name}.jsonl", passages, number)
+    settings = SETTINGS | {"train": f"3*{folder}/a.jsonl + 1*{folder}/b.jsonl"}
+    said = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+    return [*("--stage", "retriever", "--stage", "joint"), *(word for one in said for word in ("--set", one))]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_uninterrupted(tiny_data, words, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    said = tiny.train(tiny_data, whole, *words)["stderr"]
+    assert said.count("retriever: first step with ") == 2 and said.count("joint: first step with ") >= 3
+    for step in (5, 15):
+        process = tiny.start(tiny_data, "train", "--config", f"{tiny.__file__}:{tiny_data}", "--run", run, *words)
+        while process.poll() is None and last_step(run) < step:
+            time.sleep(0.005)
+        assert process.poll() is None, process.communicate()
+        process.kill()
+        process.communicate()
+    said = tiny.train(tiny_data, run, *words)["stderr"]
+    assert "going on from step" in said and "tokenising" not in said
+    assert_same_run(run, whole)
+    for row in rows(run):
+        shares = {name.rpartition("/")[2]: value for name, value in row.items() if name.startswith("share/")}
+        assert shares == {"a.jsonl": pytest.approx(0.75, abs=0.1), "b.jsonl": pytest.approx(1 - shares["a.jsonl"])}
+    searching = {row["stage"] for row in rows(run) if "index_age" in row}
+    assert searching == {"joint"}  # negatives of the files need no index
+    assert np.isfinite([row["loss"] for row in rows(run)]).all()
+
+
+def test_refused(tiny_data, words, tmp_path, capsys):
+    """An input that a stage cannot use, and negatives that no file names; the weights are checked at once."""
+    no_gold = tmp_path / "c.jsonl"
+    no_gold.write_text('{"id": "1", "question": "Who?", "answers": ["a"]}\n')
+    train = next(word for word in words if word.startswith("train="))
+    plain = tiny_data / "world/train.jsonl"
+    for change, message in (
+        (f"{train} + 1*{no_gold}", f"stage retriever: {no_gold} has no question that the stage can use"),
+        (f"train={plain}", "stage retriever: no training question names a wrong passage"),
+        (f"{train} + -1*{no_gold}", f"the weight -1 of '{no_gold}' must be a positive number"),
+    ):
+        assert command(tiny_data, tmp_path / "run", *words, "--set", change) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
