@@ -15,7 +15,7 @@ from rag_jax import answer, config, distributed, logs, metrics
 from rag_jax import run as runs
 from rag_jax.answer import Answer, AnswerConfig, Pipeline
 from rag_jax.config import SearchConfig
-from rag_jax.data import formats
+from rag_jax.data import formats, tasks
 from rag_jax.data.formats import Question
 from rag_jax.errors import InputError
 from rag_jax.metrics import abstention, matching
@@ -75,7 +75,8 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Prediction rows of the questions."""
     texts = [question.question for question in questions]
-    answers = answer.answer_questions(loaded, params, index, texts, cfg, program)
+    gold_NG = answer.right_rows(questions, loaded.corpus) if cfg.oracle else None
+    answers = answer.answer_questions(loaded, params, index, texts, cfg, program, gold_NG)
     return prediction_rows(questions, answers, loaded.corpus, cfg.retrieval_only)
 
 
@@ -110,14 +111,15 @@ def evaluate(
     limit: int = 0,
     configure: Callable[[AnswerConfig], AnswerConfig] = lambda cfg: cfg,
     search: SearchConfig | None = None,
-    setting: metrics.Setting | None = None,
+    labels: Sequence[str] = (),
+    match: str = "",
     names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Score a run on a question file (its own dev questions by default) and write the two files into `out`.
 
-    configure: what to change of how the run answers by default. search: as of Pipeline.from_run. setting: how answers
-    are judged; labels are the allowed answers where it names none. names: of metrics.METRICS, by default what fits.
-    With several processes all answer together, and the first one writes.
+    configure: what to change of how the run answers by default. search: as of Pipeline.from_run. labels, match: how
+    answers are judged (metrics.Setting), by default the allowed answers, and as the run's task says. names: of
+    metrics.METRICS, by default what fits. With several processes all answer together, and the first one writes.
     """
     begun = time.perf_counter()
     metrics.check_names(names)
@@ -125,12 +127,13 @@ def evaluate(
     if questions is None and not pipeline.config.dev:
         raise InputError(f"{directory}: a converted model names no questions; pass --questions FILE")
     file = questions or Path(pipeline.config.dev)
-    asked = select(formats.read_questions(file), where, limit)
+    corpus, task = pipeline.loaded.corpus, pipeline.config.task
+    asked = tasks.posed(select(formats.read_questions(file), where, limit), task, corpus)
     cfg = configure(pipeline.answer_config())
-    judged = setting or metrics.Setting()
-    judged = dataclasses.replace(judged, labels=judged.labels or cfg.allowed_answers)
-    answers = pipeline.answer([q.question for q in asked], cfg)
-    rows = prediction_rows(asked, answers, pipeline.loaded.corpus, cfg.retrieval_only, judged.match)
+    judged = metrics.Setting(tuple(labels) or cfg.allowed_answers, match or task.match)
+    gold_NG = answer.right_rows(asked, corpus) if cfg.oracle else None
+    answers = pipeline.answer([q.question for q in asked], cfg, gold_NG)
+    rows = prediction_rows(asked, answers, corpus, cfg.retrieval_only, judged.match)
     figures = scored(rows, judged, names)
     manifest = pipeline.snapshot.manifest
     report = {
@@ -148,6 +151,8 @@ def evaluate(
         "corpus_hash": manifest.corpus_hash,
         "variant": pipeline.loaded.rag.variant,
         **config.plain(cfg),
+        **({} if gold_NG is None else {"without_gold": int((gold_NG < 0).all(1).sum())}),
+        "task": config.plain(task),
         "seconds": round(time.perf_counter() - begun, 1),
     }
     if distributed.first():
@@ -183,6 +188,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     answer.add_arguments(parser)
     for name, text in (
         ("--closed-book", "no passages: what the generator knows by itself"),
+        ("--oracle", "the right passages are read first: what the generator could do with a perfect retriever"),
         ("--retrieval-only", "recall alone; no answers are written"),
     ):
         parser.add_argument(name, action="store_true", default=None, help=text)  # None: as --decoding says
@@ -201,7 +207,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--labels", type=listed, default=(), metavar="A,B", help="the classes (default: allowed_answers)"
     )
     parser.add_argument(
-        "--match", choices=tuple(matching.FINDERS), default="string", help="regex: the answers of the file are patterns"
+        "--match",
+        choices=tuple(matching.MATCHERS),
+        default="",
+        help="regex: the answers of the file are patterns; mlqa_zh: MLQA's rules (default: as trained)",
     )
     distributed.add_arguments(parser)
     parser.epilog = "example: rag-jax evaluate runs/world --questions data/world/test.jsonl"
@@ -220,8 +229,6 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         search = answer.search_from_argument(args.search)
         out = args.out or args.run
         questions = Path(*formats.named([args.questions], args.format)) if args.questions else None
-        setting = metrics.Setting(args.labels, args.match)
-        report = evaluate(
-            args.run, questions, out, args.index, args.where, args.limit, configured, search, setting, args.metrics
-        )
+        judged = {"labels": args.labels, "match": args.match, "names": args.metrics}
+        report = evaluate(args.run, questions, out, args.index, args.where, args.limit, configured, search, **judged)
         return report if distributed.first() else None

@@ -14,8 +14,9 @@ import numpy as np
 from rag_jax import checkpoint, config, distributed, live, sharding
 from rag_jax import run as runs
 from rag_jax.config import StageConfig, TrainConfig
-from rag_jax.data import formats, pipeline
+from rag_jax.data import formats, pipeline, tasks
 from rag_jax.errors import InputError
+from rag_jax.retrieval import inverse_cloze
 from rag_jax.retrieval.corpus import Corpus
 
 
@@ -29,8 +30,11 @@ class Data:
 
 
 def prepare(cfg: TrainConfig, corpus: Corpus, questions: Sequence[formats.Question] = ()) -> Data:
-    """questions: those of the configuration, where they were read before."""
-    questions = questions or formats.read_questions(cfg.train)
+    """questions: those of the configuration, as its task has them, where they were read before."""
+    if not cfg.train:
+        return Data(pipeline.no_examples(cfg.model.question_length, cfg.target_length), corpus, ())
+    if not questions:
+        questions = tasks.posed(formats.read_questions(cfg.train), cfg.task, corpus)
     examples = pipeline.tokenise(
         questions,
         corpus,
@@ -38,6 +42,7 @@ def prepare(cfg: TrainConfig, corpus: Corpus, questions: Sequence[formats.Questi
         target_length=cfg.target_length,
         every_answer=cfg.every_answer,
         live=cfg.live,
+        question_keeps=cfg.model.question_keeps,
     )
     return Data(examples, corpus, tuple(questions))
 
@@ -50,6 +55,8 @@ def batches(
     """
     own = slice(None) if mesh is None else sharding.own_rows(mesh, stage.batch)
     seed = cfg.seed * len(cfg.stages) + number
+    if stage.objective == "inverse_cloze":
+        return inverse_cloze.batches(data.corpus, stage.batch, seed, cfg.model.question_length, own)
     if stage.objective == "denoise":
         length = stage.source_length or cfg.model.source_length
         return pipeline.denoise_batches(data.corpus, batch=stage.batch, seed=seed, length=length, own=own)

@@ -12,6 +12,10 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAMES = {
     "dpr_nq.py", "minilm.py", "nq_gold.py", "nq_lm.py", "nq_lm.py:7b", "nq_rag_sequence.py", "nq_rag_token.py",
     "nq_t5_xl.py", "squad.py", "squad.py:token", "world.py", "world.py:token",
+    *(f"tasks.py:{name}" for name in (
+        "squad", "nq_gold", "multihop", "xquad_zh", "xquad_ar", "xquad_ru", "jeopardy", "squad_qg", "pubmedqa_long",
+        "clapnq", "medquad", "cmu_dog", "pubmedqa", "climate_fever", "fever_symmetric", "ir_cacm",
+    )),
 }  # fmt: skip
 LARGE = {
     "dpr_nq.py": 0.22, "nq_rag_sequence.py": 0.62, "nq_rag_token.py": 0.62, "nq_t5_xl.py": 3.07, "nq_lm.py": 1.76,

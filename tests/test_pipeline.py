@@ -110,6 +110,33 @@ def test_long_questions_keep_beginning_and_end_token_and_long_answers_their_begi
     assert short.labels_NT[0, -1] == generator.eos_id and (short.labels_NT != generator.pad_id).all()
 
 
+def test_the_end_of_a_long_dialogue_stays_where_that_is_asked_for(corpus):
+    """Lines stay lines, and the separator stands before the last turns."""
+    text = "A: have you seen the old mill?\nB: " + "yes it is by the river " * 9 + "\nA: who built it?"
+    short, whole = (
+        tokenise([question(0, ["x"], text=text)], corpus, question_length=n, question_keeps="end") for n in (12, 400)
+    )
+    encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
+    n, m = whole.question_length_N[0], whole.tail_length_N[0]
+    assert short.question_ids_NQ[0].tolist() == [encoder.prefix_ids[0], *whole.question_ids_NQ[0, n - 11 : n]]
+    separator = generator.encode_batch([" //"])[0]
+    last = whole.tail_ids_NQ[0, m - 12 + len(separator) : m].tolist()
+    assert short.tail_ids_NQ[0].tolist() == [*separator, *last] and last[-1] == generator.eos_id
+    assert generator.decode(last).endswith(" built it?")
+    assert generator.decode(whole.tail_ids_NQ[0]) == " // " + text
+    fits = tokenise([question(0, ["x"], text="A: hi\nB: hello")], corpus, question_keeps="end")
+    same = tokenise([question(0, ["x"], text="A: hi\nB: hello")], corpus)
+    assert fits.fingerprint() == same.fingerprint() and whole.question_length_N[0] < 400
+
+
+def test_no_examples_have_the_shapes_of_some(examples):
+    none = pipeline.no_examples(QUESTION, TARGET)
+    for name, value in none.take(np.arange(0)).items():
+        other = getattr(examples, name)
+        assert value.shape == (0, *other.shape[1:]) and value.dtype == other.dtype, name
+    assert len(none) == 0 and none.fingerprint() != examples.fingerprint()
+
+
 def test_what_cannot_be_tokenised_is_named(corpus):
     with pytest.raises(InputError, match=r"question '7'.*passage 'nowhere' is not in this corpus"):
         tokenise([question(7, gold=["nowhere"])], corpus)

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from rag_jax.data.formats import Question
-from rag_jax.data.joining import join_tail
+from rag_jax.data.joining import QUESTION_SEPARATOR, join_tail
 from rag_jax.data.tokenizers import Tokenizer, pad_rows, wrap
 from rag_jax.errors import InputError
 
@@ -76,22 +76,34 @@ class Examples:
         return digest.hexdigest()
 
 
-def tail(tokenizer: Tokenizer, questions: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+def kept(ids: list[int], room: int, keeps: str, head: int = 0) -> list[int]:
+    """At most `room` of the ids: the first, or, where keeps is "end", the `head` first and the last."""
+    if len(ids) <= room or keeps == "start":
+        return ids[:room]
+    return [*ids[:head], *ids[len(ids) - room + head :]]
+
+
+def tail(
+    tokenizer: Tokenizer, questions: Sequence[str], max_length: int, keeps: str = "start"
+) -> tuple[np.ndarray, np.ndarray]:
     """The generator's side of a question: ids of " // question" and the suffix, [N, max_length] and lengths."""
-    keep = max_length - len(tokenizer.suffix_ids)
-    rows = join_tail(tokenizer, questions)
-    rows = [ids if len(ids) <= max_length else [*ids[:keep], *tokenizer.suffix_ids] for ids in rows]
+    suffix = list(tokenizer.suffix_ids)
+    room, head = max_length - len(suffix), len(tokenizer.encode_batch([QUESTION_SEPARATOR.rstrip()])[0])
+    bare = (ids[: len(ids) - len(suffix)] for ids in join_tail(tokenizer, questions))
+    rows = [[*kept(ids, room, keeps, head), *suffix] for ids in bare]
     return pad_rows(rows, max_length, tokenizer.pad_id, np.int32)
 
 
 def encode_questions(
-    questions: Sequence[str], encoder: Tokenizer, generator: Tokenizer, length: int
+    questions: Sequence[str], encoder: Tokenizer, generator: Tokenizer, length: int, keeps: str = "start"
 ) -> dict[str, np.ndarray]:
-    """Both sides of each question, as the keys of a batch. Questions longer than `length` keep their beginning."""
-    ids, lengths = pad_rows(
-        wrap(encoder, encoder.encode_batch(list(questions)), length), length, encoder.pad_id, np.int32
-    )
-    tail_ids, tail_lengths = tail(generator, questions, length)
+    """Both sides of each question, as the keys of a batch. Questions longer than `length` keep their beginning, or
+    their end.
+    """
+    room = length - len(encoder.prefix_ids) - len(encoder.suffix_ids)
+    short = [kept(ids, max(room, 0), keeps) for ids in encoder.encode_batch(list(questions))]
+    ids, lengths = pad_rows(wrap(encoder, short, length), length, encoder.pad_id, np.int32)
+    tail_ids, tail_lengths = tail(generator, questions, length, keeps)
     return {"question_ids": ids, "question_length": lengths, "tail_ids": tail_ids, "tail_length": tail_lengths}
 
 
@@ -112,6 +124,7 @@ def tokenise(
     target_length: int,
     every_answer: bool = False,
     live: bool = False,
+    question_keeps: str = "start",
 ) -> Examples:
     """Examples for training: one pair per question (its target or first answer), or one per answer as the paper does
     for NQ.
@@ -128,7 +141,7 @@ def tokenise(
     if not pairs:
         raise InputError("no question has an answer or a target; training needs at least one")
     source_N = np.asarray([source for source, _ in pairs], np.int32)
-    both = encode_questions([q.question for q in questions], encoder, generator, question_length)
+    both = encode_questions([q.question for q in questions], encoder, generator, question_length, question_keeps)
     # the answer in the middle of a text follows a space; labels made of the same tokens can be copied
     answers = generator.encode_batch([" " + answer for _, answer in pairs])
     labels = [generator.label(ids, target_length) for ids in answers]
@@ -150,6 +163,13 @@ def tokenise(
         answer_N2=answer_N2,
         source_N=source_N,
     )
+
+
+def no_examples(question_length: int, target_length: int) -> Examples:
+    """Those of a run whose stages have no questions."""
+    question, target, gold, answer = (np.zeros((0, n), np.int32) for n in (question_length, target_length, 1, 2))
+    length = np.zeros(0, np.int32)
+    return Examples(question, length, question, length, target, gold, answer, length)
 
 
 def gold_rows(questions: Sequence[Question], corpus: PassageTable, live: bool = False) -> np.ndarray:
