@@ -566,7 +566,7 @@ def test_the_package_is_light_until_asked(run):
 
 
 def test_ask_prints_answer_and_passages(run, opened, questions, answers, reuse, capsys):
-    asked = [questions[0].question, questions[1].question]
+    asked, known = [questions[0].question, questions[1].question], set(opened.programs)
     assert tiny.rag_jax("ask", *asked, "--run", run, "--batch", 8) == 0
     text = capsys.readouterr().out
     assert text == "\n\n".join(ask.render(q, a) for q, a in zip(asked, answers[:2], strict=True)) + "\n"
@@ -580,7 +580,7 @@ def test_ask_prints_answer_and_passages(run, opened, questions, answers, reuse, 
         assert found["text"] == made.text and len(found["passages"]) == 3
         np.testing.assert_allclose(sum(p["prior"] for p in found["passages"]), 1, atol=1e-5)
         np.testing.assert_allclose(sum(p["posterior"] for p in found["passages"]), 1, atol=1e-5)
-    assert len(opened.programs) <= 2
+    assert set(opened.programs) == known
 
 
 def test_ask_from_python(opened, questions, answers):
@@ -626,26 +626,20 @@ def test_a_run_answers_as_its_configuration_says(run, opened, questions, tmp_pat
     """Within its labels, judged by them, with no word on the command line."""
     mine = copied(run, tmp_path / "run")
     values = json.loads((mine / "config.json").read_text())
-    values["answering"] = {"allowed_answers": ["no", "Bela"], "num_beams": 2, "batch": 8, "n_retrieved": 5}
+    values["answering"] = {"allowed_answers": ["no", "Bela"], "batch": 8, "n_retrieved": 5}
     values["task"] = {"writes": "answer", "match": "mlqa_en"}
     (mine / "config.json").write_text(json.dumps(values))
     file = tmp_path / "questions.jsonl"
     rows = [{"id": q.id, "question": q.question, "answers": ["Bela" if i % 2 else "no"], "target": "a long answer"}
-            for i, q in enumerate(questions)]  # fmt: skip
+            for i, q in enumerate(questions[:8])]  # fmt: skip
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert tiny.rag_jax("evaluate", mine, "--questions", file, "--out", tmp_path, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     made = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert {row["prediction"] for row in made} <= {"no", "Bela"} and {row["target"] for row in made} == {None}
     assert report["accuracy"] == np.mean([row["prediction"] == row["answers"][0] for row in made])
-    assert report["labels"] == ["no", "Bela"] and report["match"] == "mlqa_en" and report["num_beams"] == 2
+    assert report["labels"] == ["no", "Bela"] and report["match"] == "mlqa_en" and report["batch"] == 8
     assert report["task"]["writes"] == "answer" and len(made[0]["retrieved"]) == 5
-    found = Pipeline.from_run(mine).ask(questions[0].question)
-    assert found.text == made[0]["prediction"]
-    words = ["--num-beams", 1, "--set", 'allowed_answers=["x"]', "--match", "string", "--limit", 8]
-    assert tiny.rag_jax("evaluate", mine, "--questions", file, "--out", tmp_path, *words, "--json") == 0
-    report = json.loads(capsys.readouterr().out)
-    assert (report["num_beams"], report["labels"], report["match"]) == (1, ["x"], "string")
 
 
 def test_allowed_answers_may_stand_in_the_middle_of_a_text(opened):

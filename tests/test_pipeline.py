@@ -82,6 +82,25 @@ def test_the_span_in_the_gold_passage_is_the_answer(questions, corpus, examples)
     assert 0.6 * len(questions) < found < len(questions)  # tiny corpora cut their passages: some answers are lost
 
 
+def test_an_answer_is_written_as_it_stands_in_its_passage(corpus):
+    """Behind a bracket, or within Chinese, there is no space before it."""
+    generator = corpus.generator_tokenizer
+    texts = ["the mill (Bela) by the river", "the mill Bela by the river", "磨坊 在河边 Bela", "nobody"]
+    rows = generator.encode_batch(texts)
+
+    class Table:
+        generator_tokenizer = generator
+        generator_ids = np.array([row + [generator.pad_id] * (60 - len(row)) for row in rows])
+        generator_length = np.array(list(map(len, rows)))
+
+    gold = np.array([0, 1, 2, 3, -1, 3])
+    written, spans = pipeline.as_they_stand(["Bela", "Bela", "河边", "Bela", "Bela", ""], gold, Table())
+    assert [generator.decode(ids) for ids in written[:5]] == ["Bela", " Bela", "河边", " Bela", " Bela"]
+    for ids, row, (start, stop) in zip(written[:3], rows, spans, strict=False):
+        assert ids == row[start:stop] and stop > start
+    assert (spans[3:] == 0).all()
+
+
 def test_one_pair_per_question_or_per_answer(corpus):
     gold = [corpus[i].id for i in (3, 1)]
     asked = [

@@ -142,17 +142,10 @@ def tokenise(
         raise InputError("no question has an answer or a target; training needs at least one")
     source_N = np.asarray([source for source, _ in pairs], np.int32)
     both = encode_questions([q.question for q in questions], encoder, generator, question_length, question_keeps)
-    # the answer in the middle of a text follows a space; labels made of the same tokens can be copied
-    answers = generator.encode_batch([" " + answer for _, answer in pairs])
+    gold_NG = gold_rows(questions, corpus, live)[source_N]
+    answers, answer_N2 = as_they_stand([answer for _, answer in pairs], gold_NG[:, 0], corpus)
     labels = [generator.label(ids, target_length) for ids in answers]
     labels_NT, _ = pad_rows(labels, target_length, generator.pad_id, np.int32)
-    gold_NG = gold_rows(questions, corpus, live)[source_N]
-    answer_N2 = np.zeros((len(pairs), 2), np.int32)
-    for i, ids in enumerate(answers):
-        row = gold_NG[i, 0]
-        at = find(ids, corpus.generator_ids[row][: corpus.generator_length[row]]) if row >= 0 else -1
-        if at >= 0:
-            answer_N2[i] = at, at + len(ids)
     return Examples(
         question_ids_NQ=both["question_ids"][source_N],
         question_length_N=both["question_length"][source_N],
@@ -163,6 +156,27 @@ def tokenise(
         answer_N2=answer_N2,
         source_N=source_N,
     )
+
+
+def as_they_stand(
+    answers: Sequence[str], gold_N: np.ndarray, corpus: PassageTable
+) -> tuple[list[list[int]], np.ndarray]:
+    """Ids of each answer, and where they stand in the passage at row gold_N (-1: none), (0, 0) where they do not.
+
+    An answer in the middle of a text follows a space. One that stands there without it alone, as behind a bracket or
+    in Chinese, is written without: labels made of the passage's tokens can be copied.
+    """
+    tokenizer = corpus.generator_tokenizer
+    written, bare = (tokenizer.encode_batch([space + answer for answer in answers]) for space in (" ", ""))
+    answer_N2 = np.zeros((len(answers), 2), np.int32)
+    for i, row in enumerate(gold_N):
+        passage = corpus.generator_ids[row][: corpus.generator_length[row]] if row >= 0 else np.zeros(0, np.int32)
+        for ids in (written[i], bare[i]):
+            at = find(ids, passage)
+            if at >= 0:
+                written[i], answer_N2[i] = ids, (at, at + len(ids))
+                break
+    return written, answer_N2
 
 
 def no_examples(question_length: int, target_length: int) -> Examples:
