@@ -110,10 +110,14 @@ def questions(c: ConfigDict, reads: str) -> None:
 
 
 def labels(c: ConfigDict, classes: tuple[str, ...], reading: int, trained: int, question: int = 48) -> None:
-    """Nothing but a label can be said, and all labels are compared."""
+    """Nothing but a label can be said, and all labels are compared by their probability.
+
+    So there is no length penalty, and no label smoothing: it takes as much from every token, more from longer labels.
+    """
     lengths(c, question, 200, 16)
     c.task = ConfigDict({"writes": "answer"})
-    c.answering = ConfigDict({"allowed_answers": classes, "num_beams": len(classes), "batch": 32})
+    how = {"allowed_answers": classes, "num_beams": len(classes), "length_penalty": 0.0, "batch": 32}
+    c.answering = ConfigDict(how)
     c.best_metric = "eval/accuracy"
     c.stages = (retriever(60), *([read(reading)] if reading else []), joint(trained))
 
