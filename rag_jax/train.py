@@ -288,8 +288,8 @@ def run_stages(session: Session, total: int) -> dict[str, Any]:
         session.keeper.wait()
         raise Preempted(total)
     checkpoint.save_params(directory / "params", params.items())
-    logs.info("embedding the corpus for the run's index")
-    runs.write_index(session.loaded, params, total, directory / "index", overwrite=True)
+    known = snapshots.open_snapshot(cfg.index) if cfg.index else None
+    runs.write_index(session.loaded, params, total, directory / "index", overwrite=True, known=known)
     return result(directory, total, seconds)
 
 

@@ -78,7 +78,7 @@ def generator_alone(stage: StageConfig, **changes: Any) -> StageConfig:
 def trainings(cfg: TrainConfig, out: Path) -> dict[str, TrainConfig]:
     """The runs in order; each begins with the parameters of one before it."""
     if cfg.model.generator is None:
-        return {"learned": replace(cfg, init=str(out / "start"))}
+        return {"learned": replace(cfg, init=str(out / "start"), index=str(out / "start/index"))}
     *earlier, joint = cfg.stages
     reading = tuple(stage for stage in earlier if config.reached(stage) == {"generator"})
     finding = tuple(stage for stage in earlier if config.contrasts(stage))
@@ -86,7 +86,7 @@ def trainings(cfg: TrainConfig, out: Path) -> dict[str, TrainConfig]:
     retriever = "retriever" if finding else reader
 
     def made(init: str, stages: Sequence[StageConfig], **changes: Any) -> TrainConfig:
-        return replace(cfg, init=str(out / init), stages=tuple(stages), **changes)
+        return replace(cfg, init=str(out / init), index=str(out / init / "index"), stages=tuple(stages), **changes)
 
     alone, token = generator_alone(joint), replace(cfg.model, variant="token")
     return {
