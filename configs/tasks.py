@@ -2,14 +2,14 @@
 thousand examples: small proofs that a task works, and the start of a table of baselines.
 
     rag-jax corpus SET/passages.jsonl --out data/SET-corpus --train-tokenizer --passage-words 0 \\
-        --encoder-vocab 8192 --generator-vocab 8192 --encoder-length 256 --generator-length 256
+        --encoder-vocab 8192 --generator-vocab 8192 --encoder-length TOKENS --generator-length TOKENS
     rag-jax train --config configs/tasks.py:NAME --run runs/NAME --set corpus=data/SET-corpus \\
         --set train=SET/train.jsonl --set dev=SET/dev.jsonl
     rag-jax evaluate runs/NAME
 
-A run answers as its task needs with no flags: classification within its labels, long answers with beams. `--set
-model.variant=token` trains RAG-Token. `python scripts/baselines.py DATA NAME --out runs/tables` does all of it and
-more: every baseline beside the trained model, in one table.
+TOKENS is that of TASKS below. A run answers as its task needs with no flags: classification within its labels, long
+answers with beams. `--set model.variant=token` trains RAG-Token. `python scripts/baselines.py DATA NAME --out
+runs/tables` does all of it and more: every baseline beside the trained model, in one table.
 
     NAME               reads -> writes                             trained on            evaluated on
     squad, nq_gold     question -> answer                          train                 dev
@@ -131,7 +131,7 @@ def ranking(c: ConfigDict) -> None:
 
 class Task(NamedTuple):
     """A kind of task on a data set. configure with options: what is other than in configs/squad.py. train, dev: files
-    of questions; passages: data sets whose passages are searched; metrics: what a table shows.
+    of questions; passages: data sets whose passages are searched, of so many tokens each; metrics: what a table has.
     """
 
     configure: Callable[..., None]
@@ -140,6 +140,7 @@ class Task(NamedTuple):
     dev: str
     passages: tuple[str, ...]
     metrics: tuple[str, ...]
+    tokens: int
 
 
 def task(
@@ -149,10 +150,11 @@ def task(
     train: str = "",
     dev: str = "dev",
     beside: tuple[str, ...] = (),
+    tokens: int = 256,
     **options: Any,
 ) -> Task:
     """Of the data set `data`; train: another file than its train questions; beside: further passages."""
-    return Task(configure, options, train or f"{data}/train", f"{data}/{dev}", (data, *beside), metrics)
+    return Task(configure, options, train or f"{data}/train", f"{data}/{dev}", (data, *beside), metrics, tokens)
 
 
 SHORT = ("exact_match", "f1", "recall_at_1", "recall_at_5")
@@ -166,24 +168,27 @@ NQ = ("nq_gold",)
 
 TASKS = {
     "squad": task(answers, SHORT, "squad"),
-    "nq_gold": task(answers, SHORT, "nq_gold"),
-    "multihop": task(answers, (*SHORT, *ALL), "multihop", "nq_gold/train", "test", NQ),
+    "nq_gold": task(answers, SHORT, "nq_gold", tokens=160),
+    "multihop": task(answers, (*SHORT, *ALL), "multihop", "nq_gold/train", "test", NQ, tokens=192),
     "xquad_zh": task(language, SHORT, "xquad_zh", bm25="chinese", match="mlqa_zh"),
     "xquad_ar": task(language, SHORT, "xquad_ar", bm25="arabic", match="mlqa_ar"),
     "xquad_ru": task(language, SHORT, "xquad_ru", bm25="russian"),
     "jeopardy": task(questions, LONG, "squad", reads="answer"),
-    "squad_qg": task(questions, LONG, "squad_qg", reads="passage"),
+    "squad_qg": task(questions, LONG, "squad_qg", tokens=96, reads="passage"),
     "pubmedqa_long": task(long_answers, LONG, "pubmedqa", reading=400),
-    "clapnq": task(long_answers, LONG, "clapnq", "clapnq/dev", "test", NQ, reading=300),
-    "medquad": task(long_answers, LONG, "medquad", reading=1000),
-    "cmu_dog": task(dialogue, ("f1", *LONG), "cmu_dog"),
+    "clapnq": task(long_answers, LONG, "clapnq", "clapnq/dev", "test", NQ, tokens=192, reading=300),
+    "medquad": task(long_answers, LONG, "medquad", tokens=192, reading=1000),
+    "cmu_dog": task(dialogue, ("f1", *LONG), "cmu_dog", tokens=192),
     "pubmedqa": task(labels, CLASS, "pubmedqa", classes=("yes", "no", "maybe"), reading=200, trained=100),
-    "climate_fever": task(labels, CLASS, "climate_fever", classes=VERDICTS, reading=0, trained=300, question=64),
+    "climate_fever": task(
+        labels, CLASS, "climate_fever", tokens=96, classes=VERDICTS, reading=0, trained=300, question=64
+    ),
     "fever_symmetric": task(
-        labels, CLASS, "fever_symmetric", "fever_symmetric/dev", "test", classes=DECIDED, reading=600, trained=100
+        labels, CLASS, "fever_symmetric", "fever_symmetric/dev", "test", tokens=96, classes=DECIDED, reading=600,
+        trained=100,
     ),
     "ir_cacm": task(ranking, TOPICS, "ir_cacm"),
-}
+}  # fmt: skip
 
 
 def get_config(name: str = "climate_fever") -> ConfigDict:

@@ -100,10 +100,10 @@ def trainings(cfg: TrainConfig, out: Path) -> dict[str, TrainConfig]:
     }
 
 
-def build_corpus(data: Path, passages: Sequence[str], out: Path) -> None:
+def build_corpus(data: Path, passages: Sequence[str], tokens: int, out: Path) -> None:
     files = [str(file) for name in passages for file in sorted((data / name).glob("passages*.jsonl"))]
     sizes = ["--encoder-vocab", "8192", "--generator-vocab", "8192"]
-    lengths = ["--encoder-length", "256", "--generator-length", "256", "--passage-words", "0"]
+    lengths = ["--encoder-length", str(tokens), "--generator-length", str(tokens), "--passage-words", "0"]
     if cli.main(["corpus", *files, "--out", str(out), "--train-tokenizer", *sizes, *lengths]):
         raise SystemExit(f"{out}: the corpus was not built")
 
@@ -184,7 +184,7 @@ def one(data: Path, name: str, out: Path, budget: float) -> dict[str, Any]:
     paths = {key: str(path) for key, path in paths.items() if getattr(cfg, key)}
     cfg = replace(cfg, **paths, stages=tuple(scaled(stage, budget) for stage in cfg.stages))
     if not (here / "corpus").is_dir():
-        build_corpus(data, task.passages, here / "corpus")
+        build_corpus(data, task.passages, task.tokens, here / "corpus")
     start(cfg, here / "start")
     steps, seconds = {}, 0.0
     for run, settings in trainings(cfg, here).items():
