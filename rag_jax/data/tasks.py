@@ -1,6 +1,6 @@
 """What is read and what is written: the same question files give answering, classification and question generation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -37,12 +37,11 @@ def check(task: TaskConfig) -> None:
         raise InputError(f"task.reads={task.reads!r} with task.writes={task.writes!r}: what is read would be written")
 
 
-def posed(questions: Sequence[Question], task: TaskConfig, corpus: Texts) -> list[Question]:
+def posed(questions: Iterable[Question], task: TaskConfig, corpus: Texts) -> list[Question]:
     """The questions as the task has them, `question` what is read; those that lack it are left out. InputError where
     none is left.
     """
-    read = [_read(question, task, corpus) for question in questions]
-    made = [_written(question, task, text) for question, text in zip(questions, read, strict=True) if text]
+    made = [_written(question, task, text) for question in questions if (text := _read(question, task, corpus))]
     if not made:
         raise InputError(f"no question has what task.reads={task.reads!r} needs")
     return made
