@@ -59,3 +59,17 @@ def test_steps_can_be_traced(name: str) -> None:
         cut = [x for x in jax.tree.leaves(program.arguments[0].params) if x.size > 10**6]
         if "fsdp" in cfg.mesh:  # nothing large lies whole on every device
             assert all(x.sharding.shard_shape(x.shape) != x.shape for x in cut)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ir_cacm", "squad_qg", "climate_fever"])
+def test_steps_of_tasks_can_be_traced(name: str) -> None:
+    """Of a retriever on the corpus alone, of a generator without passages, and of all stages of a classifier."""
+    sides = ("encoder",) if name == "ir_cacm" else ("encoder", "generator")
+    cfg = load(f"tasks.py:{name}", **dict.fromkeys(sides, 8192))
+    rag, size = programs.sizes(cfg, 5_000, 96, 96)
+    for stage in cfg.stages:
+        program = programs.step(cfg, stage, rag, size, sharding.make_mesh())
+        state, _, metrics = jax.eval_shape(program.call, *program.arguments)
+        assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, program.arguments[0])
+        assert metrics["loss"].shape == () and program.tokens > 0
