@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,11 @@ import numpy as np
 
 from rag_jax import checkpoint, config, decoding, live, objectives, refresh, sharding, steps
 from rag_jax import run as runs
+from rag_jax.answer_config import AnswerConfig
 from rag_jax.config import SearchConfig, StageConfig, TrainConfig
-from rag_jax.data import pipeline
-from rag_jax.data.tokenizers import Tokenizer
+from rag_jax.data import examples, pipeline
+from rag_jax.data.formats import Question
+from rag_jax.data.tokenizers import Tokenizer, pad_rows
 from rag_jax.errors import InputError
 from rag_jax.hosted import HostIndex, Searchers, filled, gather, places
 from rag_jax.logs import Progress
@@ -31,49 +33,15 @@ from rag_jax.retrieval.search import Queries, SearchResult
 from rag_jax.steps import Batch
 
 
-@dataclass(frozen=True)
-class AnswerConfig:
-    """How to answer. n_retrieved passages are found (for recall), the first n_docs of them are read; 0: the model's.
-
-    closed_book: no passage is read. retrieval_only: passages are found, and no answer is written. mode and candidates
-    (of each document, 0: all its beams) are of RAG-Sequence. allowed_answers: the only answers there may be, and
-    bad_words what none may say, as texts. doc_chunk: documents held in memory at a time, 0: all. seed: of do_sample.
-    The rest is as in decoding.Options.
-    """
-
-    n_docs: int = 0
-    n_retrieved: int = 100
-    num_beams: int = 1
-    max_length: int = 32
-    mode: Literal["thorough", "fast"] = "thorough"
-    batch: int = 16
-    closed_book: bool = False
-    retrieval_only: bool = False
-    prior: Literal["dense", "search"] = "dense"
-    candidates: int = 0
-    doc_chunk: int = 0
-    min_length: int = 0
-    length_penalty: float = 1.0
-    early_stopping: Literal[False, True, "never"] = False
-    no_repeat_ngram_size: int = 0
-    repetition_penalty: float = 1.0
-    bad_words: tuple[str, ...] = ()
-    allowed_answers: tuple[str, ...] = ()
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-
 class Answers(NamedTuple):
-    """Arrays of a batch: sequences [B,T], scores [B], rows of what was retrieved [B,R], prior and posterior of what was
-    read [B,K]; of RAG-Token also the posterior of every token [B,T-1,K].
+    """Arrays of a batch: sequences [B,T], scores [B], rows of what was retrieved [B,R] and of what was read [B,K], the
+    prior and posterior of that [B,K]; of RAG-Token also the posterior of every token [B,T-1,K].
     """
 
     sequences: jax.Array
     scores: jax.Array
     rows: jax.Array
+    read: jax.Array
     prior: jax.Array
     posterior: jax.Array
     token_posterior: jax.Array | None = None
@@ -163,15 +131,20 @@ def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...
 
 
 def allowed_ids(loaded: runs.Loaded, answers: Sequence[str], max_length: int) -> list[list[int]]:
-    """The token sequences of the allowed answers, without the start; InputError for one that is empty or too long."""
+    """The token sequences of the allowed answers, without the start; InputError for one that is empty or too long.
+
+    Each as it stands at the beginning of a text, as released checkpoints write it, and inside of one, as training here
+    does; the model knows which of the two it learned.
+    """
     tokenizer, start_id = loaded.corpus.generator_tokenizer, loaded.rag.config.reader.start_id
     made = []
-    for text, ids in zip(answers, tokenizer.encode_batch([answer.strip() for answer in answers]), strict=True):
+    both = [form for answer in answers for form in (answer.strip(), f" {answer.strip()}")]
+    for text, ids in zip(both, tokenizer.encode_batch(both), strict=True):
         label = tokenizer.label(ids, len(ids) + 4)
         label = label[1:] if label[0] == start_id else label
         if not ids or len(label) >= max_length:
             raise InputError(
-                f"allowed answer {text!r} has {len(label)} tokens; there must be some, and at most "
+                f"allowed answer {text.strip()!r} has {len(label)} tokens; there must be some, and at most "
                 f"max_length - 1 = {max_length - 1} with the end"
             )
         made.append(label)
@@ -194,8 +167,10 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
         if value < least:
             raise InputError(f"{name}={value} must be at least {least}")
     check_docs(loaded, cfg)
-    if cfg.closed_book and cfg.retrieval_only:
-        raise InputError("closed book and retrieval alone leave nothing to do; ask for one of them")
+    if cfg.closed_book + cfg.retrieval_only + cfg.oracle > 1:
+        raise InputError("closed book, retrieval alone and oracle exclude each other; ask for one of them")
+    if cfg.oracle and cfg.prior == "search":
+        raise InputError("oracle: the search has no scores of passages that it did not find; use prior='dense'")
     how, tree = {}, None
     if not cfg.retrieval_only:
         reader = model.reader  # InputError for a retriever alone
@@ -234,17 +209,21 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
                     scores_BR = jnp.einsum("be,bre->br", q_BE, refresh.stored(index, rows_BR))
             else:
                 scores_BR, rows_BR = steps.find(setting, q_BE, index, wanted)
-            if cfg.retrieval_only:
-                prior_BK = jnp.exp(objectives.prior_logp(scores_BR[:, :n_docs]))
-                nothing = jnp.zeros((len(q_BE), 0), int)
-                return Answers(nothing, nothing.sum(-1), rows_BR, prior_BK, prior_BK)
-            ids, mask = steps.contexts(setting, passages, rows_BR[:, :n_docs], batch)
-        scores_BK = scores_BR[:, :n_docs]
+        read_BK, scores_BK = rows_BR[:, :n_docs], scores_BR[:, :n_docs]
+        if cfg.retrieval_only:
+            prior_BK = jnp.exp(objectives.prior_logp(scores_BK))
+            nothing = jnp.zeros((len(read_BK), 0), int)
+            return Answers(nothing, nothing.sum(-1), rows_BR, read_BK, prior_BK, prior_BK)
+        if cfg.oracle and "documents" not in batch:  # found on the host, they come in this order
+            read_BK = gold_first(batch["gold"], rows_BR, n_docs)
+            scores_BK = jnp.einsum("be,bke->bk", q_BE, refresh.stored(index, read_BK))
+        if not cfg.closed_book:
+            ids, mask = steps.contexts(setting, passages, read_BK, batch)
         key = jax.random.fold_in(jax.random.key(cfg.seed), number)
         found = loaded.rag.generate(params, ids, mask, scores_BK, tree=tree, key=key, **how)
         prior_BK = jnp.exp(objectives.prior_logp(scores_BK))
         by_token = None if cfg.closed_book else found.token_posterior
-        return Answers(found.sequences, found.scores, rows_BR, prior_BK, found.doc_posterior, by_token)
+        return Answers(found.sequences, found.scores, rows_BR, read_BK, prior_BK, found.doc_posterior, by_token)
 
     program = jax.jit(answer)
 
@@ -256,6 +235,22 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
     return call
 
 
+def gold_first(gold_BG: jax.Array, rows_BR: jax.Array, n_docs: int) -> jax.Array:
+    """Rows [B, K]: the right passages (-1 is none), then those retrieved that are not among them, in their order."""
+    gold_BG = gold_BG.astype(rows_BR.dtype)
+    repeated_BR = (rows_BR[:, :, None] == gold_BG[:, None, :]).any(-1)
+    both_BX = jnp.concatenate([gold_BG, jnp.where(repeated_BR, -1, rows_BR)], axis=1)
+    return jnp.take_along_axis(both_BX, jnp.argsort(both_BX < 0, axis=1, stable=True)[:, :n_docs], axis=1)
+
+
+def right_rows(questions: Sequence[Question], corpus: Corpus) -> np.ndarray:
+    """Rows [N, G] of the right passages of the questions, -1 where there are fewer; those that the corpus has not are
+    left out.
+    """
+    found = examples.gold_rows(questions, corpus, live=True)
+    return pad_rows(found, max(1, *map(len, found)) if found else 1, -1, np.int32)[0]
+
+
 def check_docs(loaded: runs.Loaded, cfg: AnswerConfig) -> None:
     """InputError where more passages are to be read than there are."""
     n_docs, n = cfg.n_docs or loaded.rag.config.n_docs, loaded.corpus.n_live
@@ -264,11 +259,12 @@ def check_docs(loaded: runs.Loaded, cfg: AnswerConfig) -> None:
 
 
 class Hosted(NamedTuple):
-    """What was found on the host: rows_BR of the corpus, best first, -1 where there are fewer; and what the program is
-    given of the ones that are read.
+    """What was found on the host: rows_BR of the corpus, best first, -1 where there are fewer; rows read_BK that are
+    read, and what the program is given of them.
     """
 
     rows_BR: np.ndarray
+    read_BK: np.ndarray
     table: Index | None
     passages: Passages
     batch: Batch
@@ -290,7 +286,7 @@ def found_on_host(
         rows_BR = np.zeros((len(texts), 1), np.int32)
         tables = gather(loaded.corpus, index, np.zeros(len(own), np.int32))
         table, passages = sharding.shard_batch(loaded.mesh, tables)
-        return Hosted(rows_BR, table, passages, batch)
+        return Hosted(rows_BR, rows_BR, table, passages, batch)
     if known is None:
         q_BE = sharding.fetched(steps.question_program(loaded.rag)(params, batch)).astype(np.float32)
         queries = Queries(q_BE[own], [texts[row] for row in own])
@@ -298,6 +294,10 @@ def found_on_host(
     else:
         found = SearchResult(known.ids_BK[own], known.scores_BK[own])
     read_BK, scores_BK = filled(found.ids_BK[:, :n_docs], loaded.corpus), found.scores_BK[:, :n_docs]
+    rows_BR = np.concatenate([read_BK, found.ids_BK[:, n_docs:]], axis=1)
+    if cfg.oracle:
+        gold_BG = sharding.fetched(batch["gold"])[own]
+        read_BK = np.asarray(gold_first(jnp.asarray(gold_BG), jnp.asarray(rows_BR), n_docs))
     least_B1 = np.where(np.isfinite(scores_BK), scores_BK, np.inf).min(1, keepdims=True)
     least_B1 = np.where(np.isfinite(least_B1), least_B1, 0)
     given = {
@@ -306,9 +306,8 @@ def found_on_host(
     }
     tables = gather(loaded.corpus, index, read_BK.reshape(-1))
     given, table, passages = sharding.shard_batch(loaded.mesh, (given, *tables))
-    rows_BR = np.concatenate([read_BK, found.ids_BK[:, n_docs:]], axis=1)
-    rows_BR = sharding.fetched(sharding.shard_batch(loaded.mesh, rows_BR))
-    return Hosted(rows_BR, table, passages, {**batch, **given})
+    rows_BR, read_BK = (sharding.fetched(sharding.shard_batch(loaded.mesh, rows)) for rows in (rows_BR, read_BK))
+    return Hosted(rows_BR, read_BK, table, passages, {**batch, **given})
 
 
 def bucket(length: int, longest: int, least: int = 16) -> int:
@@ -326,21 +325,24 @@ def answer_questions(
     questions: Sequence[str],
     cfg: AnswerConfig,
     program: AnswerFn | None = None,
+    gold_NG: np.ndarray | None = None,
     known: SearchResult | None = None,
 ) -> list[Answer]:
-    """Answers in the order of the questions. known: what a search found for them, [N, n_docs or more], with nothing
-    missing where the index is on the devices; then none is made.
+    """Answers in the order of the questions. gold_NG: their `right_rows`, which an oracle reads first. known: what a
+    search found for them, [N, n_docs or more], with nothing missing where the index is on the devices; then none is
+    made.
 
     Questions of like length go together, and lengths and the number of questions are padded to a few sizes (`bucket`),
     so that other questions of the same sizes need no compilation. With several processes all ask the same, and all get
     the answers.
     """
     check_docs(loaded, cfg)
+    if cfg.oracle and gold_NG is None:
+        raise InputError("oracle needs the right passages of the questions, which rag-jax evaluate reads of their file")
     program = program or make_answer(loaded, cfg)
-    corpus = loaded.corpus
-    tables = pipeline.encode_questions(
-        questions, corpus.encoder_tokenizer, corpus.generator_tokenizer, loaded.rag.config.question_length
-    )
+    corpus, model = loaded.corpus, loaded.rag.config
+    sides = corpus.encoder_tokenizer, corpus.generator_tokenizer
+    tables = pipeline.encode_questions(questions, *sides, model.question_length, model.question_keeps)
     shards = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
     size = -(-bucket(len(questions), cfg.batch, 1) // shards) * shards
     length_N = np.maximum(tables["question_length"], tables["tail_length"])
@@ -349,18 +351,20 @@ def answer_questions(
     with Progress(len(questions), "answering", "question") as progress:
         for number, start in enumerate(range(0, len(questions), size)):
             rows = order[np.minimum(np.arange(start, start + size), len(questions) - 1)]
-            width = bucket(int(length_N[rows].max()), loaded.rag.config.question_length)
+            width = bucket(int(length_N[rows].max()), model.question_length)
             own = rows[sharding.own_rows(loaded.mesh, size)]
             batch = {name: table[own][:, :width] if table.ndim == 2 else table[own] for name, table in tables.items()}
             found_B = None if known is None else SearchResult(known.ids_BK[rows], known.scores_BK[rows])
             if known is not None and isinstance(index, Index):
                 batch |= {"documents": known.ids_BK[own], "scores": known.scores_BK[own]}
+            if cfg.oracle and gold_NG is not None:
+                batch["gold"] = gold_NG[own]
             on_devices = sharding.shard_batch(loaded.mesh, batch)
             if isinstance(index, HostIndex):
                 texts = [questions[row] for row in rows]
                 here = found_on_host(loaded, params, index, cfg, texts, on_devices, found_B)
                 out = sharding.fetched(program(params, here.table, here.passages, here.batch, number))
-                out = out._replace(rows=here.rows_BR)
+                out = out._replace(rows=here.rows_BR, read=here.read_BK)
             else:
                 assert loaded.passages is not None
                 out = sharding.fetched(program(params, index, loaded.passages, on_devices, number))
@@ -379,7 +383,7 @@ def collect(corpus: Corpus, out: Any, count: int, closed_book: bool) -> list[Ans
         read = []
         order = np.argsort(-out.prior[i], kind="stable")  # a search on the host may rank by something else
         for place in order:
-            p = corpus[int(out.rows[i][place])]
+            p = corpus[int(out.read[i][place])]
             read.append(Passage(p.id, p.title, p.text, float(out.prior[i][place]), float(out.posterior[i][place])))
         text = tokenizer.decode([int(token) for token in out.sequences[i]]).strip()
         retrieved = () if closed_book else tuple(corpus[int(row)].id for row in out.rows[i] if row >= 0)
@@ -474,19 +478,27 @@ class Pipeline:
 
     def answer_config(self, **changes: Any) -> AnswerConfig:
         """How the run answers by default, with changes."""
-        base = AnswerConfig(n_docs=self.config.model.n_docs, max_length=self.config.target_length)
-        return dataclasses.replace(base, **changes)
+        return dataclasses.replace(config.answering(self.config), **changes)
 
-    def answer(self, questions: Sequence[str], cfg: AnswerConfig, known: SearchResult | None = None) -> list[Answer]:
-        """Answers in the order of the questions; InputError for an empty one. known: see answer_questions."""
+    def answer(
+        self,
+        questions: Sequence[str],
+        cfg: AnswerConfig,
+        gold_NG: np.ndarray | None = None,
+        known: SearchResult | None = None,
+    ) -> list[Answer]:
+        """Answers in the order of the questions. gold_NG: their `right_rows`, for an oracle. known: see
+        answer_questions. InputError for an empty question.
+        """
         if not all(question.strip() for question in questions):
             raise InputError("a question is empty; give some words")
         if cfg not in self.programs:
             self.programs[cfg] = make_answer(self.loaded, cfg)
         program = self.programs[cfg]
-        return answer_questions(self.loaded, self.params, self.index, questions, cfg, program, known)
+        return answer_questions(self.loaded, self.params, self.index, questions, cfg, program, gold_NG, known)
 
-    def ask(self, question: str, n_docs: int = 0, num_beams: int = 1) -> Answer:
-        """One answer, with the passages it came from."""
-        changes = {"n_docs": n_docs} if n_docs else {}
-        return self.answer([question], self.answer_config(batch=1, n_retrieved=1, num_beams=num_beams, **changes))[0]
+    def ask(self, question: str, n_docs: int = 0, num_beams: int = 0) -> Answer:
+        """One answer, with the passages it came from; 0: as the run answers by default."""
+        given = {"n_docs": n_docs, "num_beams": num_beams}
+        changes = {name: value for name, value in given.items() if value}
+        return self.answer([question], self.answer_config(batch=1, n_retrieved=1, **changes))[0]

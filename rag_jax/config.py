@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 import ml_collections
 
-from rag_jax import optimizer, schedule
-from rag_jax.data import sources
+from rag_jax import metrics, optimizer, schedule
+from rag_jax.answer_config import AnswerConfig
+from rag_jax.data import sources, tasks
+from rag_jax.data.tasks import TaskConfig
 from rag_jax.errors import InputError
 from rag_jax.optimizer import OptimizerConfig
 from rag_jax.rag import RagConfig
@@ -29,10 +31,11 @@ from rag_jax.retrieval.search import Fusion
 class StageConfig:
     """One stage of training.
 
-    objective: `contrastive` (in-batch, gold passages), `denoise` (masked spans of the corpus) or `rag` (the model's
-    marginal likelihood). documents: `retrieved` searches the index in graph, `gold` reads the first gold passage
-    alone. hard_negatives: in the contrastive loss, that many passages a question are negatives too: of those found
-    for it (negatives=`retrieved`), or drawn from its hard_negative_passage_ids (`given`, as in DPR). window: with
+    objective: `contrastive` (in-batch, gold passages), `inverse_cloze` (the same with sentences of the corpus as
+    questions, see retrieval/inverse_cloze.py), `denoise` (masked spans of the corpus) or `rag` (the model's marginal
+    likelihood). documents: `retrieved` searches the index, `gold` reads the first gold passage alone, `none` nothing
+    but the question. hard_negatives: in the contrastive loss, that many passages a question are negatives too: of those
+    found for it (negatives=`retrieved`), or drawn from its hard_negative_passage_ids (`given`, as in DPR). window: with
     gold documents, only that many tokens of the passage around the answer, 0 for the whole. refresh: when the index
     is made anew, see schedule.py ("" for only at the stage's start). n_retrieved: that many are found, embedded as
     they are now, and the n_docs best of them read; 0: the n_docs found. write_back: what a step embeds anyway goes
@@ -49,8 +52,8 @@ class StageConfig:
     """
 
     name: str
-    objective: Literal["contrastive", "denoise", "rag"] = "rag"
-    documents: Literal["retrieved", "gold"] = "retrieved"
+    objective: Literal["contrastive", "inverse_cloze", "denoise", "rag"] = "rag"
+    documents: Literal["retrieved", "gold", "none"] = "retrieved"
     steps: int = 1000
     batch: int = 16
     n_docs: int = 5
@@ -97,8 +100,10 @@ class SearchConfig:
 class TrainConfig:
     """A whole run: data, model and stages. Vocabulary sizes of the model are those of the corpus' tokenizers.
 
-    train: an input with questions, or several with how often they come: "0.7*A + 0.3*B". answers: of a question that
-    has several, its first one, one drawn in each epoch (`sample`), or a pair of its own for every one (`every`).
+    train: an input with questions, or several with how often they come: "0.7*A + 0.3*B"; "" where no stage has
+    questions. answers: of a question that has several, its first one, one drawn in each epoch (`sample`), or a pair of
+    its own for every one (`every`). task: what is read and written. answering: how the run answers by default, in
+    evaluations and when it is asked: fields of AnswerConfig over those that follow from the model.
     init: a run directory, or a converted checkpoint, whose parameters are the start, "" for new ones; what `model`
     leaves open is then as there. index: an index of the first parameters, made by rag-jax index, "" to embed at the
     start. drift_sample: passages that the drift of the index is measured on. live: at every log line, training looks
@@ -111,6 +116,8 @@ class TrainConfig:
     dev: str
     stages: tuple[StageConfig, ...]
     model: RagConfig = field(default_factory=RagConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    answering: Mapping[str, object] = field(default_factory=dict)
     init: str = ""
     index: str = ""
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -128,6 +135,15 @@ class TrainConfig:
     evaluate_every: int = 0
     evaluate_questions: int = 200
 
+    def __post_init__(self) -> None:
+        build(AnswerConfig, self.answering, "config.answering")
+
+
+def answering(cfg: TrainConfig, **defaults: object) -> AnswerConfig:
+    """How a run answers by default: what its configuration says, over `defaults`, over what its model is made for."""
+    made_for = {"n_docs": cfg.model.n_docs, "max_length": cfg.target_length}
+    return build(AnswerConfig, {**made_for, **defaults, **cfg.answering}, "config.answering")
+
 
 def searches(stage: StageConfig) -> bool:
     """Whether the stage's step searches the index."""
@@ -136,11 +152,21 @@ def searches(stage: StageConfig) -> bool:
     return stage.objective == "rag" and stage.documents == "retrieved"
 
 
+def contrasts(stage: StageConfig) -> bool:
+    """Whether the stage trains the encoders on pairs of question and passage."""
+    return stage.objective in ("contrastive", "inverse_cloze")
+
+
+def asks(stage: StageConfig) -> bool:
+    """Whether the stage has questions; the others are made of the corpus alone."""
+    return stage.objective in ("contrastive", "rag")
+
+
 def reached(stage: StageConfig) -> set[str]:
     """Parameter groups that the loss of the stage depends on."""
-    if stage.objective == "contrastive":
+    if contrasts(stage):
         return {"question_encoder", "context_encoder"}
-    if stage.objective == "denoise" or stage.documents == "gold":
+    if stage.objective == "denoise" or stage.documents != "retrieved":
         return {"generator"}
     return set(optimizer.GROUPS)
 
@@ -158,6 +184,10 @@ def check(cfg: TrainConfig) -> None:
     if cfg.keep_best and not cfg.evaluate_every:
         raise InputError(f"keep_best={cfg.keep_best} needs evaluate_every: {cfg.best_metric} is measured there")
     at_least(3, "target_length", cfg.target_length)
+    tasks.check(cfg.task)
+    metrics.Setting(match=cfg.task.match)
+    if not cfg.train and (asking := [stage.name for stage in cfg.stages if asks(stage)]):
+        raise InputError(f"train='' names no questions, which stage {asking[0]} needs: --set train=FILE")
     sources.weighted(cfg.train)
     limits = [("model.question_length", cfg.model.question_length, cfg.model.encoder.positions)]
     if cfg.model.generator is not None:
@@ -177,18 +207,18 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
         at_least(1, where + name, getattr(stage, name))
     for name in ("hard_negatives", "window", "n_retrieved", "drift_every", "questions", "source_length", "doc_chunk"):
         at_least(0, where + name, getattr(stage, name))
-    contrasts, reads = stage.objective == "contrastive", stage.objective == "rag" and stage.documents == "gold"
-    retrieves = stage.objective == "rag" and not reads
+    reads = stage.objective == "rag" and stage.documents == "gold"
+    retrieves = stage.objective == "rag" and stage.documents == "retrieved"
     for name, belongs, place in (
-        ("hard_negatives", contrasts, "objective='contrastive'"),
+        ("hard_negatives", stage.objective == "contrastive", "objective='contrastive'"),
         ("window", reads, "objective='rag' with documents='gold'"),
         ("refresh", searches(stage), "stages that search: documents='retrieved', or hard_negatives"),
         ("drift_every", searches(stage), "stages that search: documents='retrieved', or hard_negatives"),
         ("n_retrieved", retrieves, "objective='rag' with documents='retrieved'"),
         ("doc_chunk", retrieves, "objective='rag' with documents='retrieved'"),
         ("write_back", retrieves, "objective='rag' with documents='retrieved'"),
-        ("questions", stage.objective != "denoise", "objectives that have questions"),
-        ("buckets", stage.objective != "denoise", "objectives that have questions"),
+        ("questions", asks(stage), "objectives that have questions"),
+        ("buckets", asks(stage), "objectives that have questions"),
         ("target_buckets", stage.objective == "rag", "objective='rag'"),
     ):
         if getattr(stage, name) and not belongs:
@@ -203,7 +233,7 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
     check_widths(f"{where}target_buckets", stage.target_buckets, cfg.target_length, "target_length")
     check_search(cfg, stage, where)
     length = stage.source_length or cfg.model.source_length
-    if cfg.model.generator is None and not contrasts:
+    if cfg.model.generator is None and not contrasts(stage):
         raise InputError(f"{where}objective={stage.objective!r} needs a generator, and model.generator is None")
     if cfg.model.generator is not None and length > cfg.model.generator.positions:
         raise InputError(f"{where}source_length={length} is more than the {cfg.model.generator.positions} positions")
@@ -283,6 +313,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     """One field's value in the type its dataclass states."""
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
+    if hint is object:
+        return value  # checked where it is used
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return one_of([kind for kind in arguments if kind is not type(None)], value, where)

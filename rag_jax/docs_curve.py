@@ -24,8 +24,11 @@ Said = list[tuple[str, float]]  # text and log p(y|x) of every question
 
 def check(pipeline: Pipeline, cfg: AnswerConfig, numbers: Sequence[int]) -> None:
     """InputError for numbers that cannot be, before anything is decoded."""
-    if numbers and (cfg.closed_book or cfg.retrieval_only):
-        raise InputError("--n-docs-curve reads passages and writes answers: leave out --closed-book, --retrieval-only")
+    if numbers and (cfg.closed_book or cfg.retrieval_only or cfg.oracle):
+        raise InputError(
+            "--n-docs-curve reads the passages found and writes answers: leave out --closed-book, --retrieval-only and "
+            "--oracle"
+        )
     for n_docs in numbers:
         if n_docs < 1:
             raise InputError(f"--n-docs-curve {n_docs}: the numbers of documents must be at least 1")
@@ -81,7 +84,7 @@ def answers_by_docs(
             # the search in graph scores as it ranks; one on the host may rank by something else than the prior
             prior = "search" if isinstance(pipeline.index, Index) else cfg.prior
             here = dataclasses.replace(cfg, n_docs=n_docs, n_retrieved=n_docs, prior=prior)
-            kept = [(one.text, one.score) for one in pipeline.answer(texts, here, search)]
+            kept = [(one.text, one.score) for one in pipeline.answer(texts, here, known=search)]
             if distributed.first():
                 files.write_sealed(path, KIND, VERSION, {"key": key, "answers": kept})
         else:

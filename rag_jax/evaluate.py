@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rag_jax import answer, config, distributed, docs_curve, logs, metrics, reporting
 from rag_jax import run as runs
 from rag_jax.answer import Answer, AnswerConfig, Pipeline
 from rag_jax.config import SearchConfig
-from rag_jax.data import formats
+from rag_jax.data import formats, tasks
 from rag_jax.data.formats import Question
 from rag_jax.errors import InputError
 from rag_jax.metrics import abstention, matching
@@ -83,7 +83,8 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Prediction rows of the questions."""
     texts = [question.question for question in questions]
-    answers = answer.answer_questions(loaded, params, index, texts, cfg, program)
+    gold_NG = answer.right_rows(questions, loaded.corpus) if cfg.oracle else None
+    answers = answer.answer_questions(loaded, params, index, texts, cfg, program, gold_NG)
     return prediction_rows(questions, answers, loaded.corpus, cfg.retrieval_only)
 
 
@@ -107,9 +108,10 @@ class Wanted:
     """What is evaluated, and what is to be seen of it.
 
     questions: None for the run's own dev questions. search: as of Pipeline.from_run. configure: what to change of how
-    the run answers by default. labels, match: how answers are judged (metrics.Setting), labels by default the allowed
-    answers. names: of metrics.METRICS, by default what fits. docs: numbers of documents for the curve of docs_curve.
-    shown: questions in report.html, None for as many as it has room for. command: how to do it again.
+    the run answers by default. labels, match: how answers are judged (metrics.Setting), by default the allowed answers,
+    and as the run's task says. names: of metrics.METRICS, by default what fits. docs: numbers of documents for the
+    curve of docs_curve. shown: questions in report.html, None for as many as it has room for. command: how to do it
+    again.
     """
 
     questions: Path | None = None
@@ -120,7 +122,7 @@ class Wanted:
     configure: Callable[[AnswerConfig], AnswerConfig] = lambda cfg: cfg
     search: SearchConfig | None = None
     labels: Sequence[str] = ()
-    match: Literal["string", "regex"] = "string"
+    match: str = ""
     names: Sequence[str] = ()
     docs: Sequence[int] = ()
     shown: int | None = None
@@ -140,12 +142,15 @@ def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
     if wanted.questions is None and not pipeline.config.dev:
         raise InputError(f"{directory}: a converted model names no questions; pass --questions FILE")
     file = wanted.questions or Path(pipeline.config.dev)
-    asked = select(formats.read_questions(file, skip_bad_lines=wanted.skip_bad_lines), wanted.where, wanted.limit)
+    corpus, task = pipeline.loaded.corpus, pipeline.config.task
+    found = formats.read_questions(file, skip_bad_lines=wanted.skip_bad_lines)
+    asked = tasks.posed(select(found, wanted.where, wanted.limit), task, corpus)
     cfg = wanted.configure(pipeline.answer_config())
-    setting = metrics.Setting(tuple(wanted.labels) or cfg.allowed_answers, wanted.match)
+    setting = metrics.Setting(tuple(wanted.labels) or cfg.allowed_answers, wanted.match or task.match)
     docs_curve.check(pipeline, cfg, wanted.docs)
-    answers = pipeline.answer([q.question for q in asked], cfg)
-    rows = prediction_rows(asked, answers, pipeline.loaded.corpus, cfg.retrieval_only, setting.match)
+    gold_NG = answer.right_rows(asked, corpus) if cfg.oracle else None
+    answers = pipeline.answer([q.question for q in asked], cfg, gold_NG)
+    rows = prediction_rows(asked, answers, corpus, cfg.retrieval_only, setting.match)
     figures = scored(rows, setting, wanted.names)
     curves: dict[str, Any] = {"recall": recall_curves(rows, setting), "calibration": calibration(rows, setting)}
     if wanted.docs:
@@ -157,6 +162,8 @@ def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
         "questions": str(file),
         "where": wanted.where,
         **config.plain(cfg),
+        **({} if gold_NG is None else {"without_gold": int((gold_NG < 0).all(1).sum())}),
+        "task": config.plain(task),
         "curves": curves,
         "seconds": round(time.perf_counter() - begun, 1),
     }
@@ -207,6 +214,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     answer.add_arguments(parser)
     for name, text in (
         ("--closed-book", "no passages: what the generator knows by itself"),
+        ("--oracle", "the right passages are read first: what the generator could do with a perfect retriever"),
         ("--retrieval-only", "recall alone; no answers are written"),
     ):
         parser.add_argument(name, action="store_true", default=None, help=text)  # None: as --decoding says
@@ -225,7 +233,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--labels", type=listed, default=(), metavar="A,B", help="the classes (default: allowed_answers)"
     )
     parser.add_argument(
-        "--match", choices=tuple(matching.FINDERS), default="string", help="regex: the answers of the file are patterns"
+        "--match",
+        choices=tuple(matching.MATCHERS),
+        default="",
+        help="regex: the answers of the file are patterns; mlqa_zh: MLQA's rules (default: as trained)",
     )
     parser.add_argument(
         "--n-docs-curve", type=numbers, default=(), metavar="A,B",
@@ -249,7 +260,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 NOT_REPEATED = ("run", "json", "coordinator", "processes", "process", "distributed")
-USUAL = {"limit": 0, "match": "string"}
+USUAL = {"limit": 0}
 
 
 def command(args: argparse.Namespace) -> str:

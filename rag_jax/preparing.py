@@ -14,9 +14,10 @@ import numpy as np
 from rag_jax import checkpoint, config, distributed, live, sharding
 from rag_jax import run as runs
 from rag_jax.config import StageConfig, TrainConfig
-from rag_jax.data import example_cache, examples, formats, pipeline, sources
+from rag_jax.data import example_cache, examples, formats, pipeline, sources, tasks
 from rag_jax.data.examples import Examples
 from rag_jax.errors import InputError
+from rag_jax.retrieval import inverse_cloze
 from rag_jax.retrieval.corpus import Corpus
 
 EXAMPLES = "examples"  # of a run directory: the tokenised questions
@@ -34,6 +35,8 @@ class Data:
 
 def prepare(cfg: TrainConfig, corpus: Corpus, directory: Path | None = None) -> Data:
     """Examples of the configuration: those that a run directory keeps, if they are of the same, else made anew."""
+    if not cfg.train:
+        return Data(examples.none(), corpus, {})
     weights = sources.weighted(cfg.train)
     settings: dict[str, Any] = {
         "question_length": cfg.model.question_length,
@@ -41,12 +44,15 @@ def prepare(cfg: TrainConfig, corpus: Corpus, directory: Path | None = None) -> 
         "answers": cfg.answers,
         "negatives": any(stage.negatives == "given" for stage in cfg.stages),
         "live": cfg.live,
+        "keeps": cfg.model.question_keeps,
     }
-    wanted = example_cache.made_of(list(weights), corpus, corpus.hash, **settings)
+    task = config.plain(cfg.task)
+    wanted = example_cache.made_of(list(weights), corpus, corpus.hash, task=task, **settings)
     kept = None if directory is None else example_cache.read(directory / EXAMPLES, wanted)
     if kept is not None:
         return Data(kept, corpus, weights)
-    parts = [examples.tokenise(formats.iterate_questions(one), corpus, **settings) for one in weights]
+    inputs = [tasks.each(formats.iterate_questions(one), cfg.task, corpus) for one in weights]
+    parts = [examples.tokenise(questions, corpus, **settings) for questions in inputs]
     return Data(examples.joined(parts), corpus, weights, wanted)
 
 
@@ -69,6 +75,8 @@ def batches(
     """
     own = None if mesh is None else sharding.own_rows(mesh, stage.batch)
     seed = cfg.seed * len(cfg.stages) + number
+    if stage.objective == "inverse_cloze":
+        return inverse_cloze.batches(data.corpus, stage.batch, seed, cfg.model.question_length, own)
     if stage.objective == "denoise":
         length = stage.source_length or cfg.model.source_length
         return pipeline.denoise_batches(data.corpus, batch=stage.batch, seed=seed, length=length, own=own)

@@ -92,10 +92,15 @@ def state(rag: Rag, stage: StageConfig, mesh: Mesh) -> TrainState:
 
 
 def batch(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> dict[str, Any]:
-    """As `pipeline.question_batches` and `denoise_batches` make it, with one gold passage a question."""
+    """As `pipeline.question_batches`, `denoise_batches` and `inverse_cloze.batches` make it, with one gold passage a
+    question.
+    """
     B, Q, T = stage.batch, cfg.model.question_length, cfg.target_length
     shapes: dict[str, tuple[int, ...]] = {"tail_ids": (B, Q), "tail_length": (B,), "labels": (B, T)}
-    if stage.objective == "denoise":
+    if stage.objective == "inverse_cloze":
+        shapes = {"passage_ids": (B, size.encoder_length), "passage_length": (B,)}
+        shapes |= {"question_ids": (B, Q), "question_length": (B,), "gold": (B, 1)}
+    elif stage.objective == "denoise":
         length = stage.source_length or cfg.model.source_length
         shapes |= {"tail_ids": (B, length - len(size.prefix_ids)), "labels": (B, length)}
     else:
@@ -189,7 +194,7 @@ def tokens(cfg: TrainConfig, stage: StageConfig, size: Sizes) -> int:
     """Of one batch, read and written, if none were padding; those of re-embedded passages do not count."""
     B, Q, T = stage.batch, cfg.model.question_length, cfg.target_length
     length = stage.source_length or cfg.model.source_length
-    if stage.objective == "contrastive":
+    if config.contrasts(stage):
         return B * (Q + (1 + stage.hard_negatives) * size.encoder_length)
     if stage.objective == "denoise":
         return 2 * B * length

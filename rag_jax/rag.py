@@ -35,6 +35,7 @@ GENERATORS: dict[str, Any] = {"bart": Bart, "t5": T5, "lm": Lm}
 class RagConfig:
     """The model. `variant` decides the marginalisation; `source_length` is the longest joined input, in tokens.
 
+    question_keeps: which part stays of a question longer than question_length; of a dialogue the end, its last turns.
     generator: BartConfig, T5Config or LmConfig, told apart by `kind`; None for a retriever alone.
     """
 
@@ -46,6 +47,7 @@ class RagConfig:
     n_docs: int = 5
     source_length: int = 300
     question_length: int = 64
+    question_keeps: Literal["start", "end"] = "start"
 
     @property
     def objective(self) -> str:

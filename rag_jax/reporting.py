@@ -17,9 +17,9 @@ PREDICTIONS, REPORT = "predictions.jsonl", "report.json"
 SHOWN = 3  # right and wrong answers each, in report.md
 # settings of answering that are said where they are not these
 DEFAULTS = {
-    "num_beams": 1, "mode": "thorough", "closed_book": False, "retrieval_only": False, "prior": "dense",
-    "candidates": 0, "min_length": 0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0,
-    "do_sample": False,
+    "num_beams": 1, "mode": "thorough", "closed_book": False, "oracle": False, "retrieval_only": False,
+    "prior": "dense", "candidates": 0, "min_length": 0, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "repetition_penalty": 1.0, "do_sample": False,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from rag_jax.config import TrainConfig
 from rag_jax.data import tokenizers
 from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
+from rag_jax.logs import info
 from rag_jax.rag import Params, Passages, Rag, RagConfig
 from rag_jax.refresh import Index, encoded
 from rag_jax.retrieval import encode, encode_job, index
@@ -251,12 +252,34 @@ def check_snapshot(loaded: Loaded, params: Params, snapshot: index.Snapshot) -> 
     index.check(snapshot, corpus.hash, encoder_hash(loaded, params), corpus.encoder_tokenizer.hash)
 
 
-def write_index(loaded: Loaded, params: Params, step: int, out: Path, overwrite: bool = False) -> index.Snapshot:
-    """Embed the corpus, all processes together, and write the snapshot."""
+def is_of(snapshot: index.Snapshot, manifest: index.Manifest) -> bool:
+    """Whether a snapshot is of the same encoder and corpus."""
+    found = snapshot.manifest
+    return (found.encoder_hash, found.corpus_hash) == (manifest.encoder_hash, manifest.corpus_hash)
+
+
+def write_index(
+    loaded: Loaded,
+    params: Params,
+    step: int,
+    out: Path,
+    overwrite: bool = False,
+    known: index.Snapshot | None = None,
+) -> index.Snapshot:
+    """Embed the corpus, all processes together, and write the snapshot. known: one whose files are shared, with nothing
+    embedded, where it is of this encoder and corpus.
+    """
     encoder, corpus = loaded.rag.encoder, loaded.corpus
     side = sharding.fetched(params[loaded.encoder_side])  # from however many devices and processes it lies on
     width = loaded.rag.config.encoder.output_width
     manifest = index.Manifest.of(corpus, checkpoint.tree_hash(side), step, width)
+    if known is not None and is_of(known, manifest):
+        if distributed.first():
+            dtype = known.manifest.dtype
+            index.update(known, dataclasses.replace(manifest, dtype=dtype), corpus, (), out, overwrite)
+        distributed.barrier("index written")
+        return index.open_snapshot(out)
+    info("embedding the corpus for the run's index")
     embed_rows = encode.row_embedder(
         lambda p, ids, mask: encoder.apply({"params": p}, ids, mask),
         side,

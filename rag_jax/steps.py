@@ -13,7 +13,7 @@ import optax
 from jax.nn import logsumexp
 
 from rag_jax import objectives, optimizer, refresh, schedule, sharding
-from rag_jax.config import SearchConfig, StageConfig
+from rag_jax.config import SearchConfig, StageConfig, contrasts
 from rag_jax.rag import Params, Passages, Rag, join, shift_left
 from rag_jax.refresh import Index
 from rag_jax.retrieval import mips
@@ -241,14 +241,17 @@ def rag_loss(
     key: jax.Array,
     now: jax.Array,
 ) -> tuple[jax.Array, tuple[Metrics, Fresh | None]]:
-    """The marginal likelihood of the answers under the retrieved (or gold, or given) passages; mean over the
+    """The marginal likelihood of the answers under the retrieved (or gold, or given, or no) passages; mean over the
     questions.
     """
     question_key, passage_key, generator_key = jax.random.split(key, 3)
     found = None
-    if s.stage.documents == "gold":
+    if s.stage.documents != "retrieved":
         rows_BK = batch["documents"] if "documents" in batch else batch["gold"][:, :1]
         scores_BK = jnp.zeros(rows_BK.shape, jnp.float32)
+        if s.stage.documents == "none":  # any passage, and nothing of it
+            rows_BK = jnp.zeros_like(rows_BK)
+            batch = batch | {"window": jnp.zeros((len(rows_BK), 2), jnp.int32)}
     else:
         keys = question_key, passage_key
         found = retrieve(s, params, trains_passages, batch, index, passages, keys, now)
@@ -300,8 +303,9 @@ def contrastive_loss(
     """Contrastive loss of each question against the first gold passages of all questions of the (global) batch.
 
     With `hard_negatives`, also against the passages that the index now ranks highest for any of them (as ANCE, Xiong et
-    al. 2021, section 4), or against those given in the batch; right ones among those are left out, and -1. With
-    `accumulate`, a part of the batch is embedded at a time; the loss is the same.
+    al. 2021, section 4), or against those given in the batch; right ones among those are left out, and -1. Where the
+    batch brings its passages along (inverse cloze), those are embedded. With `accumulate`, a part of the batch is
+    embedded at a time; the loss is the same.
     """
     question_key, passage_key = jax.random.split(key)
 
@@ -311,7 +315,10 @@ def contrastive_loss(
     turns = s.stage.accumulate
     q_BE = in_turns(questions, turns, question_key, batch["question_ids"], batch["question_length"])
     B = len(q_BE)
-    if "documents" in batch:
+    if "passage_ids" in batch:
+        own = {"encoder_ids_NL": batch["passage_ids"], "encoder_length_N": batch["passage_length"]}
+        passages, rows_P, numbers_P = passages._replace(**own), jnp.arange(B), batch["gold"][:, 0]
+    elif "documents" in batch:
         rows_P, numbers_P = batch["documents"], batch["document_rows"]
     else:
         numbers_P = batch["gold"][:, 0]
@@ -408,7 +415,7 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
         now: jax.Array,
     ) -> Any:
         params = {**frozen, **trainable}
-        if s.stage.objective == "contrastive":
+        if contrasts(s.stage):
             value, metrics = contrastive_loss(s, params, batch, index, passages, key)
             return value, (metrics, None)
         if s.stage.objective == "denoise":
@@ -426,7 +433,7 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
         differentiate = jax.value_and_grad(
             lambda trainable, batch, key: loss(trainable, frozen, batch, index, passages, key, state.step), has_aux=True
         )
-        if s.stage.accumulate > 1 and s.stage.objective != "contrastive":
+        if s.stage.accumulate > 1 and not contrasts(s.stage):
             (value, (metrics, fresh)), gradients = accumulated(s, differentiate, trainable, batch, key)
         else:
             (value, (metrics, fresh)), gradients = differentiate(trainable, batch, key)

@@ -20,9 +20,9 @@ import numpy as np
 from rag_jax import checkpoint, config, distributed, evaluate, live, logs, metrics, preparing, sharding
 from rag_jax import run as runs
 from rag_jax import session as sessions
-from rag_jax.answer import AnswerConfig, make_answer
+from rag_jax.answer import make_answer
 from rag_jax.config import StageConfig, TrainConfig
-from rag_jax.data import formats, pipeline
+from rag_jax.data import formats, pipeline, tasks
 from rag_jax.errors import InputError
 from rag_jax.hosted import Searchers
 from rag_jax.logs import MetricWriter, Progress
@@ -31,6 +31,10 @@ from rag_jax.retrieval import index as snapshots
 from rag_jax.session import Session, make_refresher, way_of
 from rag_jax.steps import TrainState, first_state, jit_step
 from rag_jax.upkeep import Upkeep
+
+# Figures of an evaluation that are shown beside `best_metric`, as far as it has them.
+HEADLINES = ("accuracy", "exact_match", "f1", "rouge_l", "bleu", "all_gold_at_5", "recall_at_1", "recall_at_5")
+SHOWN = 4
 
 
 def average(rows: list[dict[str, jax.Array]]) -> dict[str, float]:
@@ -212,11 +216,15 @@ def stop(
 
 
 def evaluate_dev(session: Session, params: Any, index: Any, step: int) -> dict[str, float]:
-    """Exact match and recall on the first `evaluate_questions` of the dev questions, as eval/... metrics."""
+    """The figures of the first `evaluate_questions` of the dev questions, as eval/... metrics."""
     index = session.refresher.full(params, step) if index is None else index
-    summary = metrics.summarize(
-        evaluate.predict(session.loaded, params, index, session.dev, session.answering, session.program)
-    )
+    cfg, answering = session.cfg, session.answering
+    rows = evaluate.predict(session.loaded, params, index, session.dev, answering, session.program)
+    summary = metrics.summarize(rows, metrics.Setting(answering.allowed_answers, cfg.task.match))
+    best = cfg.best_metric.removeprefix("eval/")
+    shown = [name for name in dict.fromkeys((best, *HEADLINES)) if name in summary]
+    figures = ", ".join(f"{name} {summary[name]:.3f}" for name in shown[:SHOWN])
+    logs.info(f"step {step + 1}: {len(rows)} dev questions: {figures}")
     return {f"eval/{name}": value for name, value in summary.items() if name != "n"}
 
 
@@ -234,6 +242,7 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
     data = preparing.prepare(cfg, corpus, directory)
     every_batch = all_batches(cfg, data, mesh)
     dev = formats.read_questions(cfg.dev)[: cfg.evaluate_questions] if cfg.evaluate_every else []
+    dev = tasks.posed(dev, cfg.task, corpus) if dev else []
     if cfg.init and not (directory / "config.json").exists():
         runs.check_init(Path(cfg.init), cfg.model, corpus, mesh)
     preparing.open_run(cfg, directory, data)
@@ -244,13 +253,7 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
         logs.info(f"{directory}: all {total} steps are done")
         return result(directory, total, keeper.position(done)["seconds"])
     loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact", cfg.live)
-    answering = AnswerConfig(
-        n_docs=cfg.model.n_docs,
-        n_retrieved=20,
-        max_length=cfg.target_length,
-        batch=64,
-        retrieval_only=cfg.model.generator is None,
-    )
+    answering = config.answering(cfg, n_retrieved=20, batch=64, retrieval_only=cfg.model.generator is None)
     searchers = Searchers(cfg.search, corpus, mesh, None if cfg.live else directory / "search")
     with Preemption() as preemption:
         session = Session(
@@ -312,8 +315,8 @@ def run_stages(session: Session, total: int) -> dict[str, Any]:
         session.keeper.wait()
         raise Preempted(total)
     checkpoint.save_params(directory / "params", params.items())
-    logs.info("embedding the corpus for the run's index")
-    runs.write_index(session.loaded, params, total, directory / "index", overwrite=True)
+    known = snapshots.open_snapshot(cfg.index) if cfg.index else None
+    runs.write_index(session.loaded, params, total, directory / "index", overwrite=True, known=known)
     return result(directory, total, seconds)
 
 

@@ -170,6 +170,10 @@ def test_override(base, assignment, path, value):
         ("answers=all", "config.answers: 'all' is not one of 'first', 'sample', 'every'"),
         ('stages.joint.buckets=["8"]', "config.stages[3].buckets[0]: expected int, got '8'"),
         ("init=[3]", "config.init: expected str, got [3]"),
+        ("answering.num_beems=2", "config.answering: unknown key 'num_beems'; known keys: n_docs"),
+        ("answering.num_beams=two", "config.answering.num_beams: expected int, got 'two'"),
+        ('answering.allowed_answers="yes"', "config.answering.allowed_answers: expected a list, got 'yes'"),
+        ("task.reads=title", "config.task.reads: 'title' is not one of 'question', 'answer', 'passage'"),
         ("model.variant=tokn", "config.model.variant: 'tokn' is not one of 'sequence', 'token'"),
         ("model.generator.dropout=low", "--set model.generator.dropout=low: "),
         ("model.generator.embedding_scale=low", "config.model.generator.embedding_scale: expected float, got 'low'"),
@@ -208,6 +212,14 @@ def test_a_list_of_stages_and_a_section_must_be_that(tmp_path):
         (["keep_checkpoints=0"], "keep_checkpoints=0 must be at least 1"),
         (["keep_best=-1"], "keep_best=-1 must be at least 0"),
         (["keep_best=1", "evaluate_every=0"], "keep_best=1 needs evaluate_every: eval/exact_match is measured there"),
+        (["train="], "train='' names no questions, which stage retriever needs: --set train=FILE"),
+        (["task.reads=answer"], "task.reads='answer' with task.writes='target': what is read would be written"),
+        (["task.match=mlqa_fr"], "match 'mlqa_fr'; there are: string, regex, mlqa_en"),
+        (["stages.read.documents=none"], "stage read: window=16 is only for objective='rag' with documents='gold'"),
+        (
+            ["stages.retriever.objective=inverse_cloze", "stages.retriever.hard_negatives=1"],
+            "hard_negatives=1 is only for objective='contrastive'",
+        ),
         (["target_length=2"], "target_length=2 must be at least 3"),
         (["target_length=161"], "target_length=161 is more than the 160 positions"),
         (["model.source_length=161"], "model.source_length=161 is more than the 160 positions"),
@@ -274,6 +286,34 @@ def test_contradictions(assignments, message):
 
 def test_what_belongs_together_passes():
     config.check(config.load(TINY, ["stages.retriever.hard_negatives=2", "stages.retriever.refresh=5"]))
+
+
+def test_how_a_run_answers_follows_from_the_model_then_the_caller_then_its_configuration(tmp_path):
+    cfg = config.load(TINY, ["answering.num_beams=3", 'answering.allowed_answers=["yes","no"]', "answering.batch=4"])
+    found = config.answering(cfg, batch=64, n_retrieved=20)
+    assert (found.n_docs, found.max_length) == (cfg.model.n_docs, cfg.target_length)
+    assert (found.num_beams, found.allowed_answers, found.batch) == (3, ("yes", "no"), 4)
+    assert found.n_retrieved == 20 and config.answering(cfg).n_retrieved == 100
+    config.save(cfg, tmp_path / "config.json")
+    assert config.answering(config.read(tmp_path / "config.json")) == config.answering(cfg)
+    json_of_a_run = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(json_of_a_run | {"answering": {"beams": 1}}))
+    with pytest.raises(InputError, match=r"config\.answering: unknown key 'beams'"):
+        config.read(tmp_path / "config.json")
+
+
+def test_a_retriever_may_train_on_the_corpus_alone():
+    stage = {"name": "a", "objective": "inverse_cloze", "optimizer": {"groups": {"question_encoder": 1.0}}}
+    values = minimal() | {"train": "", "model": {"generator": None, "tie_encoders": True}, "stages": [stage]}
+    cfg = config.build(config.TrainConfig, values)
+    config.check(cfg)
+    assert not config.searches(cfg.stages[0]) and config.reached(cfg.stages[0]) == {
+        "question_encoder",
+        "context_encoder",
+    }
+    wrong = stage | {"optimizer": {"groups": {"generator": 1.0}}}
+    with pytest.raises(InputError, match="it may name context_encoder, question_encoder"):
+        config.check(config.build(config.TrainConfig, values | {"stages": [wrong]}))
 
 
 def test_no_stages(base):

@@ -12,6 +12,10 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAMES = {
     "dpr_nq.py", "minilm.py", "nq_gold.py", "nq_lm.py", "nq_lm.py:7b", "nq_rag_sequence.py", "nq_rag_token.py",
     "nq_t5_xl.py", "squad.py", "squad.py:token", "world.py", "world.py:token",
+    *(f"tasks.py:{name}" for name in (
+        "squad", "nq_gold", "multihop", "xquad_zh", "xquad_ar", "xquad_ru", "jeopardy", "squad_qg", "pubmedqa_long",
+        "clapnq", "medquad", "cmu_dog", "pubmedqa", "climate_fever", "fever_symmetric", "ir_cacm",
+    )),
 }  # fmt: skip
 LARGE = {
     "dpr_nq.py": 0.22, "nq_rag_sequence.py": 0.62, "nq_rag_token.py": 0.62, "nq_t5_xl.py": 3.07, "nq_lm.py": 1.76,
@@ -55,3 +59,17 @@ def test_steps_can_be_traced(name: str) -> None:
         cut = [x for x in jax.tree.leaves(program.arguments[0].params) if x.size > 10**6]
         if "fsdp" in cfg.mesh:  # nothing large lies whole on every device
             assert all(x.sharding.shard_shape(x.shape) != x.shape for x in cut)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ir_cacm", "squad_qg", "climate_fever"])
+def test_steps_of_tasks_can_be_traced(name: str) -> None:
+    """Of a retriever on the corpus alone, of a generator without passages, and of all stages of a classifier."""
+    sides = ("encoder",) if name == "ir_cacm" else ("encoder", "generator")
+    cfg = load(f"tasks.py:{name}", **dict.fromkeys(sides, 8192))
+    rag, size = programs.sizes(cfg, 5_000, 96, 96)
+    for stage in cfg.stages:
+        program = programs.step(cfg, stage, rag, size, sharding.make_mesh())
+        state, _, metrics = jax.eval_shape(program.call, *program.arguments)
+        assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, program.arguments[0])
+        assert metrics["loss"].shape == () and program.tokens > 0

@@ -16,7 +16,7 @@ LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors", "places"],
     ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "moments", "schedule"],
-    ["checksums", "distributed", "preemption", "counting", "hardware", "hlo", "heap"],
+    ["checksums", "distributed", "preemption", "counting", "hardware", "hlo", "heap", "answer_config"],
     ["decoding", "checkpoint", "optimizer", "plots", "plots_evaluation", "tensors"],
     ["models"],
     ["data"],

@@ -3,6 +3,7 @@
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,65 @@ def test_scores_equal_the_restatement(prediction: str, golds: list[str]) -> None
     best = max(oracle_f1(prediction, gold) for gold in golds)
     assert matching.f1(prediction, golds) == pytest.approx(best, abs=1e-12)
     assert matching.f1(prediction, golds) >= matching.exact_match(prediction, golds)
+
+
+def oracle_mlqa_words(text: str, language: str) -> list[str]:
+    """MLQA's rules letter by letter, for languages whose articles are whole words, or none."""
+    articles = {"en": ("a", "an", "the")}
+    words: list[str] = []
+    in_word = False
+    for letter in text.lower():
+        if unicodedata.category(letter)[0] == "P" or letter in ASCII_PUNCTUATION:
+            continue
+        alone = language == "zh" and "\u4e00" <= letter <= "\u9fa5"
+        if letter.isspace() or alone:
+            words += [letter] if alone else []
+            in_word = False
+        elif in_word:
+            words[-1] += letter
+        else:
+            words.append(letter)
+            in_word = True
+    return [word for word in words if word not in articles.get(language, ())]
+
+
+@pytest.mark.parametrize(
+    ("language", "prediction", "gold", "match", "f1"),
+    [
+        ("zh", "在 1998 年。", "在1998年", 1.0, 1.0),  # characters, digits and other words between them
+        ("zh", "十倍的食物", "十倍于自身体重的食物", 0.0, 2 * 5 / 15),
+        ("zh", "《丹佛野马》队", "丹佛野马", 0.0, 2 * 4 / 9),
+        ("zh", "NFL 联盟", "nfl联盟", 1.0, 1.0),
+        ("ar", "في القاهرة", "في قاهرة", 1.0, 1.0),  # the article goes wherever it stands
+        ("ar", "القاهرة،", "القاهرة", 1.0, 1.0),
+        ("de", "der Fluss", "Fluss", 1.0, 1.0),
+        ("es", "La ciudad de Lima", "ciudad", 0.0, 2 / 4),
+        ("vi", "của Huế", "huế", 1.0, 1.0),
+        ("hi", "भारत।", "भारत", 1.0, 1.0),
+        ("en", "the “Broncos”", "Broncos", 1.0, 1.0),  # quotation marks, too
+    ],
+)
+def test_mlqas_rules(language: str, prediction: str, gold: str, match: float, f1: float) -> None:
+    rule = f"mlqa_{language}"
+    assert matching.exact_match(prediction, [gold], rule) == matching.MATCHERS[rule](prediction, [gold]) == match
+    assert matching.f1(prediction, ["other", gold], rule) == pytest.approx(f1, abs=1e-12)
+    assert matching.FINDERS[rule]("在1998年", ["1998"])
+
+
+@pytest.mark.parametrize("name", ["zh", "en"])
+def test_mlqas_rules_of_real_answers(shared_data: Callable[[str], Path], name: str) -> None:
+    """Answers cut, doubled and with other punctuation; SQuAD's F1 of Chinese is all or nothing."""
+    golds = [row["answers"] for row in spoiled.rows(shared_data(f"xquad_{name}/train.jsonl"), 900)]
+    said = [text[: 1 + i % len(text)] + "。!"[i % 2] + text[: i % 3] for i, (text, *_) in enumerate(golds)]
+    for text, wanted in zip(said, golds, strict=True):
+        found, gold = oracle_mlqa_words(text, name), oracle_mlqa_words(wanted[0], name)
+        assert matching.exact_match(text, wanted, f"mlqa_{name}") == float(found == gold)
+        common = (Counter(found) & Counter(gold)).total()
+        oracle = 2 * common / (len(found) + len(gold)) if found or gold else 1.0
+        assert matching.f1(text, wanted, f"mlqa_{name}") == pytest.approx(oracle, abs=1e-12)
+    if name == "zh":
+        both = [[matching.f1(*pair, rule) for pair in zip(said, golds, strict=True)] for rule in ("string", "mlqa_zh")]
+        assert np.mean(both[0]) < 0.2 < 0.5 < np.mean(both[1])
 
 
 @pytest.mark.parametrize("golds", [[], "Paris"])

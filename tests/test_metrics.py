@@ -122,7 +122,29 @@ def test_rankings_by_grade_and_depth() -> None:
     assert summary["ndcg_at_10"] == pytest.approx((1 / np.log2(3) + 1 / (1 + 1 / np.log2(3))) / 2)
     assert not {"exact_match", "kilt_r_precision", "recall_at_20"} & set(summary)
     few = [{**one, "retrieved": retrieved[:1]} for one in rows]
-    assert set(metrics.summarize(few)) == {"n", "recall_at_1"}  # not deep enough for the others
+    assert set(metrics.summarize(few)) == {"n", "recall_at_1", "all_gold_at_1", "gold_share_at_1"}  # not deep enough
+
+
+def test_several_gold_passages() -> None:
+    retrieved = [f"p{i}" for i in range(5)]
+    rows = [{"prediction": None, "answers": [], "retrieved": retrieved, "gold": gold}
+            for gold in (["p0"], ["p0", "p3"], ["p1", "p2", "x"], [])]  # fmt: skip
+    summary = metrics.summarize(rows, names=("recall", "all_gold"))
+    assert (summary["recall_at_1"], summary["all_gold_at_1"]) == (2 / 3, 1 / 3)
+    assert (summary["recall_at_5"], summary["all_gold_at_5"]) == (1, 2 / 3)
+    assert summary["gold_share_at_1"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert summary["gold_share_at_5"] == pytest.approx((1 + 1 + 2 / 3) / 3)
+    assert not [name for name in metrics.summarize(rows[:1]) if "all_gold" in name]  # nobody needs several
+
+
+def test_the_rule_of_a_language_is_that_of_all_figures() -> None:
+    right = {"gold": ["a"], "gold_documents": [["a"]], "retrieved": ["a"], "retrieved_documents": ["a"]}
+    rows = [answered("十倍的食物。", ["十倍食物"], **right), answered("不", [], unanswerable=True)]
+    names = ("exact_match", "f1", "kilt", "no_answer")
+    summary = metrics.summarize(rows, Setting(match="mlqa_zh"), names)
+    assert summary["f1"] == summary["kilt_f1"] == pytest.approx(2 * 4 / 9)
+    assert summary["squad2_f1"] == pytest.approx(4 / 9) and summary["exact_match"] == 0
+    assert metrics.summarize(rows, names=names)["f1"] == 0  # one word for SQuAD
 
 
 def test_kilt_counts_answers_only_with_the_right_pages() -> None:

@@ -161,6 +161,53 @@ def test_long_questions_keep_beginning_and_end_token_and_long_answers_their_begi
     assert len(label) == TARGET and label[-1] == generator.eos_id and generator.pad_id not in label
 
 
+def test_an_answer_is_written_as_it_stands_in_its_passage(corpus):
+    """Behind a bracket, or within Chinese, there is no space before it."""
+    generator = corpus.generator_tokenizer
+    texts = ["the mill (Bela) by the river", "the mill Bela by the river", "磨坊 在河边 Bela", "nobody"]
+    rows = generator.encode_batch(texts)
+
+    class Table:
+        generator_tokenizer = generator
+        generator_ids = np.array([row + [generator.pad_id] * (60 - len(row)) for row in rows])
+        generator_length = np.array(list(map(len, rows)))
+
+    gold = [[0], [1], [2], [3], [], [3]]
+    written, spans = made.as_they_stand(["Bela", "Bela", "河边", "Bela", "Bela", ""], gold, Table())
+    assert [generator.decode(ids) for ids in written[:5]] == ["Bela", " Bela", "河边", " Bela", " Bela"]
+    for ids, row, (start, stop) in zip(written[:3], rows, spans, strict=False):
+        assert ids == row[start:stop] and stop > start
+    assert (spans[3:] == 0).all()
+
+
+def test_the_end_of_a_long_dialogue_stays_where_that_is_asked_for(corpus):
+    """Lines stay lines, and the separator stands before the last turns."""
+    text = "A: have you seen the old mill?\nB: " + "yes it is by the river " * 9 + "\nA: who built it?"
+    short, whole = (
+        tokenise([question(0, ["x"], text=text)], corpus, question_length=n, keeps="end") for n in (12, 400)
+    )
+    encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
+    assert short.question[0].tolist() == [encoder.prefix_ids[0], *whole.question[0][-11:]]
+    separator = generator.encode_batch([" //"])[0]
+    last = whole.tail[0][len(separator) - 12 :].tolist()
+    assert short.tail[0].tolist() == [*separator, *last] and last[-1] == generator.eos_id
+    assert generator.decode(last).endswith(" built it?")
+    assert generator.decode(whole.tail[0]) == " // " + text
+    fits = tokenise([question(0, ["x"], text="A: hi\nB: hello")], corpus, keeps="end")
+    same = tokenise([question(0, ["x"], text="A: hi\nB: hello")], corpus)
+    assert fits.fingerprint() == same.fingerprint() and len(whole.question[0]) < 400
+
+
+def test_no_examples_have_the_fields_of_some(examples):
+    none, some = made.none().arrays(), examples.arrays()
+    assert none.keys() == some.keys()
+    for name, value in none.items():
+        assert value.shape[1:] == some[name].shape[1:] and value.dtype.kind == some[name].dtype.kind.replace(
+            "u", value.dtype.kind
+        ), name
+    assert len(made.none()) == 0 and made.none().fingerprint() != examples.fingerprint()
+
+
 def test_what_cannot_be_tokenised_is_named(corpus):
     with pytest.raises(InputError, match=r"question '7'.*passage 'nowhere' is not in this corpus"):
         tokenise([question(7, gold=["nowhere"])], corpus)

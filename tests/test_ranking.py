@@ -19,9 +19,19 @@ def test_recall() -> None:
     assert ranking.answer_recall(5, []) == 0
 
 
+def test_all_of_several() -> None:
+    retrieved = ["d", "b", "a", "c"]
+    assert [ranking.all_found(k, retrieved, ["a", "b"]) for k in (1, 2, 3, 4)] == [0, 0, 1, 1]
+    assert [ranking.share_found(k, retrieved, ["a", "b"]) for k in (1, 2, 3)] == [0, 1 / 2, 1]
+    assert ranking.all_found(9, retrieved, ["a", "x"]) == 0 and ranking.share_found(9, retrieved, ["a", "x"]) == 1 / 2
+    assert ranking.share_found(4, retrieved, ["a", "a"]) == 1
+
+
 def test_without_gold_passages_there_is_no_score() -> None:
     for score in (
         lambda: ranking.recall_at(1, ["a"], []),
+        lambda: ranking.all_found(1, ["a"], []),
+        lambda: ranking.share_found(1, ["a"], []),
         lambda: ranking.reciprocal_rank(1, ["a"], []),
         lambda: ranking.ndcg(1, ["a"], {"a": 0}),
         lambda: ranking.r_precision(["a"], []),
@@ -102,13 +112,15 @@ def test_equal_to_trec_eval(shared_data: Callable[[str], Path], name: str) -> No
         run = {i: {one: -float(rank) for rank, one in enumerate(found[:k])} for i, (found, _) in cases.items()}
         return pytrec_eval.RelevanceEvaluator(judged, set(measures)).evaluate(run)
 
-    whole, top = scored(1000, "ndcg_cut.10", "Rprec", "success.1,5,10"), scored(10, "recip_rank")
+    whole, top = scored(1000, "ndcg_cut.10", "Rprec", "success.1,5,10", "recall.1,5,10"), scored(10, "recip_rank")
     for i, (found, grades) in cases.items():
         assert ranking.ndcg(10, found, grades) == pytest.approx(whole[i]["ndcg_cut_10"], abs=1e-9)
         assert ranking.r_precision(found, list(grades)) == pytest.approx(whole[i]["Rprec"], abs=1e-9)
         assert ranking.reciprocal_rank(10, found, list(grades)) == pytest.approx(top[i]["recip_rank"], abs=1e-9)
         for k in (1, 5, 10):
             assert ranking.recall_at(k, found, list(grades)) == whole[i][f"success_{k}"]
+            assert ranking.share_found(k, found, list(grades)) == pytest.approx(whole[i][f"recall_{k}"], abs=1e-9)
+            assert ranking.all_found(k, found, list(grades)) == float(whole[i][f"recall_{k}"] == 1)
     if name == "nq_gold":
         assert len(cases) > 1000
     assert 0.1 < sum(x["ndcg_cut_10"] for x in whole.values()) / len(cases) < 0.9

@@ -22,6 +22,7 @@ from rag_jax.models.bert import BertConfig
 from rag_jax.optimizer import OptimizerConfig
 from rag_jax.rag import Passages, Rag, RagConfig
 from rag_jax.refresh import Index
+from rag_jax.retrieval import inverse_cloze
 from rag_jax.retrieval.corpus import Corpus
 from rag_jax.steps import Setting, TrainState
 
@@ -390,6 +391,25 @@ def test_gold_reading_through_a_window(params, batch, corpus, mesh, passages, in
     assert_metrics(metrics, {"nll_per_token": sum(losses) / counted, "tokens": tokens})
 
 
+def test_reading_no_passage_is_answering_the_question_alone(params, batch, corpus, mesh, passages, index):
+    s = setting(bags(corpus), StageConfig("closed", documents="none", source_length=72), mesh, corpus)
+
+    @jax.jit
+    def loss(params, batch):
+        return steps.rag_loss(s, params, False, batch, index, passages, jax.random.key(0), jnp.int32(0))
+
+    value, (metrics, _) = loss(params, batch)
+    table, losses, tokens = np.asarray(params["generator"], np.float64), [], 0
+    for b in range(B):
+        source = [0, *batch["tail_ids"][b, : batch["tail_length"][b]]]
+        label = batch["labels"][b][batch["labels"][b] != 1]
+        p = oracles.softmax((table[source].mean(0) + table[label[:-1]]) @ table.T)
+        losses.append(-np.log(p[range(len(label) - 1), label[1:]]).sum())
+        tokens += len(source) + len(label) - 1
+    np.testing.assert_allclose(value, np.mean(losses), rtol=1e-4)
+    assert metrics["tokens"] == tokens
+
+
 # --- the other losses -------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +451,33 @@ def test_contrastive_on_host(params, batch, corpus, mesh, passages, index, tied,
         right.append(pool[int(np.argmax(scores))] in mine)
     np.testing.assert_allclose(value, np.mean(losses), rtol=1e-4)
     tokens = batch["question_length"].sum() + corpus.encoder_length[pool].sum(dtype=int)
+    assert_metrics(metrics, {"in_batch_accuracy": np.mean(right), "tokens": tokens})
+
+
+def test_inverse_cloze_on_host(params, corpus, mesh, passages):
+    """Sentences beside the passages that the batch brings, the same row twice being no negative of itself."""
+    batch = dict(inverse_cloze.batches(corpus, B, 0, 24)[0])
+    batch["gold"] = batch["gold"].copy()
+    batch["gold"][5] = batch["gold"][1]
+    s = setting(bags(corpus, tie_encoders=True), StageConfig("ict", objective="inverse_cloze"), mesh, corpus)
+
+    @jax.jit
+    def loss(params, batch):
+        return steps.contrastive_loss(s, params, batch, None, passages, jax.random.key(0))
+
+    value, metrics = loss(params, sharding.shard_batch(mesh, batch))
+    table = np.asarray(params["question_encoder"], np.float64)
+    q, d = (
+        np.stack([table[ids[:n]].mean(0) for ids, n in zip(batch[f"{side}_ids"], batch[f"{side}_length"], strict=True)])
+        for side in ("question", "passage")
+    )
+    losses, right = [], []
+    for b in range(B):
+        scores, same = d @ q[b], batch["gold"][:, 0] == batch["gold"][b, 0]
+        losses.append(np.log(np.exp(scores[b]) + np.exp(scores[~same]).sum()) - scores[b])
+        right.append(same[int(np.argmax(scores))])
+    np.testing.assert_allclose(value, np.mean(losses), rtol=1e-4)
+    tokens = batch["question_length"].sum() + batch["passage_length"].sum()
     assert_metrics(metrics, {"in_batch_accuracy": np.mean(right), "tokens": tokens})
 
 
@@ -529,6 +576,7 @@ READER = dataclasses.replace(ADAM, groups={"generator": 1.0})
 ALL_MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8})
 STAGES = {
     "contrastive": (StageConfig("a", "contrastive", optimizer=ENCODERS), "sequence", ALL_MESHES[0]),
+    "inverse_cloze": (StageConfig("f", "inverse_cloze", accumulate=2, optimizer=ENCODERS), "sequence", ALL_MESHES[1]),
     "denoise": (StageConfig("b", "denoise", source_length=48, optimizer=READER), "sequence", ALL_MESHES[0]),
     "read": (StageConfig("c", "rag", "gold", window=30, source_length=72, optimizer=READER), "sequence", ALL_MESHES[1]),
     "rag_sequence": (StageConfig("d", n_docs=K, label_smoothing=0.1, optimizer=ADAM), "sequence", ALL_MESHES[0]),
@@ -559,7 +607,9 @@ def two_steps(stage, variant, corpus, examples, mesh):
     state = steps.first_state(loaded.rag, stage, mesh, params, 5)
     embeddings = np.random.default_rng(1).normal(size=(len(corpus), ENCODER.width)).astype(np.float32)
     index = index_of(mesh, embeddings)
-    if stage.objective == "denoise":
+    if stage.objective == "inverse_cloze":
+        data = inverse_cloze.batches(corpus, B, 0, 24)
+    elif stage.objective == "denoise":
         data = pipeline.denoise_batches(corpus, batch=B, seed=0, length=48)
     else:
         data = question_batches(examples, corpus, stage.window)

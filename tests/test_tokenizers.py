@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from rag_jax.data import tokenizers
-from rag_jax.data.formats import read_passages
+from rag_jax.data.formats import read_passages, read_questions
 from rag_jax.errors import InputError
 
 TEXTS = [
@@ -95,6 +95,27 @@ def test_rare_characters_do_not_fill_the_vocabulary(shared_data) -> None:
     assert len(alphabet) == 1024 // 3
     encoded = first.encode_batch(passages)
     assert sum(ids.count(1) for ids in encoded) < 0.3 * sum(map(len, encoded))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["zh", "ar", "ru"])
+def test_other_scripts_are_covered(shared_data, language: str) -> None:
+    """Every passage; of a question all but letters and signs that no passage has; every answer comes back."""
+    folder = shared_data(f"xquad_{language}")
+    passages = [passage.text for passage in read_passages([folder / "passages.jsonl"])]
+    questions = read_questions(folder / "dev.jsonl")
+    wordpiece, bpe = (train(passages, 8192) for train in (tokenizers.train_wordpiece, tokenizers.train_bpe))
+    unknown = wordpiece.backend.token_to_id("[UNK]")
+    assert not any(unknown in ids for ids in wordpiece.encode_batch(passages))
+    letters, lost = set("".join(passages).lower()), 0
+    for question in questions:
+        made = wordpiece.backend.encode(question.question, add_special_tokens=False)
+        for token, (start, stop) in zip(made.ids, made.offsets, strict=True):
+            lost += token == unknown
+            assert token != unknown or not letters.issuperset(question.question[start:stop].lower())
+    assert lost <= 1.5 * len(questions)  # the question mark, mostly
+    texts = [f" {answer}" for question in questions for answer in question.answers]
+    assert [bpe.decode(ids) for ids in bpe.encode_batch(texts)] == texts
 
 
 def test_save_and_load(tmp_path: Path, wordpiece: tokenizers.Tokenizer, bpe: tokenizers.Tokenizer) -> None:

@@ -195,6 +195,37 @@ def test_one_stage_from_the_parameters_of_another_run(tiny_data, tiny_run, tmp_p
     assert f"init: {str(tiny_run)!r} there, '' now" in said
 
 
+@pytest.mark.slow
+def test_a_run_with_no_questions_is_evaluated_as_its_configuration_says(tiny_data, tmp_path):
+    """A retriever trained on the corpus alone; the dev questions are answered within labels, and judged by them."""
+    words = ["--stage", "retriever", "--set", "stages.retriever.objective=inverse_cloze", "--set", "train="]
+    words += ["--set", "stages.retriever.steps=10", "--set", "best_metric=eval/accuracy", "--set", "keep_best=1"]
+    words += ["--set", 'answering={"allowed_answers": ["Bela", "no"], "n_retrieved": 5}']
+    result = tiny.train(tiny_data, tmp_path / "run", *words)
+    assert result["steps"] == 10 and "in_batch_accuracy" in result["last"]
+    assert "step 10: 8 dev questions: accuracy 0.000, exact_match 0.000" in result["stderr"]
+    assert "eval/accuracy" in result["last"] and "eval/recall_at_20" not in result["last"]
+    again = tiny.train(tiny_data, tmp_path / "again", *words)
+    assert_same_run(tmp_path / "again", tmp_path / "run")
+    assert again["last"]["loss"] == result["last"]["loss"]
+
+
+@pytest.mark.slow
+def test_an_index_that_is_still_right_is_shared(tiny_data, tiny_run, tmp_path):
+    """A run that leaves its encoder alone embeds nothing at its end; one that trains it does."""
+    words = ["--init", tiny_run, "--set", f"index={tiny_run}/index", "--set", "evaluate_every=0"]
+    reading = ["--stage", "read", "--set", "stages.read.steps=5"]
+    said = tiny.train(tiny_data, tmp_path / "reads", *words, *reading)["stderr"]
+    old, new = (snapshots.open_snapshot(run / "index") for run in (tiny_run, tmp_path / "reads"))
+    assert new.manifest.step == 5 and "embedding the corpus" not in said
+    assert [a.path.stat().st_ino for a in old.shards] == [b.path.stat().st_ino for b in new.shards]
+    finding = ["--stage", "retriever", "--set", "stages.retriever.steps=5"]
+    assert "embedding the corpus" in tiny.train(tiny_data, tmp_path / "finds", *words, *finding)["stderr"]
+    other = snapshots.open_snapshot(tmp_path / "finds/index")
+    assert other.manifest.encoder_hash != old.manifest.encoder_hash
+    assert np.abs(other.embeddings_NE - old.embeddings_NE).max() > 1e-4
+
+
 def test_init_refused(tiny_data, tiny_run, tmp_path, capsys):
     run = tmp_path / "run"
     assert "not a run directory" in refused(capsys, tiny_data, run, "--init", tiny_data)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from rag_jax.data import ragged
-from rag_jax.data.joining import join_tail
+from rag_jax.data.joining import QUESTION_SEPARATOR, join_tail
 from rag_jax.data.ragged import Growing, Ragged
 from rag_jax.data.rows import Question
 from rag_jax.data.tokenizers import Tokenizer, wrap
@@ -116,14 +116,31 @@ def joined(parts: Sequence[Examples]) -> Examples:
     return Examples(**made)
 
 
+def none() -> Examples:
+    """Those of a run whose stages have no questions."""
+    empty = {"text": np.uint8, **dict.fromkeys(("question", "tail", "gold", "hard", "other", "label"), np.int32)}
+    tables = {name: Growing(dtype).whole() for name, dtype in empty.items()}
+    return Examples(**tables, answer_P2=np.zeros((0, 2), np.int32), first_N1=ragged.starts(np.zeros(0, np.int32)),
+                    input_N=np.zeros(0, np.int16))  # fmt: skip
+
+
 def both_sides(
-    questions: Sequence[str], encoder: Tokenizer, generator: Tokenizer, length: int
+    questions: Sequence[str], encoder: Tokenizer, generator: Tokenizer, length: int, keeps: str = "start"
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """(question, tail) of each as `Examples` has them. Those longer than `length` keep their beginning."""
-    keep = length - len(generator.suffix_ids)
-    tails = join_tail(generator, questions)
-    tails = [ids if len(ids) <= length else [*ids[:keep], *generator.suffix_ids] for ids in tails]
-    return wrap(encoder, encoder.encode_batch(list(questions)), length), tails
+    """(question, tail) of each as `Examples` has them. Those longer than `length` keep their beginning, or end."""
+    room = max(length - len(encoder.prefix_ids) - len(encoder.suffix_ids), 0)
+    short = [kept(ids, room, keeps) for ids in encoder.encode_batch(list(questions))]
+    suffix = list(generator.suffix_ids)
+    room, head = length - len(suffix), len(generator.encode_batch([QUESTION_SEPARATOR.rstrip()])[0])
+    bare = (ids[: len(ids) - len(suffix)] for ids in join_tail(generator, questions))
+    return wrap(encoder, short, length), [[*kept(ids, room, keeps, head), *suffix] for ids in bare]
+
+
+def kept(ids: list[int], room: int, keeps: str, head: int = 0) -> list[int]:
+    """At most `room` of the ids: the first, or, where keeps is "end", the `head` first and the last."""
+    if len(ids) <= room or keeps == "start":
+        return ids[:room]
+    return [*ids[:head], *ids[len(ids) - room + head :]]
 
 
 def tokenise(
@@ -135,6 +152,7 @@ def tokenise(
     answers: Answers = "first",
     negatives: bool = False,
     live: bool = False,
+    keeps: str = "start",
 ) -> Examples:
     """Examples of one input: of every question its target, or its first answer, or (`sample`, `every`) all of them.
 
@@ -154,12 +172,11 @@ def tokenise(
             asked = [question for question, texts in zip(chunk, wanted, strict=True) if texts]
             wanted = [texts for texts in wanted if texts]
             texts = [question.question for question in asked]
-            both = both_sides(texts, encoder, generator, question_length)
+            both = both_sides(texts, encoder, generator, question_length, keeps)
             gold = gold_rows(asked, corpus, live)
-            # the answer in the middle of a text follows a space; labels made of the same tokens can be copied
-            written = generator.encode_batch([" " + text for texts in wanted for text in texts])
             of = np.repeat(np.arange(len(asked)), list(map(len, wanted)))
-            spans.append(answer_spans(written, [gold[i] for i in of], corpus))
+            written, stand_P2 = as_they_stand([a for some in wanted for a in some], [gold[i] for i in of], corpus)
+            spans.append(stand_P2)
             sides = wrong_rows(asked, gold, corpus) if negatives else ([[]] * len(asked), [[]] * len(asked))
             labels = [generator.label(row, target_length) for row in written]
             bytes_of = [text.encode() for text in texts]
@@ -201,14 +218,25 @@ def find(needle: Sequence[int], haystack: np.ndarray) -> int:
     return at // 4 if at >= 0 and needle else -1
 
 
-def answer_spans(answers: Sequence[Sequence[int]], gold: Sequence[Sequence[int]], corpus: PassageTable) -> np.ndarray:
-    """int32 [P, 2], see Examples.answer_P2; gold: of the question of each answer."""
+def as_they_stand(
+    answers: Sequence[str], gold: Sequence[Sequence[int]], corpus: PassageTable
+) -> tuple[list[list[int]], np.ndarray]:
+    """Ids of each answer, and Examples.answer_P2; gold: of the question of each answer.
+
+    An answer in the middle of a text follows a space. One that stands there without it alone, as behind a bracket or
+    in Chinese, is written without: labels made of the passage's tokens can be copied.
+    """
+    tokenizer = corpus.generator_tokenizer
+    written, bare = (tokenizer.encode_batch([space + answer for answer in answers]) for space in (" ", ""))
     spans_P2 = np.zeros((len(answers), 2), np.int32)
-    for i, (ids, rows) in enumerate(zip(answers, gold, strict=True)):
-        at = find(ids, corpus.generator_ids[rows[0]][: corpus.generator_length[rows[0]]]) if rows else -1
-        if at >= 0:
-            spans_P2[i] = at, at + len(ids)
-    return spans_P2
+    for i, rows in enumerate(gold):
+        passage = corpus.generator_ids[rows[0]][: corpus.generator_length[rows[0]]] if rows else np.zeros(0, np.int32)
+        for ids in (written[i], bare[i]):
+            at = find(ids, passage)
+            if at >= 0:
+                written[i], spans_P2[i] = ids, (at, at + len(ids))
+                break
+    return written, spans_P2
 
 
 def rows_of(ids: Sequence[Sequence[str]], corpus: PassageTable) -> list[list[int]]:

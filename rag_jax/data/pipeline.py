@@ -21,10 +21,12 @@ ON_HOST = ("source", "share")  # of a batch, what the devices have no use for
 
 
 def encode_questions(
-    questions: Sequence[str], encoder: Tokenizer, generator: Tokenizer, length: int
+    questions: Sequence[str], encoder: Tokenizer, generator: Tokenizer, length: int, keeps: str = "start"
 ) -> dict[str, np.ndarray]:
-    """Both sides of each question, as the keys of a batch. Questions longer than `length` keep their beginning."""
-    rows, tails = examples.both_sides(questions, encoder, generator, length)
+    """Both sides of each question, as the keys of a batch. Questions longer than `length` keep their beginning, or
+    their end.
+    """
+    rows, tails = examples.both_sides(questions, encoder, generator, length, keeps)
     ids, lengths = pad_rows(rows, length, encoder.pad_id, np.int32)
     tail_ids, tail_lengths = pad_rows(tails, length, generator.pad_id, np.int32)
     return {"question_ids": ids, "question_length": lengths, "tail_ids": tail_ids, "tail_length": tail_lengths}

@@ -43,6 +43,7 @@ METRICS: dict[str, Metric] = {
     "distinct": Metric("predictions with words", measures.distinct),
     "no_answer": Metric("questions without an answer", abstention.no_answer),
     "recall": Metric("gold passages", measures.recall),
+    "all_gold": Metric("questions with several gold passages", measures.all_gold),
     "mrr": Metric(f"gold passages and {TOP} retrieved", measures.mrr),
     "ndcg": Metric(f"gold passages and {TOP} retrieved", measures.ndcg),
     "r_precision": Metric("gold passages and as many retrieved", measures.r_precision),

@@ -4,6 +4,7 @@ With the answers ordered by confidence, the risk at a coverage c is the share of
 them. Equal confidences have no order: of such a group every part is taken to be wrong at the group's rate.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -34,8 +35,9 @@ def no_answer(rows: Sequence[Row], setting: Setting) -> Figures:
         "no_answer_recall": bootstrap.ratio(none_N & said_N, none_N),
         "no_answer_f1": bootstrap.ratio(2.0 * (none_N & said_N), none_N.astype(float) + said_N),
     }
-    if setting.match == "string":
-        statistics["squad2_f1"] = bootstrap.mean(_scores(matching.f1, judged, setting))
+    if setting.match != "regex":
+        score = functools.partial(matching.f1, match=setting.match)
+        statistics["squad2_f1"] = bootstrap.mean(_scores(score, judged, setting))
     if all(row.get("unanswerable") or golds(row, setting) for row in judged):
         confidence_N, right_N = _answers(judged, setting)
         statistics["squad2_exact_match"] = bootstrap.mean(right_N)

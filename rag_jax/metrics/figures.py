@@ -11,7 +11,7 @@ gold_documents, one list for each way to answer; retrieved_documents, each once
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,12 +24,13 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """How predictions are judged. labels: the only right answers there can be, for classification. match: whether gold
-    answers are texts or, as CuratedTREC's, regular expressions.
+    """How predictions are judged. labels: the only right answers there can be, for classification. match: of
+    `matching.MATCHERS`: gold answers are texts, compared by SQuAD's rule ("string") or MLQA's in a language
+    ("mlqa_zh"), or, as CuratedTREC's, regular expressions ("regex").
     """
 
     labels: tuple[str, ...] = ()
-    match: Literal["string", "regex"] = "string"
+    match: str = "string"
 
     def __post_init__(self) -> None:
         if self.match not in matching.FINDERS:

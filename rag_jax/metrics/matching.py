@@ -1,4 +1,6 @@
-"""Answers beside gold answers: SQuAD's exact match and F1, DPR's `has_answer` for texts and regular expressions."""
+"""Answers beside gold answers: SQuAD's and MLQA's exact match and F1, DPR's `has_answer` for texts and regular
+expressions.
+"""
 
 import functools
 import re
@@ -20,20 +22,44 @@ _TOKENS = regex.compile(
     rf"[{_SPACELESS}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--[{_SPACELESS}]]+|[^\p{{Z}}\p{{C}}]", regex.VERSION1
 )
 
+_ANY_PUNCTUATION = regex.compile(rf"[\p{{P}}{re.escape(string.punctuation)}]")
+_MLQA_CHARACTER = re.compile("[\u4e00-\u9fa5]")
+_MLQA_ARTICLES = {
+    "en": _ARTICLES,
+    "es": re.compile(r"\b(un|una|unos|unas|el|la|los|las)\b"),
+    "hi": None,
+    "vi": re.compile(r"\b(của|là|cái|chiếc|những)\b"),
+    "de": re.compile(r"\b(ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b"),
+    "ar": re.compile("ال"),  # wherever it stands, as in MLQA's script
+    "zh": None,
+}
+
 
 def normalize_answer(text: str) -> str:
     """SQuAD's normal form: lower case, no ASCII punctuation, no a/an/the, single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DROP_PUNCTUATION)).split())
 
 
-def exact_match(prediction: str, golds: Sequence[str]) -> float:
+def normalize_mlqa(text: str, language: str) -> str:
+    """MLQA's normal form (Lewis et al. 2020, arXiv 1910.07475; mlqa_evaluation_v1.py): lower case, no punctuation of
+    any script, none of the language's articles, single spaces, and around every Chinese character.
+    """
+    text = _ANY_PUNCTUATION.sub("", text.lower())
+    articles = _MLQA_ARTICLES[language]
+    text = articles.sub(" ", text) if articles else text
+    return " ".join((_MLQA_CHARACTER.sub(r" \g<0> ", text) if language == "zh" else text).split())
+
+
+def exact_match(prediction: str, golds: Sequence[str], match: str = "string") -> float:
     """1.0 where the prediction equals any gold answer in normal form, else 0.0. ValueError without gold answers."""
-    return _best(lambda gold: float(normalize_answer(prediction) == normalize_answer(gold)), golds)
+    form = NORMAL_FORMS[match]
+    return _best(lambda gold: float(form(prediction) == form(gold)), golds)
 
 
-def f1(prediction: str, golds: Sequence[str]) -> float:
-    """The best F1 over the gold answers, on bags of words split at spaces. ValueError without gold answers."""
-    return _best(lambda gold: _f1_of_words(normalize_answer(prediction).split(), normalize_answer(gold).split()), golds)
+def f1(prediction: str, golds: Sequence[str], match: str = "string") -> float:
+    """The best F1 over the gold answers, on bags of the words of normal forms. ValueError without gold answers."""
+    form = NORMAL_FORMS[match]
+    return _best(lambda gold: _f1_of_words(form(prediction).split(), form(gold).split()), golds)
 
 
 def has_answer(text: str, answers: Iterable[str]) -> bool:
@@ -63,8 +89,19 @@ def tokens(text: str) -> list[str]:
     return [token.lower() for token in _TOKENS.findall(unicodedata.normalize("NFD", text))]
 
 
-FINDERS: dict[str, Callable[[str, Iterable[str]], bool]] = {"string": has_answer, "regex": has_pattern}
-MATCHERS: dict[str, Callable[[str, Sequence[str]], float]] = {"string": exact_match, "regex": pattern_match}
+# How answers are judged: as SQuAD does, as patterns, or as MLQA does in a language.
+NORMAL_FORMS: dict[str, Callable[[str], str]] = {
+    "string": normalize_answer,
+    **{f"mlqa_{language}": functools.partial(normalize_mlqa, language=language) for language in _MLQA_ARTICLES},
+}
+MATCHERS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "string": exact_match,
+    "regex": pattern_match,
+    **{name: functools.partial(exact_match, match=name) for name in NORMAL_FORMS if name != "string"},
+}
+FINDERS: dict[str, Callable[[str, Iterable[str]], bool]] = {
+    name: has_pattern if name == "regex" else has_answer for name in MATCHERS
+}
 
 
 @functools.lru_cache(maxsize=4096)

@@ -23,7 +23,7 @@ def f1(rows: Sequence[Row], setting: Setting) -> Figures:
     if setting.match == "regex":
         return {}
     pairs = [(row["prediction"], golds(row, setting) or references(row)) for row in written(rows)]
-    return mean("f1", [matching.f1(text, wanted) for text, wanted in pairs if wanted])
+    return mean("f1", [matching.f1(text, wanted, setting.match) for text, wanted in pairs if wanted])
 
 
 def answer_recall(rows: Sequence[Row], setting: Setting) -> Figures:
@@ -39,6 +39,18 @@ def recall(rows: Sequence[Row], setting: Setting) -> Figures:
     found: Figures = {}
     for k in _usable(RECALL_KS, [retrieved for retrieved, _ in pairs]):
         found |= mean(f"recall_at_{k}", [ranking.recall_at(k, *pair) for pair in pairs])
+    return found
+
+
+def all_gold(rows: Sequence[Row], setting: Setting) -> Figures:
+    """Where some question needs several passages: are all of them there, and what share of them."""
+    pairs = _ranked(rows)
+    found: Figures = {}
+    if all(len(set(gold)) == 1 for _, gold in pairs):
+        return found
+    for k in _usable(RECALL_KS, [retrieved for retrieved, _ in pairs]):
+        found |= mean(f"all_gold_at_{k}", [ranking.all_found(k, *pair) for pair in pairs])
+        found |= mean(f"gold_share_at_{k}", [ranking.share_found(k, *pair) for pair in pairs])
     return found
 
 
@@ -77,12 +89,9 @@ def kilt(rows: Sequence[Row], setting: Setting) -> Figures:
     if setting.match == "regex" or not scored:
         return found
     same = [right * (text.strip() in [gold.strip() for gold in wanted]) for right, text, wanted in scored]
-    return (
-        found
-        | mean("kilt_accuracy", same)
-        | mean("kilt_exact_match", [right * matching.exact_match(text, wanted) for right, text, wanted in scored])
-        | mean("kilt_f1", [right * matching.f1(text, wanted) for right, text, wanted in scored])
-    )
+    exact = [right * matching.exact_match(text, wanted, setting.match) for right, text, wanted in scored]
+    words = [right * matching.f1(text, wanted, setting.match) for right, text, wanted in scored]
+    return found | mean("kilt_accuracy", same) | mean("kilt_exact_match", exact) | mean("kilt_f1", words)
 
 
 def rouge_l(rows: Sequence[Row], setting: Setting) -> Figures:

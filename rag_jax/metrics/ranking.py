@@ -13,6 +13,18 @@ def recall_at(k: int, retrieved: Sequence[str], gold: Collection[str]) -> float:
     return float(not set(gold).isdisjoint(retrieved[:k]))
 
 
+def all_found(k: int, retrieved: Sequence[str], gold: Collection[str]) -> float:
+    """1.0 where every gold passage is among the first k retrieved, as questions over several passages need it."""
+    _check(gold)
+    return float(set(gold).issubset(retrieved[:k]))
+
+
+def share_found(k: int, retrieved: Sequence[str], gold: Collection[str]) -> float:
+    """The share of the gold passages that is among the first k retrieved: trec_eval's recall at k."""
+    _check(gold)
+    return len(set(gold).intersection(retrieved[:k])) / len(set(gold))
+
+
 def answer_recall(k: int, retrieved_has_answer: Sequence[bool]) -> float:
     """1.0 where any of the first k retrieved passages has the answer (`matching.has_answer` of each), else 0.0."""
     return float(any(retrieved_has_answer[:k]))

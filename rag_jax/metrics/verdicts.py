@@ -24,8 +24,8 @@ def right(row: Row, setting: Setting) -> bool | None:
 def f1(row: Row, setting: Setting) -> float | None:
     """F1 with the nearest of the texts wanted; None where there is none, or it is an expression."""
     wanted = golds(row, setting) or references(row)
-    return matching.f1(row["prediction"], wanted) if wanted and _has_words(row, setting) else None
+    return matching.f1(row["prediction"], wanted, setting.match) if wanted and _has_words(row, setting) else None
 
 
 def _has_words(row: Row, setting: Setting) -> bool:
-    return row["prediction"] is not None and setting.match == "string"
+    return row["prediction"] is not None and setting.match in matching.NORMAL_FORMS

@@ -1,0 +1,234 @@
+"""One table of a task: what the generator knows by itself, with BM25, with a frozen and with a learned retriever,
+RAG-Sequence and RAG-Token, and with the right passage given.
+
+    pip install -e '.[bm25,metrics]'
+    python scripts/baselines.py shared/data pubmedqa climate_fever --out runs/tables
+
+DATA/SET holds the data sets that configs/tasks.py names. Below OUT/TASK come the corpus, the runs, an evaluation of
+each, and table.md and table.json: 95% intervals, and p beside the frozen retriever, question by question. Killed at
+any moment and started again, it goes on. --budget 0.1 takes a tenth of the steps.
+
+    start         the model before any training; its retriever is the frozen one
+    reader        start, and the stages of reading: the generator of all rows begins here
+    closed_book   reader, and the joint stage's steps with no passage
+    bm25, frozen  reader, and the joint stage for the generator alone, on what BM25 or the frozen retriever finds
+    retriever     reader, and the stages that train the retriever on right passages
+    sequence      retriever, and the joint stage; an oracle gives it the right passage (n_docs=1)
+    token         the same as RAG-Token
+
+Where there is no generator: BM25, the frozen retriever, and that of all stages.
+"""
+
+import argparse
+import collections
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rag_jax import __main__ as cli
+from rag_jax import checkpoint, compare, config, evaluate, logs, session, sharding, train
+from rag_jax import run as runs
+from rag_jax.config import StageConfig, TrainConfig
+from rag_jax.data import formats
+from rag_jax.retrieval.corpus import Corpus
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+FROZEN = "frozen"
+
+
+class Row(NamedTuple):
+    """A row of the table: a run, and how it answers."""
+
+    title: str
+    run: str
+    answering: dict[str, Any]
+    search: str = ""
+
+
+ROWS = {
+    "closed_book": Row("closed book", "closed_book", {"closed_book": True}),
+    "bm25": Row("BM25 + generator", "bm25", {}),
+    FROZEN: Row("frozen retriever", "frozen", {}),
+    "sequence": Row("learned retriever, RAG-Sequence", "sequence", {}),
+    "token": Row("learned retriever, RAG-Token", "token", {}),
+    "oracle": Row("right passage given, RAG-Sequence", "sequence", {"oracle": True, "n_docs": 1}),
+}
+RANKINGS = {
+    "bm25": Row("BM25", "start", {}, "bm25"),
+    FROZEN: Row("frozen retriever", "start", {}),
+    "learned": Row("learned retriever", "learned", {}),
+}
+
+
+def scaled(stage: StageConfig, budget: float) -> StageConfig:
+    """With that share of its steps."""
+    return replace(stage, steps=max(stage.optimizer.warmup_steps + 1, round(budget * stage.steps)))
+
+
+def generator_alone(stage: StageConfig, **changes: Any) -> StageConfig:
+    """The stage without its retriever's part."""
+    rate = stage.optimizer.groups["generator"]
+    return replace(stage, refresh="", optimizer=replace(stage.optimizer, groups={"generator": rate}), **changes)
+
+
+def trainings(cfg: TrainConfig, out: Path) -> dict[str, TrainConfig]:
+    """The runs in order; each begins with the parameters of one before it."""
+    if cfg.model.generator is None:
+        return {"learned": replace(cfg, init=str(out / "start"), index=str(out / "start/index"))}
+    *earlier, joint = cfg.stages
+    reading = tuple(stage for stage in earlier if config.reached(stage) == {"generator"})
+    finding = tuple(stage for stage in earlier if config.contrasts(stage))
+    reader = "reader" if reading else "start"
+    retriever = "retriever" if finding else reader
+
+    def made(init: str, stages: Sequence[StageConfig], **changes: Any) -> TrainConfig:
+        return replace(cfg, init=str(out / init), index=str(out / init / "index"), stages=tuple(stages), **changes)
+
+    alone, token = generator_alone(joint), replace(cfg.model, variant="token")
+    return {
+        **({"reader": made("start", reading)} if reading else {}),
+        "closed_book": made(reader, [generator_alone(joint, documents="none")]),
+        "bm25": made(reader, [alone], search=replace(cfg.search, kind="bm25")),
+        "frozen": made(reader, [alone]),
+        **({"retriever": made(reader, finding)} if finding else {}),
+        "sequence": made(retriever, [joint]),
+        "token": made(retriever, [joint], model=token),
+    }
+
+
+def build_corpus(data: Path, passages: Sequence[str], tokens: int, out: Path) -> None:
+    files = [str(file) for name in passages for file in sorted((data / name).glob("passages*.jsonl"))]
+    sizes = ["--encoder-vocab", "8192", "--generator-vocab", "8192"]
+    lengths = ["--encoder-length", str(tokens), "--generator-length", str(tokens), "--passage-words", "0"]
+    if cli.main(["corpus", *files, "--out", str(out), "--train-tokenizer", *sizes, *lengths]):
+        raise SystemExit(f"{out}: the corpus was not built")
+
+
+def start(cfg: TrainConfig, out: Path) -> None:
+    """A run directory with the parameters before the first step, and their index."""
+    if (out / "index").is_dir():
+        return
+    corpus, mesh = Corpus.open(cfg.corpus), sharding.make_mesh()
+    loaded = runs.load(cfg.model, corpus, mesh)
+    params = session.init_params(loaded, cfg.seed, "")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / runs.IDENTITY).write_text(json.dumps(runs.identity(corpus), indent=2) + "\n")
+    shutil.copytree(corpus.directory / "tokenizers", out / "tokenizers", dirs_exist_ok=True)
+    config.save(cfg, out / "config.json")
+    checkpoint.save_params(out / "params", params.items())
+    runs.write_index(loaded, params, 0, out / "index")
+
+
+def answered(cfg: TrainConfig, row: Row, run: Path, out: Path) -> dict[str, Any]:
+    """The report of a row, made if it is not there."""
+    if not (out / "report.json").is_file():
+        search = replace(cfg.search, kind=row.search) if row.search else None
+        wanted = evaluate.Wanted(configure=lambda how: replace(how, **row.answering), search=search, shown=0)
+        evaluate.evaluate(run, out, wanted)
+    return json.loads((out / "report.json").read_text())
+
+
+def commonest(out: Path) -> tuple[str, float]:
+    """The prediction made most often, and its share: a reader that always says the same is seen here."""
+    lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    said = [json.loads(line)["prediction"] for line in lines]
+    text, count = collections.Counter(said).most_common(1)[0]
+    return text or "", count / len(said)
+
+
+def majority(cfg: TrainConfig) -> float | None:
+    """Accuracy of always saying the label that most training questions have; None where there are no labels."""
+    if not cfg.answering.get("allowed_answers"):
+        return None
+    label = collections.Counter(question.answers[0] for question in formats.read_questions(cfg.train)).most_common(1)
+    asked = formats.read_questions(cfg.dev)
+    return sum(question.answers[0] == label[0][0] for question in asked) / len(asked)
+
+
+def cell(figure: dict[str, float] | None) -> str:
+    """Percent, with the interval, and p where there is one."""
+    if figure is None:
+        return ""
+    text = "{:.1f} ({:.1f} to {:.1f})".format(*(100 * figure[name] for name in ("value", "low", "high")))
+    return f"{text}, p={figure['p']:.3f}" if "p" in figure else text
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    names = [name for name in result["metrics"] if any(name in row["figures"] for row in result["rows"].values())]
+    lines = [f"| {result['task']} | {' | '.join(names)} | commonest answer |", "|---" * (len(names) + 2) + "|"]
+    for row in result["rows"].values():
+        text, share = row["commonest"]
+        said = f"{text[:24]!r} {100 * share:.0f}%" if text else ""
+        lines.append("| " + " | ".join([row["title"], *(cell(row["figures"].get(n)) for n in names), said]) + " |")
+    steps = ", ".join(f"{name} {n}" for name, n in result["steps"].items())
+    about = "percent, 95% intervals, p beside the frozen retriever (paired bootstrap)"
+    lines += ["", f"{result['n']} questions of {result['questions']}; {about}."]
+    lines.append(f"Steps: {steps}; {result['seconds'] / 60:.0f} minutes of training.")
+    if result["majority"] is not None:
+        lines.append(f"Always the commonest label: accuracy {100 * result['majority']:.1f}.")
+    return "\n".join(lines)
+
+
+def one(data: Path, name: str, out: Path, budget: float) -> dict[str, Any]:
+    """Everything of a task."""
+    sys.path.insert(0, str(CONFIGS))
+    from tasks import TASKS
+
+    task, here = TASKS[name], out / name
+    paths = {"corpus": here / "corpus", "dev": data / f"{task.dev}.jsonl", "train": data / f"{task.train}.jsonl"}
+    cfg = config.load(f"{CONFIGS / 'tasks.py'}:{name}")
+    paths = {key: str(path) for key, path in paths.items() if getattr(cfg, key)}
+    cfg = replace(cfg, **paths, stages=tuple(scaled(stage, budget) for stage in cfg.stages))
+    if not (here / "corpus").is_dir():
+        build_corpus(data, task.passages, task.tokens, here / "corpus")
+    start(cfg, here / "start")
+    steps, seconds = {}, 0.0
+    for run, settings in trainings(cfg, here).items():
+        logs.info(f"{name}: {run}")
+        steps[run] = sum(stage.steps for stage in settings.stages)
+        seconds += train.train(settings, here / run)["training_seconds"]
+    rows, reports = RANKINGS if cfg.model.generator is None else ROWS, {}
+    for key, row in rows.items():
+        logs.info(f"{name}: {row.title}")
+        reports[key] = answered(cfg, row, here / row.run, here / "answers" / key)
+    figures = {}
+    for key in rows:
+        directories = [here / "answers" / FROZEN, here / "answers" / key]
+        values = compare.compare(directories)["figures"].items()
+        figures[key] = {metric: cells[0 if key == FROZEN else 1] for metric, cells in values}
+    result = {
+        "task": name,
+        "questions": task.dev,
+        "n": reports[FROZEN]["n"],
+        "metrics": task.metrics,
+        "steps": steps,
+        "seconds": seconds,
+        "majority": majority(cfg),
+        "rows": {
+            key: {"title": row.title, "figures": figures[key], "commonest": commonest(here / "answers" / key)}
+            for key, row in rows.items()
+        },
+    }
+    (here / "table.json").write_text(json.dumps(result, indent=2) + "\n")
+    (here / "table.md").write_text(table(result) + "\n")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of the data sets")
+    parser.add_argument("tasks", nargs="+", help="names of configs/tasks.py")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget", type=float, default=1.0, help="share of the steps of the configuration")
+    args = parser.parse_args()
+    for name in args.tasks:
+        print(table(one(args.data, name, args.out, args.budget)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
