@@ -731,7 +731,7 @@ def test_the_posterior_of_every_token(opened, questions, cfg, monkeypatch):
     corpus, tokenizer = opened.loaded.corpus, opened.loaded.corpus.generator_tokenizer
     sources, length = [], config.source_length
     for q, found in zip(questions, answers, strict=False):
-        tail = pipeline.join_tail(tokenizer, [q.question])[0]
+        tail = join_tail(tokenizer, [q.question])[0]
         for passage in found.passages:
             row = corpus.row(passage.id)
             ids = corpus.generator_ids[row][: corpus.generator_length[row]].tolist()
