@@ -342,8 +342,8 @@ def test_training_follows_and_resumes(mode, data, tmp_path, monkeypatch, capsys)
     assert sorted(watched.seen) == [10, 15, 25] and watched.seen[25].loaded.n_rows == 56
     for name in ("edited-corpus", "two"):
         assert Corpus.open(data / name).hash[:16] in next(line for line in said.splitlines() if "is no update" in line)
-    gold = [watched.seen[step].data.examples.gold_NG[:5, 0].tolist() for step in (10, 15)]
-    assert gold == [[40, -1, 41, -1, 7], [40, 42, 41, -1, -1]]
+    gold = [[watched.seen[step].data.examples.gold[i].tolist() for i in range(5)] for step in (10, 15)]
+    assert gold == [[[40], [], [41], [], [7]], [[40], [42], [41], [], []]]
     found = {row["step"]: (row.get("corpus"), row.get("n_passages")) for row in rows(tmp_path / "whole")}
     hashes = {step: Corpus.open(data / name).hash for step, name in SWITCHES.items()}
     assert found[10] == (hashes[10], 40) and found[25] == (hashes[25], 50) and found[20] == (None, None)

@@ -479,6 +479,15 @@ def test_small_buckets_are_put_together(data):
             assert (np.array([8, 16, 30])[np.searchsorted([8, 16, 30], widths[:, 0])] == bucket.question).all()
 
 
+def test_a_few_long_ones_do_not_widen_the_others():
+    """They get as many of the longest as a batch needs."""
+    lengths = np.array([(5 + i % 3, 3) for i in range(100)] + [(30, 3)] * 3 + [(9, 9)])
+    found = buckets.grouped(lengths, (8, 16), (4,), (30, 9), 8)
+    assert [bucket[:2] for bucket in found] == [(8, 4), (30, 9)]
+    assert len(found[0].units) == 96 and {100, 101, 102, 103} < set(found[1].units.tolist())
+    assert (lengths[np.setdiff1d(found[1].units, [100, 101, 102, 103])] == (7, 3)).all()
+
+
 # --- negatives of the files -------------------------------------------------------------------------------------------
 
 

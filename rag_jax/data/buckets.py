@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Bucket(NamedTuple):
-    """Units (see pipeline.Units) whose questions and targets fit these widths, in tokens."""
+    """Units (see pipeline.Units), ascending, whose questions and targets fit these widths, in tokens."""
 
     question: int
     target: int
@@ -19,25 +19,39 @@ def grouped(
 ) -> list[Bucket]:
     """Every unit in the narrowest bucket that it fits, from narrow to wide.
 
-    lengths_U2: of question and target; questions, targets: widths of buckets, ascending, beside `longest`. A bucket of
-    fewer than `least` units is put together with the next one (the last one with that before it), as wide as both need.
+    lengths_U2: of question and target; questions, targets: widths of buckets, ascending, beside `longest`. Units of a
+    bucket that has fewer than `least` go into a wider one; where there is none, it gets the longest units of others.
     """
     sides = [np.asarray([*widths, last]) for widths, last in zip((questions, targets), longest, strict=True)]
-    place_U2 = np.stack([np.searchsorted(side, lengths_U2[:, i]) for i, side in enumerate(sides)], axis=1)
-    kept: list[Bucket] = []
-    carried: Bucket | None = None
-    for q, t in sorted({(int(q), int(t)) for q, t in place_U2}):
-        units = np.flatnonzero((place_U2 == (q, t)).all(1))
-        bucket = together(carried, Bucket(int(sides[0][q]), int(sides[1][t]), units))
-        carried = bucket if len(bucket.units) < least else None
-        kept += [] if carried else [bucket]
-    if carried:
-        kept[-1:] = [together(kept[-1] if kept else None, carried)]
-    return kept
+    widths_U2 = np.stack([side[np.searchsorted(side, lengths_U2[:, i])] for i, side in enumerate(sides)], axis=1)
+    groups: dict[tuple[int, int], np.ndarray] = {}
+    for q, t in sorted({(int(q), int(t)) for q, t in widths_U2}, key=_area):
+        groups[q, t] = np.flatnonzero((widths_U2 == (q, t)).all(1))
+    for small in list(groups):
+        wider = [widths for widths in groups if widths != small and widths[0] >= small[0] and widths[1] >= small[1]]
+        if len(groups[small]) < least and wider:
+            groups[wider[0]] = np.concatenate([groups[wider[0]], groups.pop(small)])
+    _fill_up(groups, lengths_U2.sum(1), least)
+    return [Bucket(*widths, np.sort(groups[widths])) for widths in sorted(groups, key=_area)]
 
 
-def together(a: Bucket | None, b: Bucket) -> Bucket:
-    """Both in one, units in their order."""
-    if a is None:
-        return b
-    return Bucket(max(a.question, b.question), max(a.target, b.target), np.sort(np.concatenate([a.units, b.units])))
+def _area(widths: tuple[int, int]) -> tuple[int, int]:
+    return widths[0] * widths[1], widths[0]
+
+
+def _fill_up(groups: dict[tuple[int, int], np.ndarray], length_U: np.ndarray, least: int) -> None:
+    """Makes one group of those that are too small, with the longest units of the largest ones if that is, too."""
+    small = [widths for widths, units in groups.items() if len(units) < least]
+    if not small:
+        return
+    corner = (max(q for q, _ in small), max(t for _, t in small))
+    units = np.concatenate([groups.pop(widths) for widths in small])
+    while len(units) < least and groups:
+        donor = max(groups, key=lambda widths: len(groups[widths]))
+        given, missing = groups.pop(donor), least - len(units)
+        if len(given) - missing >= least:
+            given = given[np.argsort(length_U[given], kind="stable")]
+            groups[donor], given = given[:-missing], given[-missing:]
+        corner = (max(corner[0], donor[0]), max(corner[1], donor[1]))
+        units = np.concatenate([units, given])
+    groups[corner] = units
