@@ -71,6 +71,7 @@ def boxed(x: object) -> bool:
     return hasattr(x, "names")
 
 
+@pytest.mark.slow
 def test_a_compiled_step_has_the_same_arguments_and_work() -> None:
     cfg = tiny_config()
     there, away = report(cfg), report(cfg, "h100:8")

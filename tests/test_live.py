@@ -318,7 +318,8 @@ def check_index(session, upkeep, params, step, n_old):
     assert sorted(found.retrieved) == sorted(ids(corpus)) and "n0" in found.retrieved
 
 
-@pytest.mark.parametrize("mode", [m if m == "contrastive" else pytest.param(m, marks=pytest.mark.slow) for m in MODES])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
 def test_training_follows_and_resumes(mode, data, tmp_path, monkeypatch, capsys):
     """Killed between two versions, and after the tables grew: bit for bit as the run that was not."""
     needs = {"scann": "scann", "hybrid": "scann", "bm25": "bm25s"}.get(mode)

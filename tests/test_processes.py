@@ -98,6 +98,7 @@ def test_two_processes_train_as_one(tiny_data, tmp_path):
 # --- SIGTERM ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(tiny_data, tmp_path, monkeypatch, capsys):
     """Between two log lines and two checkpoints; what was measured up to there is logged."""
     words = [*RETRIEVER[:4], "--set", "model.generator=null", "--set", "log_every=2", "--set", "checkpoint_every=4"]

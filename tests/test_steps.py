@@ -625,9 +625,7 @@ def two_steps(stage, variant, corpus, examples, mesh):
     return before, metrics, jax.device_get(state.params)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=() if x in ("rag_token", "contrastive") else pytest.mark.slow) for x in STAGES]
-)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x == "rag_token" else pytest.mark.slow) for x in STAGES])
 def test_one_device_is_eight(name, corpus, examples):
     stage, variant, shape = STAGES[name]
     before, one, params = two_steps(stage, variant, corpus, examples, sharding.make_mesh(None, jax.devices()[:1]))
