@@ -6,7 +6,9 @@ and models/rag-nq-lm for models/rag-nq:
     rag-jax train --config configs/nq_lm.py --run runs/nq_lm           # configs/nq_lm.py:7b for the larger
 
 Moments of AdamW in bfloat16, one of five passages read at a time; the token table has four bytes a token, since the
-vocabulary is larger than 65,536.
+vocabulary is larger than 65,536. `rag-jax compile --layers 1` of 1.5 billion on v5e:16x16, 256 questions, fsdp=8: at
+most 6.6 of 16 GiB a chip; 0.53 s a step at best, bound by memory traffic, and 0.37 s on the links, as the weights are
+gathered for each document: 5,000 steps, some 15 epochs, take at least 45 minutes.
 """
 
 from ml_collections import ConfigDict
