@@ -83,15 +83,15 @@ def batches(
     pairs = usable_pairs(stage, data.examples)
     units = pipeline.units_of(data.examples, pairs, cfg.answers == "sample", stage.questions)
     wanted = pipeline.Wanted(
-        stage.batch,
-        seed,
-        (cfg.model.question_length, cfg.target_length),
-        stage.buckets,
-        stage.target_buckets,
-        stage.window,
-        stage.hard_negatives if stage.negatives == "given" else 0,
-        tuple(data.weights.values()),
-        own,
+        batch=stage.batch,
+        seed=seed,
+        lengths=(cfg.model.question_length, cfg.target_length),
+        question_widths=stage.buckets,
+        target_widths=stage.target_buckets,
+        window=stage.window,
+        negatives=stage.hard_negatives if stage.negatives == "given" else 0,
+        weights=tuple(data.weights.values()),
+        own=own,
     )
     absent = set(range(len(data.weights))) - set(data.examples.input_N[units.question_U].tolist())
     if absent and len(units):
