@@ -14,8 +14,8 @@ needed. A further stage with hard_negatives=1 and negatives="retrieved" would ta
 ANCE does).
 
 The batch must be a multiple of the devices of `data` and `fsdp`: --set stages.dpr.batch=256 for 256 chips. `rag-jax
-compile --layers 1` with that, --topology v5e:16x16 --set mesh.data=-1 --set mesh.fsdp=8 --passages 21015300 says: at most
-1.3 of 16 GiB a chip, 6.2 ms a step at best, bound by the links: 9,200 of them are at least a minute.
+compile --layers 1` with that, --topology v5e:16x16, --set mesh.data=-1, --set mesh.fsdp=8 and --passages 21015300 says:
+at most 1.3 of 16 GiB a chip, 6.2 ms a step at best, bound by the links: 9,200 of them are at least a minute.
 """
 
 from ml_collections import ConfigDict
