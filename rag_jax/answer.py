@@ -440,7 +440,7 @@ class Pipeline:
         corpus = Corpus.open(snapshot.manifest.corpus)
         runs.check_tokenizers(directory, corpus)
         search = search or config.search
-        mesh = sharding.make_mesh(config.mesh or None)
+        mesh = sharding.mesh_here(config.mesh)
         loaded = runs.load(config.model, corpus, mesh, search.kind == "exact", live)
         params = runs.read_params(directory, loaded.rag, loaded.mesh)
         runs.check_snapshot(loaded, params, snapshot)

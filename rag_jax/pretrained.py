@@ -480,7 +480,7 @@ def open_pretrained(
     config = runs.read_config(directory)
     rag = runs.run_model(directory, config)
     chosen = choose_variant(directory, rag.variant, variant, change_variant)
-    stored = runs.param_places(rag, mesh or sharding.make_mesh(config.mesh or None))
+    stored = runs.param_places(rag, mesh or sharding.mesh_here(config.mesh))
     checkpoint.check_params(directory / "params", stored)
     places = in_type(stored, dtype)
     model = dataclasses.replace(rag.config, variant=chosen)  # type: ignore[arg-type]

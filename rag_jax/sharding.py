@@ -65,6 +65,16 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         raise InputError(f"mesh {shape} does not lie on these chips: {error}") from error
 
 
+def mesh_here(shape: Mapping[str, int]) -> Mesh:
+    """The mesh of a run that was made elsewhere; where that has another number of devices, all that are here: on fsdp
+    if the run's parameters were cut, else on data.
+    """
+    here, fixed = len(jax.devices()), math.prod(size for size in shape.values() if size > 0)
+    if not shape or (here % fixed == 0 if -1 in shape.values() else here == fixed):
+        return make_mesh(shape or None)
+    return make_mesh({"fsdp" if max(shape.get("fsdp", 1), shape.get("tensor", 1)) > 1 else "data": -1})
+
+
 def spec(names: Sequence[str | None]) -> PartitionSpec:
     """The PartitionSpec of an array whose axes have these logical names (None: not cut).
 

@@ -41,6 +41,21 @@ def test_make_mesh_of_some_devices() -> None:
     assert sharding.make_mesh(devices=jax.devices()[:2]).devices.shape == (2, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ({}, (8, 1, 1)),
+        ({"fsdp": 4, "data": -1}, (2, 4, 1)),
+        ({"fsdp": 8}, (1, 8, 1)),
+        ({"fsdp": 2, "tensor": 2}, (1, 8, 1)),  # of four devices
+        ({"data": -1, "fsdp": 16}, (1, 8, 1)),
+        ({"data": 4}, (8, 1, 1)),
+    ],
+)
+def test_the_mesh_of_a_run_made_elsewhere(shape: dict[str, int], sizes: tuple[int, ...]) -> None:
+    assert tuple(sharding.mesh_here(shape).shape.values()) == sizes
+
+
 def test_spec() -> None:
     assert sharding.spec(("embed", "mlp")) == PartitionSpec("fsdp", "tensor")
     assert sharding.spec(("batch", None, "length")) == PartitionSpec(("data", "fsdp"), None, None)
