@@ -392,8 +392,8 @@ def test_evaluate_hands_the_format_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from rag_jax.__main__ import parse
 
     for options, expected in ((["--format", "nq_open"], Path("nq_open:q.tsv")), ([], Path("q.tsv"))):
-        module, args = parse("evaluate", ["run", "--questions", "q.tsv", *options])
-        monkeypatch.setattr(module, "evaluate", lambda run, questions, *rest: {"questions": questions})
+        module, args = parse("evaluate", ["run", "--questions", "q.tsv", "--json", *options])
+        monkeypatch.setattr(module, "evaluate", lambda run, out, wanted: {"questions": wanted.questions})
         assert module.run(args)["questions"] == expected
     with pytest.raises(SystemExit):
         parse("evaluate", ["run", "--questions", "q.tsv", "--format", "nosuch"])
