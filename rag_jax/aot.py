@@ -26,7 +26,8 @@ from rag_jax import config, counting, depth, hardware, hlo, logs, programs, shar
 from rag_jax.config import TrainConfig
 from rag_jax.errors import InputError
 from rag_jax.hardware import GIB, Topology
-from rag_jax.programs import Program
+from rag_jax.programs import Program, Sizes
+from rag_jax.rag import Rag
 
 NO_LIBTPU = "libtpu is not installed (pip install 'rag-jax[compile]'): counted from shapes, nothing is compiled"
 NO_GPU = "GPUs: counted from shapes, nothing is compiled"
@@ -237,7 +238,7 @@ def few_layers(cfg: TrainConfig, program: Program, where: Topology, mesh: Mesh, 
     """
     report, found, times = counted(program, where, mesh), [], []
     for shallow, n in depth.shallow(cfg, program.name, args.layers):
-        made = every(shallow, mesh, args, [program.name])[program.name]
+        made = programs.every(shallow, *sized(shallow, args), mesh, [program.name], args.batch, args.k)[program.name]
         found.append(compiled(made, where, mesh, args.effort, None))
         times.append(n)
         if found[-1].said:
@@ -259,10 +260,9 @@ def few_layers(cfg: TrainConfig, program: Program, where: Topology, mesh: Mesh, 
     )
 
 
-def every(cfg: TrainConfig, mesh: Mesh, args: argparse.Namespace, names: list[str]) -> dict[str, Program]:
-    """The programs of a configuration by their names."""
-    rag, size = programs.sizes(cfg, args.passages, args.encoder_length, args.generator_length)
-    return programs.every(cfg, rag, size, mesh, names, args.batch, args.k)
+def sized(cfg: TrainConfig, args: argparse.Namespace) -> tuple[Rag, Sizes]:
+    """`programs.sizes` with what the arguments say of the corpus."""
+    return programs.sizes(cfg, args.passages, args.encoder_length, args.generator_length)
 
 
 def roofline(report: Report, where: Topology) -> None:
@@ -374,7 +374,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not compiles:
         logs.info(NO_GPU if where.kind == "gpu" else NO_LIBTPU)
     compiles &= not args.no_compile
-    found = every(cfg, mesh, args, args.stage)
+    rag, size = sized(cfg, args)
+    found = programs.every(cfg, rag, size, mesh, args.stage, args.batch, args.k)
     if args.hlo:
         args.hlo.mkdir(parents=True, exist_ok=True)
     reports = []
@@ -394,7 +395,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "text": "\n".join([table(cfg, where, mesh, reports, args.effort), *notes]),
         "topology": where.text, "chips": where.chips, "devices": where.devices, "mesh": dict(mesh.shape),
         "chip": where.chip and where.chip.name, "jax": jax.__version__, "effort": args.effort,
-        "passages": programs.sizes(cfg, args.passages, 1, 1)[1].passages,
-        "fits": all(r.fits for r in reports) if where.chip else None,
+        "passages": size.passages, "fits": all(r.fits for r in reports) if where.chip else None,
         "programs": [r.as_dict() for r in reports],
     }  # fmt: skip

@@ -17,7 +17,6 @@ from rag_jax.retrieval.search import SearchResult
 
 DIRECTORY = "n_docs_curve"
 KIND, VERSION = "answers", 1
-FIGURES = ("accuracy", "exact_match", "f1", "rouge_l", "bleu")  # of answers; the first one there is the main one
 
 Said = list[tuple[str, float]]  # text and log p(y|x) of every question
 
@@ -43,7 +42,8 @@ def curve(
     setting: metrics.Setting,
     out: Path,
 ) -> list[dict[str, float]]:
-    """For every number of documents its FIGURES with intervals: [{"n_docs", "exact_match", "exact_match_low", ...}].
+    """For every number of documents the figures of answers with intervals: [{"n_docs", "exact_match",
+    "exact_match_low", ...}].
 
     rows: of predictions, as cfg gives them; their own number of documents is not decoded again.
     """
@@ -54,9 +54,9 @@ def curve(
     found = []
     for n_docs, pairs in said.items():
         changed = [{**row, "prediction": text, "score": score} for row, (text, score) in zip(rows, pairs, strict=True)]
-        names = [name for name in metrics.by_default(changed, setting) if name in FIGURES]
+        names = [name for name in metrics.by_default(changed, setting) if name in metrics.OF_ANSWERS]
         summary = metrics.summarize(changed, setting, names, intervals=True)
-        figures = [f"{name}{end}" for name in FIGURES if name in summary for end in ("", "_low", "_high")]
+        figures = [f"{name}{end}" for name in metrics.OF_ANSWERS if name in summary for end in ("", "_low", "_high")]
         found.append({"n_docs": n_docs, **{name: summary[name] for name in figures}})
     return found
 

@@ -174,6 +174,13 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """UTF-8, by rename; errors: what to do with what has no UTF-8."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", errors=errors)
+    temporary.replace(path)
+
+
 def write_sealed(path: Path, kind: str, version: int, fields: Mapping[str, Any]) -> None:
     """A JSON file with kind, format version, `fields` and a hash over all of it; there whole or not at all."""
     sealed = {"kind": kind, "format_version": version, **fields}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rag_jax import files
 from rag_jax.logs import clock
 from rag_jax.metrics import RECALL_KS
 from rag_jax.plots_evaluation import Picture
@@ -80,9 +81,7 @@ def write_page(path: Path, title: str, lines: Sequence[str], rows: Sequence[Sequ
 
 
 def _written(path: Path, parts: Sequence[str]) -> Path:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="replace")  # for half a surrogate pair
-    temporary.replace(path)
+    files.write_text(path, "\n\n".join(parts) + "\n", errors="replace")  # for half a surrogate pair
     return path
 
 

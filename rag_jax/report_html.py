@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from rag_jax import files
 from rag_jax.metrics import Setting, verdicts
 from rag_jax.metrics.figures import golds
 from rag_jax.plots_evaluation import Picture
@@ -86,9 +87,7 @@ def write(
         "shown": shown,
     }
     data = f'{safe_json(head)[:-1]},"passages":[{",".join(passages)}],"questions":[{",".join(questions)}]}}'
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(filled(page.title, data), encoding="utf-8")
-    temporary.replace(path)
+    files.write_text(path, filled(page.title, data))
     return path
 
 
@@ -160,15 +159,15 @@ def data_uri(png: Path) -> str:
 
 def filled(title: str, data: str) -> str:
     """The page with these data."""
-    files = resources.files("rag_jax") / "templates"
-    style, script = ((files / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    templates = resources.files("rag_jax") / "templates"
+    style, script = ((templates / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
         "form-action 'none'"
     )
     shown = html.escape(title.encode("utf-8", "replace").decode())
     parts = {"policy": policy, "title": shown, "style": style, "script": script, "data": data}
-    template = (files / "report.html").read_text(encoding="utf-8")
+    template = (templates / "report.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rag_jax import logs, metrics, plots, plots_evaluation, report, report_html
+from rag_jax import files, logs, metrics, plots, plots_evaluation, report, report_html
 from rag_jax.errors import InputError
 from rag_jax.logs import METRICS_FILE
 from rag_jax.metrics import verdicts
@@ -70,10 +70,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
     # half a surrogate pair, which an escape in a question file can bring, becomes that escape again
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    temporary.replace(path)
+    files.write_text(path, text, errors="backslashreplace")
 
 
 def training(run: Path, out: Path) -> list[Picture]:

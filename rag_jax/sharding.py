@@ -55,8 +55,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     sizes = [shape.get(name, 1) for name in AXES]
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise InputError(f"mesh {shape}: sizes must be positive, and one of them at most may be -1 (the rest)")
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
+    sizes = _filled(sizes, len(devices))
     if math.prod(sizes) != len(devices):
         raise InputError(f"mesh {shape} does not fit {len(devices)} devices; write -1 for one axis to give it the rest")
     try:
@@ -65,12 +64,17 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         raise InputError(f"mesh {shape} does not lie on these chips: {error}") from error
 
 
+def _filled(sizes: list[int], devices: int) -> list[int]:
+    """-1 becomes the devices that the other axes leave."""
+    return [devices // -math.prod(sizes) if size == -1 else size for size in sizes]
+
+
 def mesh_here(shape: Mapping[str, int]) -> Mesh:
     """The mesh of a run that was made elsewhere; where that has another number of devices, all that are here: on fsdp
     if the run's parameters were cut, else on data.
     """
-    here, fixed = len(jax.devices()), math.prod(size for size in shape.values() if size > 0)
-    if not shape or (here % fixed == 0 if -1 in shape.values() else here == fixed):
+    here = len(jax.devices())
+    if not shape or math.prod(_filled(list(shape.values()), here)) == here:
         return make_mesh(shape or None)
     return make_mesh({"fsdp" if max(shape.get("fsdp", 1), shape.get("tensor", 1)) > 1 else "data": -1})
 

@@ -33,7 +33,7 @@ from rag_jax.steps import TrainState, first_state, jit_step
 from rag_jax.upkeep import Upkeep
 
 # Figures of an evaluation that are shown beside `best_metric`, as far as it has them.
-HEADLINES = ("accuracy", "exact_match", "f1", "rouge_l", "bleu", "all_gold_at_5", "recall_at_1", "recall_at_5")
+HEADLINES = (*metrics.OF_ANSWERS, "all_gold_at_5", "recall_at_1", "recall_at_5")
 SHOWN = 4
 
 
@@ -64,7 +64,8 @@ class Interval:
         """Leaves the steps up to now out of the times, unless no other follows: they compiled."""
         self.host_seconds, self.started, self.untimed = 0.0, time.perf_counter(), len(self.rows)
 
-    def summary(self) -> dict[str, float]:
+    def summary(self, inputs: Iterable[str] = ()) -> dict[str, float]:
+        """The means, and, where the questions are of several inputs, how much of the batches was of each."""
         values = average(self.rows)
         timed = len(self.rows) - self.untimed
         seconds = time.perf_counter() - (self.started if timed else self.begun)
@@ -74,13 +75,11 @@ class Interval:
             "tokens_per_second": values.pop("tokens") * steps / seconds,
             "host_share": self.host_seconds / seconds,
         }
-        return values | times | self.measured
-
-    def mixture(self, inputs: Iterable[str]) -> dict[str, float]:
-        """How much of the batches was of each of several inputs."""
-        if not self.shares:
-            return {}
-        return {f"share/{name}": float(x) for name, x in zip(inputs, np.mean(self.shares, axis=0), strict=True)}
+        values |= times | self.measured
+        if self.shares:
+            shares = np.mean(self.shares, axis=0)
+            values |= {f"share/{name}": float(share) for name, share in zip(inputs, shares, strict=True)}
+        return values
 
 
 def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int) -> Session:
@@ -180,8 +179,7 @@ def run_stage(
                 upkeep.refresher.drop()
             measured: dict[str, float] = {}
             if logged:
-                shares = interval.mixture(session.data.weights)
-                row = {"stage": stage.name, **interval.summary(), **shares, **upkeep.age(step)}
+                row = {"stage": stage.name, **interval.summary(session.data.weights), **upkeep.age(step)}
                 moved = follow(session, number, upkeep, state.params, step + 1)
                 if moved is not session:
                     row |= {"corpus": moved.data.corpus.hash, "n_passages": moved.data.corpus.n_live}
@@ -206,9 +204,8 @@ def stop(
     """
     step = int(state.step)
     if interval.rows:
-        shares = interval.mixture(session.data.weights)
-        name = session.cfg.stages[number].name
-        session.write(step, {"stage": name, **interval.summary(), **shares, **upkeep.age(step - 1)})
+        name, means = session.cfg.stages[number].name, interval.summary(session.data.weights)
+        session.write(step, {"stage": name, **means, **upkeep.age(step - 1)})
     if into:
         sessions.save(session, state, upkeep, seconds)
     session.keeper.wait()

@@ -178,7 +178,7 @@ def test_few_layers_tell_of_many() -> None:
     place = hardware.topology("cpu:8")
     mesh, _ = aot.mesh_of(cfg, place)
     args = argparse.Namespace(passages=100, encoder_length=16, generator_length=12, batch=64, k=5, effort=0.0, layers=2)
-    program = aot.every(cfg, mesh, args, ["joint"])["joint"]
+    program = programs.every(cfg, *aot.sized(cfg, args), mesh, ["joint"], args.batch, args.k)["joint"]
     line, whole = aot.few_layers(cfg, program, place, mesh, args), aot.compiled(program, place, mesh, 0.0, None)
     assert line.flops == whole.flops and line.layers == 2 and line.name == "joint"
     for name in ("parameters", "optimiser", "index", "token table"):

@@ -66,6 +66,7 @@ ONLY = {
     "distributed": ["logs"],
     "data": ["data", "sharding", "logs", "files"],
     "retrieval": RETRIEVAL,
+    "retrieval.inverse_cloze": [*RETRIEVAL, "data.pipeline"],
     "retrieval.encode": [*RETRIEVAL, "models.bert"],
     "tensors": [],
     "decoding": ["decoding_rules"],

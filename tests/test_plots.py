@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import matplotlib.figure
 import numpy as np
@@ -12,20 +11,6 @@ from matplotlib.image import imread
 
 from rag_jax import plots
 from rag_jax.errors import InputError
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
-    """The figures drawn, caught as they are saved."""
-    saved = []
-    save = matplotlib.figure.Figure.savefig
-
-    def keep(figure: matplotlib.figure.Figure, *args: Any, **options: Any) -> None:
-        saved.append(figure)
-        save(figure, *args, **options)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
-    return saved
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

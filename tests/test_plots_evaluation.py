@@ -4,7 +4,6 @@ from typing import Any
 
 import matplotlib.figure
 import numpy as np
-import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
@@ -34,19 +33,6 @@ def report() -> dict[str, Any]:
         },
         "risk_coverage": [(0.5, 0.1), (1.0, 0.3)],
     }
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
-    saved = []
-    save = matplotlib.figure.Figure.savefig
-
-    def keep(figure: matplotlib.figure.Figure, *args: Any, **options: Any) -> None:
-        saved.append(figure)
-        save(figure, *args, **options)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
-    return saved
 
 
 def lines(figure: matplotlib.figure.Figure) -> dict[str, tuple[list, list]]:

@@ -217,6 +217,34 @@ def corrupt(
     return out[keep]
 
 
+def passage_batches(
+    corpus: PassageTable,
+    batch: int,
+    seed: int,
+    own: np.ndarray | None,
+    assemble: Callable[[list[tuple[int, np.random.Generator]]], Batch],
+) -> grain.MapDataset:
+    """Endless shuffled batches made of the corpus alone, by `assemble` from rows, each with randomness of its own;
+    deleted passages are left out. own: as in `Wanted`.
+    """
+    live = None if corpus.live_N is None else np.flatnonzero(corpus.live_N)
+    mine: Any = slice(None) if own is None else own
+
+    def drawn(numbers: np.ndarray, rng: np.random.Generator) -> Batch:
+        rows = (numbers if live is None else live[numbers])[mine]
+        seeds = rng.integers(2**63, size=len(numbers))[mine]  # one for each row, whichever others are made here
+        return assemble([(int(row), np.random.default_rng(one)) for row, one in zip(rows, seeds, strict=True)])
+
+    return (
+        grain.MapDataset.range(len(corpus) if live is None else len(live))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .batch(batch, drop_remainder=True)
+        .random_map(drawn)
+    )
+
+
 def denoise_batches(
     corpus: PassageTable,
     *,
@@ -235,14 +263,10 @@ def denoise_batches(
         raise InputError("the generator's tokenizer has no mask token, which the denoise stage needs")
     room = length - len(tokenizer.prefix_ids) - len(tokenizer.suffix_ids)
 
-    live = None if corpus.live_N is None else np.flatnonzero(corpus.live_N)
-    mine: Any = slice(None) if own is None else own
-
-    def assemble(rows: np.ndarray, rng: np.random.Generator) -> Batch:
+    def assemble(drawn: list[tuple[int, np.random.Generator]]) -> Batch:
         sources, labels = [], []
-        seeds = rng.integers(2**63, size=len(rows))[mine]  # one for each row, whichever others are made here
-        for row, seed in zip((rows if live is None else live[rows])[mine], seeds, strict=True):
-            rng, total = np.random.default_rng(seed), int(corpus.generator_length[row])
+        for row, rng in drawn:
+            total = int(corpus.generator_length[row])
             start = int(rng.integers(0, max(total - room, 0) + 1))
             ids = np.asarray(corpus.generator_ids[row][start : min(start + room, total)], np.int32)
             sources.append([*corrupt(ids, mask_id, rng, share), *tokenizer.suffix_ids])
@@ -251,14 +275,7 @@ def denoise_batches(
         label_ids, _ = pad_rows(labels, length, tokenizer.pad_id, np.int32)
         return {"tail_ids": tail_ids, "tail_length": tail_length, "labels": label_ids}
 
-    return (
-        grain.MapDataset.range(len(corpus) if live is None else len(live))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch, drop_remainder=True)
-        .random_map(assemble)
-    )
+    return passage_batches(corpus, batch, seed, own, assemble)
 
 
 def iterate(batches: grain.MapDataset, start: int) -> "grain.DatasetIterator":

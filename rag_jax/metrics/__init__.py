@@ -15,6 +15,7 @@ from rag_jax.metrics.measures import RECALL_KS, TOP
 
 __all__ = [
     "METRICS",
+    "OF_ANSWERS",
     "RECALL_KS",
     "Metric",
     "Setting",
@@ -51,6 +52,7 @@ METRICS: dict[str, Metric] = {
     "kilt": Metric("gold passages", measures.kilt),
 }
 LONG = ("rouge_l", "bleu", "distinct")
+OF_ANSWERS = ("accuracy", "exact_match", "f1", "rouge_l", "bleu")  # figures; the first one there is the main one
 _JUDGED = Setting()
 
 

@@ -5,12 +5,12 @@ cases, so that more than the same words has to be learned, with it in the others
 """
 
 import re
-from typing import Any
 
 import grain
 import numpy as np
 
 from rag_jax.data.formats import Passage
+from rag_jax.data.pipeline import Batch, passage_batches
 from rag_jax.data.tokenizers import pad_rows, wrap
 from rag_jax.retrieval.corpus import Corpus
 from rag_jax.retrieval.corpus_build import encoder_rows
@@ -46,14 +46,10 @@ def batches(
     """Endless shuffled batches of questions with passages of their own, `passage_ids`; deleted ones are left out. own:
     only these rows of each batch are made, as they would be among all; None for all.
     """
-    mine: Any = slice(None) if own is None else own
     tokenizer, length = corpus.encoder_tokenizer, int(corpus.encoder_ids.shape[1])
-    live = np.arange(len(corpus)) if corpus.live_N is None else np.flatnonzero(corpus.live_N)
 
-    def assemble(numbers: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        rows = live[numbers][mine]
-        seeds = rng.integers(2**63, size=len(numbers))[mine]  # one for each row, whichever others are made here
-        pairs = [example(corpus[row], np.random.default_rng(one)) for row, one in zip(rows, seeds, strict=True)]
+    def assemble(drawn: list[tuple[int, np.random.Generator]]) -> Batch:
+        pairs = [example(corpus[row], rng) for row, rng in drawn]
         questions = wrap(tokenizer, tokenizer.encode_batch([question for question, _ in pairs]), question_length)
         passages, _ = encoder_rows(tokenizer, [passage for _, passage in pairs], length)
         question_ids, question_lengths = pad_rows(questions, question_length, tokenizer.pad_id, np.int32)
@@ -63,14 +59,7 @@ def batches(
             "question_length": question_lengths,
             "passage_ids": passage_ids,
             "passage_length": passage_lengths,
-            "gold": rows[:, None].astype(np.int32),
+            "gold": np.array([row for row, _ in drawn], np.int32)[:, None],
         }
 
-    return (
-        grain.MapDataset.range(len(live))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch, drop_remainder=True)
-        .random_map(assemble)
-    )
+    return passage_batches(corpus, batch, seed, own, assemble)
