@@ -195,8 +195,10 @@ def assembler(
 
 
 def widths_of(batch: Batch) -> tuple[int, ...]:
-    """Of the questions (or passages) and of the targets: which program of the step takes this batch."""
-    return batch["tail_ids"].shape[1], batch["labels"].shape[1]
+    """Of the questions (or passages) and of the targets: which program of the step takes this batch. Empty where the
+    generator reads nothing.
+    """
+    return tuple(batch[name].shape[1] for name in ("tail_ids", "labels") if name in batch)
 
 
 def corrupt(
