@@ -17,7 +17,8 @@ from rag_jax.decoding_rules import Options, PrefixTree, child, constrain, has_ru
 __all__ = ["NEVER", "Found", "Options", "PrefixTree", "lengths", "prefix_tree", "score_sequences", "search"]
 
 Cache = Any  # a pytree: a model's state after the tokens of every beam
-Read = Callable[[jax.Array, jax.Array], Any]  # (beam_XN, token_XN) -> what to keep of these choices, leaves [X, N, ...]
+# (beam_XJ, token_XJ, their log p by the step's scores [X, J]) -> what to keep of these choices, leaves [X, J, ...]
+Read = Callable[[jax.Array, jax.Array, jax.Array], Any]
 # tokens_XM, each beam's last ones -> next-token scores [X, M, V], before softmax or after. The first call has the start
 # token alone, [X, 1], since all beams begin as one.
 Step = Callable[[jax.Array, Cache], tuple[jax.Array, Cache, Read | None]]
@@ -49,25 +50,49 @@ def take(x: jax.Array, beam_XN: jax.Array) -> jax.Array:
     return jax.vmap(lambda one, beams: one[beams])(x, beam_XN)
 
 
+def picked(x_XMV: jax.Array, beam_XN: jax.Array, token_XN: jax.Array) -> jax.Array:
+    """x of these beams and tokens [X, N]."""
+    return jax.vmap(lambda one, beams, tokens: one[beams, tokens])(x_XMV, beam_XN, token_XN)
+
+
 def take_beams(cache: Cache, beam_XM: jax.Array) -> Cache:
     """The plain reordering, of a cache whose leaves are [X, M, ...]."""
     return jax.tree.map(lambda x: take(x, beam_XM), cache)
 
 
+BLOCK = 128  # of the vocabulary
+
+
 def best_of(
-    logits_XNV: jax.Array, norm_XN1: jax.Array | float, live_XM: jax.Array, count: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The `count` best of logits - norm + live: scores, beams and tokens [X, count]; of equals the first. N: M or 1.
+    scores_XNV: jax.Array, live_XM: jax.Array, count: int, normalised: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The `count` best of scores - norm + live: scores, beams, tokens and the same without live [X, count]; of equals
+    the first. The norm is the logsumexp of the scores or, where they are `normalised`, 0. N: M or 1.
 
     First each beam's best, for which neither norm nor live matters, then the best of those. (One top_k over [X, M * V]
-    is slower on a CPU, where the reshape keeps XLA from making vectors of what stands before it.)
+    is slower on a CPU, where the reshape keeps XLA from making vectors of what stands before it.) A beam's best stand
+    in the blocks of its vocabulary with the highest maxima, one of which is the norm's, too.
     """
-    (X, M), each = live_XM.shape, min(count, logits_XNV.shape[-1])
-    scores, tokens = jax.lax.top_k(logits_XNV, each)
-    scores = (scores - norm_XN1) + live_XM[..., None]
-    scores, at = jax.lax.top_k(scores.reshape(X, M * each), count)
-    tokens = jnp.broadcast_to(tokens, (X, M, each)).reshape(X, M * each)
-    return scores, at // each, jnp.take_along_axis(tokens, at, 1).astype(jnp.int32)
+    (X, N, V), M = scores_XNV.shape, live_XM.shape[1]
+    each, size = min(count, V), BLOCK if 2 * count * BLOCK < V else V
+    padding = ((0, 0), (0, 0), (0, -V % size))
+    blocks_XNYW = jnp.pad(scores_XNV, padding, constant_values=-jnp.inf).reshape(X, N, -1, size)
+    most_XNY = blocks_XNYW.max(-1)
+    if size == V:
+        scores, tokens = jax.lax.top_k(scores_XNV, each)
+    else:
+        chosen_XNC = jnp.sort(jax.lax.top_k(most_XNY, each)[1], axis=-1)  # in order, so that of equals the first remain
+        some_XNCW = jnp.take_along_axis(blocks_XNYW, chosen_XNC[..., None], 2)
+        scores, at = jax.lax.top_k(some_XNCW.reshape(X, N, each * size), each)
+        tokens = jnp.take_along_axis(chosen_XNC, at // size, -1) * size + at % size
+    if not normalised:
+        most_XN = most_XNY.max(-1)
+        sum_XN = jnp.exp(blocks_XNYW - most_XN[..., None, None]).sum((-2, -1))
+        scores = scores - (most_XN + jnp.log(sum_XN))[..., None]
+    scores, tokens = (jnp.broadcast_to(x, (X, M, each)) for x in (scores, tokens))
+    best, at = jax.lax.top_k((scores + live_XM[..., None]).reshape(X, M * each), count)
+    tokens, logp = (jnp.take_along_axis(x.reshape(X, M * each), at, 1) for x in (tokens, scores))
+    return best, at // each, tokens.astype(jnp.int32), logp
 
 
 class _Beams(NamedTuple):
@@ -121,7 +146,7 @@ def _empty(read: Read | None, rows: int, beams: int, length: int) -> Any:
     if read is None:
         return None
     one = jnp.zeros((rows, beams), jnp.int32)
-    shapes = jax.eval_shape(read, one, one)
+    shapes = jax.eval_shape(read, one, one, jnp.zeros((rows, beams)))
     return jax.tree.map(lambda x: jnp.zeros((rows, beams, length - 1, *x.shape[2:]), x.dtype), shapes)
 
 
@@ -155,7 +180,9 @@ def _sample(
         said = jnp.take_along_axis(ruled, choice[..., None], -1)[..., 0]
         logp = said if normalised else said - jax.nn.logsumexp(ruled, axis=-1)
         scores = scores + jnp.where(done, 0.0, logp)
-        kept = None if read is None else _keep(kept, t, read(jnp.zeros_like(lane) if only else lane, token))
+        if read is not None:
+            own = picked(logits if normalised else jax.nn.log_softmax(logits), lane, token)
+            kept = _keep(kept, t, read(jnp.zeros_like(lane) if only else lane, token, own))
         node = _walk(tree, o, node, token, t)
         return t + 1, sequences.at[:, :, t].set(token), scores, kept, done | (token == o.eos_id), node, key
 
@@ -198,22 +225,23 @@ def _beam_search(
     def choose(s: _Beams, logits: jax.Array, cache: Cache, read: Read | None, only: bool) -> _Beams:
         t, (key, now) = s.t, jax.random.split(s.key)
         logits = logits.astype(jnp.float32)
-        norm = 0.0 if normalised else jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         if not rules:
-            scores, beam, token = best_of(logits, norm, s.live_scores, 2 * M)
+            scores, beam, token, said = best_of(logits, s.live_scores, 2 * M, normalised)
         else:
-            logp = jnp.broadcast_to(logits - norm, (X, M, logits.shape[-1]))
-            logp = constrain(o, logp, s.live, t, tree, s.node)
+            own = jnp.broadcast_to(logits if normalised else jax.nn.log_softmax(logits), (X, M, logits.shape[-1]))
+            logp = constrain(o, own, s.live, t, tree, s.node)
             if o.do_sample:  # without replacement (Kool et al. 2019)
                 total = warp(o, logp, 2) + s.live_scores[..., None]
-                _, beam, token = best_of(total + jax.random.gumbel(now, total.shape), 0.0, jnp.zeros((X, M)), 2 * M)
-                scores = jax.vmap(lambda x, m, v: x[m, v])(total, beam, token)
+                drawn = total + jax.random.gumbel(now, total.shape)
+                _, beam, token, _ = best_of(drawn, jnp.zeros((X, M)), 2 * M, True)
+                scores = picked(total, beam, token)
             else:
-                scores, beam, token = best_of(logp, 0.0, s.live_scores, 2 * M)
+                scores, beam, token, _ = best_of(logp, s.live_scores, 2 * M, True)
+            said = picked(own, beam, token)
         grown = take(s.live, beam).at[:, :, t].set(token)
         kept = None
         if read is not None:
-            new = read(jnp.zeros_like(beam) if only else beam, token)
+            new = read(jnp.zeros_like(beam) if only else beam, token, said)
             kept = _keep(take_beams(s.live_kept, beam), t, new)
         ended = (token == o.eos_id) | (t + 1 == T)
 

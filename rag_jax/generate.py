@@ -113,6 +113,25 @@ def marginal(logits_XKNV: jax.Array, weight_XKN: jax.Array) -> jax.Array:
     return most + jnp.log(sum(jnp.exp(term - most) for term in terms))
 
 
+def mixed(logits_XKNV: jax.Array, prior_XK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log p(y_t|x,y_<t) [X, N, V], RAG-Token's sum over the documents, and the logsumexp of the logits [X, K, N].
+
+    One exponential of every logit serves both, unless something is less likely than float32 can tell from such a sum.
+    """
+    most_XKN = logits_XKNV.max(-1)
+    exp_XKNV = jnp.exp(logits_XKNV - most_XKN[..., None])
+    sum_XKN = exp_XKNV.sum(-1)
+    norm_XKN = most_XKN + jnp.log(sum_XKN)
+    share_XKN = jnp.exp(prior_XK)[..., None] / sum_XKN
+    p_XNV = sum(exp_XKNV[:, k] * share_XKN[:, k, :, None] for k in range(prior_XK.shape[1]))
+    logp_XNV = jax.lax.cond(
+        (p_XNV.min(-1) < 1e-30).any(),
+        lambda: marginal(logits_XKNV, prior_XK[..., None] - norm_XKN),
+        lambda: jnp.log(p_XNV),
+    )
+    return logp_XNV, norm_XKN
+
+
 def search(
     reader: Reader,
     source: Contexts,
@@ -137,21 +156,19 @@ def search(
         stands = Tree(jnp.broadcast_to(t, (1, N)), jnp.arange(slots)[None] // M, visible_RNS)
         ids_RN = jnp.repeat(tokens_XN, K, axis=0)
         logits_RNV, kv = reader("decode", ids_RN, *source, cache.kv, t * M, tree=stands)
+        moved = Lanes(kv, ancestor_XMT, t + 1)
+        if prior_BK is None:
+            return logits_RNV, moved, lambda beam_XJ, token_XJ, logp_XJ: logp_XJ
         logits_XKNV = logits_RNV.reshape(X, K, N, -1)
-        norm_XKN = jax.nn.logsumexp(logits_XKNV, axis=-1)
+        scores_XNV, norm_XKN = mixed(logits_XKNV, prior_BK)
 
-        def read(beam_XJ: jax.Array, token_XJ: jax.Array) -> jax.Array:
+        def read(beam_XJ: jax.Array, token_XJ: jax.Array, _logp_XJ: jax.Array) -> jax.Array:
             def one(logits_KNV: jax.Array, norm_KN: jax.Array, beam_J: jax.Array, token_J: jax.Array) -> jax.Array:
                 return (logits_KNV[:, beam_J, token_J] - norm_KN[:, beam_J]).T
 
-            logp_XJK = jax.vmap(one)(logits_XKNV, norm_XKN, beam_XJ, token_XJ)
-            return logp_XJK[..., 0] if prior_BK is None else logp_XJK
+            return jax.vmap(one)(logits_XKNV, norm_XKN, beam_XJ, token_XJ)
 
-        if prior_BK is None:
-            scores_XNV = logits_XKNV[:, 0]
-        else:
-            scores_XNV = marginal(logits_XKNV, prior_BK[:, :, None] - norm_XKN)
-        return scores_XNV, Lanes(kv, ancestor_XMT, t + 1), read
+        return scores_XNV, moved, read
 
     def reorder(cache: Lanes, beam_XM: jax.Array) -> Lanes:
         return cache._replace(ancestor_XMT=decoding.take(cache.ancestor_XMT, beam_XM))

@@ -49,7 +49,7 @@ def as_step(table, calls=None):
             jax.debug.callback(lambda p: calls.append(int(p)), position)
         code = jnp.where(position == 0, 0, cache["code"] * vocabulary + tokens)
         logp = padded[position, cache["row"], code]
-        kept = lambda beam, token: jnp.take_along_axis(decoding.take(logp, beam), token[..., None], -1)[..., 0]  # noqa: E731
+        kept = lambda beam, token, _logp: jnp.take_along_axis(decoding.take(logp, beam), token[..., None], -1)[..., 0]  # noqa: E731
         return logp, {"row": cache["row"], "code": code, "t": position + 1}, kept
 
     return step
@@ -352,3 +352,26 @@ def test_allowed_outputs_must_make_sense():
 def test_lengths_count_to_the_first_eos():
     sequences = jnp.array([[EOS, 3, EOS, PAD], [BOS, 3, PAD, 3], [BOS, EOS, PAD, PAD], [BOS, 3, 3, EOS]])
     assert decoding.lengths(sequences, EOS).tolist() == [2, 3, 1, 3]
+
+
+@pytest.mark.parametrize(("beams", "vocabulary"), [(4, 1000), (4, 128 * 9), (1, 700), (4, 20), (3, 5000)])
+def test_the_best_are_the_best_of_all(beams, vocabulary):
+    """By blocks of the vocabulary or not; of equals, and of those that cannot be, the first."""
+    rng = np.random.default_rng(vocabulary)
+    count = 2 * beams
+    for levels, never in ((10, 0.0), (60_000, 0.0), (10, 0.999), (1, 1.0)):
+        scores = rng.integers(0, levels, (ROWS, beams, vocabulary)).astype(np.float32) * 2.0 ** -round(
+            np.log2(levels) - 3
+        )
+        scores[rng.random(scores.shape) < never] = -np.inf
+        live = rng.integers(-8, 0, (ROWS, beams)).astype(np.float32)
+        wanted = (scores + live[..., None]).reshape(ROWS, -1)
+        order = np.argsort(-wanted, axis=-1, kind="stable")[:, :count]
+        best, beam, token, said = decoding.best_of(jnp.asarray(scores), jnp.asarray(live), count, True)
+        np.testing.assert_array_equal(best, np.take_along_axis(wanted, order, 1))
+        np.testing.assert_array_equal(np.asarray(beam) * vocabulary + np.asarray(token), order)
+        np.testing.assert_array_equal(said, np.take_along_axis(scores.reshape(ROWS, -1), order, 1))
+        if never < 1:
+            logp = np.log(oracles.softmax(scores.astype(np.float64))) + live[..., None]
+            best, *_ = decoding.best_of(jnp.asarray(scores), jnp.asarray(live), count, False)
+            np.testing.assert_allclose(best, -np.sort(-logp.reshape(ROWS, -1))[:, :count], atol=2e-5)

@@ -274,3 +274,19 @@ def test_candidates_that_cannot_win_are_not_scored(start, returned, monkeypatch)
     equal(a, b)
     equal(c, d)
     assert unsure <= every and (few < all_ or returned > 1)  # the second best is seldom sure
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 300.0])
+def test_the_sum_over_documents_is_exact_for_the_least_likely_token(spread):
+    """Where a single exponential of each logit says 0, too."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, spread, (2, 3, 4, 50))
+    prior = np.log(oracles.softmax(rng.normal(0, 1, (2, 3))))
+    norm = logits.max(-1) + np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))
+    joint = logits - norm[..., None] + prior[..., None, None]
+    most = joint.max(1, keepdims=True)
+    wanted = (most + np.log(np.exp(joint - most).sum(1, keepdims=True)))[:, 0]
+    logp, norms = jax.jit(generate.mixed)(jnp.asarray(logits, jnp.float32), jnp.asarray(prior, jnp.float32))
+    assert (spread > 1) == (wanted.min() < np.log(1e-30))
+    np.testing.assert_allclose(logp, wanted, rtol=1e-6, atol=1e-6 * spread + 1e-5)
+    np.testing.assert_allclose(norms, norm, rtol=1e-6, atol=1e-5)
