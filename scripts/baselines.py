@@ -123,11 +123,13 @@ def start(cfg: TrainConfig, out: Path) -> None:
     runs.write_index(loaded, params, 0, out / "index")
 
 
-def answered(cfg: TrainConfig, row: Row, run: Path, out: Path) -> dict[str, Any]:
+def answered(cfg: TrainConfig, row: Row, run: Path, out: Path, limit: int) -> dict[str, Any]:
     """The report of a row, made if it is not there."""
     if not (out / "report.json").is_file():
         search = replace(cfg.search, kind=row.search) if row.search else None
-        wanted = evaluate.Wanted(configure=lambda how: replace(how, **row.answering), search=search, shown=0)
+        wanted = evaluate.Wanted(
+            configure=lambda how: replace(how, **row.answering), search=search, shown=0, limit=limit
+        )
         evaluate.evaluate(run, out, wanted)
     return json.loads((out / "report.json").read_text())
 
@@ -140,12 +142,12 @@ def commonest(out: Path) -> tuple[str, float]:
     return text or "", count / len(said)
 
 
-def majority(cfg: TrainConfig) -> float | None:
+def majority(cfg: TrainConfig, limit: int = 0) -> float | None:
     """Accuracy of always saying the label that most training questions have; None where there are no labels."""
     if not cfg.answering.get("allowed_answers"):
         return None
     label = collections.Counter(question.answers[0] for question in formats.read_questions(cfg.train)).most_common(1)
-    asked = formats.read_questions(cfg.dev)
+    asked = formats.read_questions(cfg.dev)[: limit or None]
     return sum(question.answers[0] == label[0][0] for question in asked) / len(asked)
 
 
@@ -174,7 +176,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def one(data: Path, name: str, out: Path, budget: float) -> dict[str, Any]:
+def one(data: Path, name: str, out: Path, budget: float, limit: int) -> dict[str, Any]:
     """Everything of a task."""
     sys.path.insert(0, str(CONFIGS))
     from tasks import TASKS
@@ -195,7 +197,7 @@ def one(data: Path, name: str, out: Path, budget: float) -> dict[str, Any]:
     rows, reports = RANKINGS if cfg.model.generator is None else ROWS, {}
     for key, row in rows.items():
         logs.info(f"{name}: {row.title}")
-        reports[key] = answered(cfg, row, here / row.run, here / "answers" / key)
+        reports[key] = answered(cfg, row, here / row.run, here / "answers" / key, limit)
     figures = {}
     for key in rows:
         directories = [here / "answers" / FROZEN, here / "answers" / key]
@@ -208,7 +210,7 @@ def one(data: Path, name: str, out: Path, budget: float) -> dict[str, Any]:
         "metrics": task.metrics,
         "steps": steps,
         "seconds": seconds,
-        "majority": majority(cfg),
+        "majority": majority(cfg, limit),
         "rows": {
             key: {"title": row.title, "figures": figures[key], "commonest": commonest(here / "answers" / key)}
             for key, row in rows.items()
@@ -225,9 +227,10 @@ def main() -> None:
     parser.add_argument("tasks", nargs="+", help="names of configs/tasks.py")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=1.0, help="share of the steps of the configuration")
+    parser.add_argument("--limit", type=int, default=0, help="only so many of the questions, the first ones; 0: all")
     args = parser.parse_args()
     for name in args.tasks:
-        print(table(one(args.data, name, args.out, args.budget)), flush=True)
+        print(table(one(args.data, name, args.out, args.budget, args.limit)), flush=True)
 
 
 if __name__ == "__main__":
