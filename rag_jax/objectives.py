@@ -124,7 +124,7 @@ def _by_shard(x: jax.Array, shards: int) -> jax.Array:
 
 def _gradients(chunks: _Chunks, hidden: jax.Array, shards: int, d_logits_of: Callable[[jax.Array], jax.Array]) -> tuple:
     """Gradients in hidden, kernel [P, V, D] and bias [P, V] of what has the gradient d_logits_of(logits) in the logits
-    of a chunk [P, v, S, B / S, ...]; and the sum of that over V [...].
+    of a chunk [P, v, S, X]; and the sum of that over V [...]. S shards of X tokens.
 
     The vocabulary comes first: so only the small operands of the two products are turned over, never the logits.
     (einsum would choose another order.)
@@ -145,8 +145,7 @@ def _gradients(chunks: _Chunks, hidden: jax.Array, shards: int, d_logits_of: Cal
         rows, bias = chunks.rows(number)
         rows = rows.astype(hidden.dtype)
         logits = product(rows, hidden_SXD, ((2,), (2,))) * chunks.scale + bias[..., None, None]
-        by_question = logits.reshape(*bias.shape, S, len(hidden) // S, *hidden.shape[1:-1])
-        d_logits_PVSX = d_logits_of(by_question).reshape(logits.shape)
+        d_logits_PVSX = d_logits_of(logits)
         d_bias = d_logits_PVSX.sum(-1).transpose(2, 0, 1)
         total_SX = total_SX + d_logits_PVSX.sum((0, 1))
         d_logits_PVSX = (d_logits_PVSX * chunks.scale).astype(hidden.dtype)
@@ -164,7 +163,7 @@ def _gradients(chunks: _Chunks, hidden: jax.Array, shards: int, d_logits_of: Cal
 def _norm_backward(scale: float, chunk: int, parts: int, shards: int, saved: tuple, d_norm: jax.Array) -> tuple:
     hidden, kernel_VD, bias_V, norm = saved
     chunks = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts)
-    norm, d_norm = (_by_shard(x, shards) for x in (norm, d_norm))
+    norm, d_norm = (x.reshape(shards, -1) for x in (norm, d_norm))  # a CPU makes vectors of one long axis alone
     d_hidden, d_kernel, d_bias, _ = _gradients(chunks, hidden, shards, lambda logits: jnp.exp(logits - norm) * d_norm)
     return d_hidden, d_kernel.reshape(kernel_VD.shape).astype(kernel_VD.dtype), d_bias.reshape(bias_V.shape)
 
@@ -228,9 +227,11 @@ def _marginal_backward(scale: float, chunk: int, parts: int, shards: int, saved:
     chunks, add_BKT = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts), prior[..., None] - norm
     add, d_total = (_by_shard(x, shards) for x in (add_BKT, d_total_BT[:, None]))
 
-    def d_logits_of(logits_PVSBKT: jax.Array) -> jax.Array:
+    def d_logits_of(logits_PVSX: jax.Array) -> jax.Array:
+        logits_PVSBKT = logits_PVSX.reshape(*logits_PVSX.shape[:3], -1, *hidden.shape[1:-1])
         share = jax.nn.softmax(logits_PVSBKT + add, axis=-2)  # of each document in a token's probability
-        return jnp.where(jnp.isneginf(logits_PVSBKT), 0.0, share) * d_total
+        d_logits_PVSBKT = jnp.where(jnp.isneginf(logits_PVSBKT), 0.0, share) * d_total
+        return d_logits_PVSBKT.reshape(logits_PVSX.shape)
 
     d_hidden, d_kernel, d_bias, d_add_BKT = _gradients(chunks, hidden, shards, d_logits_of)
     d_kernel = d_kernel.reshape(kernel_VD.shape).astype(kernel_VD.dtype)

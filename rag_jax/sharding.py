@@ -137,6 +137,12 @@ def _current() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
+def platform() -> str:
+    """What the program that is being traced will run on: the devices of the mesh of `on`, else those that are here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.abstract_device is None else mesh.abstract_device.platform
+
+
 def pieces(name: str, size: int) -> int:
     """In how many pieces an axis of this name and size lies over the mesh of `on`."""
     mesh = _current()

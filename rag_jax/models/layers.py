@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from rag_jax import places, sharding
 
@@ -230,10 +231,20 @@ def _attend_forward(
     return out, (query, keys, values, mask, bias, words, weights, out)
 
 
+def _each(weights_BHTL: jax.Array, x_BHTC: jax.Array) -> jax.Array:
+    """The sums over T [B, H, L, C]. On a CPU the weights are turned over first: XLA's fast products there do not take
+    them as they stand, and the others need twice as long.
+    """
+    turned_BHLT = weights_BHTL.swapaxes(2, 3)
+    if sharding.platform() == "cpu":
+        turned_BHLT = with_layout_constraint(turned_BHLT, Layout(major_to_minor=(0, 1, 2, 3)))
+    return jnp.einsum("bhlt,bhtc->bhlc", turned_BHLT, x_BHTC)
+
+
 def _attend_backward(rate: float, saved: tuple, d_out: jax.Array) -> tuple:
     query, keys, values, mask, bias, words, weights, out = saved
     dropped = _dropped(weights, words, rate)
-    d_values = [jnp.einsum("bhtl,bhtc->bhlc", part, d_out) for part in _parts(dropped, values)]
+    d_values = [_each(part, d_out) for part in _parts(dropped, values)]
     d_weights = _dropped(_products("bhtc,bhlc->bhtl", d_out, values), words, rate)
     # the softmax's gradient needs sum_l w_l dw_l, which is out . d_out, with dropout too
     inner = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1, keepdims=True)
@@ -245,7 +256,7 @@ def _attend_backward(rate: float, saved: tuple, d_out: jax.Array) -> tuple:
         d_bias = d_scores.astype(bias.dtype)
         d_bias = d_bias.sum(0, keepdims=True) if len(bias) == 1 else d_bias
     parts = _parts(d_scores, values)
-    d_keys = [jnp.einsum("bhtl,bhtc->bhcl", part, query) for part in parts]
+    d_keys = [_each(part, query).swapaxes(2, 3) for part in parts]
     return _mix("bhtl,bhcl->bhtc", parts, keys), d_keys, d_values, None, d_bias, None
 
 
@@ -325,11 +336,13 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.with_logical_partitioning(kernel_init(self.init), self.names), shape)
         kernel = sharding.gathered(kernel, self.names, self.dtype)
-        y = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=self.out)
+        # the kernel's gradient is a sum over one axis then: a CPU has a faster product for it, a TPU would copy x
+        flat = x.reshape(-1, x.shape[-1]) if sharding.platform() == "cpu" else x
+        y = jnp.matmul(flat.astype(self.dtype), kernel, preferred_element_type=self.out)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.names[1:])
             y = y + sharding.gathered(self.param("bias", zeros, shape[1:]), self.names[1:], self.dtype)
-        return y
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class LayerNorm(nn.Module):
