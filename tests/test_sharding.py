@@ -1,5 +1,7 @@
 """The mesh, the rules and host arrays on eight devices."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from rag_jax import sharding
 from rag_jax.errors import InputError
+from rag_jax.models.layers import Dense, attention
 
 
 @pytest.mark.parametrize(
@@ -139,3 +142,27 @@ def test_init_refuses_an_array_without_names() -> None:
         sharding.init(mesh, lambda: {"bias": jax.numpy.zeros(3)})
     with pytest.raises(ValueError, match=r"'kernel'.*'embed'"):
         sharding.init(mesh, Small(("embed",)).init, jax.random.key(0), x)
+
+
+def test_programs_for_elsewhere_have_the_forms_of_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where XLA is better served in another way on a CPU, it is by the mesh's devices, and gives the same."""
+    dense, x = Dense(5, ("embed", "mlp")), jax.random.normal(jax.random.key(1), (2, 3, 4))
+    params = {"params": {"kernel": x[0, 0, :, None] * np.arange(5), "bias": np.ones(5)}}
+    sources = [(x.reshape(1, 2, 4, 3), x.reshape(1, 2, 3, 4))]
+    mask = np.ones((1, 1, 3, 3), bool)
+
+    def loss(params: dict, x: jax.Array, sources: list) -> jax.Array:
+        out = attention(x.reshape(1, 2, 3, 4), sources, mask)
+        return (dense.apply(params, x) ** 2).sum() + (out**2).sum()
+
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    here = jax.grad(loss, (0, 1, 2))(params, x, sources)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert sharding.platform() == "tpu"
+    with sharding.on(mesh):
+        assert sharding.platform() == "cpu"
+    program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(params, x, sources)
+    assert "layout_constraint" not in str(program) and "f32[6,4]" not in str(program)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), jax.grad(loss, (0, 1, 2))(params, x, sources), here
+    )
