@@ -123,7 +123,7 @@ def mixed(logits_XKNV: jax.Array, prior_XK: jax.Array) -> tuple[jax.Array, jax.A
     sum_XKN = exp_XKNV.sum(-1)
     norm_XKN = most_XKN + jnp.log(sum_XKN)
     share_XKN = jnp.exp(prior_XK)[..., None] / sum_XKN
-    p_XNV = sum(exp_XKNV[:, k] * share_XKN[:, k, :, None] for k in range(prior_XK.shape[1]))
+    p_XNV = reduce(jnp.add, [exp_XKNV[:, k] * share_XKN[:, k, :, None] for k in range(prior_XK.shape[1])])
     logp_XNV = jax.lax.cond(
         (p_XNV.min(-1) < 1e-30).any(),
         lambda: marginal(logits_XKNV, prior_XK[..., None] - norm_XKN),
