@@ -117,11 +117,6 @@ def _norm_forward(
     return norm, (hidden, kernel_VD, bias_V, norm)
 
 
-def _by_shard(x: jax.Array, shards: int) -> jax.Array:
-    """[B, ...] -> [S, B / S, ...]"""
-    return x.reshape(shards, -1, *x.shape[1:])
-
-
 def _gradients(chunks: _Chunks, hidden: jax.Array, shards: int, d_logits_of: Callable[[jax.Array], jax.Array]) -> tuple:
     """Gradients in hidden, kernel [P, V, D] and bias [P, V] of what has the gradient d_logits_of(logits) in the logits
     of a chunk [P, v, S, X]; and the sum of that over V [...]. S shards of X tokens.
@@ -225,7 +220,7 @@ def _marginal_forward(
 def _marginal_backward(scale: float, chunk: int, parts: int, shards: int, saved: tuple, d_total_BT: jax.Array) -> tuple:
     hidden, kernel_VD, bias_V, norm, prior = saved
     chunks, add_BKT = _Chunks.of(kernel_VD, bias_V, scale, chunk, parts), prior[..., None] - norm
-    add, d_total = (_by_shard(x, shards) for x in (add_BKT, d_total_BT[:, None]))
+    add, d_total = (x.reshape(shards, -1, *x.shape[1:]) for x in (add_BKT, d_total_BT[:, None]))
 
     def d_logits_of(logits_PVSX: jax.Array) -> jax.Array:
         logits_PVSBKT = logits_PVSX.reshape(*logits_PVSX.shape[:3], -1, *hidden.shape[1:-1])

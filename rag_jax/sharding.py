@@ -137,10 +137,14 @@ def _current() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
-def platform() -> str:
-    """What the program that is being traced will run on: the devices of the mesh of `on`, else those that are here."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.abstract_device is None else mesh.abstract_device.platform
+def platform(mesh: Mesh | None = None) -> str:
+    """What the program that is being traced will run on: the devices of the mesh, or of that of `on`, else those that
+    are here. Not always these, when it is compiled ahead of time.
+    """
+    if mesh is not None:
+        return mesh.devices.flat[0].platform
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def pieces(name: str, size: int) -> int:

@@ -22,6 +22,7 @@ Where there is no generator: BM25, the frozen retriever, and that of all stages.
 import argparse
 import collections
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rag_jax import __main__ as cli
-from rag_jax import checkpoint, compare, config, evaluate, logs, session, sharding, train
+from rag_jax import checkpoint, compare, config, evaluate, heap, logs, session, sharding, train
 from rag_jax import run as runs
 from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.data import formats
@@ -234,4 +235,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    heap.keep(os.environ)  # as the commands do
     main()

@@ -359,7 +359,7 @@ def test_recall_target_is_exact_here_and_an_instruction_on_a_tpu(monkeypatch: py
         program = jax.jit(lambda q, x: mips.search(q, x, 20, recall_target=recall_target))
         return program.trace(queries, index).lower(lowering_platforms=("tpu",)).as_text()
 
-    monkeypatch.setattr(mips, "_platform", lambda mesh: "tpu")
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "tpu")
     assert "ApproxTopK" in lowered(0.9) and "recall_target = 0.89" in lowered(0.9)
     assert "ApproxTopK" not in lowered(1.0)
 

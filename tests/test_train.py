@@ -204,6 +204,9 @@ def test_a_run_with_no_questions_is_evaluated_as_its_configuration_says(tiny_dat
     assert result["steps"] == 10 and "in_batch_accuracy" in result["last"]
     assert "step 10: 8 dev questions: accuracy 0.000, exact_match 0.000" in result["stderr"]
     assert "eval/accuracy" in result["last"] and "eval/recall_at_20" not in result["last"]
+    again = tiny.train(tiny_data, tmp_path / "again", *words)
+    assert_same_run(tmp_path / "again", tmp_path / "run")
+    assert again["last"]["loss"] == result["last"]["loss"]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from rag_jax import sharding
 from rag_jax.errors import InputError
 from rag_jax.retrieval import mips_device
 from rag_jax.retrieval.mips_device import LOWEST, Best, Mass, Pass, Rows, decoded, quantise
@@ -193,16 +194,11 @@ def _checked(
     n_cuts = functools.reduce(lambda a, b: a * b, cuts, 1)
     if queries[0] % n_cuts:
         raise InputError(f"{queries[0]} queries do not divide over {n_cuts} devices of out_axes = {out_axes}")
-    platform = _platform(mesh)
+    platform = sharding.platform(mesh)
     if dtype == "bfloat16" and platform == "cpu":
         index_NE = lax.bitcast_convert_type(index_NE, jnp.uint16)  # XLA would make all of it float32 before the scan
     rows = jax.tree.map(lax.stop_gradient, Rows(index_NE, scale_N, live_N))
     return rows, Pass(0, n_valid, chunk, platform, exact=True, axes=() if mesh is None else mesh.axis_names)
-
-
-def _platform(mesh: Mesh | None) -> str:
-    """Where the program will run; not always here, when it is compiled ahead of time."""
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def _on_mesh(
