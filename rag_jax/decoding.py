@@ -14,14 +14,27 @@ import numpy as np
 
 from rag_jax.decoding_rules import Options, PrefixTree, child, constrain, has_rules, prefix_tree, warp
 
-__all__ = ["NEVER", "Found", "Options", "PrefixTree", "lengths", "prefix_tree", "score_sequences", "search"]
+__all__ = ["NEVER", "Found", "Mixture", "Options", "PrefixTree", "lengths", "prefix_tree", "score_sequences", "search"]
 
 Cache = Any  # a pytree: a model's state after the tokens of every beam
 # (beam_XJ, token_XJ, their log p by the step's scores [X, J]) -> what to keep of these choices, leaves [X, J, ...]
 Read = Callable[[jax.Array, jax.Array, jax.Array], Any]
+
+
+class Mixture(NamedTuple):
+    """Next-token probabilities [X, N, V], NaN where they are not known so, perhaps with padding of probability 0 after
+    the vocabulary; and a function that gives their logs [X, N, V] without it, however small they are. Where only the
+    best matter, only those are logged.
+    """
+
+    p_XNV: jax.Array
+    logs: Callable[[], jax.Array]
+
+
+Scores = jax.Array | Mixture
 # tokens_XM, each beam's last ones -> next-token scores [X, M, V], before softmax or after. The first call has the start
 # token alone, [X, 1], since all beams begin as one.
-Step = Callable[[jax.Array, Cache], tuple[jax.Array, Cache, Read | None]]
+Step = Callable[[jax.Array, Cache], tuple[Scores, Cache, Read | None]]
 Reorder = Callable[[Cache, jax.Array], Cache]  # (cache, beam_XM): beam m goes on where beam_XM[:, m] was
 
 NEVER = -1e9  # log-probability of what cannot be
@@ -61,37 +74,58 @@ def take_beams(cache: Cache, beam_XM: jax.Array) -> Cache:
 
 
 BLOCK = 128  # of the vocabulary
+FAINT = 1e-24  # a sum of probabilities below this may have lost terms that float32 does not hold
+
+
+def _highest(scores_XNV: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The `count` highest of every beam, their tokens [X, N, count], and the maxima of blocks of the vocabulary, where
+    the highest stand.
+    """
+    X, N, V = scores_XNV.shape
+    size = BLOCK if 2 * count * BLOCK < V else V
+    padding = ((0, 0), (0, 0), (0, -V % size))
+    blocks_XNYW = jnp.pad(scores_XNV, padding, constant_values=-jnp.inf).reshape(X, N, -1, size)
+    most_XNY = blocks_XNYW.max(-1)
+    if size == V:
+        return *jax.lax.top_k(scores_XNV, count), most_XNY
+    chosen_XNC = jnp.sort(jax.lax.top_k(most_XNY, count)[1], axis=-1)  # in order, so that of equals the first remain
+    some_XNCW = jnp.take_along_axis(blocks_XNYW, chosen_XNC[..., None], 2)
+    scores, at = jax.lax.top_k(some_XNCW.reshape(X, N, count * size), count)
+    return scores, jnp.take_along_axis(chosen_XNC, at // size, -1) * size + at % size, most_XNY
 
 
 def best_of(
-    scores_XNV: jax.Array, live_XM: jax.Array, count: int, normalised: bool
+    scores_XNV: Scores, live_XM: jax.Array, count: int, normalised: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The `count` best of scores - norm + live: scores, beams, tokens and the same without live [X, count]; of equals
     the first. The norm is the logsumexp of the scores or, where they are `normalised`, 0. N: M or 1.
 
     First each beam's best, for which neither norm nor live matters, then the best of those. (One top_k over [X, M * V]
-    is slower on a CPU, where the reshape keeps XLA from making vectors of what stands before it.) A beam's best stand
-    in the blocks of its vocabulary with the highest maxima, one of which is the norm's, too.
+    is slower on a CPU, where the reshape keeps XLA from making vectors of what stands before it.)
     """
-    (X, N, V), M = scores_XNV.shape, live_XM.shape[1]
-    each, size = min(count, V), BLOCK if 2 * count * BLOCK < V else V
-    padding = ((0, 0), (0, 0), (0, -V % size))
-    blocks_XNYW = jnp.pad(scores_XNV, padding, constant_values=-jnp.inf).reshape(X, N, -1, size)
-    most_XNY = blocks_XNYW.max(-1)
-    if size == V:
-        scores, tokens = jax.lax.top_k(scores_XNV, each)
-    else:
-        chosen_XNC = jnp.sort(jax.lax.top_k(most_XNY, each)[1], axis=-1)  # in order, so that of equals the first remain
-        some_XNCW = jnp.take_along_axis(blocks_XNYW, chosen_XNC[..., None], 2)
-        scores, at = jax.lax.top_k(some_XNCW.reshape(X, N, each * size), each)
-        tokens = jnp.take_along_axis(chosen_XNC, at // size, -1) * size + at % size
+    if isinstance(scores_XNV, Mixture):
+        p_XNV, logs = scores_XNV
+        p, tokens, _ = _highest(p_XNV, min(count, p_XNV.shape[-1]))
+        return jax.lax.cond(
+            (p >= FAINT).all(),
+            lambda: _best_of_beams(jnp.log(p), tokens, live_XM, count),
+            lambda: best_of(logs(), live_XM, count, True),
+        )
+    scores_XNV = scores_XNV.astype(jnp.float32)
+    scores, tokens, most_XNY = _highest(scores_XNV, min(count, scores_XNV.shape[-1]))
     if not normalised:
-        most_XN = most_XNY.max(-1)
-        sum_XN = jnp.exp(blocks_XNYW - most_XN[..., None, None]).sum((-2, -1))
-        scores = scores - (most_XN + jnp.log(sum_XN))[..., None]
-    scores, tokens = (jnp.broadcast_to(x, (X, M, each)) for x in (scores, tokens))
-    best, at = jax.lax.top_k((scores + live_XM[..., None]).reshape(X, M * each), count)
-    tokens, logp = (jnp.take_along_axis(x.reshape(X, M * each), at, 1) for x in (tokens, scores))
+        most_XN1 = most_XNY.max(-1, keepdims=True)
+        scores = scores - most_XN1 - jnp.log(jnp.exp(scores_XNV - most_XN1).sum(-1, keepdims=True))
+    return _best_of_beams(scores, tokens, live_XM, count)
+
+
+def _best_of_beams(
+    logp_XNC: jax.Array, token_XNC: jax.Array, live_XM: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    (X, M), each = live_XM.shape, logp_XNC.shape[-1]
+    logp, tokens = (jnp.broadcast_to(x, (X, M, each)) for x in (logp_XNC, token_XNC))
+    best, at = jax.lax.top_k((logp + live_XM[..., None]).reshape(X, M * each), count)
+    tokens, logp = (jnp.take_along_axis(x.reshape(X, M * each), at, 1) for x in (tokens, logp))
     return best, at // each, tokens.astype(jnp.int32), logp
 
 
@@ -169,19 +203,25 @@ def _sample(
     """
     X, M, T = rows, o.num_return_sequences, o.max_length
     lane = jnp.broadcast_to(jnp.arange(M), (X, M))
+    rules = has_rules(o) or tree is not None
 
-    def choose(state: tuple, logits: jax.Array, read: Read | None, only: bool) -> tuple:
+    def choose(state: tuple, logits: Scores, read: Read | None, only: bool) -> tuple:
         t, sequences, scores, kept, done, node, key = state
-        logits = jnp.broadcast_to(logits, (X, M, logits.shape[-1])).astype(jnp.float32)
-        ruled = constrain(o, logits, sequences, t, tree, node)
         key, now = jax.random.split(key)
-        choice = jax.random.categorical(now, warp(o, ruled, 1), axis=-1) if o.do_sample else ruled.argmax(-1)
-        token = jnp.where(done, o.pad_id, choice.astype(jnp.int32))
-        said = jnp.take_along_axis(ruled, choice[..., None], -1)[..., 0]
-        logp = said if normalised else said - jax.nn.logsumexp(ruled, axis=-1)
+        if not rules:  # one lane
+            logp, _, choice, own = best_of(logits, jnp.zeros((X, 1)), 1, normalised)
+            token = jnp.where(done, o.pad_id, choice)
+        else:
+            logits = logits.logs() if isinstance(logits, Mixture) else logits
+            logits = jnp.broadcast_to(logits, (X, M, logits.shape[-1])).astype(jnp.float32)
+            ruled = constrain(o, logits, sequences, t, tree, node)
+            choice = jax.random.categorical(now, warp(o, ruled, 1), axis=-1) if o.do_sample else ruled.argmax(-1)
+            token = jnp.where(done, o.pad_id, choice.astype(jnp.int32))
+            said = jnp.take_along_axis(ruled, choice[..., None], -1)[..., 0]
+            logp = said if normalised else said - jax.nn.logsumexp(ruled, axis=-1)
+            own = picked(logits if normalised else jax.nn.log_softmax(logits), lane, token)
         scores = scores + jnp.where(done, 0.0, logp)
         if read is not None:
-            own = picked(logits if normalised else jax.nn.log_softmax(logits), lane, token)
             kept = _keep(kept, t, read(jnp.zeros_like(lane) if only else lane, token, own))
         node = _walk(tree, o, node, token, t)
         return t + 1, sequences.at[:, :, t].set(token), scores, kept, done | (token == o.eos_id), node, key
@@ -222,12 +262,12 @@ def _beam_search(
     def less(scores: jax.Array, where: jax.Array) -> jax.Array:
         return scores + jnp.where(where, NEVER, 0.0)
 
-    def choose(s: _Beams, logits: jax.Array, cache: Cache, read: Read | None, only: bool) -> _Beams:
+    def choose(s: _Beams, logits: Scores, cache: Cache, read: Read | None, only: bool) -> _Beams:
         t, (key, now) = s.t, jax.random.split(s.key)
-        logits = logits.astype(jnp.float32)
         if not rules:
             scores, beam, token, said = best_of(logits, s.live_scores, 2 * M, normalised)
         else:
+            logits = (logits.logs() if isinstance(logits, Mixture) else logits).astype(jnp.float32)
             own = jnp.broadcast_to(logits if normalised else jax.nn.log_softmax(logits), (X, M, logits.shape[-1]))
             logp = constrain(o, own, s.live, t, tree, s.node)
             if o.do_sample:  # without replacement (Kool et al. 2019)
@@ -316,6 +356,7 @@ def score_sequences(step: Step, cache: Cache, sequences_XMT: jax.Array) -> jax.A
 
     def one(cache: Cache, t: jax.Array) -> tuple[Cache, jax.Array]:
         logits, cache, _ = step(sequences_XMT[:, :, t], cache)
+        logits = logits.logs() if isinstance(logits, Mixture) else logits
         logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         return cache, jnp.take_along_axis(logp, sequences_XMT[:, :, t + 1, None], -1)[..., 0]
 

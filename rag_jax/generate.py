@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rag_jax import decoding
+from rag_jax import decoding, sharding
 from rag_jax.decoding import Options, PrefixTree
 from rag_jax.models.layers import KeyValues, Tree
 from rag_jax.objectives import vocabulary_norm
@@ -103,33 +103,56 @@ def contexts(reader: Reader, hidden: Any, mask_BKL: jax.Array) -> Contexts:
     return Contexts(reader("cross", rows(hidden)), rows(mask_BKL))
 
 
+class Head(NamedTuple):
+    """The generator's output layer as RAG-Token's steps use it: kernel [V', D], padded to whole blocks of the
+    vocabulary; exp(bias - most) [V'], 0 for padding; most, the highest bias; and what the products are multiplied by.
+    """
+
+    kernel_VD: jax.Array
+    weight_V: jax.Array
+    most: jax.Array
+    scale: float
+
+    @classmethod
+    def of(cls, layer: tuple[jax.Array, jax.Array], scale: float, dtype: Any) -> "Head":
+        kernel_VD, bias_V = layer
+        padding = (0, -len(bias_V) % decoding.BLOCK)
+        whole = jnp.pad(sharding.gathered(kernel_VD, ("vocab", "embed"), dtype), (padding, (0, 0)))
+        return cls(whole, jnp.pad(jnp.exp(bias_V - bias_V.max()), padding), bias_V.max(), scale)
+
+
 def marginal(logits_XKNV: jax.Array, weight_XKN: jax.Array) -> jax.Array:
     """logsumexp over K of logits + weight [X, N, V], a document at a time.
 
     As one sum over the axis K, XLA makes several passes of it on a CPU, seven times slower.
     """
     terms = [logits_XKNV[:, k] + weight_XKN[:, k, :, None] for k in range(logits_XKNV.shape[1])]
-    most = reduce(jnp.maximum, terms)
+    most = jnp.maximum(reduce(jnp.maximum, terms), jnp.finfo(jnp.float32).min)  # -inf under all documents stays so
     return most + jnp.log(sum(jnp.exp(term - most) for term in terms))
 
 
-def mixed(logits_XKNV: jax.Array, prior_XK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log p(y_t|x,y_<t) [X, N, V], RAG-Token's sum over the documents, and the logsumexp of the logits [X, K, N].
+def mixed(
+    products_XKNV: jax.Array, head: Head, prior_XK: jax.Array, logits: Callable[[], jax.Array]
+) -> tuple[decoding.Mixture, jax.Array]:
+    """p(y_t|x,y_<t), RAG-Token's sum over the documents, and the logsumexp of the logits [X, K, N].
 
-    One exponential of every logit serves both, unless something is less likely than float32 can tell from such a sum.
+    products: of the states with the head's kernel, [X, K, N, V']; logits: makes the logits [X, K, N, V] anew. One
+    exponential of every product serves all. The bias is a factor of it, which spares a CPU a pass through memory, and
+    nothing needs the products later, so that it can take their place there.
     """
-    most_XKN = logits_XKNV.max(-1)
-    exp_XKNV = jnp.exp(logits_XKNV - most_XKN[..., None])
-    sum_XKN = exp_XKNV.sum(-1)
-    norm_XKN = most_XKN + jnp.log(sum_XKN)
-    share_XKN = jnp.exp(prior_XK)[..., None] / sum_XKN
+
+    def norm() -> jax.Array:
+        return jax.nn.logsumexp(logits(), axis=-1)
+
+    most_XKN = products_XKNV.max(-1)
+    exp_XKNV = jnp.exp((products_XKNV - most_XKN[..., None]) * head.scale)
+    sum_XKN = exp_XKNV @ head.weight_V
+    # less only where the likeliest by the products are far below the highest bias: then terms may be lost
+    whole_XKN = sum_XKN >= 1e-6
+    norm_XKN = jax.lax.cond(whole_XKN.all(), lambda: most_XKN * head.scale + jnp.log(sum_XKN) + head.most, norm)
+    share_XKN = jnp.where(whole_XKN, jnp.exp(prior_XK)[..., None] / sum_XKN, jnp.nan)
     p_XNV = reduce(jnp.add, [exp_XKNV[:, k] * share_XKN[:, k, :, None] for k in range(prior_XK.shape[1])])
-    logp_XNV = jax.lax.cond(
-        (p_XNV.min(-1) < 1e-30).any(),
-        lambda: marginal(logits_XKNV, prior_XK[..., None] - norm_XKN),
-        lambda: jnp.log(p_XNV),
-    )
-    return logp_XNV, norm_XKN
+    return decoding.Mixture(p_XNV * head.weight_V, lambda: marginal(logits(), prior_XK[..., None] - norm())), norm_XKN
 
 
 def search(
@@ -147,7 +170,7 @@ def search(
     X, K = (R, 1) if prior_BK is None else prior_BK.shape
     slots = (T - 1) * M
 
-    def step(tokens_XN: jax.Array, cache: Lanes) -> tuple[jax.Array, Lanes, decoding.Read]:
+    def step(tokens_XN: jax.Array, cache: Lanes) -> tuple[decoding.Scores, Lanes, decoding.Read]:
         N, t = tokens_XN.shape[1], cache.t  # N is 1 or M
         ancestor_XMT = cache.ancestor_XMT.at[:, :, t].set(jnp.arange(M) if N == M else 0)
         written = jnp.arange(T - 1)[:, None] <= t
@@ -155,24 +178,26 @@ def search(
         visible_RNS = jnp.repeat(visible_XNTM.reshape(X, N, slots), K, axis=0)
         stands = Tree(jnp.broadcast_to(t, (1, N)), jnp.arange(slots)[None] // M, visible_RNS)
         ids_RN = jnp.repeat(tokens_XN, K, axis=0)
-        logits_RNV, kv = reader("decode", ids_RN, *source, cache.kv, t * M, tree=stands)
+        hidden_RND, kv = reader("states", ids_RN, *source, cache.kv, t * M, tree=stands)
         moved = Lanes(kv, ancestor_XMT, t + 1)
-        if prior_BK is None:
-            return logits_RNV, moved, lambda beam_XJ, token_XJ, logp_XJ: logp_XJ
-        logits_XKNV = logits_RNV.reshape(X, K, N, -1)
-        scores_XNV, norm_XKN = mixed(logits_XKNV, prior_BK)
+        if prior_BK is None or head is None:
+            return reader("logits", hidden_RND), moved, lambda beam_XJ, token_XJ, logp_XJ: logp_XJ
+        hidden_XKND = documents(hidden_RND, K)
+        products_XKNV = jnp.matmul(hidden_XKND, head.kernel_VD.T, preferred_element_type=jnp.float32)
+        mixture, norm_XKN = mixed(products_XKNV, head, prior_BK, lambda: documents(reader("logits", hidden_RND), K))
 
         def read(beam_XJ: jax.Array, token_XJ: jax.Array, _logp_XJ: jax.Array) -> jax.Array:
-            def one(logits_KNV: jax.Array, norm_KN: jax.Array, beam_J: jax.Array, token_J: jax.Array) -> jax.Array:
-                return (logits_KNV[:, beam_J, token_J] - norm_KN[:, beam_J]).T
+            states_XKJD = jnp.take_along_axis(hidden_XKND, beam_XJ[:, None, :, None], 2)
+            logits_XJK = logits_at(reader, states_XKJD, token_XJ, "xkjd,xjd->xjk")
+            return logits_XJK - jnp.take_along_axis(norm_XKN, beam_XJ[:, None], 2).swapaxes(1, 2)
 
-            return jax.vmap(one)(logits_XKNV, norm_XKN, beam_XJ, token_XJ)
-
-        return scores_XNV, moved, read
+        return mixture, moved, read
 
     def reorder(cache: Lanes, beam_XM: jax.Array) -> Lanes:
         return cache._replace(ancestor_XMT=decoding.take(cache.ancestor_XMT, beam_XM))
 
+    c = reader.module.config
+    head = None if prior_BK is None else Head.of(reader("head"), c.logit_scale, jnp.dtype(c.dtype))
     lanes = jnp.broadcast_to(jnp.arange(M)[:, None], (X, M, T - 1))
     cache = Lanes(reader.module.init_cache(R, slots), lanes, jnp.int32(0))
     return decoding.search(step, cache, X, options, reorder, prior_BK is not None, tree, key)

@@ -277,16 +277,44 @@ def test_candidates_that_cannot_win_are_not_scored(start, returned, monkeypatch)
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0, 300.0])
-def test_the_sum_over_documents_is_exact_for_the_least_likely_token(spread):
-    """Where a single exponential of each logit says 0, too."""
+@pytest.mark.parametrize("bias", ["even", "drawn", "forbids the likeliest"])
+@pytest.mark.parametrize("vocabulary", [50, 1100])
+def test_the_sum_over_documents_is_exact_for_the_least_likely_token(spread, bias, vocabulary):
+    """Where a single exponential of each logit says 0, too; and the best of the sum are the best of its logs."""
     rng = np.random.default_rng(0)
-    logits = rng.normal(0, spread, (2, 3, 4, 50))
-    prior = np.log(oracles.softmax(rng.normal(0, 1, (2, 3))))
+    X, K, M, D, scale = 2, 3, 4, 8, 0.5
+    states = rng.normal(0, 1, (X, K, M, D)).astype(np.float32)
+    kernel = rng.normal(0, spread, (vocabulary, D)).astype(np.float32)
+    bias_V = rng.normal(0, spread * (bias == "drawn"), vocabulary).astype(np.float32)
+    likeliest = (states.astype(np.float64) @ kernel.T).argmax(-1)
+    if bias.startswith("forbids"):
+        bias_V[np.unique(likeliest)] = -np.inf
+    logits = scale * (states.astype(np.float64) @ kernel.T) + bias_V
+    prior = np.log(oracles.softmax(rng.normal(0, 1, (X, K))))
     norm = logits.max(-1) + np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))
     joint = logits - norm[..., None] + prior[..., None, None]
     most = joint.max(1, keepdims=True)
-    wanted = (most + np.log(np.exp(joint - most).sum(1, keepdims=True)))[:, 0]
-    logp, norms = jax.jit(generate.mixed)(jnp.asarray(logits, jnp.float32), jnp.asarray(prior, jnp.float32))
-    assert (spread > 1) == (wanted.min() < np.log(1e-30))
-    np.testing.assert_allclose(logp, wanted, rtol=1e-6, atol=1e-6 * spread + 1e-5)
-    np.testing.assert_allclose(norms, norm, rtol=1e-6, atol=1e-5)
+    with np.errstate(invalid="ignore"):
+        wanted = (most + np.log(np.exp(joint - most).sum(1, keepdims=True)))[:, 0]
+    wanted = np.where(np.isneginf(most[:, 0]), -np.inf, wanted)
+    live = jnp.asarray(rng.normal(0, 1, (X, M)), jnp.float32)
+
+    @jax.jit
+    def found(states, kernel, bias, prior):
+        head = generate.Head.of((kernel, bias), scale, jnp.float32)
+        products = states @ head.kernel_VD.T
+        mixture, norms = generate.mixed(products, head, prior, lambda: scale * (states @ kernel.T) + bias)
+        return mixture.p_XNV, mixture.logs(), norms, decoding.best_of(mixture, live, 8, True)
+
+    p, logs, norms, best = found(states, kernel, bias_V, jnp.asarray(prior, jnp.float32))
+    close = {"rtol": 1e-6, "atol": 2e-6 * spread + 1e-5}
+    np.testing.assert_allclose(logs, wanted, **close)
+    np.testing.assert_allclose(norms, norm, **close)
+    if bias == "even":
+        assert (spread > 1) == (wanted.min() < np.log(decoding.FAINT)) and (p[..., vocabulary:] == 0).all()
+    p, lost = np.asarray(p)[..., :vocabulary], np.isnan(p).any()
+    assert lost == (spread > 1) if bias.startswith("forbids") else not lost or spread > 1
+    sure = (wanted > np.log(decoding.FAINT)) & ~np.isnan(p)
+    np.testing.assert_allclose(np.log(p[sure]), wanted[sure], **close)
+    expected = -np.sort(-(wanted + np.asarray(live)[..., None]).reshape(X, -1))[:, :8]
+    np.testing.assert_allclose(best[0], expected, **close)
