@@ -22,9 +22,9 @@ Read = Callable[[jax.Array, jax.Array, jax.Array], Any]
 
 
 class Mixture(NamedTuple):
-    """Next-token probabilities [X, N, V], NaN where they are not known so, perhaps with padding of probability 0 after
-    the vocabulary; and a function that gives their logs [X, N, V] without it, however small they are. Where only the
-    best matter, only those are logged.
+    """Next-token probabilities [X, N, V], perhaps with padding of probability 0 after the vocabulary, and all of a row
+    NaN where they are not known so; and a function that gives their logs [X, N, V] without padding, however small they
+    are. Where only the best matter, only those are logged.
     """
 
     p_XNV: jax.Array
@@ -98,7 +98,8 @@ def best_of(
     scores_XNV: Scores, live_XM: jax.Array, count: int, normalised: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The `count` best of scores - norm + live: scores, beams, tokens and the same without live [X, count]; of equals
-    the first. The norm is the logsumexp of the scores or, where they are `normalised`, 0. N: M or 1.
+    (of a Mixture, of equal probabilities) the first. The norm is the logsumexp of the scores or, where they are
+    `normalised`, 0. N: M or 1.
 
     First each beam's best, for which neither norm nor live matters, then the best of those. (One top_k over [X, M * V]
     is slower on a CPU, where the reshape keeps XLA from making vectors of what stands before it.)

@@ -105,20 +105,22 @@ def contexts(reader: Reader, hidden: Any, mask_BKL: jax.Array) -> Contexts:
 
 class Head(NamedTuple):
     """The generator's output layer as RAG-Token's steps use it: kernel [V', D], padded to whole blocks of the
-    vocabulary; exp(bias - most) [V'], 0 for padding; most, the highest bias; and what the products are multiplied by.
+    vocabulary, which makes it a copy; exp(bias - most) [V'] in float32, 0 for padding; most, the highest bias; what
+    the products are multiplied by; and V.
     """
 
     kernel_VD: jax.Array
     weight_V: jax.Array
     most: jax.Array
     scale: float
+    size: int
 
     @classmethod
     def of(cls, layer: tuple[jax.Array, jax.Array], scale: float, dtype: Any) -> "Head":
-        kernel_VD, bias_V = layer
+        kernel_VD, bias_V = sharding.gathered(layer[0], ("vocab", "embed"), dtype), layer[1].astype(jnp.float32)
         padding = (0, -len(bias_V) % decoding.BLOCK)
-        whole = jnp.pad(sharding.gathered(kernel_VD, ("vocab", "embed"), dtype), (padding, (0, 0)))
-        return cls(whole, jnp.pad(jnp.exp(bias_V - bias_V.max()), padding), bias_V.max(), scale)
+        whole = jnp.pad(kernel_VD, (padding, (0, 0)), mode="edge")  # zeros could have the highest product
+        return cls(whole, jnp.pad(jnp.exp(bias_V - bias_V.max()), padding), bias_V.max(), scale, len(bias_V))
 
 
 def marginal(logits_XKNV: jax.Array, weight_XKN: jax.Array) -> jax.Array:
@@ -136,23 +138,34 @@ def mixed(
 ) -> tuple[decoding.Mixture, jax.Array]:
     """p(y_t|x,y_<t), RAG-Token's sum over the documents, and the logsumexp of the logits [X, K, N].
 
-    products: of the states with the head's kernel, [X, K, N, V']; logits: makes the logits [X, K, N, V] anew. One
-    exponential of every product serves all. The bias is a factor of it, which spares a CPU a pass through memory, and
-    nothing needs the products later, so that it can take their place there.
+    products: of the states with the head's kernel, [X, K, N, V']; logits: makes the logits [X, K, N, V] anew, where
+    something is less likely than float32 can tell from a sum. Else one exponential of every product serves all. The
+    bias is a factor of it, which spares a CPU a pass through memory, and nothing needs the products later, so that it
+    can take their place there.
     """
-
-    def norm() -> jax.Array:
-        return jax.nn.logsumexp(logits(), axis=-1)
-
     most_XKN = products_XKNV.max(-1)
     exp_XKNV = jnp.exp((products_XKNV - most_XKN[..., None]) * head.scale)
-    sum_XKN = exp_XKNV @ head.weight_V
+    sum_XKN = jnp.matmul(exp_XKNV, head.weight_V, precision="highest")  # a sum, which a TPU shall not round
     # less only where the likeliest by the products are far below the highest bias: then terms may be lost
     whole_XKN = sum_XKN >= 1e-6
-    norm_XKN = jax.lax.cond(whole_XKN.all(), lambda: most_XKN * head.scale + jnp.log(sum_XKN) + head.most, norm)
+    norm_XKN = jax.lax.cond(
+        whole_XKN.all(),
+        lambda: most_XKN * head.scale + jnp.log(sum_XKN) + head.most,
+        lambda: jax.nn.logsumexp(logits(), axis=-1),
+    )
     share_XKN = jnp.where(whole_XKN, jnp.exp(prior_XK)[..., None] / sum_XKN, jnp.nan)
     p_XNV = reduce(jnp.add, [exp_XKNV[:, k] * share_XKN[:, k, :, None] for k in range(prior_XK.shape[1])])
-    return decoding.Mixture(p_XNV * head.weight_V, lambda: marginal(logits(), prior_XK[..., None] - norm())), norm_XKN
+    p_XNV = p_XNV * head.weight_V
+
+    def logs() -> jax.Array:
+        own_XNV = p_XNV[..., : head.size]
+        return jax.lax.cond(
+            (own_XNV >= decoding.FAINT).all(),
+            lambda: jnp.log(own_XNV),
+            lambda: marginal(logits(), prior_XK[..., None] - norm_XKN),
+        )
+
+    return decoding.Mixture(p_XNV, logs), norm_XKN
 
 
 def search(
@@ -189,7 +202,8 @@ def search(
         def read(beam_XJ: jax.Array, token_XJ: jax.Array, _logp_XJ: jax.Array) -> jax.Array:
             states_XKJD = jnp.take_along_axis(hidden_XKND, beam_XJ[:, None, :, None], 2)
             logits_XJK = logits_at(reader, states_XKJD, token_XJ, "xkjd,xjd->xjk")
-            return logits_XJK - jnp.take_along_axis(norm_XKN, beam_XJ[:, None], 2).swapaxes(1, 2)
+            norm_XJK = jnp.take_along_axis(norm_XKN, beam_XJ[:, None], 2).swapaxes(1, 2)
+            return jnp.minimum(logits_XJK - norm_XJK, 0.0)  # the two are not rounded alike
 
         return mixture, moved, read
 
