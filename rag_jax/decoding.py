@@ -58,6 +58,11 @@ def lengths(sequences: jax.Array, eos_id: int) -> jax.Array:
     return jnp.where(ended.any(-1), ended.argmax(-1) + 1, ended.shape[-1])
 
 
+def every(scores: Scores) -> jax.Array:
+    """All scores [X, N, V], float32; of a Mixture the logs."""
+    return (scores.logs() if isinstance(scores, Mixture) else scores).astype(jnp.float32)
+
+
 def take(x: jax.Array, beam_XN: jax.Array) -> jax.Array:
     """x [X, M, ...] of these beams [X, N, ...]."""
     return jax.vmap(lambda one, beams: one[beams])(x, beam_XN)
@@ -112,7 +117,7 @@ def best_of(
             lambda: _best_of_beams(jnp.log(p), tokens, live_XM, count),
             lambda: best_of(logs(), live_XM, count, True),
         )
-    scores_XNV = scores_XNV.astype(jnp.float32)
+    scores_XNV = every(scores_XNV)
     scores, tokens, most_XNY = _highest(scores_XNV, min(count, scores_XNV.shape[-1]))
     if not normalised:
         most_XN1 = most_XNY.max(-1, keepdims=True)
@@ -213,8 +218,8 @@ def _sample(
             logp, _, choice, own = best_of(logits, jnp.zeros((X, 1)), 1, normalised)
             token = jnp.where(done, o.pad_id, choice)
         else:
-            logits = logits.logs() if isinstance(logits, Mixture) else logits
-            logits = jnp.broadcast_to(logits, (X, M, logits.shape[-1])).astype(jnp.float32)
+            logits = every(logits)
+            logits = jnp.broadcast_to(logits, (X, M, logits.shape[-1]))
             ruled = constrain(o, logits, sequences, t, tree, node)
             choice = jax.random.categorical(now, warp(o, ruled, 1), axis=-1) if o.do_sample else ruled.argmax(-1)
             token = jnp.where(done, o.pad_id, choice.astype(jnp.int32))
@@ -268,7 +273,7 @@ def _beam_search(
         if not rules:
             scores, beam, token, said = best_of(logits, s.live_scores, 2 * M, normalised)
         else:
-            logits = (logits.logs() if isinstance(logits, Mixture) else logits).astype(jnp.float32)
+            logits = every(logits)
             own = jnp.broadcast_to(logits if normalised else jax.nn.log_softmax(logits), (X, M, logits.shape[-1]))
             logp = constrain(o, own, s.live, t, tree, s.node)
             if o.do_sample:  # without replacement (Kool et al. 2019)
@@ -357,8 +362,7 @@ def score_sequences(step: Step, cache: Cache, sequences_XMT: jax.Array) -> jax.A
 
     def one(cache: Cache, t: jax.Array) -> tuple[Cache, jax.Array]:
         logits, cache, _ = step(sequences_XMT[:, :, t], cache)
-        logits = logits.logs() if isinstance(logits, Mixture) else logits
-        logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        logp = jax.nn.log_softmax(every(logits), axis=-1)
         return cache, jnp.take_along_axis(logp, sequences_XMT[:, :, t + 1, None], -1)[..., 0]
 
     _, logp = jax.lax.scan(one, cache, jnp.arange(T - 1))
