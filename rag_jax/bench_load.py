@@ -32,6 +32,7 @@ class Load:
     questions B, each of `question` tokens; K = `docs` passages of `passages` in all; joined inputs of L = `source`
     tokens, targets of T = `target`. A BERT question encoder, whose context encoder is frozen and elsewhere, as in the
     paper, and a BART; encoder_*: of the BERT. dropout: of both; attention_dropout: of the BART alone, as BERT has one.
+    logit_chunk: see StageConfig; by default the logits are kept, as transformers keeps them.
     """
 
     questions: int = 8
@@ -58,7 +59,7 @@ class Load:
     remat: Remat = "none"
     accumulate: int = 1
     doc_chunk: int = 0
-    logit_chunk: int = StageConfig.logit_chunk
+    logit_chunk: int = 0
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     moments: Literal["float32", "bfloat16", "int8"] = "float32"
 

@@ -195,8 +195,9 @@ def chosen(args: argparse.Namespace) -> Load:
     """The load with what the options change; InputError where that does not fit together."""
     changes = {f.name: value for f in dataclasses.fields(Load) if (value := getattr(args, f.name)) is not None}
     for name, value in (*changes.items(), ("repeats", args.repeats)):
-        if isinstance(value, int) and value < (name != "doc_chunk"):
-            raise InputError(f"--{name.replace('_', '-')} {value}: at least {int(name != 'doc_chunk')}")
+        least = int(name not in ("doc_chunk", "logit_chunk"))
+        if isinstance(value, int) and value < least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: at least {least}")
     load = dataclasses.replace(LOADS[args.load], **changes)
     bench_load.check(load)
     return load

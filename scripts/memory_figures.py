@@ -14,8 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SETTINGS = {
-    "nothing": {"logit_chunk": 10**6},
+SAVED = {
     "logits in chunks": {},
     "remat dots": {"remat": "dots"},
     "remat full": {"remat": "full"},
@@ -23,6 +22,10 @@ SETTINGS = {
     "accumulate 4": {"accumulate": 4},
     "remat full, accumulate 4": {"remat": "full", "accumulate": 4},
     "remat full, accumulate 4, adafactor": {"remat": "full", "accumulate": 4, "optimizer": "adafactor"},
+}
+SETTINGS = {
+    "nothing": {"logit_chunk": 0},
+    **{name: {"logit_chunk": 2048, **changes} for name, changes in SAVED.items()},
 }
 
 

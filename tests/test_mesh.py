@@ -58,9 +58,8 @@ def updated(kind, loss, mesh, **changes):
     groups = {"contrastive": ("question_encoder", "context_encoder"), "denoise": ("generator",)}
     groups = groups.get(loss, ("question_encoder", "context_encoder", "generator"))
     optimizer = OptimizerConfig(1.0, "constant", eps=1.0, clip_norm=0.0, groups=dict.fromkeys(groups, 1.0))
-    stage = config.StageConfig(
-        "s", batch=B, n_docs=K, source_length=L, optimizer=optimizer, logit_chunk=20, **(LOSSES[loss] | changes)
-    )
+    changes = {"logit_chunk": 20} | LOSSES[loss] | changes
+    stage = config.StageConfig("s", batch=B, n_docs=K, source_length=L, optimizer=optimizer, **changes)
     rag = Rag(model)
     setting = Setting(rag, stage, mesh, N, (0,))
     batch, passages, embeddings = given(np.random.default_rng(0))
@@ -106,8 +105,8 @@ def test_every_mesh_gives_the_same_for_every_generator_and_loss(kind, loss, mesh
     "loss", ["token", *(pytest.param(name, marks=pytest.mark.slow) for name in ("contrastive", "denoise"))]
 )
 def test_a_batch_in_parts_gives_the_same(loss):
-    """Micro-batches, and for the generator a document at a time, over a mesh that cuts everything."""
-    chunk = {"doc_chunk": 1} if loss == "token" else {}
+    """Micro-batches, for the generator a document at a time and all logits kept, over a mesh that cuts everything."""
+    chunk = {"doc_chunk": 1, "logit_chunk": 0} if loss == "token" else {}
     mesh = {"fsdp": 2, "tensor": 2, "data": 2}
     found, expected = updated("bart", loss, tuple(mesh.items()), accumulate=2, **chunk), updated("bart", loss, ())
     exact = {

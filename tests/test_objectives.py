@@ -135,7 +135,9 @@ def test_gradient_in_the_scores_is_prior_minus_posterior(case):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("objective", list(objectives.OBJECTIVES))
-@pytest.mark.parametrize(("chunk", "parts", "shards"), [(3, 1, 1), (4, 2, 3), (1, 1, 1), (100, 3, 3)])
+@pytest.mark.parametrize(
+    ("chunk", "parts", "shards"), [(3, 1, 1), (4, 2, 3), (1, 1, 1), (100, 3, 3), (0, 1, 1), (0, 2, 3)]
+)
 def test_a_chunk_of_the_vocabulary_at_a_time_gives_the_same_and_so_does_its_gradient(
     objective, smoothing, chunk, parts, shards
 ):
