@@ -47,7 +47,7 @@ def compare(tokens: int, wide: int, out: int, rounds: int) -> dict[str, list[flo
     x, w, g = (rng.normal(size=s).astype(np.float32) for s in ((tokens, wide), (wide, out), (tokens, out)))
     here, there = [jnp.asarray(a) for a in (x, w, g)], [torch.tensor(a) for a in (x, w, g)]
     products = (lambda x, w, g: x @ w), (lambda x, w, g: g @ w.T), (lambda x, w, g: x.T @ g)
-    calls = {}
+    calls: dict[str, Callable[[int], Any]] = {}
     for number, product in enumerate(products):
         calls[f"xla {number}"] = partial(several, jax.jit(product), here)
         calls[f"torch {number}"] = partial(several, product, there)
