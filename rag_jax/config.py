@@ -49,7 +49,7 @@ class StageConfig:
     accumulate: the batch goes through the model in so many parts, one after another; the update is the same.
     doc_chunk: so many of the n_docs are read at a time, 0 for all. logit_chunk: so much of the vocabulary has logits at
     a time, and the gradient makes them anew; 0: all of them are made once and kept, 4 bytes each of batch * n_docs *
-    target length * vocabulary, which takes a quarter off the output layer's time.
+    target length * vocabulary, for a quarter less work in the output layer.
     """
 
     name: str
@@ -206,8 +206,10 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
     where = f"stage {stage.name}: "
     for name in ("steps", "batch", "n_docs", "accumulate"):
         at_least(1, where + name, getattr(stage, name))
-    names = "hard_negatives", "window", "n_retrieved", "drift_every", "questions", "source_length"
-    for name in (*names, "doc_chunk", "logit_chunk"):
+    for name in (
+        "hard_negatives", "window", "n_retrieved", "drift_every", "questions", "source_length", "doc_chunk",
+        "logit_chunk",
+    ):  # fmt: skip
         at_least(0, where + name, getattr(stage, name))
     reads = stage.objective == "rag" and stage.documents == "gold"
     retrieves = stage.objective == "rag" and stage.documents == "retrieved"

@@ -91,30 +91,33 @@ class _Chunks(NamedTuple):
     def at(self, number: jax.Array | int) -> jax.Array:
         return jnp.minimum(number * self.size, self.bias_PV.shape[1] - self.size)
 
-    def rows(self, number: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """Of a chunk: the kernel's rows [P, v, D], and their bias [P, v], -inf where the chunk before had them."""
+    def rows(self, number: jax.Array | int, dtype: Any) -> jax.Array:
+        """The kernel's rows of a chunk [P, v, D]."""
+        return jax.lax.dynamic_slice_in_dim(self.kernel_PVD, self.at(number), self.size, 1).astype(dtype)
+
+    def bias(self, number: jax.Array | int) -> jax.Array:
+        """Their bias [P, v], -inf where the chunk before had them."""
         start = self.at(number)
-        bias = jax.lax.dynamic_slice_in_dim(self.bias_PV, start, self.size, 1)
         new = jnp.arange(self.size) + start >= number * self.size
-        return jax.lax.dynamic_slice_in_dim(self.kernel_PVD, start, self.size, 1), jnp.where(new, bias, -jnp.inf)
+        return jnp.where(new, jax.lax.dynamic_slice_in_dim(self.bias_PV, start, self.size, 1), -jnp.inf)
 
     def logits(self, hidden: jax.Array, number: jax.Array) -> jax.Array:
         """Logits [..., P, v] of a chunk."""
-        rows, bias = self.rows(number)
-        products = jnp.einsum("...d,pvd->...pv", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return products * self.scale + bias
+        rows = self.rows(number, hidden.dtype)
+        products = jnp.einsum("...d,pvd->...pv", hidden, rows, preferred_element_type=jnp.float32)
+        return products * self.scale + self.bias(number)
 
     def products(self, hidden_SXD: jax.Array, number: jax.Array | int) -> jax.Array:
         """hidden @ kernel^T of a chunk [P, v, S, X]; the vocabulary comes first, see `_gradients`."""
-        return _product(self.rows(number)[0].astype(hidden_SXD.dtype), hidden_SXD, ((2,), (2,)))
+        return _product(self.rows(number, hidden_SXD.dtype), hidden_SXD, ((2,), (2,)))
 
     def biased(self, products_PVSX: jax.Array, number: jax.Array | int) -> jax.Array:
         """The logits that these products make."""
-        return products_PVSX * self.scale + self.rows(number)[1][..., None, None]
+        return products_PVSX * self.scale + self.bias(number)[..., None, None]
 
 
-def _product(one: jax.Array, other: jax.Array, contracted: Any, batch: Any = ((), ())) -> jax.Array:
-    return jax.lax.dot_general(one, other, (contracted, batch), preferred_element_type=jnp.float32)
+def _product(one: jax.Array, other: jax.Array, contracted: Any, batch: Any = ((), ()), **kind: Any) -> jax.Array:
+    return jax.lax.dot_general(one, other, (contracted, batch), preferred_element_type=jnp.float32, **kind)
 
 
 def _norm_forward(
@@ -158,10 +161,10 @@ def _gradients(
 
     def one(found: tuple, number: jax.Array) -> tuple[tuple, None]:
         hidden_DSX, d_kernel_SPVD, d_bias_SPV, total_SX = found
-        rows = chunks.rows(number)[0].astype(hidden.dtype)
+        rows = chunks.rows(number, hidden.dtype)
         products_PVSX = chunks.products(hidden_SXD, number) if kept_PVSX is None else kept_PVSX
         share_PVSX = share_of(chunks.biased(products_PVSX, number))
-        d_bias = _product(share_PVSX, d_SX, ((3,), (1,)), ((2,), (0,)))
+        d_bias = _product(share_PVSX, d_SX, ((3,), (1,)), ((2,), (0,)), precision="highest")  # a sum, as it were
         total_SX = total_SX + share_PVSX.sum((0, 1))
         share_PVSX = share_PVSX.astype(hidden.dtype)
         hidden_DSX = hidden_DSX + _product(rows, share_PVSX, ((0, 1), (0, 1)))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from rag_jax import moments
@@ -82,18 +81,6 @@ def statistics(config: OptimizerConfig) -> optax.GradientTransformation:
     return moments.scale_by_adam(config.b1, config.b2, config.eps, config.moments)
 
 
-def clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """optax's, by one factor for all gradients: optax's choice between g and g / norm is written to memory by a CPU,
-    and read again for each of the moments.
-    """
-
-    def clip(updates: Any, state: Any, _params: Any = None) -> tuple[Any, Any]:
-        factor = jnp.minimum(1.0, most / optax.tree.norm(updates))
-        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
-
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), clip)
-
-
 def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The transformation for the trainable groups. Biases and LayerNorms are not decayed."""
 
@@ -105,7 +92,7 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
         return scaled, _state
 
     return optax.chain(
-        clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         statistics(config),
         optax.add_decayed_weights(config.weight_decay, decays) if config.weight_decay else optax.identity(),
         optax.GradientTransformation(lambda _: optax.EmptyState(), scale_groups),

@@ -2,7 +2,8 @@
 
     python scripts/product_speed.py [--load medium] [--rounds 5]
 
-For every dense layer of the generator: y = x W, the gradient in x, and that in W. Needs the extra `parity`.
+For the dense layers of the generator's encoder and its output layer: y = x W, the gradient in x, and that in W. Needs
+the extra `parity`.
 """
 
 import argparse
