@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_softmax, logsumexp
 
+from rag_jax.products import dot_general, einsum
+
 Prior = Literal["paper", "hf_compat"]
 
 
@@ -104,7 +106,7 @@ class _Chunks(NamedTuple):
     def logits(self, hidden: jax.Array, number: jax.Array) -> jax.Array:
         """Logits [..., P, v] of a chunk."""
         rows = self.rows(number, hidden.dtype)
-        products = jnp.einsum("...d,pvd->...pv", hidden, rows, preferred_element_type=jnp.float32)
+        products = einsum("...d,pvd->...pv", hidden, rows, preferred_element_type=jnp.float32)
         return products * self.scale + self.bias(number)
 
     def products(self, hidden_SXD: jax.Array, number: jax.Array | int) -> jax.Array:
@@ -117,7 +119,7 @@ class _Chunks(NamedTuple):
 
 
 def _product(one: jax.Array, other: jax.Array, contracted: Any, batch: Any = ((), ()), **kind: Any) -> jax.Array:
-    return jax.lax.dot_general(one, other, (contracted, batch), preferred_element_type=jnp.float32, **kind)
+    return dot_general(one, other, (contracted, batch), preferred_element_type=jnp.float32, **kind)
 
 
 def _norm_forward(

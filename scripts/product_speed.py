@@ -1,9 +1,10 @@
-"""The float32 matrix products of a training step by themselves: XLA beside torch (oneDNN or MKL on a CPU), in turn.
+"""The matrix products of a training step by themselves: as jax.numpy has them, as `rag_jax.products` has them, and in
+torch (oneDNN or MKL on a CPU), in turn.
 
-    python scripts/product_speed.py [--load medium] [--rounds 5]
+    python scripts/product_speed.py [--load medium] [--dtype bfloat16] [--rounds 5]
 
-For the dense layers of the generator's encoder and its output layer: y = x W, the gradient in x, and that in W. Needs
-the extra `parity`.
+For the dense layers of the generator's encoder and its output layer: y = x W, the gradient in x, and that in W. In
+float32 the first two are the same, and the second is left out. Needs the extra `parity`.
 """
 
 import argparse
@@ -19,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from rag_jax import heap
+from rag_jax import heap, products
 from rag_jax.bench_limits import in_turn
-from rag_jax.bench_load import LOADS, Load
+from rag_jax.bench_load import DTYPES, LOADS, Load
 
 CALLS = 8  # in one turn
 
@@ -42,32 +43,43 @@ def several(product: Callable[..., Any], given: list[Any], _round: int) -> None:
         jax.block_until_ready(product(*given))
 
 
-def compare(tokens: int, wide: int, out: int, rounds: int) -> dict[str, list[float]]:
-    """GFLOP/s of XLA and of torch: y, the gradient in x, that in W."""
+PLAIN = (lambda x, w, g: x @ w), (lambda x, w, g: g @ w.T), (lambda x, w, g: x.T @ g)
+OURS = (
+    lambda x, w, g: products.matmul(x, w),
+    lambda x, w, g: jax.vjp(products.matmul, x, w)[1](g)[0],
+    lambda x, w, g: jax.vjp(products.matmul, x, w)[1](g)[1],
+)
+
+
+def compare(tokens: int, wide: int, out: int, dtype: str, rounds: int) -> dict[str, list[float]]:
+    """GFLOP/s of each side: y, the gradient in x, that in W."""
     rng = np.random.default_rng(0)
-    x, w, g = (rng.normal(size=s).astype(np.float32) for s in ((tokens, wide), (wide, out), (tokens, out)))
-    here, there = [jnp.asarray(a) for a in (x, w, g)], [torch.tensor(a) for a in (x, w, g)]
-    products = (lambda x, w, g: x @ w), (lambda x, w, g: g @ w.T), (lambda x, w, g: x.T @ g)
+    arrays = [rng.normal(size=s).astype(np.float32) for s in ((tokens, wide), (wide, out), (tokens, out))]
+    here = [jnp.asarray(a, dtype) for a in arrays]
+    there = [torch.tensor(a, dtype=getattr(torch, dtype)) for a in arrays]
     calls: dict[str, Callable[[int], Any]] = {}
-    for number, product in enumerate(products):
-        calls[f"xla {number}"] = partial(several, jax.jit(product), here)
-        calls[f"torch {number}"] = partial(several, product, there)
+    for number, (plain, ours) in enumerate(zip(PLAIN, OURS, strict=True)):
+        calls[f"jax.numpy {number}"] = partial(several, jax.jit(plain), here)
+        if dtype != "float32":
+            calls[f"rag_jax {number}"] = partial(several, jax.jit(ours), here)
+        calls[f"torch {number}"] = partial(several, plain, there)
     seconds, _ = in_turn(calls, rounds, f"{tokens} x {wide} x {out}")
-    done = 2 * tokens * wide * out * CALLS / 1e9
-    return {
-        side: [done / statistics.median(seconds[f"{side} {n}"][1:]) for n in range(len(products))]
-        for side in ("xla", "torch")
-    }
+    found: dict[str, list[float]] = {}
+    for name, times in seconds.items():
+        rate = 2 * tokens * wide * out * CALLS / 1e9 / statistics.median(times[1:])
+        found.setdefault(name.split()[0], []).append(rate)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", choices=tuple(LOADS), default="medium")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     print(f"{'GFLOP/s':<22}{'':<20}" + "".join(f"{side:>20}" for side in ("y", "gradient in x", "gradient in W")))
     for name, sizes in shapes(LOADS[args.load]).items():
-        found = compare(*sizes, args.rounds)
+        found = compare(*sizes, args.dtype, args.rounds)
         for side, rates in found.items():
             print(f"{name:<22}{side:<20}" + "".join(f"{rate:>20.0f}" for rate in rates), flush=True)
         print(json.dumps({"layer": name, "shape": sizes, **found}), flush=True)

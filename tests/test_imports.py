@@ -15,7 +15,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_jax"
 LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors", "places"],
-    ["objectives", "decoding_rules", "metrics", "logs", "sharding", "files", "moments", "schedule"],
+    ["sharding"],
+    ["products"],
+    ["objectives", "decoding_rules", "metrics", "logs", "files", "moments", "schedule"],
     ["checksums", "distributed", "preemption", "counting", "hardware", "hlo", "heap", "answer_config"],
     ["decoding", "checkpoint", "optimizer", "plots", "plots_evaluation", "tensors"],
     ["models"],
@@ -58,9 +60,11 @@ RETRIEVAL = [
     "data.joining",
 ]
 ONLY = {
-    **{name: [] for name in [*LEVELS[2], *LEVELS[3]]},
+    **{name: [] for level in LEVELS[2:6] for name in level},
+    "products": ["sharding"],
+    "objectives": ["products"],
     "metrics": ["metrics"],
-    "models": ["models", "places", "sharding"],
+    "models": ["models", "places", "products", "sharding"],
     "moments": ["places"],
     "checksums": ["places"],
     "distributed": ["logs"],

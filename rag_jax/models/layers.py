@@ -12,9 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from rag_jax import places, sharding
+from rag_jax import places, products, sharding
 
 Init = Literal["hf", "copy", "lexical"]
 NormPlacement = Literal["post", "pre"]
@@ -182,16 +181,16 @@ def _parts(x_BHTL: jax.Array, values: list[jax.Array]) -> list[jax.Array]:
     return jnp.split(x_BHTL, ends[:-1], axis=-1) if len(values) > 1 else [x_BHTL]
 
 
-def _products(products: str, x_BHTC: jax.Array, sources: list[jax.Array], **kind: Any) -> jax.Array:
-    """What `products` (of einsum) makes of x and every source [B, H, T, L]."""
-    found = [jnp.einsum(products, x_BHTC, source, **kind) for source in sources]
+def _products(equation: str, x_BHTC: jax.Array, sources: list[jax.Array], **kind: Any) -> jax.Array:
+    """What `equation` (of einsum) makes of x and every source [B, H, T, L]."""
+    found = [products.einsum(equation, x_BHTC, source, **kind) for source in sources]
     return jnp.concatenate(found, axis=-1) if len(found) > 1 else found[0]
 
 
 def _mix(sums: str, weights: list[jax.Array], sources: list[jax.Array]) -> jax.Array:
     """Weighted sums of the sources [B, H, T, C]."""
     pairs = zip(weights, sources, strict=True)
-    return reduce(jnp.add, [jnp.einsum(sums, weight, source) for weight, source in pairs])
+    return reduce(jnp.add, [products.einsum(sums, weight, source) for weight, source in pairs])
 
 
 def _weights(
@@ -235,10 +234,7 @@ def _each(weights_BHTL: jax.Array, x_BHTC: jax.Array) -> jax.Array:
     """The sums over T [B, H, L, C]. On a CPU the weights are turned over first: XLA's fast products there do not take
     them as they stand, and the others need twice as long.
     """
-    turned_BHLT = weights_BHTL.swapaxes(2, 3)
-    if sharding.platform() == "cpu":
-        turned_BHLT = with_layout_constraint(turned_BHLT, Layout(major_to_minor=(0, 1, 2, 3)))
-    return jnp.einsum("bhlt,bhtc->bhlc", turned_BHLT, x_BHTC)
+    return products.einsum("bhlt,bhtc->bhlc", products.in_rows(weights_BHTL.swapaxes(2, 3)), x_BHTC)
 
 
 def _attend_backward(rate: float, saved: tuple, d_out: jax.Array) -> tuple:
@@ -338,7 +334,11 @@ class Dense(nn.Module):
         kernel = sharding.gathered(kernel, self.names, self.dtype)
         # the kernel's gradient is a sum over one axis then: a CPU has a faster product for it, a TPU would copy x
         flat = x.reshape(-1, x.shape[-1]) if sharding.platform() == "cpu" else x
-        y = jnp.matmul(flat.astype(self.dtype), kernel, preferred_element_type=self.out)
+        flat = flat.astype(self.dtype)
+        if self.out is None and products.narrow(flat):
+            y = products.matmul(flat, kernel)
+        else:
+            y = jnp.matmul(flat, kernel, preferred_element_type=self.out)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.names[1:])
             y = y + sharding.gathered(self.param("bias", zeros, shape[1:]), self.names[1:], self.dtype)
