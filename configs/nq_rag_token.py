@@ -6,7 +6,7 @@ marginalisation:
     rag-jax train --config configs/nq_rag_token.py --run runs/nq_rag_token
     rag-jax evaluate runs/nq_rag_token --decoding configs/decoding.py:paper_token
 
-Before any chip is paid for (needs libtpu, no TPU; 11 minutes):
+Before any chip is paid for (needs libtpu, no TPU; four minutes):
 
     rag-jax compile --config configs/nq_rag_token.py --topology v5e:16x16 --passages 21015300 \\
         --set stages.joint.batch=256 --set mesh.data=-1 --set mesh.fsdp=8 --effort -1 --stage joint

@@ -169,11 +169,10 @@ def test_fewer_candidates_than_beams():
     model = rag()
     params = drawn(model)
     found = answers(model, params, candidates=1, num_return_sequences=K)
+    alone = jax.jit(partial(model.generate, num_beams=3, max_length=T, candidates=1))
     best = set()
     for k in range(K):
-        own = jax.jit(partial(model.generate, num_beams=3, max_length=T, candidates=1))(
-            params, IDS[:, k : k + 1], MASK[:, k : k + 1], SCORES[:, k : k + 1]
-        )
+        own = alone(params, IDS[:, k : k + 1], MASK[:, k : k + 1], SCORES[:, k : k + 1])
         best |= {(b, *map(int, own.sequences[b])) for b in range(B)}
     real = np.asarray(found.scores) > -np.inf
     assert {(b, *map(int, found.sequences[b, n])) for b in range(B) for n in range(K) if real[b, n]} == best

@@ -84,6 +84,7 @@ def test_killed_and_resumed_is_uninterrupted(mode, tiny_data, tiny_run, tmp_path
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_resumed_within_a_background_build(tiny_data, tiny_run, tmp_path):
     """The checkpoint of step 10 was taken while a build was under way; going on from it ends as if never stopped."""
     said = [*words("background", tiny_run), "--set", "stages.joint.refresh=background+4:5"]
