@@ -19,8 +19,10 @@ Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...
 
 
 def in_rows(x: jax.Array) -> jax.Array:
-    """x, on a CPU written to memory row after row in the order of its axes."""
-    if sharding.platform() != "cpu":
+    """x, on one CPU device written to memory row after row in the order of its axes. Where several share the work the
+    compiler chooses: it does not cut an array whose layout is laid down, but gathers all of it on every device.
+    """
+    if sharding.platform() != "cpu" or sharding.shared():
         return x
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 

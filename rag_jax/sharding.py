@@ -137,6 +137,11 @@ def _current() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
+def shared() -> bool:
+    """Whether the compiler cuts the program that is being traced over several devices."""
+    return _current() is not None
+
+
 def platform(mesh: Mesh | None = None) -> str:
     """What the program that is being traced will run on: the devices of the mesh, or of that of `on`, else those that
     are here. Not always these, when it is compiled ahead of time.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax import objectives, products
+from rag_jax import objectives, products, sharding
 from rag_jax.models import layers
 
 SIZES = {"b": 2, "h": 3, "t": 5, "c": 8, "l": 7}
@@ -125,3 +125,27 @@ def test_products_of_the_vocabulary_are_the_fast_ones(chunk: int) -> None:
 
     found = multiplied(jax.grad(loss, argnums=(0, 1)), hidden, kernel)
     assert [product for product in found if product.operand == "bf16"] == (4 if chunk else 3) * [FAST]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_devices_that_share_a_batch_send_each_other_none_of_it(dtype: str) -> None:
+    """The compiler does not cut an array whose layout is laid down: it would put all of it on every device."""
+    B, H, T, C, L = 8, 2, 4, 8, 6
+    mesh = sharding.make_mesh({"data": 8})
+    shapes = ((B, H, T, C), (B, H, C, L), (B, H, L, C))
+    query, key, value = (
+        jax.device_put(drawn(*shape, dtype=dtype), sharding.sharding(mesh, ["batch", None, None, None]))
+        for shape in shapes
+    )
+    layer = nn.Sequential([layers.Dense(16, ("embed", "mlp"), dtype=jnp.dtype(dtype))])
+    params = layer.init(jax.random.key(0), query)
+
+    def loss(params: Any, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        seen = layers.attention(query, [(key, value)], jnp.ones((B, 1, T, L), bool))
+        return jnp.square(layer.apply(params, seen).astype(jnp.float32)).sum()
+
+    with sharding.on(mesh):
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(params, query, key, value).compile()
+    text = compiled.as_text()
+    assert "all-reduce" in text  # of the layer's parameters
+    assert "all-gather" not in text
