@@ -2,7 +2,8 @@
 
 XLA has a fast product there, whose result is float32 and whose operands lie in memory row after row. With a bfloat16
 result, or an operand turned over, it multiplies in float32, three to eight times as slowly (jax 0.10.2;
-`scripts/product_speed.py --dtype bfloat16`). On other devices, and in float32, nothing here changes anything.
+`scripts/product_speed.py --dtype bfloat16`). On other devices nothing here changes anything, nor do its
+products in float32.
 """
 
 from functools import partial
@@ -56,7 +57,7 @@ def dot_general(
     y = ordered(y, [*shared_y, *summed_y, *free_y])
     shared, summed = range(len(shared_x)), len(summed_x)
     dimensions = (tuple(range(x.ndim - summed, x.ndim)), tuple(range(len(shared), len(shared) + summed)))
-    product = jax.lax.dot_general(x, y, (dimensions, (shared, shared)), preferred_element_type=jnp.float32)
+    product = jax.lax.dot_general(x, y, (dimensions, (shared, shared)), precision, jnp.float32, **kind)
     return product.astype(preferred_element_type or x.dtype)
 
 

@@ -48,14 +48,14 @@ def multiplied(function: Callable[..., jax.Array], *given: Any) -> list[Product]
         text,
     )
     assert len(found) == text.count("stablehlo.dot_general")
-    products = []
+    kinds = []
     for *axes, operand, result in found:
         shared, left, right = ([int(n) for n in word.split(",") if n.strip()] for word in axes)
         *sizes, kind = operand.split("x")
         first, last = len(shared), len(sizes) - len(left)
         in_order = left == [*range(last, len(sizes))] and right == [*range(first, first + len(right))]
-        products.append(Product(kind, result.split("x")[-1], in_order))
-    return products
+        kinds.append(Product(kind, result.split("x")[-1], in_order))
+    return kinds
 
 
 @pytest.mark.parametrize("equation", EQUATIONS)
