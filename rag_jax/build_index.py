@@ -24,27 +24,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus", type=Path, help="corpus tokenised as the run's corpus was (of a job: if it was moved)"
     )
-    parser.add_argument("--out", type=Path, help="the index directory to make")
+    parser.add_argument("--out", type=Path, required=True, help="the index directory to make")
     parser.add_argument("--dtype", choices=list(shards.DTYPES), help="as stored, of a run (default float32)")
     parser.add_argument("--update", type=Path, metavar="INDEX", help="embed only the rows that this one does not have")
     parser.add_argument("--run", type=Path, metavar="RUN", help="with --update: the run that INDEX was made with")
     parser.add_argument("--overwrite", action="store_true", help="replace an index that is there")
-    parser.add_argument("--verify", type=Path, metavar="INDEX", help="make nothing, read every file of this one")
     parser.epilog = (
         "examples:\n"
         "  rag-jax index runs/world --corpus data/edited-corpus --out data/edited-index\n"
         "  rag-jax index runs/wiki/embeddings --out indexes/wiki      (after rag-jax encode; the files are shared)\n"
-        "  rag-jax index --update indexes/wiki --run runs/wiki --corpus corpora/monday --out indexes/monday\n"
-        "  rag-jax index --verify indexes/wiki"
+        "  rag-jax index --update indexes/wiki --run runs/wiki --corpus corpora/monday --out indexes/monday"
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.verify is not None:
-        snapshot = index.open_snapshot(args.verify, verify=True)
-        return {"index": str(args.verify), "whole": True, **asdict(snapshot.manifest), "hash": snapshot.hash}
-    if args.out is None:
-        raise InputError("--out DIR says where the index is made")
     if args.dtype and (args.update is not None or (args.source and encode_job.is_job(args.source))):
         raise InputError("--dtype is that of the job or of the older index; it is chosen when a run embeds")
     if args.update is not None:

@@ -24,7 +24,8 @@ from rag_jax.errors import InputError
 logging.getLogger("absl").addFilter(lambda record: "Waiting for previous save" not in record.getMessage())
 
 Tree = Any
-KIND, VERSION = "parameters", 2
+KIND, VERSION, OLDEST = "parameters", 3, 2  # version 2 has no checksums of arrays
+AGAIN = "restore the directory, or write the parameters again (rag-jax train, or convert)"
 POSITION_VERSION = 2
 AT_ONCE = 10**8  # bytes of parameters that are read together
 
@@ -170,6 +171,7 @@ def save_params(directory: Path, parts: Iterable[tuple[str, Tree]]) -> None:
     asked for never holds them all.
     """
     described: dict[str, list] = {}
+    sums: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
         temporary, out = Path(), directory.resolve()
         if distributed.first():
@@ -180,9 +182,10 @@ def save_params(directory: Path, parts: Iterable[tuple[str, Tree]]) -> None:
             with _checkpointer(tree) as checkpointer:
                 checkpointer.save(temporary / "arrays" / name, args=ocp.args.PyTreeSave(tree))
             described |= shapes({name: tree})
+            sums |= checksums.of_tree({name: tree})
             del tree
         if distributed.first():
-            files.write_manifest(temporary, KIND, VERSION, {"shapes": described})
+            files.write_manifest(temporary, KIND, VERSION, {"shapes": described, "checksums": sums})
     distributed.barrier("parameters saved")
 
 
@@ -199,17 +202,22 @@ def shapes(params: Tree) -> dict[str, list]:
     return {jax.tree_util.keystr(k): [list(v.shape), str(v.dtype)] for k, v in jax.tree.leaves_with_path(params)}
 
 
-def check_params(directory: Path, like: Tree | None = None) -> None:
-    """InputError where the directory does not hold whole parameters, or not in the shapes of `like`."""
+def check_params(directory: Path, like: Tree | None = None) -> dict[str, Any]:
+    """The manifest of parameters; InputError where the directory does not hold whole ones, or not in the shapes of
+    `like`.
+    """
     if not directory.exists():
         raise InputError(f"{directory}: no parameters here; finish rag-jax train first, or name another run directory")
-    saved = files.read_manifest(directory, KIND, VERSION)["shapes"]
+    manifest = files.read_manifest(directory, KIND, VERSION, OLDEST)
+    with files.described(directory / files.MANIFEST, AGAIN):
+        saved = dict(manifest["shapes"].items())
     wanted = saved if like is None else shapes(like)
     for name in sorted(set(saved) | set(wanted)):
         if saved.get(name) != wanted.get(name):
             raise InputError(
                 f"{directory}: parameter {name} is {saved.get(name)} there, the model has {wanted.get(name)}"
             )
+    return manifest
 
 
 def load_params(directory: Path, like: Tree) -> Tree:
@@ -222,12 +230,38 @@ def read_part(directory: Path, name: str, like: Tree) -> Iterator[tuple[str, jax
     """(path with slashes, array) of one part, in the shapes, types and shardings of `like`; see `check_params`.
 
     Some arrays are read at a time: whoever lets go of them never holds the part, and what Orbax needs on the way is
-    small, too.
+    small, too. InputError for arrays that are not those that were saved.
     """
+    manifest = files.read_manifest(directory, KIND, VERSION, OLDEST)
     for group in _groups(flatten_dict(like, sep="/")):
-        arrays = flatten_dict(_restore(directory.resolve() / "arrays" / name, unflatten_dict(group, sep="/")), sep="/")
-        for path in group:
-            yield path, arrays.pop(path)
+        stored = {path: _as_stored(manifest, name, path, leaf) for path, leaf in group.items()}
+        arrays = flatten_dict(_restore(directory.resolve() / "arrays" / name, unflatten_dict(stored, sep="/")), sep="/")
+        _verify(directory, manifest, {_key(name, path): array for path, array in arrays.items()})
+        for path, leaf in group.items():
+            yield path, arrays.pop(path).astype(leaf.dtype)
+
+
+def _key(name: str, path: str) -> str:
+    """What the manifest calls an array."""
+    return jax.tree_util.keystr(tuple(jax.tree_util.DictKey(part) for part in (name, *path.split("/"))))
+
+
+def _as_stored(manifest: Mapping[str, Any], name: str, path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    """The array as it was saved, which may be of another type than is wanted."""
+    shape, dtype = manifest["shapes"][_key(name, path)]
+    return jax.ShapeDtypeStruct(tuple(shape), jax.numpy.dtype(dtype), sharding=getattr(leaf, "sharding", None))
+
+
+def _verify(directory: Path, manifest: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> None:
+    """InputError where arrays differ from those that were saved."""
+    known = manifest.get("checksums")
+    if known is None:  # of an older format
+        return
+    # of_tree names them ['name'] of a flat dictionary
+    found = checksums.of_tree(dict(arrays))
+    changed = [name for name in arrays if found[f"[{name!r}]"] != known[name]]
+    if changed:
+        raise InputError(f"{directory}: damaged: {changed[0]} is not what was saved; {AGAIN}")
 
 
 def _groups(leaves: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -248,7 +282,11 @@ def _restore(directory: Path, like: Tree) -> Tree:
     with _checkpointer(target) as checkpointer:
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
         wanted = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
-        return checkpointer.restore(directory, args=wanted)
+        try:
+            return checkpointer.restore(directory, args=wanted)
+        except Exception as error:  # Orbax raises this very class for a file that was cut short
+            said = " ".join(str(error).split())[:200]
+            raise InputError(f"{directory}: damaged: its arrays are unreadable ({said}); {AGAIN}") from error
 
 
 def leaf_is_here(leaf: Any) -> bool:

@@ -2,20 +2,23 @@
 
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rag_jax import blocks, logs
 from rag_jax.errors import InputError
 
 MANIFEST = "manifest.json"
+NEWEST = 10**6  # of any kind: a version that is too new is found where the artifact is opened
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -196,51 +199,151 @@ def write_sealed(path: Path, kind: str, version: int, fields: Mapping[str, Any])
     _sync(path.parent)
 
 
-def read_sealed(path: Path, kind: str, version: int, again: str) -> dict[str, Any]:
-    """What `write_sealed` wrote, without the hash; InputError, ending in the words `again`, for anything else."""
+def read_sealed(path: Path, kind: str, version: int, again: str, oldest: int | None = None) -> dict[str, Any]:
+    """What `write_sealed` wrote, without the hash; InputError, ending in the words `again`, for anything else.
+
+    oldest: the first format version that is read, too.
+    """
     try:
-        fields = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        fields = json.loads(content) if content else None
     except FileNotFoundError:
         raise InputError(f"{path.parent}: not a finished {kind} (no {path.name}); {again}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: unreadable ({error}); {again}") from error
+    if not content:
+        raise InputError(f"{path}: the file is empty; {again}")
     if not isinstance(fields, dict) or fields.get("kind") != kind:
         raise InputError(f"{path}: not the manifest of a {kind}")
-    if fields.get("format_version") != version:
-        found = fields.get("format_version")
+    found = fields.get("format_version")
+    if not isinstance(found, int) or not (oldest or version) <= found <= version:
         raise InputError(f"{path}: format version {found}, this program reads {version}; {again}")
     if fields.pop("manifest_hash", None) != canonical_sha256(fields):
         raise InputError(f"{path}: altered after it was written; {again}")
     return fields
 
 
-def write_manifest(
-    directory: Path, kind: str, version: int, fields: dict[str, Any], known: Mapping[str, str] | None = None
-) -> None:
-    """Writes manifest.json: kind, format version, `fields`, and size and hash of every file below `directory`.
+def kind_of(directory: Path) -> str | None:
+    """The kind that the manifest of a directory names, whole or not; None where there is none."""
+    try:
+        found = json.loads((directory / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    kind = found.get("kind") if isinstance(found, dict) else None
+    return kind if isinstance(kind, str) else None
 
-    known: hashes of files that need not be read again.
+
+def write_manifest(
+    directory: Path, kind: str, version: int, fields: dict[str, Any], known: Mapping[str, blocks.Entry] | None = None
+) -> None:
+    """Writes manifest.json: kind, format version, `fields`, and size, hash and block sums of every file below
+    `directory`.
+
+    known: entries of files that need not be read again.
     """
     known = known or {}
     files: dict[str, Any] = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             name = path.relative_to(directory).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
+            files[name] = entry_of(path, known.get(name))
     write_sealed(directory / MANIFEST, kind, version, {**fields, "files": files})
 
 
-def read_manifest(directory: Path, kind: str, version: int, verify: bool = False) -> dict[str, Any]:
-    """The manifest, after checking kind, version, its own hash and the size (with `verify` the hash) of every file."""
+def entry_of(path: Path, known: blocks.Entry | None = None) -> blocks.Entry:
+    """That of a file in a manifest; `known` as it is, if it has block sums; InputError where the file is not its."""
+    if known is not None and blocks.FIELD in known:
+        return known
+    found = blocks.of_file(path)
+    if known is not None and found["sha256"] != known["sha256"]:
+        raise InputError(f"{path}: damaged: its content is not what the manifest says; restore it, or build it again")
+    return found
+
+
+def read_manifest(directory: Path, kind: str, version: int, oldest: int | None = None) -> dict[str, Any]:
+    """The manifest, after checking kind, version, its own hash and the size of every file. What the files hold is
+    verified where it is read, by the block sums in `files`.
+
+    A line says where those are missing, since the artifact is of an older format, from `oldest` on.
+    """
     again = f"build the {kind} again"
     if not directory.is_dir():
         raise InputError(f"{directory}: no such {kind} directory")
-    manifest = read_sealed(directory / MANIFEST, kind, version, again)
-    for name, expected in manifest["files"].items():
+    manifest = read_sealed(directory / MANIFEST, kind, version, again, oldest)
+    for name, expected in entries(directory, manifest, again).items():
         file = directory / name
         size = file.stat().st_size if file.is_file() else None
         if size != expected["bytes"]:
             raise InputError(f"{file}: {size} bytes, the manifest says {expected['bytes']}; {again}")
-        if verify and file_sha256(file) != expected["sha256"]:
-            raise InputError(f"{file}: its content is not what the manifest says; {again}")
+    if manifest["format_version"] < version:
+        told_without_sums(directory, kind)
     return manifest
+
+
+def read_verified(directory: Path, kind: str, version: int) -> dict[str, Any]:
+    """The manifest, after every byte of every file was verified: for what other libraries read."""
+    manifest = read_manifest(directory, kind, version)
+    for name, entry in manifest["files"].items():
+        blocks.whole(directory / name, entry, f"build the {kind} again")
+    return manifest
+
+
+def entries(directory: Path, manifest: Mapping[str, Any], again: str) -> dict[str, blocks.Entry]:
+    """`files` of a manifest; InputError where they are not what `write_manifest` wrote."""
+    found = manifest.get("files")
+    if not isinstance(found, dict) or not all(_is_entry(name, entry) for name, entry in found.items()):
+        raise InputError(f"{directory / MANIFEST}: does not list files with their sizes and hashes; {again}")
+    return found
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    types = {"bytes": int, "sha256": str}
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return inside and isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in types.items())
+
+
+SMALL = (".json", ".txt", ".model")  # configuration and tokenizer files
+MEND = {
+    "corpus": "restore the file, or build the corpus again",
+    "run": "restore the file; it was written when the run began",
+    "converted model": "convert it again",
+    "Hugging Face model": f"export it again; if it was changed on purpose, remove {MANIFEST} beside it or above",
+}
+
+
+def check_listed(folder: Path, suffixes: Sequence[str] = SMALL, below: bool = False) -> None:
+    """Verifies the files of a folder (below: and of those in it) with one of these suffixes that a manifest there, or
+    up to two levels above, lists: InputError names a damaged or missing one. Nothing where there is no manifest.
+    """
+    folder = folder.absolute()
+    for home in (folder, *list(folder.parents)[:2]):
+        kind = kind_of(home)
+        if kind not in MEND:
+            continue
+        manifest = read_sealed(home / MANIFEST, kind, NEWEST, MEND[kind], 1)
+        for name, entry in entries(home, manifest, MEND[kind]).items():
+            path = home / name
+            inside = path.is_relative_to(folder) if below else path.parent == folder
+            if inside and path.suffix in suffixes:
+                blocks.whole(path, entry, MEND[kind])
+        return
+
+
+@functools.cache  # one line a directory
+def told_without_sums(directory: Path, kind: str) -> None:
+    """Says that damage in an older artifact is not noticed by itself."""
+    logs.info(
+        f"{directory}: a {kind} of an older format, without checksums by block: damage is not noticed as it is read; "
+        f"rag-jax verify {directory} looks for it"
+    )
+
+
+@contextmanager
+def described(path: Path, again: str) -> Iterator[None]:
+    """Turns what a sealed file with wrong types or missing fields raises into an InputError with its name."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise InputError(f"{path}: does not say what it must ({error!r}); {again}") from error

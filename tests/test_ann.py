@@ -159,7 +159,7 @@ def test_saved_and_loaded(built: tuple, tmp_path: Path) -> None:
     index = index.delete([1, 2]).upsert([3, 7000], queries[:2])
     index.save(tmp_path / "ann")
     assert not list((tmp_path / "ann").rglob("*.pkl"))
-    loaded = Scann.load(tmp_path / "ann", SOURCE, verify=True)
+    loaded = Scann.load(tmp_path / "ann", SOURCE)
     for mine, other in zip(index.search(Queries(queries), 20), loaded.search(Queries(queries), 20), strict=True):
         np.testing.assert_array_equal(mine, other)
     assert loaded.manifest == index.manifest
@@ -181,7 +181,7 @@ def test_a_flipped_byte_is_found(built: tuple, tmp_path: Path, name: str) -> Non
     content[-1] ^= 1
     (tmp_path / "ann" / name).write_bytes(content)
     with pytest.raises(InputError, match=rf"{name}.*not what the manifest says"):
-        Scann.load(tmp_path / "ann", verify=True)
+        Scann.load(tmp_path / "ann")
     (tmp_path / "ann" / name).write_bytes(content[:-1])
     with pytest.raises(InputError, match=rf"{name}.*bytes, the manifest says"):
         Scann.load(tmp_path / "ann")

@@ -155,7 +155,7 @@ def test_without_the_libraries(missing: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_saved_and_loaded(tmp_path: Path) -> None:
     index = Bm25.build(TEXTS, CORPUS, PLAIN).without([4, 2])
     index.save(tmp_path / "bm25")
-    loaded = Bm25.load(tmp_path / "bm25", CORPUS, verify=True)
+    loaded = Bm25.load(tmp_path / "bm25", CORPUS)
     assert loaded.manifest == index.manifest and loaded.size == 198 and loaded.stopwords == index.stopwords
     assert json.dumps(loaded.manifest)
     assert isinstance(loaded.index.scores["data"], np.memmap)
@@ -178,7 +178,7 @@ def test_a_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
     content[len(content) * 3 // 4] ^= 1
     (tmp_path / "bm25" / name).write_bytes(content)
     with pytest.raises(InputError, match=r"not what the manifest says|unreadable|altered|the manifest says"):
-        Bm25.load(tmp_path / "bm25", verify=True)
+        Bm25.load(tmp_path / "bm25")
 
 
 def test_stop_words_are_those_of_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def live(corpus):
 
 
 def test_rows_keep_their_numbers_and_ids_lead_to_the_newest(data):
-    base, one, two, three = (Corpus.open(data / name, verify=True) for name in ("base", "one", "two", "three"))
+    base, one, two, three = (Corpus.open(data / name) for name in ("base", "one", "two", "three"))
     assert (len(base), base.live_N, base.chain) == (33, None, [(base.hash, 33)])
     for older, newer in ((base, one), (one, two), (two, three)):
         n = len(older)
@@ -111,7 +111,7 @@ def test_the_files_of_the_base_are_shared_and_outlive_it(data, tmp_path):
         linked, own = tmp_path / "out" / name, tmp_path / "one" / name
         assert linked.is_dir() or linked.stat().st_ino == own.stat().st_ino
     shutil.rmtree(tmp_path / "one")
-    out = Corpus.open(tmp_path / "out", verify=True)
+    out = Corpus.open(tmp_path / "out")
     assert [passage.text for passage in out] == [*expected, "one more"] and out.row("z") == 40
     np.testing.assert_array_equal(out.live_N[:40], Corpus.open(data / "one").live_N)
 
@@ -177,7 +177,7 @@ def test_an_updated_snapshot_equals_embedding_everything_anew(data, tmp_path, dt
     whole = ["--corpus", data / "three", "--shard-rows", 43, "--out", tmp_path / "new-job", "--dtype", dtype]
     assert tiny.rag_jax("encode", data / "run", *whole) == 0
     assert tiny.rag_jax("index", tmp_path / "new-job", "--out", tmp_path / "anew") == 0
-    anew, three = index.open_snapshot(tmp_path / "anew"), index.open_snapshot(tmp_path / "three", verify=True)
+    anew, three = index.open_snapshot(tmp_path / "anew"), index.open_snapshot(tmp_path / "three")
     assert three.manifest == anew.manifest and len(three.shards) == 6 and len(anew.shards) == 1
     tolerance = 1e-5 if dtype == "float32" else 1.1 * float(np.max(anew.scale_N))
     np.testing.assert_allclose(three.embeddings_NE, anew.embeddings_NE, atol=tolerance)
@@ -188,7 +188,7 @@ def test_an_updated_snapshot_equals_embedding_everything_anew(data, tmp_path, dt
         assert three.shards[i].path.stat().st_ino == (tmp_path / "job" / three.shards[i].path.name).stat().st_ino
     shutil.rmtree(tmp_path / "base")
     shutil.rmtree(tmp_path / "job")
-    assert np.isfinite(index.open_snapshot(tmp_path / "three", verify=True).embeddings_NE[:]).all()
+    assert np.isfinite(index.open_snapshot(tmp_path / "three").embeddings_NE[:]).all()
 
 
 def test_only_new_rows_are_embedded(data, tmp_path, monkeypatch):

@@ -15,10 +15,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_jax"
 LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
     ["errors", "places"],
+    ["blocks"],
     ["sharding"],
     ["products"],
-    ["objectives", "decoding_rules", "metrics", "logs", "files", "moments", "schedule"],
-    ["checksums", "distributed", "preemption", "counting", "hardware", "hlo", "heap", "answer_config"],
+    ["objectives", "decoding_rules", "metrics", "logs", "moments", "schedule"],
+    ["checksums", "files", "distributed", "preemption", "counting", "hardware", "hlo", "heap", "answer_config"],
     ["decoding", "checkpoint", "optimizer", "plots", "plots_evaluation", "tensors"],
     ["models"],
     ["data"],
@@ -51,6 +52,7 @@ LEVELS = [
 # All that these may import of the package, besides `errors`; the longest matching name decides.
 RETRIEVAL = [
     "retrieval",
+    "blocks",
     "sharding",
     "logs",
     "files",
@@ -60,7 +62,7 @@ RETRIEVAL = [
     "data.joining",
 ]
 ONLY = {
-    **{name: [] for level in LEVELS[2:6] for name in level},
+    **{name: [] for level in LEVELS[2:7] for name in level},
     "products": ["sharding"],
     "objectives": ["products"],
     "metrics": ["metrics"],
@@ -68,6 +70,7 @@ ONLY = {
     "moments": ["places"],
     "checksums": ["places"],
     "distributed": ["logs"],
+    "files": ["blocks", "logs"],
     "data": ["data", "sharding", "logs", "files"],
     "retrieval": RETRIEVAL,
     "retrieval.inverse_cloze": [*RETRIEVAL, "data.pipeline"],

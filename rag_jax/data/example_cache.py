@@ -34,7 +34,7 @@ def read(directory: Path, wanted: dict[str, Any]) -> Examples | None:
     if not directory.is_dir():
         return None
     try:
-        manifest = files.read_manifest(directory, KIND, VERSION, verify=True)
+        manifest = files.read_verified(directory, KIND, VERSION)
         if manifest["made_of"] != wanted:
             info(f"{directory}: made of other questions, tokenizers, passages or lengths; the questions are read again")
             return None

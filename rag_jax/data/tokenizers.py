@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
+from rag_jax import files
 from rag_jax.errors import InputError
 
 WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -111,6 +112,8 @@ def pad_rows(
 def load(name_or_dir: str | Path) -> Tokenizer:
     """A tokenizer from a local directory, else from the hub (or its cache). One that is not there raises InputError."""
     directory = Path(name_or_dir)
+    if directory.is_dir():
+        files.check_listed(directory)
     config = directory / CONFIG_FILE
     if config.is_file() and (directory / TOKENIZER_FILE).is_file():
         settings = _read_json(config)
@@ -218,7 +221,7 @@ def _canonical(backend: Backend) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from error
     if not isinstance(settings, dict):
         raise InputError(f"{path}: not a JSON object")

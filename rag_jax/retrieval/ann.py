@@ -186,10 +186,10 @@ class Scann:
             files.write_manifest(temporary, KIND, VERSION, fields)
 
     @classmethod
-    def load(cls, directory: str | Path, source: Source | None = None, verify: bool = False) -> Self:
-        """Opens a directory; `verify` hashes every file. InputError, with both hashes, where it is not of `source`."""
+    def load(cls, directory: str | Path, source: Source | None = None) -> Self:
+        """Opens a directory after verifying its files. InputError, with both hashes, where it is not of `source`."""
         directory = Path(directory)
-        found = files.read_manifest(directory, KIND, VERSION, verify)
+        found = files.read_verified(directory, KIND, VERSION)
         made_of = Source(**{name: found[name] for name in Source._fields})
         for name in Source._fields:
             have, want = (getattr(x, name) for x in (made_of, source or made_of))

@@ -89,13 +89,13 @@ class Bm25:
             files.write_manifest(temporary, KIND, VERSION, {**self.manifest, "stopwords": list(self.stopwords)})
 
     @classmethod
-    def load(cls, directory: str | Path, corpus_hash: str | None = None, verify: bool = False) -> Self:
-        """Opens a directory, memory-mapped; `verify` hashes every file.
+    def load(cls, directory: str | Path, corpus_hash: str | None = None) -> Self:
+        """Opens a directory, memory-mapped, after verifying its files.
 
         InputError, with both hashes, where it is of another corpus than `corpus_hash`.
         """
         directory = Path(directory)
-        found = files.read_manifest(directory, KIND, VERSION, verify)
+        found = files.read_verified(directory, KIND, VERSION)
         if corpus_hash not in (None, found["corpus_hash"]):
             raise InputError(
                 f"{directory}: made of corpus {found['corpus_hash'][:16]}, this one is {str(corpus_hash)[:16]}; "

@@ -21,17 +21,19 @@ from typing import Any, Self
 import numpy as np
 
 from rag_jax import files
+from rag_jax.blocks import Entry
 from rag_jax.data import tokenizers
 from rag_jax.data.formats import FORMATS, Passage, named
 from rag_jax.data.joining import join, join_tail
 from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
-from rag_jax.retrieval.segment import Segment
+from rag_jax.retrieval.checked import open_npy
+from rag_jax.retrieval.segment import AGAIN, Segment
 from rag_jax.retrieval.stacked import Part, stack
 
 __all__ = ["DELETED", "KIND", "VERSION", "Corpus", "build", "configure", "join", "join_tail", "run", "update"]
 
-KIND, VERSION = "corpus", 2
+KIND, VERSION, OLDEST = "corpus", 3, 2  # version 2 has no checksums by block
 DELETED = "deleted.npy"
 
 
@@ -48,7 +50,7 @@ class Corpus:
         ends = np.cumsum([entry["n_passages"] for entry in manifest["segments"]]).tolist()
         self.chain = [(entry["hash"], end) for entry, end in zip(manifest["segments"], ends, strict=True)]
         self._segments = [
-            Segment(directory / entry["directory"], end - entry["n_passages"], entry["n_passages"])
+            Segment(directory / entry["directory"], end - entry["n_passages"], entry["n_passages"], self._files(entry))
             for entry, end in zip(manifest["segments"], ends, strict=True)
             if entry["n_passages"]
         ]
@@ -61,10 +63,12 @@ class Corpus:
         self.generator_length = self._table("generator_length.npy", "<u2")
 
     @classmethod
-    def open(cls, directory: str | Path, verify: bool = False) -> Self:
-        """Opens a finished corpus; `verify` also hashes every file. InputError for anything else."""
+    def open(cls, directory: str | Path) -> Self:
+        """Opens a finished corpus. InputError for anything else, and later, where something is read, for damage."""
         directory = Path(directory)
-        return cls(directory, files.read_manifest(directory, KIND, VERSION, verify))
+        manifest = files.read_manifest(directory, KIND, VERSION, OLDEST)
+        with files.described(directory / files.MANIFEST, AGAIN):
+            return cls(directory, manifest)
 
     def __len__(self) -> int:
         return self.manifest["n_passages"]
@@ -82,7 +86,11 @@ class Corpus:
         if not self.manifest["n_deleted"]:
             return None
         live_N = np.ones(len(self), bool)
-        live_N[np.load(self.directory / DELETED, allow_pickle=False)] = False
+        path = self.directory / DELETED
+        rows = open_npy(path, self.manifest["files"].get(DELETED, {}), AGAIN, "<i8").whole()
+        if len(rows) != self.manifest["n_deleted"] or rows.min() < 0 or rows.max() >= len(self):
+            raise InputError(f"{path}: damaged: not {self.manifest['n_deleted']} rows of {len(self)}; {AGAIN}")
+        live_N[rows] = False
         return live_N
 
     @property
@@ -165,6 +173,12 @@ class Corpus:
             for position, row in segment.candidates(passage_ids)
         ]
 
+    def _files(self, segment: dict[str, Any]) -> dict[str, Entry]:
+        """Entries of the files of a segment, without its directory."""
+        prefix = f"{segment['directory']}/" if segment["directory"] else ""
+        known = self.manifest["files"].items()
+        return {name.removeprefix(prefix): entry for name, entry in known if name.startswith(prefix)}
+
     def _tokenizer(self, role: str) -> Tokenizer:
         tokenizer = tokenizers.load(self.directory / "tokenizers" / role)
         expected = self.manifest["tokenizers"][role]["hash"]
@@ -176,8 +190,9 @@ class Corpus:
         return tokenizer
 
     def _table(self, name: str, dtype: str, *columns: int) -> Any:
-        parts = [Part(s.rows, partial(s.array, name, (s.rows, *columns))) for s in self._segments]
-        return stack(parts, np.dtype(dtype).newbyteorder("<"), columns)
+        kind = np.dtype(dtype).newbyteorder("<")
+        parts = [Part(s.rows, partial(s.array, name, kind, (s.rows, *columns))) for s in self._segments]
+        return stack(parts, kind, columns)
 
 
 def build(

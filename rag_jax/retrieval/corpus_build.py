@@ -18,7 +18,7 @@ from rag_jax.data.formats import Located, Passage, Source, digest, expand, read_
 from rag_jax.data.joining import check_join, normalize_title, passage_text
 from rag_jax.data.tokenizers import Tokenizer, pad_rows
 from rag_jax.errors import InputError
-from rag_jax.retrieval.corpus import KIND, VERSION
+from rag_jax.retrieval.corpus import KIND, OLDEST, VERSION
 from rag_jax.retrieval.passage_store import PassageStore
 from rag_jax.retrieval.segment import TABLES
 
@@ -70,8 +70,8 @@ def _given(options: Options) -> tuple[Options, dict[str, Tokenizer | None]]:
         if any(named.values()) or options.train_tokenizer:
             raise InputError("--tokenizers-from names both tokenizers: leave out the other tokenizer options")
         other = Path(options.tokenizers_from)
-        if (other / files.MANIFEST).exists() or not other.is_dir():
-            lengths = files.read_manifest(other, KIND, VERSION)["lengths"]
+        if files.kind_of(other) == KIND or not other.is_dir():
+            lengths = files.read_manifest(other, KIND, VERSION, OLDEST)["lengths"]
         folder = other / "tokenizers" if (other / "tokenizers").is_dir() else other
         named = {role: folder / role for role in named}
     untold = [role for role, tokenizer in named.items() if tokenizer is None]

@@ -39,7 +39,7 @@ def write(
             f"rag-jax corpus INPUT --out DIR --tokenizers-from {base.directory}"
         )
     dead = _deleted(base, delete)
-    shared = {name: about["sha256"] for name, about in base.manifest["files"].items() if name != DELETED}
+    shared = {name: entry for name, entry in base.manifest["files"].items() if name != DELETED}
     with files.new_directory(out, KIND, overwrite) as directory:
         for name in shared:
             files.link(base.directory / name, directory / name)

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rag_jax import files
+from rag_jax.blocks import Entry
 from rag_jax.errors import InputError
 from rag_jax.retrieval import encode_job, shards
 from rag_jax.retrieval.corpus import Corpus
 from rag_jax.retrieval.shards import Identity, Shard
 from rag_jax.retrieval.stacked import Part, Scaled, Stacked, stack
 
-KIND, VERSION = "index", 2
+KIND, VERSION, OLDEST = "index", 3, 2  # version 2 has no checksums by block
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,11 @@ def write(
     manifest: Manifest,
     blocks: Iterable[tuple[np.ndarray, np.ndarray]],
     overwrite: bool = False,
-    shared: Sequence[tuple[Shard, str]] = (),
+    shared: Sequence[tuple[Shard, Entry]] = (),
 ) -> Snapshot:
     """Write the blocks (rows [X], embeddings [X, E]), a file each, and open the result; it appears whole or not at all.
 
-    Rows ascend without gaps, from 0 or from where `shared` ends: shards that exist, with the sha256 of their files.
+    Rows ascend without gaps, from 0 or from where `shared` ends: shards that exist, with their entries.
     InputError for an embedding that is not finite, and for a directory that is there and is no index (or without
     `overwrite`); ValueError where the blocks are not n_passages rows together.
     """
@@ -98,7 +99,7 @@ def write(
             written = last
         if written != m.n_passages:
             raise ValueError(f"{written} embeddings were written, the manifest says {m.n_passages}")
-        known = {shard.path.name: sha256 for shard, sha256 in shared}
+        known = {shard.path.name: entry for shard, entry in shared}
         table = [asdict(identity) for identity in identities]
         files.write_manifest(temporary, KIND, VERSION, {**asdict(m), "shards": table}, known)
     return open_snapshot(directory)
@@ -125,7 +126,7 @@ def from_job(job_dir: str | Path, corpus: Corpus, out: str | Path, overwrite: bo
         )
     mend = f"remove that file and embed its rows again: {again} {directory}"
     try:
-        shared = [(shard, shard.file_sha256()) for shard in shards.read_all(directory, job.shards, mend)]
+        shared = [(shard, shard.entry()) for shard in shards.read_all(directory, job.shards, mend)]
     except InputError as error:
         raise InputError(str(error) if mend in str(error) else f"{error}; {mend}") from None
     found = {field.name: getattr(job, field.name) for field in fields(Manifest)}
@@ -145,8 +146,8 @@ def update(
     InputError where the encoder is another one, or the corpus is no update of the old one.
     """
     check_update(old, manifest, corpus)
-    hashes = files.read_manifest(old.directory, KIND, VERSION)["files"]
-    shared = [(shard, hashes[shard.path.name]["sha256"]) for shard in old.shards]
+    entries = files.read_manifest(old.directory, KIND, VERSION, OLDEST)["files"]
+    shared = [(shard, entries[shard.path.name]) for shard in old.shards]
     return write(out, manifest, blocks, overwrite, shared)
 
 
@@ -176,16 +177,22 @@ def shared_rows(one: Snapshot, other: Snapshot) -> int:
     return rows
 
 
-def open_snapshot(directory: str | Path, verify: bool = False) -> Snapshot:
-    """InputError where the directory is no snapshot, is of another format, or does not match its own manifest.
+def open_snapshot(directory: str | Path) -> Snapshot:
+    """InputError where the directory is no snapshot, is of another format, or does not match its own manifest; and
+    later, where rows are read, for damaged ones.
 
-    Looks at the sizes and headers of the files; `verify` hashes them, too.
+    Looks at the sizes and headers of the files.
     """
     directory = Path(directory)
-    found = files.read_manifest(directory, KIND, VERSION, verify)
+    found = files.read_manifest(directory, KIND, VERSION, OLDEST)
+    with files.described(directory / files.MANIFEST, shards.AGAIN):
+        return _opened(directory, found)
+
+
+def _opened(directory: Path, found: dict[str, Any]) -> Snapshot:
     manifest = Manifest(**{field.name: found[field.name] for field in fields(Manifest)})
     identities = [Identity(**entry) for entry in found["shards"]]
-    opened = tuple(shards.read_all(directory, identities, "build the index again"))
+    opened = tuple(shards.read_all(directory, identities, shards.AGAIN, found["files"]))
     embeddings = [Part(shard.identity.rows, shard.embeddings_XE) for shard in opened]
     rows_NE = stack(embeddings, jnp.dtype(manifest.dtype), (manifest.width,))
     if rows_NE.shape != (manifest.n_passages, manifest.width):
@@ -196,7 +203,9 @@ def open_snapshot(directory: str | Path, verify: bool = False) -> Snapshot:
         scale_N = Stacked([Part(shard.identity.rows, shard.scale_X) for shard in opened], np.float32)
         embeddings_NE = Scaled(Stacked(embeddings, np.int8, (manifest.width,)), scale_N)
     named = {name: value for name, value in asdict(manifest).items() if name != "corpus"}
-    digest = files.canonical_sha256({**named, "files": found["files"]})
+    # of the content alone, so that it is the same with block sums and without
+    content = {name: {key: entry[key] for key in ("bytes", "sha256")} for name, entry in found["files"].items()}
+    digest = files.canonical_sha256({**named, "files": content})
     return Snapshot(directory, manifest, digest, opened, embeddings_NE, rows_NE, scale_N)
 
 

@@ -7,7 +7,7 @@ F32; its metadata is the shard's identity and the sha256 of all that comes after
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,11 +15,13 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import files
+from rag_jax import blocks, files
+from rag_jax.blocks import Blocks, Entry
 from rag_jax.errors import InputError
+from rag_jax.retrieval.checked import Checked
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
-BLOCK = 2**24  # bytes hashed at a time
+AGAIN = "restore the file, or build the index again"
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,21 @@ def write(stream: BinaryIO, identity: Identity, embeddings_XE: np.ndarray) -> No
     digest = hashlib.sha256()
     for part in data:
         digest.update(part)
-    about = {**{name: str(value) for name, value in asdict(identity).items()}, "sha256": digest.hexdigest()}
-    header: dict[str, Any] = {"__metadata__": about}
-    end = 0
-    for (name, tensor), part in zip(stored.items(), data, strict=True):
-        begin, end = end, end + part.nbytes
-        kind = "F32" if name == "scale" else DTYPES[identity.dtype]
-        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": (begin, end)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text = header_of(identity, digest.hexdigest())
     files.write_all(stream, [struct.pack("<Q", len(text)) + text, *data])
+
+
+def header_of(identity: Identity, sha256: str) -> bytes:
+    """The only header that a shard may have: any other one is damaged."""
+    about = {**{name: str(value) for name, value in asdict(identity).items()}, "sha256": sha256}
+    header: dict[str, Any] = {"__metadata__": about}
+    for name, (begin, end) in _spans(identity).items():
+        scale = name == "scale"
+        shape = (identity.rows,) if scale else (identity.rows, identity.width)
+        kind = "F32" if scale else DTYPES[identity.dtype]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 @dataclass(frozen=True)
@@ -99,56 +106,59 @@ class Shard:
     sha256: str
     start: int  # of the data in the file
     offsets: dict[str, int]  # of each tensor, from there
+    blocks: Blocks  # its sums, where the manifest of an index has them
 
-    def embeddings_XE(self) -> np.ndarray:
+    def embeddings_XE(self) -> Checked:
         """Memory-mapped, as stored."""
         identity = self.identity
         kind = jnp.dtype(identity.dtype)
         return self._map("embeddings", kind, (identity.rows, identity.width))
 
-    def scale_X(self) -> np.ndarray:
+    def scale_X(self) -> Checked:
         """Memory-mapped; of int8 alone."""
         return self._map("scale", np.dtype(np.float32), (self.identity.rows,))
 
-    def file_sha256(self) -> str:
-        """Of the whole file, after the checksum that it carries was found right; InputError if it is not."""
-        whole, data = hashlib.sha256(), hashlib.sha256()
-        with self.path.open("rb") as stream:
-            whole.update(stream.read(self.start))
-            while block := stream.read(BLOCK):
-                whole.update(block)
-                data.update(block)
-        if data.hexdigest() != self.sha256:
-            raise InputError(f"{self.path}: its content has sha256 {data.hexdigest()[:16]}, it was {self.sha256[:16]}")
-        return whole.hexdigest()
+    def entry(self) -> Entry:
+        """Size, hash and sums of the whole file, after the checksum that it carries was found right; InputError if it
+        is not.
+        """
+        data = self.blocks.map()
+        found = hashlib.sha256(data[self.start :]).hexdigest()
+        if found != self.sha256:
+            raise InputError(f"{self.path}: damaged: its content has sha256 {found[:16]}, it was {self.sha256[:16]}")
+        return blocks.of_file(self.path)
 
-    def _map(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        return np.memmap(self.path, dtype, "r", self.start + self.offsets[name], shape)
+    def _map(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Checked:
+        return Checked(self.blocks, self.blocks.map(), self.start + self.offsets[name], dtype, shape)
 
 
-def read(path: Path) -> Shard:
-    """Opens a shard by its header; InputError where that is none, or the file has not the size that it says."""
+def read(path: Path, entry: Entry | None = None) -> Shard:
+    """Opens a shard by its header; InputError where that is none, or the file has not the size that it says.
+
+    entry: of the manifest of an index, to verify what is read.
+    """
     try:
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > 2**20:
                 raise ValueError("no header")
-            header = json.loads(stream.read(length))
-        about = header.pop("__metadata__")
+            text = stream.read(length)
+        header = json.loads(text)
+        about = header["__metadata__"]
         identity = Identity(**{f.name: f.type(about[f.name]) for f in fields(Identity)})  # type: ignore[operator]
-        spans = {name: tensor["data_offsets"] for name, tensor in header.items()}
-        sha256 = about["sha256"]
-        wanted = _spans(identity)
+        sha256, wanted = str(about["sha256"]), _spans(identity)
+        if text != header_of(identity, sha256):
+            raise ValueError(f"its header is not that of {identity.rows} rows of {identity.width} {identity.dtype}")
+        size = path.stat().st_size
     except FileNotFoundError:
         raise InputError(f"{path}: the shard is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise InputError(f"{path}: not a shard of embeddings ({error!r})") from error
-    if {name: tuple(span) for name, span in spans.items()} != wanted:
-        raise InputError(f"{path}: holds {spans}, a shard of {identity.rows} rows holds {wanted}")
-    size, expected = path.stat().st_size, 8 + length + max(end for _, end in wanted.values())
+    expected = 8 + length + max(end for _, end in wanted.values())
     if size != expected:
         raise InputError(f"{path}: {size} bytes, its header says {expected}")
-    return Shard(path, identity, sha256, 8 + length, {name: span[0] for name, span in wanted.items()})
+    known = Blocks(path, entry or {"bytes": size}, AGAIN)
+    return Shard(path, identity, sha256, 8 + length, {name: span[0] for name, span in wanted.items()}, known)
 
 
 def _spans(identity: Identity) -> dict[str, tuple[int, int]]:
@@ -172,11 +182,15 @@ def _short(value: Any) -> str:
     return value[:16] if isinstance(value, str) else str(value)
 
 
-def read_all(directory: Path, wanted: list[Identity], mend: str) -> Iterator[Shard]:
-    """The shards of a directory, each checked; an InputError ends in the words `mend`."""
+def read_all(
+    directory: Path, wanted: list[Identity], mend: str, entries: Mapping[str, Entry] | None = None
+) -> Iterator[Shard]:
+    """The shards of a directory, each checked; an InputError ends in the words `mend`. entries: of an index' manifest,
+    by file.
+    """
     for identity in wanted:
         try:
-            shard = read(directory / identity.name)
+            shard = read(directory / identity.name, entries and entries.get(identity.name))
             check(shard, identity)
         except InputError as error:
             raise InputError(f"{error}; {mend}") from None

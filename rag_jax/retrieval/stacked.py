@@ -59,6 +59,10 @@ class Rows:
         found = self._take(flat).reshape((*index.shape, *self.shape[1:]))
         return found[(*(slice(None),) * index.ndim, *rest)]
 
+    def astype(self, dtype: Any) -> np.ndarray:
+        """All of it in memory, as this type."""
+        return self.__array__(dtype)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("rows in files are copied when they become one array")
