@@ -19,11 +19,11 @@ from rag_jax import checkpoint, config, decoding, live, objectives, refresh, sha
 from rag_jax import run as runs
 from rag_jax.answer_config import AnswerConfig
 from rag_jax.config import SearchConfig, StageConfig, TrainConfig
-from rag_jax.data import examples, pipeline
+from rag_jax.data import gold, pipeline
 from rag_jax.data.formats import Question
 from rag_jax.data.tokenizers import Tokenizer, pad_rows
 from rag_jax.errors import InputError
-from rag_jax.hosted import HostIndex, Searchers, filled, gather, places
+from rag_jax.hosted import HostIndex, Searchers, gather, places
 from rag_jax.logs import Progress
 from rag_jax.rag import Params, Passages
 from rag_jax.refresh import Index
@@ -61,6 +61,8 @@ class Passage:
 @dataclass(frozen=True)
 class Answer:
     """The answer, its log p(y|x), the passages read (best prior first) and the ids of all that were retrieved.
+
+    Where the search found nothing there are none, and the generator answered from the question alone.
 
     tokens: the answer's parts, without special tokens; of RAG-Token token_posterior has p(z|x,y_t,y_<t) for each of
     them, over the passages as they stand in `passages` (the paper's figure 2).
@@ -207,6 +209,8 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
                 rows_BR, scores_BR = batch["documents"], batch["scores"]
                 if cfg.prior == "dense":
                     scores_BR = jnp.einsum("be,bre->br", q_BE, refresh.stored(index, rows_BR))
+                if "found" in batch:
+                    scores_BR = objectives.of_found(scores_BR, batch["found"])
             else:
                 scores_BR, rows_BR = steps.find(setting, q_BE, index, wanted)
         read_BK, scores_BK = rows_BR[:, :n_docs], scores_BR[:, :n_docs]
@@ -244,10 +248,10 @@ def gold_first(gold_BG: jax.Array, rows_BR: jax.Array, n_docs: int) -> jax.Array
 
 
 def right_rows(questions: Sequence[Question], corpus: Corpus) -> np.ndarray:
-    """Rows [N, G] of the right passages of the questions, -1 where there are fewer; those that the corpus has not are
-    left out.
+    """Rows [N, G] of the right passages of the questions (gold.right_rows), -1 where there are fewer; those that the
+    corpus lacks are left out.
     """
-    found = examples.gold_rows(questions, corpus, live=True)
+    found = gold.right_rows(questions, corpus)
     return pad_rows(found, max(1, *map(len, found)) if found else 1, -1, np.int32)[0]
 
 
@@ -258,9 +262,15 @@ def check_docs(loaded: runs.Loaded, cfg: AnswerConfig) -> None:
         raise InputError(f"n_docs={n_docs}, but the corpus has {n} passages; ask for at most {n}")
 
 
+def depth(loaded: runs.Loaded, cfg: AnswerConfig) -> int:
+    """How many passages are looked for, of which a search may find fewer; 0 for closed book."""
+    wanted = max(cfg.n_retrieved, cfg.n_docs or loaded.rag.config.n_docs)
+    return 0 if cfg.closed_book else min(wanted, loaded.corpus.n_live)
+
+
 class Hosted(NamedTuple):
-    """What was found on the host: rows_BR of the corpus, best first, -1 where there are fewer; rows read_BK that are
-    read, and what the program is given of them.
+    """What was found on the host: rows_BR of the corpus, best first, and rows read_BK that are read, -1 where there are
+    fewer; and what the program is given of them.
     """
 
     rows_BR: np.ndarray
@@ -293,16 +303,14 @@ def found_on_host(
         found = index.searcher.search(queries, min(max(cfg.n_retrieved, n_docs), n))
     else:
         found = SearchResult(known.ids_BK[own], known.scores_BK[own])
-    read_BK, scores_BK = filled(found.ids_BK[:, :n_docs], loaded.corpus), found.scores_BK[:, :n_docs]
-    rows_BR = np.concatenate([read_BK, found.ids_BK[:, n_docs:]], axis=1)
+    rows_BR, read_BK, scores_BK = found.ids_BK, found.ids_BK[:, :n_docs], found.scores_BK[:, :n_docs]
     if cfg.oracle:
         gold_BG = sharding.fetched(batch["gold"])[own]
         read_BK = np.asarray(gold_first(jnp.asarray(gold_BG), jnp.asarray(rows_BR), n_docs))
-    least_B1 = np.where(np.isfinite(scores_BK), scores_BK, np.inf).min(1, keepdims=True)
-    least_B1 = np.where(np.isfinite(least_B1), least_B1, 0)
     given = {
         "documents": places(loaded.mesh, read_BK),
-        "scores": np.where(np.isfinite(scores_BK), scores_BK, least_B1).astype(np.float32),
+        "scores": np.where(np.isfinite(scores_BK), scores_BK, 0).astype(np.float32),
+        "found": read_BK >= 0,
     }
     tables = gather(loaded.corpus, index, read_BK.reshape(-1))
     given, table, passages = sharding.shard_batch(loaded.mesh, (given, *tables))
@@ -382,6 +390,7 @@ def collect(corpus: Corpus, out: Any, count: int, closed_book: bool) -> list[Ans
     for i in range(count):
         read = []
         order = np.argsort(-out.prior[i], kind="stable")  # a search on the host may rank by something else
+        order = order[out.read[i][order] >= 0]
         for place in order:
             p = corpus[int(out.read[i][place])]
             read.append(Passage(p.id, p.title, p.text, float(out.prior[i][place]), float(out.posterior[i][place])))
@@ -390,7 +399,7 @@ def collect(corpus: Corpus, out: Any, count: int, closed_book: bool) -> list[Ans
         ids_S, by_token = out.sequences[i][1:], None
         said_S = np.array([int(token) not in tokenizer.special_ids for token in ids_S], bool)
         tokens = tuple(tokenizer.pieces([int(token) for token in ids_S[said_S]]))
-        if out.token_posterior is not None:
+        if out.token_posterior is not None and len(order):
             by_token = tuple(tuple(map(float, shares_K)) for shares_K in out.token_posterior[i][said_S][:, order])
         passages = () if closed_book else tuple(read)
         answers.append(Answer(text, float(out.scores[i]), passages, retrieved, tokens, by_token))

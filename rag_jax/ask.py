@@ -13,6 +13,8 @@ from rag_jax.answer import Answer, Pipeline
 def render(question: str, found: Answer) -> str:
     """What a reader sees."""
     lines = [f"question  {question}", f"answer    {found.text}   (log p = {found.score:.2f})", ""]
+    if not found.passages:
+        return "\n".join([*lines, "no passage was found or read: the generator answers from the question alone"])
     lines.append("prior  posterior  passage")
     for passage in found.passages:
         lines.append(f"{passage.prior:5.2f}  {passage.posterior:9.2f}  {passage.title} [{passage.id}]")

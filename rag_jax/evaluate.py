@@ -5,87 +5,43 @@ import dataclasses
 import json
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rag_jax import answer, config, distributed, docs_curve, logs, metrics, reporting
+import numpy as np
+
+from rag_jax import answer, config, distributed, docs_curve, logs, metrics, predictions, reporting
 from rag_jax import run as runs
-from rag_jax.answer import Answer, AnswerConfig, Pipeline
+from rag_jax.answer import AnswerConfig, Pipeline
 from rag_jax.config import SearchConfig
-from rag_jax.data import formats, tasks
+from rag_jax.data import formats, gold, tasks
 from rag_jax.data.formats import Question
 from rag_jax.errors import InputError
 from rag_jax.metrics import abstention, matching
 from rag_jax.metrics.calibration import calibration
 from rag_jax.metrics.curves import recall_curves
-
-DIGITS = 4  # of the posterior of every token, which is most of a prediction
-
-
-def prediction_rows(
-    questions: Sequence[Question],
-    answers: Sequence[Answer],
-    corpus: Any,
-    retrieval_only: bool = False,
-    match: str = "string",
-) -> list[dict[str, Any]]:
-    """One row a question: what predictions.jsonl holds and metrics.summarize reads. match: as in metrics.Setting."""
-    rows = []
-    for question, found in zip(questions, answers, strict=True):
-        golds = list(question.answers)
-        texts = [corpus[corpus.row(passage)] for passage in found.retrieved]
-        right = question.right_passage_ids
-        rows.append(
-            {
-                "id": question.id,
-                "question": question.question,
-                "prediction": None if retrieval_only else found.text,
-                "answers": golds,
-                "target": question.target,
-                "label": question.extra.get("label"),
-                "unanswerable": not golds and question.target is None and not right,
-                "score": found.score,
-                "tokens": list(found.tokens),
-                "gold": list(right),
-                "gold_documents": ways(question, corpus),
-                "relevance": question.extra.get("relevance"),
-                "retrieved": list(found.retrieved),
-                "read": [passage.id for passage in found.passages],
-                "prior": [passage.prior for passage in found.passages],
-                "posterior": [passage.posterior for passage in found.passages],
-                "token_posterior": found.token_posterior
-                and [[round(share, DIGITS) for share in shares] for shares in found.token_posterior],
-                "retrieved_documents": list(dict.fromkeys(p.document for p in texts)),
-                "retrieved_has_answer": [matching.FINDERS[match](f"{p.title} {p.text}", golds) for p in texts],
-            }
-        )
-    return rows
-
-
-def ways(question: Question, corpus: Any) -> list[list[str]]:
-    """The documents that each way to answer needs: KILT's `provenance` where the question has it, a list of lists, else
-    one way, with the documents of the right passages. A passage that the corpus has not is its own document.
-    """
-    provenance = question.extra.get("provenance")
-    if isinstance(provenance, list) and all(isinstance(way, list) for way in provenance):
-        return [list(dict.fromkeys(map(str, way))) for way in provenance]
-    right = question.right_passage_ids
-    rows = corpus.rows(right, missing=-1) if right else ()
-    found = [one if row < 0 else corpus[row].document for one, row in zip(right, rows, strict=True)]
-    return [list(dict.fromkeys(found))] if found else []
+from rag_jax.retrieval.corpus import Corpus
 
 
 def predict(
-    loaded: runs.Loaded, params: Any, index: Any, questions: Sequence[Question], cfg: AnswerConfig, program: Any = None
+    loaded: runs.Loaded,
+    params: Any,
+    index: Any,
+    questions: Sequence[Question],
+    cfg: AnswerConfig,
+    program: Any = None,
+    match: str = "string",
 ) -> list[dict[str, Any]]:
-    """Prediction rows of the questions."""
+    """Prediction rows of the questions. match: as in metrics.Setting."""
     texts = [question.question for question in questions]
     gold_NG = answer.right_rows(questions, loaded.corpus) if cfg.oracle else None
     answers = answer.answer_questions(loaded, params, index, texts, cfg, program, gold_NG)
-    return prediction_rows(questions, answers, loaded.corpus, cfg.retrieval_only)
+    depth = answer.depth(loaded, cfg)
+    return predictions.rows(questions, answers, loaded.corpus, depth, cfg.retrieval_only, match)
 
 
 def select(questions: Sequence[Question], where: str, limit: int) -> list[Question]:
@@ -148,9 +104,11 @@ def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
     cfg = wanted.configure(pipeline.answer_config())
     setting = metrics.Setting(tuple(wanted.labels) or cfg.allowed_answers, wanted.match or task.match)
     docs_curve.check(pipeline, cfg, wanted.docs)
-    gold_NG = answer.right_rows(asked, corpus) if cfg.oracle else None
-    answers = pipeline.answer([q.question for q in asked], cfg, gold_NG)
-    rows = prediction_rows(asked, answers, corpus, cfg.retrieval_only, setting.match)
+    tally = gold_ids(asked, corpus, file, cfg, wanted.names)
+    gold_NG = right_passages(asked, corpus, file) if cfg.oracle else None
+    answers = pipeline.answer([q.question for q in asked], predictions.deeper(cfg, asked, corpus), gold_NG)
+    depth = answer.depth(pipeline.loaded, cfg)
+    rows = predictions.rows(asked, answers, corpus, depth, cfg.retrieval_only, setting.match)
     figures = scored(rows, setting, wanted.names)
     curves: dict[str, Any] = {"recall": recall_curves(rows, setting), "calibration": calibration(rows, setting)}
     if wanted.docs:
@@ -163,6 +121,8 @@ def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
         "where": wanted.where,
         **config.plain(cfg),
         **({} if gold_NG is None else {"without_gold": int((gold_NG < 0).all(1).sum())}),
+        **({"gold_ids": dataclasses.asdict(tally)} if tally.named else {}),
+        **how_judged(rows),
         "task": config.plain(task),
         "curves": curves,
         "seconds": round(time.perf_counter() - begun, 1),
@@ -172,6 +132,41 @@ def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
         reporting.write(out, made, wanted.shown)
     distributed.barrier("report written")
     return report
+
+
+def gold_ids(
+    asked: Sequence[Question], corpus: Corpus, file: Path, cfg: AnswerConfig, names: Sequence[str] = ()
+) -> gold.Tally:
+    """Counts the right passages that the questions name, and says which of them the corpus lacks. InputError where it
+    lacks most, and they are needed: for the figures `names`, none for all, or for an oracle.
+    """
+    if cfg.closed_book:
+        return gold.Tally()
+    needed = cfg.oracle or not names or bool(set(names) & set(metrics.OF_GOLD))
+    mend = (
+        "name the index of its corpus with --index, correct positive_passage_ids, or ask for other figures alone "
+        "(--metrics exact_match,f1)"
+    )
+    found = gold.tally(asked, corpus)
+    found.settle(file, corpus.directory, "they count as not found", mend, refuse=needed)
+    return found
+
+
+def right_passages(asked: Sequence[Question], corpus: Corpus, file: Path) -> np.ndarray:
+    """`answer.right_rows`, for an oracle; InputError where there is none at all, as in training on gold documents."""
+    gold_NG = answer.right_rows(asked, corpus)
+    if (gold_NG < 0).all():
+        raise InputError(f"{file}: no question names a right passage that the corpus has, which --oracle reads")
+    return gold_NG
+
+
+def how_judged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of how many questions the ranking is judged by passage and by document, and for how many nothing was found."""
+    levels = Counter(row["level"] for row in rows if row["level"] and row["depth"])
+    nothing = sum(not row["retrieved"] for row in rows if row["depth"])
+    if nothing:
+        logs.info(f"nothing was found for {nothing:,} of {len(rows):,} questions: none of them reads a passage")
+    return {**({"judged_by": dict(levels)} if levels else {}), **({"nothing_found": nothing} if nothing else {})}
 
 
 def what(pipeline: Pipeline) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rag_jax import decoding, sharding
 from rag_jax.decoding import Options, PrefixTree
 from rag_jax.models.layers import KeyValues, Tree
-from rag_jax.objectives import vocabulary_norm
+from rag_jax.objectives import absent, vocabulary_norm
 
 Mode = Literal["thorough", "fast"]
 TOKENS_AT_ONCE = 1024  # of candidates that are scored in one call of the decoder, in all rows together
@@ -282,6 +282,7 @@ def rag_sequence(
     hidden, found, opened = by_documents(propose, doc_chunk, ids_BKL, mask_BKL, number_BK)
     sequences_BCT = found.sequences.reshape(B, K * each, -1)
     real_BC = found.scores.reshape(B, K * each) > decoding.NEVER
+    real_BC &= ~jnp.repeat(absent(prior_BK), each, axis=1)  # a passage that was not found proposes nothing
     same_BCC = (sequences_BCT[:, :, None] == sequences_BCT[:, None]).all(-1) & real_BC[:, None]
     first_BC = real_BC & (same_BCC.argmax(-1) == jnp.arange(K * each))  # the same answer from two documents is one
     counted_BCT = counted(sequences_BCT, options)
@@ -294,7 +295,7 @@ def rag_sequence(
     prior_BCK = jnp.broadcast_to(prior_BK[:, None], logp_BCK.shape)
     if reader.hf_compat:  # there the prior counts at the second scored token alone
         second_BC1 = counted_BCT[..., 1:2] if options.max_length > 2 else jnp.zeros((B, K * each, 1), bool)
-        prior_BCK = jnp.where(second_BC1, prior_BCK, 0.0)
+        prior_BCK = jnp.where(second_BC1 | absent(prior_BCK), prior_BCK, 0.0)
     if mode == "thorough":
 
         def score(hidden: Any, mask_BKL: jax.Array, need_BKC: jax.Array) -> jax.Array:

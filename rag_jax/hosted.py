@@ -37,10 +37,17 @@ class HostIndex(NamedTuple):
 
 
 def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple[Index | None, Passages]:
-    """Tables of these rows alone, from the memory-mapped ones of the corpus."""
+    """Tables of these rows alone, from the memory-mapped ones of the corpus.
+
+    A row of -1, where a search found nothing, is an empty passage to the generator, and to the encoder, whose
+    embeddings have to be finite, some passage; what scores it has to leave it out (objectives.of_found).
+    """
     tables: Any = (corpus.encoder_ids, corpus.encoder_length, corpus.generator_ids, corpus.generator_length)
+    there_X, rows_X = rows_X >= 0, np.maximum(rows_X, 0)
     kept: Any = index and (np.asarray(index.embeddings_NE[rows_X], np.float32), index.step_N[rows_X])
-    return kept and Index(*kept), Passages(*[table[rows_X] for table in tables])
+    found: list[Any] = [table[rows_X] for table in tables]
+    found[-1] = np.where(there_X, found[-1], 0).astype(found[-1].dtype)
+    return kept and Index(*kept), Passages(*found)
 
 
 def places(mesh: jax.sharding.Mesh, rows: np.ndarray) -> np.ndarray:
@@ -50,28 +57,6 @@ def places(mesh: jax.sharding.Mesh, rows: np.ndarray) -> np.ndarray:
     cuts = mesh.shape["data"] * mesh.shape["fsdp"]
     total = rows.size // len(sharding.own_rows(mesh, cuts)) * cuts
     return sharding.own_rows(mesh, total).reshape(rows.shape).astype(np.int32)
-
-
-def filled(ids_BK: np.ndarray, corpus: Corpus) -> np.ndarray:
-    """Where a search found fewer than K passages (-1), the first live ones of the corpus that it has not found."""
-    if (ids_BK >= 0).all():
-        return ids_BK
-    out, usable = ids_BK.copy(), first_live(corpus, 2 * ids_BK.shape[1])
-    for row in out:
-        missing = np.flatnonzero(row < 0)
-        if len(missing):
-            row[missing] = np.setdiff1d(usable, row)[: len(missing)]
-    return out
-
-
-def first_live(corpus: Corpus, count: int) -> np.ndarray:
-    """The first `count` rows that are not deleted, or all where there are fewer."""
-    if corpus.live_N is None:
-        return np.arange(min(count, len(corpus)))
-    looked = count
-    while len(found := np.flatnonzero(corpus.live_N[:looked])) < count and looked < len(corpus):
-        looked *= 2
-    return found[:count]
 
 
 class Searchers:

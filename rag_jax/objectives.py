@@ -15,6 +15,7 @@ from jax.nn import log_softmax, logsumexp
 from rag_jax.products import dot_general, einsum
 
 Prior = Literal["paper", "hf_compat"]
+ABSENT = -1e9  # score of a passage that was not found: its prior, exp of this, is exactly 0, and products with 0 are 0
 
 
 def prior_logp(scores_BK: jax.Array, log_normaliser_B: jax.Array | None = None) -> jax.Array:
@@ -24,6 +25,21 @@ def prior_logp(scores_BK: jax.Array, log_normaliser_B: jax.Array | None = None) 
     """
     scores_BK = scores_BK.astype(jnp.float32)
     return log_softmax(scores_BK, axis=-1) if log_normaliser_B is None else scores_BK - log_normaliser_B[:, None]
+
+
+def of_found(scores_BK: jax.Array, found_BK: jax.Array) -> jax.Array:
+    """Scores in which passages that were not found have no share of the prior, and no gradient.
+
+    Where a question has none at all, its first slot has all of the prior: the reader is given an empty passage there.
+    """
+    first_K = jnp.arange(scores_BK.shape[1]) == 0
+    nothing_B1 = ~found_BK.any(-1, keepdims=True)
+    return jnp.where(found_BK, scores_BK, jnp.where(nothing_B1 & first_K, 0.0, ABSENT))
+
+
+def absent(prior_logp_BK: jax.Array) -> jax.Array:
+    """Which passages were not found, by their log prior."""
+    return prior_logp_BK < ABSENT / 2
 
 
 class Head(NamedTuple):
@@ -283,7 +299,7 @@ def sequence_joint(
     if prior == "paper":
         return logp_BK + prior_BK
     counted_B = mask_BT[:, 1] if mask_BT.shape[1] > 1 else jnp.zeros(len(mask_BT), bool)
-    return logp_BK + jnp.where(counted_B[:, None], prior_BK, 0.0)
+    return logp_BK + jnp.where(counted_B[:, None] | absent(prior_BK), prior_BK, 0.0)
 
 
 def rag_sequence_logp(

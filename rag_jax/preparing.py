@@ -52,7 +52,7 @@ def prepare(cfg: TrainConfig, corpus: Corpus, directory: Path | None = None) -> 
     if kept is not None:
         return Data(kept, corpus, weights)
     inputs = [tasks.each(formats.iterate_questions(one), cfg.task, corpus) for one in weights]
-    parts = [examples.tokenise(questions, corpus, **settings) for questions in inputs]
+    parts = [examples.tokenise(some, corpus, name=one, **settings) for one, some in zip(weights, inputs, strict=True)]
     return Data(examples.joined(parts), corpus, weights, wanted)
 
 

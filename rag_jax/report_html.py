@@ -19,7 +19,7 @@ from typing import Any
 
 from rag_jax import files
 from rag_jax.metrics import Setting, verdicts
-from rag_jax.metrics.figures import golds
+from rag_jax.metrics.figures import depth, golds, ranked, unit
 from rag_jax.plots_evaluation import Picture
 
 REPORT_FILE = "report.html"
@@ -115,10 +115,11 @@ def question(row: Mapping[str, Any], setting: Setting, passages: _Passages) -> d
     gold, wanted = set(row["gold"]), golds(row, setting)
     has = dict(zip(row["retrieved"], row["retrieved_has_answer"], strict=True)) if wanted else {}
     read = [
-        [passages.of(one), round(prior, 4), round(posterior, 4), one in gold, has.get(one)]
+        [passages.of(one), round(prior, 4), round(posterior, 4), unit(row, one) in gold, has.get(one)]
         for one, prior, posterior in zip(row["read"], row["prior"], row["posterior"], strict=True)
     ]
-    unread = [passages.of(one) for one in row["gold"] if one not in row["read"]][:UNREAD]
+    known = {unit(row, one) for one in row["read"]}
+    unread = [passages.of(one) for one in row["gold"] if one not in known][:UNREAD]
     f1, score = verdicts.f1(row, setting), row["score"]
     by_token = row["token_posterior"]
     return {
@@ -131,9 +132,9 @@ def question(row: Mapping[str, Any], setting: Setting, passages: _Passages) -> d
         "f1": None if f1 is None else round(f1, 4),
         "score": round(score, 4) if math.isfinite(score) else None,
         "unanswerable": bool(row["unanswerable"]),
-        "golden": len(gold) if row["retrieved"] else 0,  # nothing is found where nothing was looked for
-        "rank": next((rank for rank, one in enumerate(row["retrieved"], start=1) if one in gold), 0),
-        "found": len(row["retrieved"]),
+        "golden": len(gold) if depth(row) else 0,  # nothing is found where nothing was looked for
+        "rank": next((rank for rank, one in enumerate(ranked(row), start=1) if one in gold), 0),
+        "found": len(ranked(row)),
         "read": read,
         "unread": [number for number in unread if number is not None],
         "tokens": row["tokens"] if by_token else [],

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rag_jax import files, logs, metrics, plots, plots_evaluation, report, report_html
+from rag_jax.data import gold
 from rag_jax.errors import InputError
 from rag_jax.logs import METRICS_FILE
 from rag_jax.metrics import verdicts
+from rag_jax.metrics.figures import unit
 from rag_jax.plots_evaluation import Picture
 from rag_jax.retrieval.corpus import Corpus
 
@@ -101,14 +103,38 @@ def facts(found: Evaluation) -> list[tuple[str, str]]:
         ("Index", f"{made['index']} (step {made['index_step']:,}, search: {search})"),
         ("Answers", f"{made['n_docs'] or 'as many as trained with'} documents read, {made['n_retrieved']} retrieved"),
         ("Settings", ", ".join(settings)),
+        ("Retrieval", judged_by(made.get("judged_by", {}))),
+        ("Gold ids", gold_ids(made)),
+        ("Nothing found", nothing_found(made)),
     ]
     return [(name, value) for name, value in facts if value]
 
 
+def judged_by(counts: Mapping[str, int]) -> str:
+    """At which level rankings were judged, where that is not the passage."""
+    if not counts.get("document"):
+        return ""
+    total = sum(counts.values())
+    of = "" if counts["document"] == total else f" in {counts['document']:,} of {total:,} questions, else by passage"
+    return f"judged by document, each at its first passage found{of}"
+
+
+def gold_ids(made: Mapping[str, Any]) -> str:
+    """Which right passages the corpus lacks, in words."""
+    tally = gold.Tally(**made.get("gold_ids", {}))
+    words = tally.words(made["corpus"])
+    return f"{words}; they count as not found" if words else ""
+
+
+def nothing_found(made: Mapping[str, Any]) -> str:
+    count = made.get("nothing_found", 0)
+    return f"for {count:,} of {made['n']:,} questions; the generator read none there" if count else ""
+
+
 def passage(corpus: Corpus, passage_id: str) -> tuple[str, str] | None:
-    """Title and text; None where the corpus has no such passage."""
-    row = int(corpus.rows([passage_id], missing=-1)[0])
-    return None if row < 0 else (corpus[row].title, corpus[row].text)
+    """Title and text of a passage, or of all of a document that was cut; None where the corpus has neither."""
+    found = [corpus[row] for row in gold.rows_of([passage_id], corpus)[passage_id]]
+    return (found[0].title, " ".join(one.text for one in found)) if found else None
 
 
 def examples(found: Evaluation) -> list[dict[str, Any]]:
@@ -128,4 +154,5 @@ def example(corpus: Corpus, row: Mapping[str, Any]) -> dict[str, Any]:
     for one, prior, posterior in zip(row["read"], row["prior"], row["posterior"], strict=True):
         title, text = passage(corpus, one) or ("", "")
         passages.append({"id": one, "title": title, "text": text, "prior": prior, "posterior": posterior})
-    return {**row, "answers": row["answers"] or [row["target"] or ""], "passages": passages}
+    right = [one for one in row["read"] if unit(row, one) in row["gold"]]
+    return {**row, "answers": row["answers"] or [row["target"] or ""], "passages": passages, "gold": right}

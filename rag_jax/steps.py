@@ -158,7 +158,9 @@ def table(s: Setting, index: Index) -> dict[str, Any]:
 
 
 class Found(NamedTuple):
-    """Passages for a batch: places in the tables, their numbers in the corpus, scores_BK = q.d, log Z or None."""
+    """Passages for a batch: places in the tables, their numbers in the corpus (-1 where fewer were found), scores_BK =
+    q.d (objectives.of_found), log Z or None.
+    """
 
     rows_BK: jax.Array
     numbers_BK: jax.Array
@@ -179,7 +181,8 @@ def retrieve(
     now: jax.Array,
 ) -> Found:
     """The passages of every question, found in graph or given (`documents`: their places in the tables, found on the
-    host), and their scores, through which the gradient reaches the encoders.
+    host; `document_rows`: their rows in the corpus, -1 where the search found fewer, which have no prior), and their
+    scores, through which the gradient reaches the encoders.
 
     Passages that train are embedded afresh. With n_retrieved = L > n_docs, L are found, embedded as they are now, and
     the K best of them by that are kept (Izacard et al. 2022, Atlas, section 2.4, re-ranking).
@@ -195,13 +198,15 @@ def retrieve(
             log_z_B += q_BE @ index.drift_E
     else:
         _, rows_BK = find(s, q_BE, index, wanted)
+    numbers_BK = batch.get("document_rows", rows_BK)
     stored_BKE = jax.lax.stop_gradient(refresh.stored(index, rows_BK))
     d_BKE, fresh = stored_BKE, None
     if stage.n_retrieved:
         now_BLE = jax.lax.stop_gradient(embed_rows(s, params, passages, rows_BK, None))
         fresh = Fresh(rows_BK.reshape(-1), now_BLE.reshape(-1, now_BLE.shape[-1]))
-        best_BK = jax.lax.top_k(jax.lax.stop_gradient(jnp.einsum("be,ble->bl", q_BE, now_BLE)), stage.n_docs)[1]
-        rows_BK = jnp.take_along_axis(rows_BK, best_BK, 1)
+        now_BL = jax.lax.stop_gradient(jnp.einsum("be,ble->bl", q_BE, now_BLE))
+        best_BK = jax.lax.top_k(jnp.where(numbers_BK >= 0, now_BL, objectives.ABSENT), stage.n_docs)[1]
+        rows_BK, numbers_BK = (jnp.take_along_axis(x, best_BK, 1) for x in (rows_BK, numbers_BK))
         d_BKE, stored_BKE = (jnp.take_along_axis(x, best_BK[..., None], 1) for x in (now_BLE, stored_BKE))
     if trains_passages:
         d_BKE = embed_rows(s, params, passages, rows_BK, passage_key)
@@ -209,18 +214,17 @@ def retrieve(
             fresh = Fresh(rows_BK.reshape(-1), jax.lax.stop_gradient(d_BKE).reshape(-1, d_BKE.shape[-1]))
     scores_BK = jnp.einsum("be,bke->bk", q_BE, d_BKE)
     gap_BK = jnp.abs(jax.lax.stop_gradient(scores_BK - jnp.einsum("be,bke->bk", q_BE, stored_BKE)))
+    there_BK = numbers_BK >= 0
     age_BK = now - index.step_N[rows_BK]
-    metrics = {"row_age": age_BK.mean(), "row_age_max": age_BK.max()}
+    metrics = {"row_age": age_BK.mean(where=there_BK), "row_age_max": age_BK.max(where=there_BK, initial=0)}
     if fresh is not None:
-        metrics["score_gap"] = gap_BK.mean()
+        metrics["score_gap"] = gap_BK.mean(where=there_BK)
+    scores_BK = objectives.of_found(scores_BK, there_BK)
     if log_z_B is not None:
         log_z_B = fresh_normaliser(log_z_B, jnp.einsum("be,bke->bk", q_BE, stored_BKE), scores_BK)
         metrics["prior_mass"] = jnp.exp(logsumexp(scores_BK, axis=-1) - log_z_B).mean()
     if not stage.prior_gradient:
         scores_BK, log_z_B = jax.lax.stop_gradient((scores_BK, log_z_B))
-    numbers_BK = batch.get("document_rows", rows_BK)
-    if stage.n_retrieved and "document_rows" in batch:
-        numbers_BK = jnp.take_along_axis(numbers_BK, best_BK, 1)
     return Found(rows_BK, numbers_BK, scores_BK, log_z_B, fresh, metrics)
 
 
@@ -281,17 +285,21 @@ def rag_loss(
 
 def retrieval_metrics(rows_BK: jax.Array, scores_BK: jax.Array, posterior_BK: jax.Array, gold_BG: jax.Array) -> Metrics:
     """The signs of health and of collapse: entropy of the prior (nats), share of different documents in the batch,
-    distance from prior to posterior (KL, nats), recall of gold passages where they are known (NaN where none is).
+    distance from prior to posterior (KL, nats), recall of gold passages where they are known. A row of -1 was not found
+    and counts nowhere; NaN where there is nothing to measure.
     """
     prior_BK = objectives.prior_logp(scores_BK)
+    there_BK = rows_BK >= 0
+    found_B = there_BK.any(-1)
     known_B = (gold_BG >= 0).any(-1)
     hit_BK = is_gold(rows_BK, gold_BG)
     ordered = jnp.sort(rows_BK.reshape(-1))
     best_B = hit_BK[jnp.arange(len(hit_BK)), scores_BK.argmax(-1)]
+    different = (ordered[:1] >= 0).sum() + ((ordered[1:] != ordered[:-1]) & (ordered[1:] >= 0)).sum()
     return {
-        "prior_entropy": -(jnp.exp(prior_BK) * prior_BK).sum(-1).mean(),
-        "unique_documents": (1 + (ordered[1:] != ordered[:-1]).sum()) / ordered.size,
-        "posterior_prior_gap": (jnp.exp(posterior_BK) * (posterior_BK - prior_BK)).sum(-1).mean(),
+        "prior_entropy": -(jnp.exp(prior_BK) * prior_BK).sum(-1).mean(where=found_B),
+        "unique_documents": different / there_BK.sum(),
+        "posterior_prior_gap": (jnp.exp(posterior_BK) * (posterior_BK - prior_BK)).sum(-1).mean(where=found_B),
         "recall_at_1": (best_B & known_B).sum() / known_B.sum(),
         f"recall_at_{rows_BK.shape[1]}": (hit_BK.any(-1) & known_B).sum() / known_B.sum(),
     }

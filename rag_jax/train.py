@@ -35,15 +35,19 @@ from rag_jax.upkeep import Upkeep
 # Figures of an evaluation that are shown beside `best_metric`, as far as it has them.
 HEADLINES = (*metrics.OF_ANSWERS, "all_gold_at_5", "recall_at_1", "recall_at_5")
 SHOWN = 4
+# Metrics of a step that are NaN where no gold passage is known, or where the search found nothing.
+MAY_BE_ABSENT = ("recall", "prior_entropy", "unique_documents", "posterior_prior_gap", "row_age", "score_gap")
 
 
 def average(rows: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Mean of every metric over the interval; NaN (nothing to measure) is passed over; the last learning rate."""
+    """Mean of every metric over the interval; NaN is passed over where it says that there was nothing to measure; the
+    last learning rate.
+    """
     fetched = jax.device_get(rows)
     means = {}
     for name in fetched[0]:
         values = np.asarray([row[name] for row in fetched], np.float64)
-        values = values[~np.isnan(values)] if name.startswith("recall") else values
+        values = values[~np.isnan(values)] if name.startswith(MAY_BE_ABSENT) else values
         if len(values):
             means[name] = float(values.mean())
     means["learning_rate"] = float(fetched[-1]["learning_rate"])
@@ -216,7 +220,7 @@ def evaluate_dev(session: Session, params: Any, index: Any, step: int) -> dict[s
     """The figures of the first `evaluate_questions` of the dev questions, as eval/... metrics."""
     index = session.refresher.full(params, step) if index is None else index
     cfg, answering = session.cfg, session.answering
-    rows = evaluate.predict(session.loaded, params, index, session.dev, answering, session.program)
+    rows = evaluate.predict(session.loaded, params, index, session.dev, answering, session.program, cfg.task.match)
     summary = metrics.summarize(rows, metrics.Setting(answering.allowed_answers, cfg.task.match))
     best = cfg.best_metric.removeprefix("eval/")
     shown = [name for name in dict.fromkeys((best, *HEADLINES)) if name in summary]
@@ -240,6 +244,7 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
     every_batch = all_batches(cfg, data, mesh)
     dev = formats.read_questions(cfg.dev)[: cfg.evaluate_questions] if cfg.evaluate_every else []
     dev = tasks.posed(dev, cfg.task, corpus) if dev else []
+    evaluate.gold_ids(dev, corpus, Path(cfg.dev), config.answering(cfg))
     if cfg.init and not (directory / "config.json").exists():
         runs.check_init(Path(cfg.init), cfg.model, corpus, mesh)
     preparing.open_run(cfg, directory, data)

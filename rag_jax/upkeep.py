@@ -11,7 +11,7 @@ import numpy as np
 
 from rag_jax import config, refresh, sharding
 from rag_jax.data.pipeline import ON_HOST
-from rag_jax.hosted import HostIndex, filled, gather, places
+from rag_jax.hosted import HostIndex, gather, places
 from rag_jax.rag import Params, Passages
 from rag_jax.refresh import Index, Refresher
 from rag_jax.retrieval.corpus import Corpus
@@ -71,13 +71,13 @@ class OnHost:
             on_device = sharding.shard_batch(mesh, arrays)
             q_BE = sharding.fetched(question_program(self.setting.rag)(params, on_device)).astype(np.float32)
             queries = Queries(q_BE[sharding.own_rows(mesh, len(q_BE))], self.texts(batch["source"]))
-            rows = filled(index.searcher.search(queries, wanted).ids_BK, self.corpus)
+            rows = index.searcher.search(queries, wanted).ids_BK  # -1 where it found fewer
         if stage.objective == "contrastive":
             found = (arrays["gold"][:, 0], rows) if stage.hard_negatives else (arrays["gold"][:, 0],)
             all_rows = sharding.fetched(sharding.shard_batch(mesh, found))  # the gold ones of all questions come first
             rows = np.concatenate([part.reshape(-1) for part in all_rows])
             rows = rows[sharding.own_rows(mesh, len(rows))]
-        tables, passages = gather(self.corpus, index, np.maximum(rows.reshape(-1), 0))
+        tables, passages = gather(self.corpus, index, rows.reshape(-1))
         arrays |= {"documents": places(mesh, rows), "document_rows": rows.astype(np.int32)}
         return Fed(*sharding.shard_batch(mesh, (arrays, tables, passages)))
 

@@ -229,7 +229,8 @@ def test_kilt_ranges_blind_sets_and_marks_of_lists(tmp_path: Path) -> None:
     rows = [{"id": 1, "input": "Q?", "output": [{"provenance": provenance}]}, {"id": "b", "input": "R?"}]
     first, second = read_questions(write(tmp_path / "k.jsonl", *rows))
     assert (first.id, first.positive_passage_ids) == ("1", ("7-1", "7-2")) and first.extra == {
-        "wikipedia_ids": ["7", "8"]
+        "wikipedia_ids": ["7", "8"],
+        "provenance": [["7", "8"]],
     }
     assert (second.answers, second.positive_passage_ids, second.extra) == ((), (), {})
     text = ["T\n", "Body.\n", "Section::::Early life.\n", "BULLET::::- one\n", " \n"]
@@ -367,7 +368,8 @@ def test_every_format_says_what_it_is() -> None:
 
 def test_a_corpus_of_the_same_files_has_the_right_passages(shared_data: Find, tmp_path: Path) -> None:
     from rag_jax.__main__ import main
-    from rag_jax.data.examples import gold_rows, wrong_rows
+    from rag_jax.data.examples import wrong_rows
+    from rag_jax.data.gold import right_rows
     from rag_jax.retrieval.corpus import Corpus
 
     raw = shared_data("raw")
@@ -379,7 +381,7 @@ def test_a_corpus_of_the_same_files_has_the_right_passages(shared_data: Find, tm
     assert [(entry["files"], entry["passages"]) for entry in corpus.manifest["inputs"]] == [(1, 751), (1, 80)]
     for path in paths:
         questions = read_questions(path)
-        gold = gold_rows(questions, corpus)
+        gold = right_rows(questions, corpus)
         for question, rows, hard, other in zip(questions, gold, *wrong_rows(questions, gold, corpus), strict=True):
             assert [corpus[row].id for row in rows] == list(question.positive_passage_ids) != []
             named = [corpus[row].id for row in (*hard, *other)]

@@ -41,13 +41,21 @@ def _qrels(source: Source, report: OnBad | None) -> tuple[dict[str, Grades], dic
             refuse(f"{source.beside}:{row.line}: the score {score!r} is no whole number", report)
             continue
         first.setdefault(query, row.line)
-        grades.setdefault(query, {})[passage] = grade
+        known = grades.setdefault(query, {}).setdefault(passage, grade)
+        if known != grade:
+            pair = f"question {query!r} with passage {passage!r}"
+            refuse(f"{source.beside}:{row.line}: {pair} has the grade {grade}, above it has {known}", report)
     return grades, first
 
 
 def question(fields: Fields, own_id: str) -> list[Question]:
-    """{"_id", "text"}: passages with a grade above 0 are right."""
+    """{"_id", "text"}: passages with a grade above 0 are right.
+
+    A passage that has the question's own id is the question itself: BEIR takes it out of what was found
+    (`ignore_identical_ids`).
+    """
     relevance: Grades = fields["relevance"]
     right = tuple(passage for passage, grade in relevance.items() if grade > 0)
-    extra = rest(fields, "_id", "text")
-    return [Question(identity(fields, "_id", "id"), string(fields, "text"), (), right, extra=extra)]
+    name = identity(fields, "_id", "id")
+    extra = rest(fields, "_id", "text") | {"excluded_passage_ids": [name]}
+    return [Question(name, string(fields, "text"), (), right, extra=extra)]

@@ -13,7 +13,7 @@ from rag_jax.data.examples import Examples, PassageTable
 from rag_jax.errors import InputError
 from rag_jax.logs import info
 
-KIND, VERSION = "tokenised questions", 1
+KIND, VERSION = "tokenised questions", 2
 
 
 def made_of(inputs: Sequence[str], corpus: PassageTable, corpus_hash: str, **settings: Any) -> dict[str, Any]:

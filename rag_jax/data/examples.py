@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from rag_jax.data import gold as right
 from rag_jax.data import ragged
 from rag_jax.data.joining import QUESTION_SEPARATOR, join_tail
 from rag_jax.data.ragged import Growing, Ragged
@@ -22,7 +23,7 @@ CHUNK = 8192  # questions that are Python objects at a time
 OF_THE_CORPUS = ("gold", "hard", "other", "answer_P2")  # what another version of the corpus may change
 
 
-class PassageTable(Protocol):
+class PassageTable(right.Passages, Protocol):
     """What examples need of a corpus."""
 
     generator_ids: np.ndarray
@@ -35,9 +36,6 @@ class PassageTable(Protocol):
     @property
     def live_N(self) -> np.ndarray | None: ...
     def __len__(self) -> int: ...
-    def rows(self, passage_ids: Sequence[str], missing: int | None = None) -> np.ndarray: ...
-    def pieces(self, passage_id: str) -> list[int]: ...
-    def deleted(self, passage_id: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -153,11 +151,13 @@ def tokenise(
     negatives: bool = False,
     live: bool = False,
     keeps: str = "start",
+    name: str = "the questions",
 ) -> Examples:
     """Examples of one input: of every question its target, or its first answer, or (`sample`, `every`) all of them.
 
-    Questions with no answer are left out. A gold passage that was deleted is none. InputError names one that the corpus
-    never had; with `live` it may still come. negatives: read those, too; ones that the corpus has not are left out.
+    Questions with no answer are left out. Gold passages that the corpus lacks are none: they are counted and named, and
+    refused where they are most (gold.Tally), but with `live` they may still come. negatives: read those, too; ones that
+    the corpus has not are left out. name: of the input, for messages.
     """
     encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
     ids = {side: np.uint16 if t.vocab_size <= 2**16 else np.uint32 for side, t in (("e", encoder), ("g", generator))}
@@ -166,6 +166,7 @@ def tokenise(
     tables = {name: Growing(dtype) for name, dtype in types.items()}
     spans: list[np.ndarray] = [np.zeros((0, 2), np.int32)]
     counts: list[int] = []
+    tally = right.Tally()
     with Progress(None, "tokenising questions", "question") as progress:
         for chunk in chunks(questions):
             wanted = [wanted_answers(question, answers) for question in chunk]
@@ -173,7 +174,7 @@ def tokenise(
             wanted = [texts for texts in wanted if texts]
             texts = [question.question for question in asked]
             both = both_sides(texts, encoder, generator, question_length, keeps)
-            gold = gold_rows(asked, corpus, live)
+            gold = right.right_rows(asked, corpus, tally)
             of = np.repeat(np.arange(len(asked)), list(map(len, wanted)))
             written, stand_P2 = as_they_stand([a for some in wanted for a in some], [gold[i] for i in of], corpus)
             spans.append(stand_P2)
@@ -185,6 +186,8 @@ def tokenise(
                 table.add(rows)
             counts += map(len, wanted)
             progress.update(len(chunk))
+    mend = "name the corpus of these questions, or correct their positive_passage_ids"
+    tally.settle(name, corpus.directory, "they count as no gold passage", mend, refuse=not live)
     if not counts:
         raise InputError("no question has an answer or a target; training needs at least one")
     return Examples(
@@ -239,37 +242,19 @@ def as_they_stand(
     return written, spans_P2
 
 
-def rows_of(ids: Sequence[Sequence[str]], corpus: PassageTable) -> list[list[int]]:
-    """Rows of lists of passage ids, -1 for those that the corpus has not; looked up all at once."""
-    flat = corpus.rows([one for some in ids for one in some], missing=-1).tolist()
-    ends = np.cumsum([len(some) for some in ids]).tolist()
-    return [flat[end - len(some) : end] for some, end in zip(ids, ends, strict=True)]
-
-
-def gold_rows(questions: Sequence[Question], corpus: PassageTable, live: bool = False) -> list[list[int]]:
-    """Rows of the right passages of each question that are there; see `tokenise`."""
-    found = rows_of([question.right_passage_ids for question in questions], corpus)
-    for question, rows in zip(questions, found, strict=True):
-        for passage_id, row in zip(question.right_passage_ids, rows, strict=True):
-            if row >= 0 or corpus.deleted(passage_id) or (live and not corpus.pieces(passage_id)):
-                continue
-            try:
-                corpus.rows([passage_id])  # says what is wrong with it
-            except InputError as error:
-                raise InputError(f"question {question.id!r}: {error}") from error
-    return [[row for row in rows if row >= 0] for rows in found]
-
-
 def wrong_rows(
     questions: Sequence[Question], gold: Sequence[Sequence[int]], corpus: PassageTable
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Rows of the (hard, other) negatives of each question; right passages are none, whatever the file says."""
 
-    def without(ids: list[tuple[str, ...]], known: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Rows of the ids, each once, without those that are known."""
-        pairs = zip(rows_of(ids, corpus), known, strict=True)
-        return [[row for row in dict.fromkeys(rows) if row >= 0 and row not in taken] for rows, taken in pairs]
+    leads = right.rows_of(
+        (one for q in questions for one in (*q.hard_negative_passage_ids, *q.negative_passage_ids)), corpus
+    )
 
-    hard = without([question.hard_negative_passage_ids for question in questions], gold)
-    known = [[*right, *wrong] for right, wrong in zip(gold, hard, strict=True)]
-    return hard, without([question.negative_passage_ids for question in questions], known)
+    def without(ids: Sequence[str], known: Sequence[int]) -> list[int]:
+        """Rows of the ids, all of those of a document that was cut, each once, without those that are known."""
+        return [row for row in dict.fromkeys(row for one in ids for row in leads[one]) if row not in known]
+
+    hard = [without(q.hard_negative_passage_ids, rows) for q, rows in zip(questions, gold, strict=True)]
+    known = [[*rows, *wrong] for rows, wrong in zip(gold, hard, strict=True)]
+    return hard, [without(q.negative_passage_ids, rows) for q, rows in zip(questions, known, strict=True)]

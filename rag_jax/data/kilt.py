@@ -30,16 +30,18 @@ def paragraph_id(page: str, number: int) -> str:
 def question(fields: Fields, own_id: str) -> list[Question]:
     """{"id", "input", "output": [{"answer", "provenance"}]}; a blind test file has no output.
 
-    The right passages are the paragraphs that the provenance names, `wikipedia_ids` in `extra` their pages. Where the
-    question brings its `passages` (as CLAPnq does), it was asked of these.
+    The right passages are the paragraphs that the provenance names; in `extra`, `provenance` has the pages of every
+    output, each a way to answer of its own, and `wikipedia_ids` all of them. Where the question brings its `passages`
+    (as CLAPnq does), it was asked of these.
     """
     outputs = every(each({"output": []} | fields, "output", _output))
     answers = unique(answer for answer, _, _ in outputs if answer)
     paragraphs = unique(name for _, names, _ in outputs for name in names)
-    pages = unique(page for _, _, found in outputs for page in found)
+    ways = list(dict.fromkeys(unique(pages) for _, _, pages in outputs if pages))
     extra = rest(fields, "id", "input", "output", "passages")
-    if pages:
-        extra["wikipedia_ids"] = list(pages)
+    if ways:
+        extra["wikipedia_ids"] = list(unique(page for way in ways for page in way))
+        extra["provenance"] = [list(way) for way in ways]
     if "passages" in fields:
         asked_of = [passage.id for passage in every(passages(fields, own_id))]
         if answers:
@@ -50,22 +52,37 @@ def question(fields: Fields, own_id: str) -> list[Question]:
 
 
 def _output(output: Fields) -> list[tuple[str, list[str], list[str]]]:
-    """The answer, the paragraphs and the pages of one output, each of which may be missing."""
-    found = every(each({"provenance": []} | output, "provenance", _provenance))
-    return [(optional(output, "answer"), [name for names, _ in found for name in names], [page for _, page in found])]
+    """The answer, the paragraphs and the pages of one output, each of which may be missing or null."""
+    named = {name: value for name, value in output.items() if value is not None}
+    found = every(each({"provenance": []} | named, "provenance", _provenance))
+    return [(optional(output, "answer").strip(), [one for names, _ in found for one in names], [p for _, p in found])]
 
 
 def _provenance(fields: Fields) -> list[tuple[list[str], str]]:
-    page = identity(fields, "wikipedia_id")
-    if fields.get("start_paragraph_id") is None:
+    """(paragraphs, page). A page without a paragraph counts as a page; a paragraph of -1 stands for one that KILT's
+    authors did not find.
+    """
+    page = identity(fields, "wikipedia_id").strip()
+    start = _paragraph(fields, "start_paragraph_id")
+    end = _paragraph(fields, "end_paragraph_id")
+    if start is None:
         return [([], page)]
-    start = fields["start_paragraph_id"]
-    end = fields.get("end_paragraph_id", start)
-    if type(start) is not int or type(end) is not int:
-        raise BadLine("start_paragraph_id and end_paragraph_id must be whole numbers")
-    if not 0 <= start <= end:
+    end = start if end is None else end
+    if start > end:
         raise BadLine(f"there are no paragraphs {start} to {end}")
     return [([paragraph_id(page, number) for number in range(max(start, 1), end + 1)], page)]
+
+
+def _paragraph(fields: Fields, name: str) -> int | None:
+    """A number of a paragraph, perhaps written as a string; None where it is missing, null or -1."""
+    value = fields.get(name)
+    if isinstance(value, str) and value.strip().removeprefix("-").isdecimal():
+        value = int(value)
+    if value is None or value == -1:
+        return None
+    if type(value) is not int or value < 0:
+        raise BadLine(f"{name} must be a whole number from 0 on, or -1 for none, it is {value!r}")
+    return value
 
 
 def passages(fields: Fields, own_id: str) -> Iterator[Passage | BadLine]:

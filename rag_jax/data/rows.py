@@ -29,7 +29,9 @@ class Question:
     also_relevant_passage_ids: further right passages, found counts as right and they are no negatives.
     hard_negative_passage_ids: found by a search, but wrong; negative_passage_ids: any others that are wrong.
     Of a question known to have no answer, `extra` says `answerable: False`, and in `context_passage_ids` of what it was
-    asked.
+    asked. Further fields in `extra` that evaluation reads: `relevance`, grades by passage id; `provenance`, a list of
+    ways to answer, each the list of the documents that it needs, else `wikipedia_ids`, the documents of the one way;
+    `excluded_passage_ids`, passages that do not count as found; `label`.
     """
 
     id: str

@@ -1,11 +1,10 @@
 """What is read and what is written: the same question files give answering, classification and question generation."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-import numpy as np
-
+from rag_jax.data import gold
 from rag_jax.data.rows import Question
 from rag_jax.errors import InputError
 
@@ -24,25 +23,18 @@ class TaskConfig:
     match: str = "string"
 
 
-class Texts(Protocol):
-    """What is needed of a corpus."""
-
-    def __getitem__(self, row: int) -> Any: ...
-    def rows(self, passage_ids: Sequence[str], missing: int | None = None) -> np.ndarray: ...
-
-
 def check(task: TaskConfig) -> None:
     """InputError where the same is read and written."""
     if task.reads == task.writes or (task.reads == "answer" and task.writes == "target"):
         raise InputError(f"task.reads={task.reads!r} with task.writes={task.writes!r}: what is read would be written")
 
 
-def each(questions: Iterable[Question], task: TaskConfig, corpus: Texts) -> Iterator[Question]:
+def each(questions: Iterable[Question], task: TaskConfig, corpus: gold.Passages) -> Iterator[Question]:
     """The questions as the task has them, `question` what is read; those that lack it are left out."""
     return (_written(question, task, text) for question in questions if (text := _read(question, task, corpus)))
 
 
-def posed(questions: Iterable[Question], task: TaskConfig, corpus: Texts) -> list[Question]:
+def posed(questions: Iterable[Question], task: TaskConfig, corpus: gold.Passages) -> list[Question]:
     """All of `each`; InputError where none is left."""
     made = list(each(questions, task, corpus))
     if not made:
@@ -50,12 +42,11 @@ def posed(questions: Iterable[Question], task: TaskConfig, corpus: Texts) -> lis
     return made
 
 
-def _read(question: Question, task: TaskConfig, corpus: Texts) -> str:
+def _read(question: Question, task: TaskConfig, corpus: gold.Passages) -> str:
     if task.reads == "answer":
         return next((answer for answer in question.answers if answer.strip()), "")
     if task.reads == "passage":
-        rows = corpus.rows(question.right_passage_ids, missing=-1) if question.right_passage_ids else ()
-        return next((corpus[row].text for row in rows if row >= 0), "")
+        return next((corpus[row].text for row in gold.right_rows([question], corpus)[0]), "")
     return question.question
 
 

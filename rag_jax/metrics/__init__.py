@@ -16,6 +16,7 @@ from rag_jax.metrics.measures import RECALL_KS, TOP
 __all__ = [
     "METRICS",
     "OF_ANSWERS",
+    "OF_GOLD",
     "RECALL_KS",
     "Metric",
     "Setting",
@@ -52,6 +53,7 @@ METRICS: dict[str, Metric] = {
     "kilt": Metric("gold passages", measures.kilt),
 }
 LONG = ("rouge_l", "bleu", "distinct")
+OF_GOLD = ("recall", "all_gold", "mrr", "ndcg", "r_precision", "kilt")  # metrics that need gold passages
 OF_ANSWERS = ("accuracy", "exact_match", "f1", "rouge_l", "bleu")  # figures; the first one there is the main one
 _JUDGED = Setting()
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rag_jax.metrics import verdicts
-from rag_jax.metrics.figures import Row, Setting, golds
+from rag_jax.metrics.figures import Row, Setting, golds, judged, unit
 
 BINS = 10
 Z = 1.959964  # of a 95% interval
@@ -63,9 +63,9 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 def _right_passages(row: Row, setting: Setting) -> list[bool] | None:
     """Of each passage read, whether it is gold or, where none is known, has the answer; None where neither is known."""
     read = row["read"]
-    if not read or not (row["gold"] or golds(row, setting)):
+    if not read or not (judged(row) or golds(row, setting)):
         return None
-    if row["gold"]:
-        return [one in row["gold"] for one in read]
+    if judged(row):
+        return [unit(row, one) in row["gold"] for one in read]
     has = dict(zip(row["retrieved"], row["retrieved_has_answer"], strict=True))
     return [has.get(one, False) for one in read]

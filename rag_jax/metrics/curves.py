@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rag_jax.metrics import bootstrap
-from rag_jax.metrics.figures import Row, Setting, golds
+from rag_jax.metrics.figures import Row, Setting, depth, golds, judged, ranked
 
 DENSE = 100  # up to here every k has its point, beyond each is a twentieth further
 
@@ -16,15 +16,18 @@ def recall_curves(rows: Sequence[Row], setting: Setting, seed: int = 0) -> dict[
     """ "gold" and "answer", as `measures.recall` and `measures.answer_recall` have them at their few k: {"k", "value",
     "low", "high"}, lists of one length; what no row has is left out.
     """
-    gold = [[one in set(row["gold"]) for one in row["retrieved"]] for row in rows if row.get("gold")]
-    answer = [row["retrieved_has_answer"] for row in rows if golds(row, setting)]
-    found = {"gold": gold, "answer": answer}
-    return {name: hits_curve(flags, seed) for name, flags in found.items() if any(map(len, flags))}
+    counted, answered = list(filter(judged, rows)), [row for row in rows if golds(row, setting)]
+    gold = [[one in set(row["gold"]) for one in ranked(row)] for row in counted]
+    answer = [row["retrieved_has_answer"] for row in answered]
+    found = {"gold": (counted, gold), "answer": (answered, answer)}
+    deepest = {name: max(map(depth, some), default=0) for name, (some, _) in found.items()}
+    return {name: hits_curve(flags, deepest[name], seed) for name, (_, flags) in found.items() if deepest[name]}
 
 
-def hits_curve(flags: Sequence[Sequence[bool]], seed: int = 0) -> Curve:
-    """The share of rows with a hit among their first k, for every k; percentile bootstrap of the rows, 95%."""
-    deepest = max(map(len, flags))
+def hits_curve(flags: Sequence[Sequence[bool]], deepest: int, seed: int = 0) -> Curve:
+    """The share of rows with a hit among their first k, for every k up to `deepest`; percentile bootstrap of the rows,
+    95%.
+    """
     first_N = np.array([next((i for i, hit in enumerate(row) if hit), deepest) for row in flags])
     ks = numbers(deepest)
     hits_NK = (first_N[:, None] < np.array(ks)).astype(np.float64)

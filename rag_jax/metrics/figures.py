@@ -1,9 +1,11 @@
 """What metrics read and give: rows of predictions, how they are judged, and figures with their intervals.
 
-A row is what `evaluate.prediction_rows` makes of a question and predictions.jsonl keeps:
+A row is what `predictions.rows` makes of a question and predictions.jsonl keeps:
 
 id, question; prediction (None: retrieval alone), score log p(y|x), tokens; answers, target, label; unanswerable
-gold, retrieved: ids of passages, best first; relevance {id: grade} or None; retrieved_has_answer
+retrieved: ids of passages, best first; retrieved_has_answer; depth: how many passages were looked for, 0 for none
+gold: ids of passages, or of documents where `level` is "document"; relevance {id: grade} or None, likewise
+documents: where the level is "document", {passage id: document id} of passages that are only a part of one
 read, prior, posterior: ids and probabilities of the passages read, best prior first; token_posterior: RAG-Token's, a
 list like them for each of the tokens, else None
 gold_documents, one list for each way to answer; retrieved_documents, each once
@@ -71,6 +73,26 @@ def golds(row: Row, setting: Setting) -> list[str]:
 
 def written(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["prediction"] is not None]
+
+
+def judged(row: Row) -> bool:
+    """Whether the row's ranking can be judged; nothing that was judged need be relevant, as pytrec_eval has it."""
+    return bool(row.get("gold") or row.get("relevance"))
+
+
+def unit(row: Row, passage_id: str) -> str:
+    """What stands for a passage where gold is looked for: itself, or its document."""
+    return (row.get("documents") or {}).get(passage_id, passage_id)
+
+
+def ranked(row: Row) -> list[str]:
+    """The ranking that gold is looked for in: passages, or documents, each at the place of its first passage."""
+    return list(dict.fromkeys(unit(row, one) for one in row["retrieved"]))
+
+
+def depth(row: Row) -> int:
+    """How many passages were looked for; fewer may have been found. (Older predictions do not say.)"""
+    return row.get("depth", len(row["retrieved"]))
 
 
 def mean(name: str, values: Sequence[float]) -> Figures:

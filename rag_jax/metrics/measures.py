@@ -1,12 +1,24 @@
 """Each metric over the rows of predictions: which rows count, and what is counted. No row that can: no figure."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import numpy as np
 
 from rag_jax.metrics import bootstrap, matching, ranking, texts
-from rag_jax.metrics.figures import Figure, Figures, Row, Setting, golds, mean, references, written
+from rag_jax.metrics.figures import (
+    Figure,
+    Figures,
+    Row,
+    Setting,
+    depth,
+    golds,
+    judged,
+    mean,
+    ranked,
+    references,
+    written,
+)
 
 RECALL_KS = (1, 5, 20, 100)
 TOP = 10  # of MRR and nDCG
@@ -27,58 +39,58 @@ def f1(rows: Sequence[Row], setting: Setting) -> Figures:
 
 
 def answer_recall(rows: Sequence[Row], setting: Setting) -> Figures:
-    flags = [row["retrieved_has_answer"] for row in rows if golds(row, setting) and "retrieved_has_answer" in row]
+    looked = [row for row in rows if golds(row, setting) and "retrieved_has_answer" in row]
+    flags = [row["retrieved_has_answer"] for row in looked]
     found: Figures = {}
-    for k in _usable(RECALL_KS, flags):
+    for k in usable(RECALL_KS, looked):
         found |= mean(f"answer_recall_at_{k}", [ranking.answer_recall(k, one) for one in flags])
     return found
 
 
 def recall(rows: Sequence[Row], setting: Setting) -> Figures:
-    pairs = _ranked(rows)
+    counted = list(filter(judged, rows))
     found: Figures = {}
-    for k in _usable(RECALL_KS, [retrieved for retrieved, _ in pairs]):
-        found |= mean(f"recall_at_{k}", [ranking.recall_at(k, *pair) for pair in pairs])
+    for k in usable(RECALL_KS, counted):
+        found |= mean(f"recall_at_{k}", _scores(counted, partial(ranking.recall_at, k)))
     return found
 
 
 def all_gold(rows: Sequence[Row], setting: Setting) -> Figures:
     """Where some question needs several passages: are all of them there, and what share of them."""
-    pairs = _ranked(rows)
+    counted = list(filter(judged, rows))
     found: Figures = {}
-    if all(len(set(gold)) == 1 for _, gold in pairs):
-        return found
-    for k in _usable(RECALL_KS, [retrieved for retrieved, _ in pairs]):
-        found |= mean(f"all_gold_at_{k}", [ranking.all_found(k, *pair) for pair in pairs])
-        found |= mean(f"gold_share_at_{k}", [ranking.share_found(k, *pair) for pair in pairs])
+    if all(len(set(row["gold"])) <= 1 for row in counted):
+        return {}
+    for k in usable(RECALL_KS, counted):
+        found |= mean(f"all_gold_at_{k}", _scores(counted, partial(ranking.all_found, k)))
+        found |= mean(f"gold_share_at_{k}", _scores(counted, partial(ranking.share_found, k)))
     return found
 
 
 def mrr(rows: Sequence[Row], setting: Setting) -> Figures:
-    pairs = _ranked(rows)
-    usable = _usable((TOP,), [retrieved for retrieved, _ in pairs])
-    return mean(f"mrr_at_{TOP}", [ranking.reciprocal_rank(TOP, *pair) for pair in pairs]) if usable else {}
+    counted = list(filter(judged, rows))
+    scores = _scores(counted, partial(ranking.reciprocal_rank, TOP))
+    return mean(f"mrr_at_{TOP}", scores) if usable((TOP,), counted) else {}
 
 
 def ndcg(rows: Sequence[Row], setting: Setting) -> Figures:
     """With the grades of the question file where it has some, else every gold passage counts 1."""
-    if not _usable((TOP,), [retrieved for retrieved, _ in _ranked(rows)]):
+    counted = list(filter(judged, rows))
+    if not usable((TOP,), counted):
         return {}
-    graded = [(row["retrieved"], dict.fromkeys(row["gold"], 1) | (row.get("relevance") or {})) for row in rows]
-    useful = [(retrieved, grades) for retrieved, grades in graded if any(grade > 0 for grade in grades.values())]
-    return mean(f"ndcg_at_{TOP}", [ranking.ndcg(TOP, *pair) for pair in useful])
+    graded = [(ranked(row), dict.fromkeys(row["gold"], 1) | (row.get("relevance") or {})) for row in counted]
+    return mean(f"ndcg_at_{TOP}", [ranking.ndcg(TOP, *pair) if max(pair[1].values()) > 0 else 0.0 for pair in graded])
 
 
 def r_precision(rows: Sequence[Row], setting: Setting) -> Figures:
-    pairs = _ranked(rows)
-    deepest = max((len(set(gold)) for _, gold in pairs), default=0)
-    usable = _usable((deepest,), [retrieved for retrieved, _ in pairs])
-    return mean("r_precision", [ranking.r_precision(*pair) for pair in pairs]) if usable else {}
+    counted = list(filter(judged, rows))
+    deepest = max((len(set(row["gold"])) for row in counted), default=0)
+    return mean("r_precision", _scores(counted, ranking.r_precision)) if usable((max(deepest, 1),), counted) else {}
 
 
 def kilt(rows: Sequence[Row], setting: Setting) -> Figures:
     """R-precision of pages, and the scores of answers, which count only where it is 1 (Petroni et al. 2021)."""
-    paged = [row for row in rows if any(row.get("gold_documents") or ()) and row.get("retrieved_documents")]
+    paged = [row for row in rows if any(row.get("gold_documents") or ()) and depth(row)]
     precise = [ranking.page_r_precision(row["retrieved_documents"], _sets(row)) for row in paged]
     found = mean("kilt_r_precision", precise)
     scored = [
@@ -139,8 +151,9 @@ def macro_f1(rows: Sequence[Row], setting: Setting) -> Figures:
     return {"macro_f1": Figure(statistic, len(gold_N))}
 
 
-def _ranked(rows: Sequence[Row]) -> list[tuple[list[str], list[str]]]:
-    return [(row["retrieved"], row["gold"]) for row in rows if row.get("gold")]
+def _scores(rows: Sequence[Row], score: Callable[[Sequence[str], Collection[str]], float]) -> list[float]:
+    """The score of each ranking; 0 where all that was judged is of no use."""
+    return [score(ranked(row), row["gold"]) if row["gold"] else 0.0 for row in rows]
 
 
 def _sets(row: Row) -> list[set[str]]:
@@ -165,7 +178,7 @@ def _classes(rows: Sequence[Row], setting: Setting) -> tuple[np.ndarray, np.ndar
     return np.array(gold_N, int), np.array(said_N, int)
 
 
-def _usable(ks: Sequence[int], retrieved: Sequence[Sequence[Any]]) -> list[int]:
-    """Those k that some question retrieved: where one has fewer, a search such as BM25 found no more."""
-    most = max(map(len, retrieved), default=0)
+def usable(ks: Sequence[int], rows: Sequence[Row]) -> list[int]:
+    """Those k to which some question's search went; where it found fewer, there is no more to find."""
+    most = max(map(depth, rows), default=0)
     return [k for k in ks if k <= most]

@@ -138,16 +138,23 @@ class Corpus:
 
     def pieces(self, passage_id: str) -> list[int]:
         """Rows of a passage, or of all it was cut into at build; empty if it is unknown."""
-        for _, row in self._candidates([passage_id]):
-            found = [row]
-            if self[row].id == f"{passage_id}-0":
-                while (last := found[-1] + 1) < len(self) and self[last].id == f"{passage_id}-{last - row}":
-                    found.append(last)
-            elif self[row].id != passage_id:
-                continue
-            if live := [piece for piece in found if self._live(piece)]:
+        rows = [row for _, row in self._candidates([passage_id])]
+        for row in rows:
+            whole = range(row, row + 1) if self[row].id == passage_id else self._cut(passage_id, row, rows)
+            if live := [piece for piece in whole if self._live(piece)]:
                 return live
         return []
+
+    def cut_from(self, row: int) -> str | None:
+        """The id of the document that the passage at a row was cut from at build; None where it stands as it was given.
+
+        An id such as d1-0 alone does not tell: a file may have passages of such ids.
+        """
+        document, dash, number = self[row].id.rpartition("-")
+        if not self.manifest["n_cut"] or not dash or not number.isdecimal():
+            return None
+        rows = [first for _, first in self._candidates([document])]
+        return document if any(row in self._cut(document, first, rows) for first in rows) else None
 
     def deleted(self, passage_id: str) -> bool:
         """Whether there was a passage, or a document, of this id that is no longer there."""
@@ -162,6 +169,20 @@ class Corpus:
     @cached_property
     def generator_tokenizer(self) -> Tokenizer:
         return self._tokenizer("generator")
+
+    def _cut(self, document: str, first: int, found: Sequence[int]) -> range:
+        """The rows that a document was cut into, if its first piece is at row `first`; found: all rows of its id."""
+        if self[first].id != f"{document}-0":
+            return range(0)
+        last = max((row for row in found if row > first and self[row].id == f"{document}-{row - first}"), default=None)
+        if last is None:  # built before the last piece was noted: pieces have ids that count on, of one document
+            last = first
+            while last + 1 < len(self) and self[last + 1].id == f"{document}-{last + 1 - first}":
+                if self[last + 1].document != self[first].document:
+                    break
+                last += 1
+            return range(first, last + 1) if last > first else range(0)
+        return range(first, last + 1)
 
     def _live(self, row: int) -> bool:
         return self.live_N is None or bool(self.live_N[row])

@@ -86,15 +86,18 @@ class PassageStore:
         return found
 
     def add(self, batch: Sequence[Located], pieces: Sequence[Sequence[Passage]]) -> None:
-        """Writes the pieces of each passage. One that was cut is also found under its old id, at its first piece."""
+        """Writes the pieces of each passage. One that was cut is also found under its old id, at its first and its last
+        piece: a passage that follows may have an id that looks like a further piece.
+        """
         rows: list[int] = []
         ids: list[str] = []
         lines: list[bytes] = []
         places: list[int] = []
         for located, cuts in zip(batch, pieces, strict=True):
             if len(cuts) > 1:
-                ids.append(located.passage.id)
-                rows.append(self.count + len(lines))
+                first = self.count + len(lines)
+                ids += [located.passage.id] * 2
+                rows += [first, first + len(cuts) - 1]
             for piece in cuts:
                 ids.append(piece.id)
                 rows.append(self.count + len(lines))

@@ -1,0 +1,139 @@
+"""The right passages of questions in a corpus: which passages their ids name, and which ids the corpus lacks.
+
+An id names a passage, or a document that was cut into passages when the corpus was built. Training, the oracle and
+evaluation all ask here, so that what one refuses the others refuse, too.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from rag_jax.data.rows import Passage, Question
+from rag_jax.errors import InputError
+from rag_jax.logs import info
+from rag_jax.metrics import matching
+
+Level = Literal["passage", "document"]
+
+MOST = 0.5  # share of unknown gold ids beyond which a file was made for another corpus
+FEW = 20  # up to so many unknown ids it may be chance
+SHOWN = 3  # unknown ids that are named
+
+
+class Passages(Protocol):
+    """What is needed of a corpus."""
+
+    directory: Path
+
+    def __getitem__(self, row: int) -> Passage: ...
+    def rows(self, passage_ids: Sequence[str], missing: int | None = None) -> np.ndarray: ...
+    def pieces(self, passage_id: str) -> list[int]: ...
+    def cut_from(self, row: int) -> str | None: ...
+    def deleted(self, passage_id: str) -> bool: ...
+
+
+def rows_of(ids: Iterable[str], corpus: Passages) -> dict[str, list[int]]:
+    """Rows of each id: one of a passage, several of a document that was cut, none where the corpus lacks it."""
+    each = list(dict.fromkeys(ids))
+    found = corpus.rows(each, missing=-1).tolist() if each else []
+    return {one: [row] if row >= 0 else corpus.pieces(one) for one, row in zip(each, found, strict=True)}
+
+
+def right_rows(questions: Sequence[Question], corpus: Passages, tally: "Tally | None" = None) -> list[list[int]]:
+    """Rows of the right passages of each question, each once.
+
+    Of a document that was cut, the passages that hold an answer, or all of them where none does. The tally, where one
+    is given, counts the ids.
+    """
+    leads = rows_of((one for question in questions for one in question.right_passage_ids), corpus)
+    found = []
+    for question in questions:
+        rows: dict[int, None] = {}
+        for one in question.right_passage_ids:
+            pieces = leads[one]
+            holding = holders(pieces, question.answers, corpus) if len(pieces) > 1 else []
+            rows |= dict.fromkeys(holding or pieces)
+        found.append(list(rows))
+    if tally is not None:
+        tally.count(questions, leads, corpus)
+    return found
+
+
+def holders(rows: Sequence[int], answers: Sequence[str], corpus: Passages) -> list[int]:
+    """Those of the rows whose text has one of the answers."""
+    return [row for row in rows if matching.has_answer(corpus[row].text, answers)]
+
+
+@dataclass
+class Tally:
+    """How many gold ids questions name, how many of those the corpus lacks, and how many were deleted from it."""
+
+    named: int = 0
+    missing: int = 0
+    deleted: int = 0
+    first_missing: list[str] = field(default_factory=list)
+
+    def count(self, questions: Sequence[Question], leads: Mapping[str, Sequence[int]], corpus: Passages) -> None:
+        for one in (one for question in questions for one in question.right_passage_ids):
+            self.named += 1
+            if leads[one]:
+                continue
+            if corpus.deleted(one):
+                self.deleted += 1
+                continue
+            self.missing += 1
+            if len(self.first_missing) < SHOWN and one not in self.first_missing:
+                self.first_missing.append(one)
+
+    def words(self, where: object) -> str:
+        """What is wrong, "" where nothing is; where: the corpus."""
+        parts = []
+        if self.missing:
+            more = ", ..." if self.missing > len(self.first_missing) else ""
+            names = ", ".join(map(repr, self.first_missing)) + more
+            parts.append(f"{self.missing:,} of {self.named:,} gold ids are not in the corpus {where} ({names})")
+        if self.deleted:
+            parts.append(f"{self.deleted:,} of {self.named:,} gold ids were deleted from the corpus {where}")
+        return "; ".join(parts)
+
+    def settle(self, name: object, where: object, effect: str, mend: str, refuse: bool = True) -> None:
+        """Says what is wrong with the gold ids of the questions `name`, and what comes of it (`effect`). InputError,
+        with how to mend it, where most of them are unknown.
+        """
+        words = self.words(where)
+        if refuse and self.missing > max(FEW, MOST * self.named):
+            raise InputError(f"{name}: {words}: it seems to be made for another corpus; {mend}")
+        if words:
+            info(f"warning: {name}: {words}; {effect}")
+
+
+def tally(questions: Sequence[Question], corpus: Passages) -> Tally:
+    """The tally of these questions alone."""
+    found = Tally()
+    found.count(questions, rows_of((one for q in questions for one in q.right_passage_ids), corpus), corpus)
+    return found
+
+
+def levels(questions: Sequence[Question], corpus: Passages) -> list[Level]:
+    """By what the ranking of each question is judged: by passage, or by document, as files name them before they are
+    cut.
+
+    A question that names a cut document is judged by document, and one that names a piece of one by passage. The others
+    name what was not cut: by passage where all that tells does so, else by document, since files name those.
+    """
+    leads = rows_of((one for question in questions for one in question.right_passage_ids), corpus)
+    told: list[Level | None] = []
+    for question in questions:
+        rows = [leads[one] for one in question.right_passage_ids]
+        if any(len(some) > 1 or (some and corpus[some[0]].id != one)
+               for one, some in zip(question.right_passage_ids, rows, strict=True)):  # fmt: skip
+            told.append("document")
+        elif any(corpus.cut_from(row) is not None for some in rows for row in some):
+            told.append("passage")
+        else:
+            told.append(None)
+    usual: Level = "passage" if "passage" in told and "document" not in told else "document"
+    return [one or usual for one in told]
