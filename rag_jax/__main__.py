@@ -5,17 +5,16 @@ A module is imported only when its command is named, so that help comes at once.
 
 import argparse
 import contextlib
-import hashlib
 import importlib
 import json
 import math
 import os
-import platform
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from rag_jax import __version__, heap
+from rag_jax import __version__, disk, heap, paths, program_cache
 from rag_jax.errors import InputError
 
 COMMANDS = {
@@ -58,7 +57,11 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on standard output")
     module = importlib.import_module(module_name)
     module.configure(parser)
-    return module, parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for option, value in vars(args).items():
+        if isinstance(value, Path) and paths.crosses_missing(value):
+            setattr(args, option, paths.real(value))  # what is written there is found there
+    return module, args
 
 
 def finite(value: Any) -> Any:
@@ -76,28 +79,12 @@ def render(result: dict[str, Any], as_json: bool) -> str:
     return result["text"] if "text" in result else "\n".join(f"{key}: {value}" for key, value in result.items())
 
 
-def keep_programs(environment: MutableMapping[str, str]) -> None:
-    """What XLA compiles is kept on disk, so that the same command starts at once the next time.
-
-    In rag_jax/xla-NAME of the user's cache directory, NAME for this kind of processor: a program for another one could
-    crash. JAX's own variables come first; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
-    """
-    try:
-        with open("/proc/cpuinfo") as file:
-            processor = "".join(sorted({line for line in file if line.startswith(("model name", "flags"))}))
-    except OSError:
-        processor = platform.processor()
-    name = hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:12]
-    home = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "rag_jax", f"xla-{name}"))
-    environment.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 for bad usage or input, 130 when interrupted, 141 when the reader of our output left."""
     if argv is None and sys.argv[1:2] and sys.argv[1] in COMPUTES:
         heap.keep(os.environ)
     argv = list(sys.argv[1:] if argv is None else argv)
+    disk.without_echoes()
     try:
         if not argv or argv[0] in ("-h", "--help"):
             output = help_text()
@@ -107,23 +94,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"rag-jax: unknown command {argv[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
             return 2
         else:
-            keep_programs(os.environ)
+            program_cache.keep(os.environ)
             module, args = parse(argv[0], argv[1:])
             with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
                 result = module.run(args)
             if result is None:  # of several processes another one says it
                 return 0
             output = render(result, args.json)
-        print(output, flush=True)
-    except InputError as error:
-        print(f"rag-jax: {error}", file=sys.stderr)
-        return 2
+        return show(output)
     except KeyboardInterrupt:
-        print("rag-jax: interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         return 141
+    except Exception as error:
+        said = str(error) if isinstance(error, InputError) else disk.words(error)
+        if said is None:
+            raise
+        say(said)
+        return 2
+
+
+def say(message: str) -> None:
+    """A last line to standard error, as far as that can be written to."""
+    with contextlib.suppress(OSError):
+        print(f"rag-jax: {message}", file=sys.stderr, flush=True)
+
+
+def show(output: str) -> int:
+    """Writes the result to standard output; the exit status."""
+    try:
+        print(output, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        if isinstance(error, BrokenPipeError):
+            raise
+        say(disk.words(error, "standard output: cannot be written") or f"standard output: {error}")
+        return 2
     return 0
 
 

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rag_jax import config, counting, depth, hardware, hlo, logs, programs, sharding
+from rag_jax import config, counting, depth, files, hardware, hlo, logs, programs, sharding
 from rag_jax.config import TrainConfig
 from rag_jax.errors import InputError
 from rag_jax.hardware import GIB, Topology
@@ -202,7 +202,7 @@ def compiled(program: Program, where: Topology, mesh: Mesh, effort: float, text_
     report.compile_seconds = time.perf_counter() - begun
     memory, text = done.memory_analysis(), done.as_text()
     if text_file is not None:
-        text_file.write_text(text)
+        files.write_text(text_file, text)
     groups = group_bytes(program, done.input_formats[0])
     rest = memory.argument_size_in_bytes - sum(groups.values())
     report.memory = {

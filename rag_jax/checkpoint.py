@@ -86,7 +86,8 @@ class Checkpoints:
         fields["checksums"] = checksums.of_tree(arrays)
         sealed = {**fields, "hash": files.canonical_sha256(fields)}
         items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), position=ocp.args.JsonSave(sealed))
-        self._manager.save(step, args=items, metrics=best)
+        with self._swept():
+            self._manager.save(step, args=items, metrics=best)
 
     def position(self, step: int) -> dict[str, Any]:
         """What `save` was given; Damaged where it cannot be read."""
@@ -147,11 +148,24 @@ class Checkpoints:
     def wait(self) -> None:
         """Until all that was saved is on disk."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._swept():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         if self._manager is not None:
-            self._manager.close()
+            with self._swept():
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _swept(self) -> Iterator[None]:
+        """Removes what a failed save leaves half written, which may be what fills the disk."""
+        try:
+            yield
+        except Exception:
+            if distributed.first():
+                for half in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(half, ignore_errors=True)
+            raise
 
 
 def numbers(directory: Path) -> list[int]:

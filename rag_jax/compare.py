@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rag_jax import metrics, report, report_html, reporting
+from rag_jax import files, metrics, report, report_html, reporting
 from rag_jax.errors import InputError
 from rag_jax.metrics import bootstrap, verdicts
 from rag_jax.metrics.figures import Figure
@@ -164,11 +164,12 @@ def write(out: Path, evaluations: Sequence[Evaluation], result: dict[str, Any]) 
     rows = [{**row, "runs": [_said(one, identity) for one in evaluations]} for identity, row in first.rows.items()]
     if not all("read" in row for row in rows):
         raise InputError(f"{first.directory}: its predictions do not say what was read; evaluate again for --out")
-    out.mkdir(parents=True, exist_ok=True)
     facts = [("Runs", "\n".join(names)), ("Over", about(result))]
     page = report_html.Page("Comparison of runs", cells(result), facts, runs=names)
-    report_html.write(out / "compare.html", page, rows, first.setting, partial(reporting.passage, corpus))
-    report.write_page(out / "compare.md", "Comparison of runs", [*names, about(result)], cells(result))
+    with files.new_files(out, last="compare.md") as temporary:
+        texts = partial(reporting.passage, corpus)
+        report_html.write(temporary / "compare.html", page, rows, first.setting, texts)
+        report.write_page(temporary / "compare.md", "Comparison of runs", [*names, about(result)], cells(result))
 
 
 def _said(one: Evaluation, identity: str) -> list[Any]:

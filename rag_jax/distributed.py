@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rag_jax import logs
+from rag_jax import disk, logs
 from rag_jax.errors import InputError
 
 HEARTBEAT_SECONDS = 30  # after so long without a word, a process counts as dead, and the others stop
@@ -158,6 +158,8 @@ def leave(error: BaseException, checkpoints: Path | None = None) -> None:
     said, status = " ".join(str(error).split()), 1
     if isinstance(error, InputError):
         status = 2
+    elif found := disk.words(error):
+        said, status = found, 2
     elif isinstance(error, KeyboardInterrupt):
         said, status = "interrupted", 130
     elif any(word in said.lower() for word in LOST):

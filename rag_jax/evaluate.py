@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rag_jax import answer, config, distributed, docs_curve, logs, metrics, predictions, reporting
+from rag_jax import answer, config, distributed, docs_curve, files, logs, metrics, predictions, reporting
 from rag_jax import run as runs
 from rag_jax.answer import AnswerConfig, Pipeline
 from rag_jax.config import SearchConfig
@@ -94,6 +94,8 @@ def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
     metrics.check_names(wanted.names)
     if wanted.shown is not None and wanted.shown < 0:
         raise InputError(f"--report-questions {wanted.shown} must be at least 0")
+    if distributed.first():
+        files.check_writable(out)
     pipeline = Pipeline.from_run(directory, wanted.index, wanted.search)
     if wanted.questions is None and not pipeline.config.dev:
         raise InputError(f"{directory}: a converted model names no questions; pass --questions FILE")

@@ -1,6 +1,5 @@
 """Directories and files that are whole or not there: written under a temporary name, synced, renamed."""
 
-import errno
 import fcntl
 import functools
 import glob
@@ -10,16 +9,16 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rag_jax import blocks, logs
+from rag_jax import blocks, disk, logs
 from rag_jax.errors import InputError
+from rag_jax.paths import real
 
 MANIFEST = "manifest.json"
 NEWEST = 10**6  # of any kind: a version that is too new is found where the artifact is opened
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
@@ -30,17 +29,9 @@ def new_directory(out: str | Path, kind: str, overwrite: bool = False) -> Iterat
     anything but an artifact of this `kind` (see `write_manifest`). Two runs at once for the same `out`: the second is
     refused (the first holds a lock that the kernel gives back when it dies).
     """
-    out = Path(os.path.abspath(out))
-    temporary = out.with_name(f".{out.name}.building-{secrets.token_hex(4)}")
+    out = real(out)
     _check_out(out, kind, overwrite)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(out)
-        temporary.mkdir()
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made ({error}); choose another --out") from error
-    lock = _lock(temporary)
-    try:
+    with _temporary(out) as temporary:
         yield temporary
         sync_tree(temporary)
         if out.exists() and any(out.iterdir()):
@@ -52,10 +43,51 @@ def new_directory(out: str | Path, kind: str, overwrite: bool = False) -> Iterat
         else:
             temporary.rename(out)
         _sync(out.parent)
-    except OSError as error:
-        if error.errno not in FULL:
+
+
+@contextmanager
+def new_files(out: Path, last: str, instead_of: Iterable[str] = ()) -> Iterator[Path]:
+    """Yields a temporary directory to fill with files, which go into the directory `out` if the block ends well.
+
+    There they replace those of the same name, and those named by `instead_of` are removed before; `last` comes last, so
+    that where it is, all are. If the block fails, `out` is as it was.
+    """
+    there = out.exists()
+    with _temporary(out / last) as temporary:
+        try:
+            yield temporary
+            sync_tree(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not there and not any(out.iterdir()):
+                out.rmdir()
             raise
-        raise InputError(f"{out}: cannot be written ({error}); make room or choose another --out") from error
+        for name in (last, *instead_of):
+            (out / name).unlink(missing_ok=True)
+        for file in sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name)):
+            file.rename(out / file.name)
+        _sync(out)
+
+
+@contextmanager
+def _temporary(out: Path) -> Iterator[Path]:
+    """A hidden directory beside `out`, locked, which is gone at the end unless it was renamed; InputError where there
+    is no room for it, or it cannot be made. What a killed process left is removed first.
+    """
+    temporary = out.with_name(f".{out.name}.building-{secrets.token_hex(4)}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(disk.words(error, f"{out}: cannot be made") or f"{out}: cannot be made ({error})") from error
+    lock = _lock(temporary)
+    try:
+        yield temporary
+    except Exception as error:
+        if not disk.full(error):
+            raise
+        raise InputError(disk.words(error, f"{disk.shown(str(out))}: cannot be written")) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:
@@ -63,8 +95,11 @@ def new_directory(out: str | Path, kind: str, overwrite: bool = False) -> Iterat
 
 
 def _check_out(out: Path, kind: str, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+    try:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+    except OSError as error:
+        raise InputError(disk.words(error, f"{out}: cannot be read") or f"{out}: cannot be read ({error})") from error
     try:
         ours = json.loads((out / MANIFEST).read_bytes()).get("kind") == kind
     except (OSError, ValueError, AttributeError):
@@ -93,6 +128,18 @@ def _lock(directory: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def check_writable(directory: Path) -> None:
+    """Raises now what writing into the directory would raise after hours of work; leaves nothing there."""
+    missing = [one for one in (directory, *directory.parents) if not one.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    trial = directory / f".writable-{secrets.token_hex(4)}"
+    trial.mkdir()
+    trial.rmdir()
+    with suppress(OSError):  # another process uses it by now
+        for one in missing:
+            one.rmdir()
 
 
 def sync_tree(directory: Path) -> None:
@@ -179,9 +226,20 @@ def link(source: Path, target: Path) -> None:
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """UTF-8, by rename; errors: what to do with what has no UTF-8."""
+    with renamed(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+
+
+@contextmanager
+def renamed(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write to, which becomes `path` if the block ends well and is removed if not."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors=errors)
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_sealed(path: Path, kind: str, version: int, fields: Mapping[str, Any]) -> None:

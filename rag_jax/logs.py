@@ -156,7 +156,9 @@ class MetricWriter:
         """
         row = {"step": int(step)} | {name: plain(value) for name, value in values.items()}
         row_json = {name: _json_value(value) for name, value in row.items()}
-        self._file.write(json.dumps(row_json, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        line = json.dumps(row_json, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        while line:  # on a disk that fills, less is taken than offered
+            line = line[self._file.write(line) :]
         scalars = {name: float(value) for name, value in row.items() if name != "step" and not isinstance(value, str)}
         self._write_event(int(step), scalars)
 
@@ -222,11 +224,14 @@ def _restore(path: Path, resume_step: int | None) -> None:
     if content == path.read_bytes():
         return
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

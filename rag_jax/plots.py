@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rag_jax import files
 from rag_jax.errors import InputError
 from rag_jax.logs import read_rows
 
@@ -92,9 +93,8 @@ def training_curves(metrics_jsonl: str | Path, png: str | Path) -> Path:
             handles=patches, loc="outside upper center", ncols=min(5, len(patches)), frameon=False, title="stage"
         )
     png = Path(png)
-    temporary = png.with_name(png.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(png)
+    with files.renamed(png) as temporary:
+        figure.savefig(temporary, format="png")
     return png
 
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rag_jax import files
+
 _SIZE, _DPI = (6.4, 4.2), 110
 _PLACE = (0.12, 0.2, 0.85, 0.72)  # left, bottom, width, height
 _COLORS = ("#1f6fb4", "#d1495b", "#2a9d6f", "#8d6cab")
@@ -23,6 +25,9 @@ class Picture(NamedTuple):
     file: str
     title: str
     about: str
+
+
+FILES = ("recall.png", "n_docs.png", "calibration_passages.png", "calibration_answers.png", "risk_coverage.png")
 
 
 def draw(report: Mapping[str, Any], out: Path) -> list[Picture]:
@@ -92,9 +97,8 @@ def _write(path: Path, title: str, fill: Callable[[Any], None]) -> None:
     fill(axes)
     if axes.get_legend_handles_labels()[1]:
         figure.legend(loc="lower center", ncols=3, frameon=False, fontsize=10)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with files.renamed(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _recall(axes: Any, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> None:

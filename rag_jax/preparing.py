@@ -11,7 +11,7 @@ import grain
 import jax
 import numpy as np
 
-from rag_jax import checkpoint, config, distributed, live, sharding
+from rag_jax import checkpoint, config, distributed, files, live, sharding
 from rag_jax import run as runs
 from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.data import example_cache, examples, formats, pipeline, sources, tasks
@@ -182,9 +182,8 @@ def _begin(cfg: TrainConfig, directory: Path, data: Data, identity: dict[str, An
     provenance = Path(cfg.init) / runs.PROVENANCE
     if cfg.init and provenance.is_dir():
         shutil.copytree(provenance, directory / runs.PROVENANCE, dirs_exist_ok=True)
-    temporary = directory / "config.tmp"
-    config.save(cfg, temporary)
-    temporary.rename(directory / "config.json")
+    with files.renamed(directory / "config.json") as temporary:
+        config.save(cfg, temporary)
 
 
 def differences(old: Any, new: Any, path: str = "") -> str:

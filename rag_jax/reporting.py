@@ -41,13 +41,16 @@ class Evaluation:
 
 
 def write(out: Path, found: Evaluation, limit: int | None = None) -> None:
-    """Writes all files, each by rename; those of an evaluation before are gone first, so that no two are mixed.
+    """Writes all files, in place of those of an evaluation before, which stay where that fails.
 
     limit: questions in report.html, None: as many as it has room for.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (REPORT, report.REPORT_FILE, report_html.REPORT_FILE):
-        (out / name).unlink(missing_ok=True)
+    before = (report.REPORT_FILE, report_html.REPORT_FILE, report.CURVES_FILE, *plots_evaluation.FILES)
+    with files.new_files(out, last=REPORT, instead_of=before) as temporary:
+        _write_all(temporary, found, limit)
+
+
+def _write_all(out: Path, found: Evaluation, limit: int | None) -> None:
     write_lines(out / PREDICTIONS, found.rows)
     pictures = plots_evaluation.draw(found.report, out) + training(found.run, out)
     title, about = f"Evaluation of {found.run.resolve().name}", facts(found)

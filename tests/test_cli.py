@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rag_jax import __main__ as cli
-from rag_jax import __version__
+from rag_jax import __version__, program_cache
 from rag_jax.errors import InputError
 
 SCRIPT = str(Path(sys.executable).with_name("rag-jax"))
@@ -118,11 +118,11 @@ def test_reader_gone_is_141_and_silent() -> None:
 
 def test_programs_are_kept_in_the_users_cache() -> None:
     given = {"XDG_CACHE_HOME": "/somewhere"}
-    cli.keep_programs(given)
+    program_cache.keep(given)
     assert given["JAX_COMPILATION_CACHE_DIR"].startswith("/somewhere/rag_jax/xla-")
     assert int(given["JAX_COMPILATION_CACHE_MAX_SIZE"]) > 2**20
     own = {"JAX_COMPILATION_CACHE_DIR": "/mine"}
-    cli.keep_programs(own)
+    program_cache.keep(own)
     assert own["JAX_COMPILATION_CACHE_DIR"] == "/mine"
 
 
@@ -133,7 +133,7 @@ def test_kept_programs_are_found_again(tmp_path: Path) -> None:
     )
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    cli.keep_programs(environment)
+    program_cache.keep(environment)
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     files = []
     for _ in range(2):

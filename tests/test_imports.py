@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_jax"
 # packages and the first lines are held to less by ONLY. A new module needs a place here before it is merged.
 LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
-    ["errors", "places"],
+    ["errors", "places", "disk", "paths", "program_cache"],
     ["blocks"],
     ["sharding"],
     ["products"],
@@ -69,16 +69,16 @@ ONLY = {
     "models": ["models", "places", "products", "sharding"],
     "moments": ["places"],
     "checksums": ["places"],
-    "distributed": ["logs"],
-    "files": ["blocks", "logs"],
-    "data": ["data", "sharding", "logs", "files", "metrics.matching"],
+    "distributed": ["logs", "disk"],
+    "files": ["blocks", "disk", "logs", "paths"],
+    "data": ["data", "sharding", "logs", "files", "paths", "metrics.matching"],
     "retrieval": RETRIEVAL,
     "retrieval.inverse_cloze": [*RETRIEVAL, "data.pipeline"],
     "retrieval.encode": [*RETRIEVAL, "models.bert"],
     "tensors": [],
     "decoding": ["decoding_rules"],
     "optimizer": ["moments"],
-    "__main__": ["heap"],  # imports commands by name, when they are called
+    "__main__": ["heap", "disk", "paths", "program_cache"],  # imports commands by name, when they are called
 }
 
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow"}

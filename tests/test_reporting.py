@@ -60,26 +60,31 @@ def test_a_long_answer_is_shown_beside_its_target(tmp_path):
     assert "**a text** (wanted: a long text)" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("dies", ["predictions.jsonl", "report.html", "report.md", "report.json"])
-def test_killed_while_writing_nothing_is_half_written_or_of_two_evaluations(tmp_path, monkeypatch, dies):
+FILES = ["predictions.jsonl", "report.html", "report.md", "report.json"]
+
+
+@pytest.mark.parametrize("dies", FILES)
+@pytest.mark.parametrize("step", ["replace", "rename"])  # while they are written, and while they go to their places
+def test_killed_while_writing_nothing_is_half_written_or_of_two_evaluations(tmp_path, monkeypatch, dies, step):
     reporting.write(tmp_path, found(tmp_path, [pages.row(0), pages.row(1)], exact_match=0.25))
-    replace = type(tmp_path).replace
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    whole = getattr(type(tmp_path), step)
 
     def dying(path, target):
         if target.name == dies:
             raise KeyboardInterrupt
-        return replace(path, target)
+        return whole(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(tmp_path), "replace", dying)
+        patch.setattr(type(tmp_path), step, dying)
         with pytest.raises(KeyboardInterrupt):
             reporting.write(tmp_path, found(tmp_path, [pages.row(2)]))
-    old = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])["id"] == "q0"
-    assert old is (dies == "predictions.jsonl")
-    assert not (tmp_path / dies).exists() or old
-    assert not (tmp_path / "report.json").exists()
-    with pytest.raises(InputError, match="not an evaluation"):
-        compare.read(tmp_path)
+    if step == "replace":
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    else:
+        assert not (tmp_path / "report.json").exists()
+        with pytest.raises(InputError, match="not an evaluation"):
+            compare.read(tmp_path)
     reporting.write(tmp_path, found(tmp_path, [pages.row(2)]))
     assert [json.loads(line)["id"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()] == ["q2"]
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -8,8 +8,6 @@ import argparse
 import json
 import os
 import re
-import shutil
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from rag_jax import files, paths
 from rag_jax.data.world_text import DISTRACTORS, KINDS, ORGANISATION_NOUNS, RELATIONS, WORK_NOUNS, Relation
 from rag_jax.errors import InputError
 from rag_jax.logs import Progress
@@ -393,22 +392,20 @@ def write(
     The bytes do not depend on `workers`. `out` must not exist or be empty; it appears whole or not at all.
     """
     world = World(entities, seed, edit, relations, wordings)
-    out = Path(out).absolute()
     if workers < 1:
         raise InputError(f"workers: {workers} is less than 1")
+    counts: dict[str, int] = dict.fromkeys(FILES, 0)
+    hashes = {name: sha256() for name in FILES}
+    chunks = -(-entities // _CHUNK)
+    out = paths.real(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: already exists and is not an empty directory; remove it or choose another")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        counts: dict[str, int] = dict.fromkeys(FILES, 0)
-        hashes = {name: sha256() for name in FILES}
-        chunks = -(-entities // _CHUNK)
+    with files.new_directory(out, "world") as temporary:
         with ExitStack() as stack:
             progress = stack.enter_context(Progress(len(FILES) * chunks, "world", unit="chunks"))
-            files = {name: stack.enter_context(open(temporary / f"{name}.jsonl", "wb")) for name in FILES}
+            streams = {name: stack.enter_context(open(temporary / f"{name}.jsonl", "wb")) for name in FILES}
             for name, rows, data in _chunks(world, min(workers, chunks)):
-                files[name].write(data)
+                streams[name].write(data)
                 hashes[name].update(data)
                 counts[name] += rows
                 progress.update()
@@ -423,13 +420,6 @@ def write(
             "sha256": {f"{name}.jsonl": h.hexdigest() for name, h in hashes.items()},
         }
         (temporary / "world.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp makes it private
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return manifest
 
 

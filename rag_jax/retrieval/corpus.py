@@ -285,7 +285,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=FORMATS, default="", help="what the inputs are (default: as their content tells)"
     )
-    parser.add_argument("--out", required=True, help="corpus directory to make")
+    parser.add_argument("--out", required=True, type=Path, help="corpus directory to make")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is already there")
     parser.add_argument("--train-tokenizer", action="store_true", help="train the tokenizers not given on this corpus")
     parser.add_argument("--encoder-vocab", type=int, default=4096, help="size of a trained one (default %(default)s)")

@@ -1,0 +1,102 @@
+"""Errors of a disk, in words that say what to do: full, read-only, without permission, a file in the way.
+
+They come as OSError from Python, and from libraries in C++ and Rust (tensorstore below Orbax, tokenizers, ScaNN) as
+other errors that only quote the system's words.
+"""
+
+import errno
+import logging
+import os
+import re
+import shutil
+import sys
+from types import TracebackType
+
+# errno -> what the user can do about it
+CURES = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there, or ask for a larger quota",
+    errno.EFBIG: "allow larger files (ulimit -f, or another file system)",
+    errno.EROFS: "make it writable, or name another directory",
+    errno.EACCES: "change the permissions, or name another directory",
+    errno.EPERM: "change the permissions, or name another directory",
+    errno.ENOTDIR: "a directory is needed where a file is: move that file, or name another directory",
+    errno.EISDIR: "a file is needed where a directory is: move that directory, or name another one",
+    errno.EEXIST: "move what is there, or name another directory",
+    errno.ENOTEMPTY: "move what is there, or name another directory",
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.ELOOP: "mend the symbolic link",
+    errno.EIO: "the medium fails: name a directory on another one",
+    errno.ESTALE: "mount the file system again",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_QUOTED = {os.strerror(number): number for number in CURES}
+_SHORT = re.compile(r"\d+ requested and \d+ written")  # as NumPy's tofile says it
+_PATHS = re.compile(r"""["'](/[^"']+)["']|(?:file|path|directory):?\s+(/[^\s:"']+)""")
+_TEMPORARY = re.compile(r"/\.([^/]+)\.building(-[0-9a-f]{8})?(?=/|$)|(\.orbax-checkpoint-tmp[^/]*)|(\.tmp$)")
+
+
+def number(error: BaseException) -> int | None:
+    """The key of CURES that the error stands for; None where it is of another kind."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in CURES else None
+    if not isinstance(error, OSError | ValueError | RuntimeError) and type(error) is not Exception:
+        return None  # the others are what bindings to C++ and Rust raise, NumPy's tofile and shutil.copytree
+    if _SHORT.search(str(error)):
+        return errno.ENOSPC
+    return next((number for cause, number in _QUOTED.items() if cause in str(error)), None)
+
+
+def full(error: BaseException) -> bool:
+    """Whether there was no room for what was written."""
+    return number(error) in FULL
+
+
+def words(error: BaseException, what: str = "") -> str | None:
+    """One line for the user: the path, what is wrong with it, what to do; None for an error of another kind.
+
+    what: the path and what could not be done with it, where the error does not say it so that the user knows it.
+    """
+    found = number(error)
+    if found is None:
+        return None
+    cause, where = os.strerror(found), _path(error)
+    said = f"{what} ({cause})" if what else f"{where}: {cause}" if where else cause
+    return f"{said}; {CURES[found]}, and give the same command again"
+
+
+def _path(error: BaseException) -> str:
+    """Which path the error is about; "" where it does not say."""
+    if isinstance(error, shutil.Error):
+        return shown(str(error.args[0][-1][1])) if error.args and isinstance(error.args[0], list) else ""
+    if isinstance(error, OSError) and error.errno is not None:
+        name = error.filename
+        return "" if not name or isinstance(name, int) else shown(os.fsdecode(name))  # a number: of an open file
+    quoted = _PATHS.findall(str(error))
+    return shown(quoted[-1][0] or quoted[-1][1]) if quoted else ""  # tensorstore names the directory, then the file
+
+
+def shown(path: str) -> str:
+    """The path as the user knows it: what is written under a temporary name has its own."""
+    return _TEMPORARY.sub(lambda hit: f"/{hit[1]}" if hit[1] else "", path)
+
+
+def without_echoes() -> None:
+    """Keeps off stderr what libraries print, with tracebacks, of disk errors that they also raise.
+
+    Orbax logs each error in every thread that it passes through. It closes its event loop at the first failed write,
+    and tensorstore, which then tells of the others, complains that the loop is closed.
+    """
+    logging.getLogger("absl").addFilter(_is_news)
+    sys.excepthook = _without_closed_loops
+
+
+def _without_closed_loops(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or number(error) is None
