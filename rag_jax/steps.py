@@ -53,7 +53,7 @@ class Setting(NamedTuple):
     n_passages: int
     prefix_ids: tuple[int, ...]
     search: SearchConfig = SearchConfig()
-    epoch: int = 1  # steps of one, for the words of `refresh`
+    epoch: int = 1  # steps in which all of the stage's questions come, for the words of `refresh`
 
     @property
     def when(self) -> schedule.Schedule:
