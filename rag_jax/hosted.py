@@ -26,8 +26,8 @@ STALE = 0.1  # share of ScaNN's rows that came or went since it was built: time 
 
 
 class HostIndex(NamedTuple):
-    """Embeddings, float32 rows in memory or a file, the step of each row's encoder, what searches them, and False for
-    deleted rows, or None.
+    """Embeddings, rows in memory or in files (float32, or what those of a given index have), the step of each row's
+    encoder, what searches them, and False for deleted rows, or None.
     """
 
     embeddings_NE: Any

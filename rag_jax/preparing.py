@@ -11,7 +11,7 @@ import grain
 import jax
 import numpy as np
 
-from rag_jax import checkpoint, config, distributed, files, live, sharding
+from rag_jax import checkpoint, config, distributed, files, live, schedule, sharding
 from rag_jax import run as runs
 from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.data import example_cache, examples, formats, pipeline, sources, tasks
@@ -80,8 +80,8 @@ def batches(
     if stage.objective == "denoise":
         length = stage.source_length or cfg.model.source_length
         return pipeline.denoise_batches(data.corpus, batch=stage.batch, seed=seed, length=length, own=own)
-    pairs = usable_pairs(stage, data.examples)
-    units = pipeline.units_of(data.examples, pairs, cfg.answers == "sample", stage.questions)
+    units = units_of(stage, cfg, data)
+    schedule.parse(stage.refresh, epoch(stage, cfg, data))  # now that an epoch is known
     wanted = pipeline.Wanted(
         batch=stage.batch,
         seed=seed,
@@ -98,6 +98,17 @@ def batches(
         name = list(data.weights)[min(absent)]
         raise InputError(f"stage {stage.name}: {name} has no question that the stage can use; leave it out of train")
     return pipeline.question_batches(data.examples, units, data.corpus, wanted)
+
+
+def units_of(stage: StageConfig, cfg: TrainConfig, data: Data) -> pipeline.Units:
+    """What the stage goes through once an epoch; InputError where there is nothing."""
+    pairs = usable_pairs(stage, data.examples)
+    return pipeline.units_of(data.examples, pairs, cfg.answers == "sample", stage.questions)
+
+
+def epoch(stage: StageConfig, cfg: TrainConfig, data: Data) -> int:
+    """Steps in which as many questions come as the stage trains on (pairs, where each answer is one of its own)."""
+    return max(1, len(units_of(stage, cfg, data)) // stage.batch) if config.asks(stage) else 1
 
 
 def usable_pairs(stage: StageConfig, found: Examples) -> np.ndarray:

@@ -153,7 +153,8 @@ def padded(size: Sizes, mesh: Mesh) -> int:
 def setting(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Setting:
     """What the step of a stage closes over; an epoch is that of Natural Questions, for the words of `refresh`."""
     rows = padded(size, mesh) if cfg.live else size.passages
-    return Setting(rag, stage, mesh, rows, size.prefix_ids, cfg.search, max(1, 79_168 // stage.batch))
+    questions = min(stage.questions or 79_168, 79_168)
+    return Setting(rag, stage, mesh, rows, size.prefix_ids, cfg.search, max(1, questions // stage.batch))
 
 
 def step(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Program:

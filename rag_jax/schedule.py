@@ -4,8 +4,9 @@
 250                      every 250 steps; also `epoch`, `2epoch`
 0-1000:250,1000-:1000    every 250 steps up to step 1000 of the stage, then every 1000
 rolling:500              N/500 rows in every step, inside it: no row is ever older than 500 steps
-background:250           begun every 250 steps beside training, put in place when the next one begins
+background:250           begun every 250 steps beside training, put in place 250 steps later
 background+50:250        put in place 50 steps after it was begun
+                         (both earlier where another span begins the next one before that)
 when:overlap<0.9         when the stored index and fresh embeddings disagree: measured every 50 steps
 when:overlap<0.9:20      measured every 20 steps
 """
@@ -17,6 +18,7 @@ from typing import Literal
 from rag_jax.errors import InputError
 
 CHECK_EVERY = 50
+UNKNOWN = 2**30  # steps of an epoch before the questions are read
 WORDS = (
     "expected steps (250, epoch, 2epoch), a schedule (0-1000:250,1000-:1000), rolling:500, background:250, "
     "background+50:250 or when:overlap<0.9"
@@ -43,15 +45,29 @@ class Schedule:
         return False
 
     def begun(self, into: int) -> int | None:
-        """The step at which the background build that is put in place at step `into` was begun; None if none is."""
-        if self.lag:
-            return into - self.lag if into > self.lag and self.due(into - self.lag) else None
-        if not self.due(into):
+        """The step at which the background build that is put in place at step `into` was begun; None if none is.
+
+        One build is under way at a time, so the last one is put in place before the next begins, however little of its
+        lag is over: indexes come in the order of their steps, and each once.
+        """
+        began, every = max((span_last(span, into) for span in self.spans), default=(0, 0))
+        if not began:
             return None
-        return next((step for step in range(into - 1, 0, -1) if self.due(step)), None)
+        put = began + (self.lag or every)
+        return began if into == put or (into < put and self.due(into)) else None
 
 
-def parse(text: str, epoch: int = 1) -> Schedule:
+def span_last(span: tuple[int, int | None, int], into: int) -> tuple[int, int]:
+    """The last step before `into` at which a build of the span begins, and the steps from one to the next; (0, 0) where
+    there is none. (At step 0 of a stage its index has just been made.)
+    """
+    first, stop, every = span
+    last = min(into, into if stop is None else stop) - 1
+    step = first + (last - first) // every * every
+    return (step, every) if last >= first and step > 0 else (0, 0)
+
+
+def parse(text: str, epoch: int = UNKNOWN) -> Schedule:
     """InputError for what is none of the words above. epoch: steps of one."""
     kind, _, rest = text.partition(":")
     name, _, lag = kind.partition("+")

@@ -95,7 +95,7 @@ def way_of(cfg: TrainConfig, loaded: runs.Loaded, data: preparing.Data, number: 
         n_passages=loaded.n_rows,
         prefix_ids=loaded.corpus.generator_tokenizer.prefix_ids,
         search=cfg.search,
-        epoch=max(1, len(found if cfg.answers == "sample" else found.label) // stage.batch),
+        epoch=preparing.epoch(stage, cfg, data),
     )
     if loaded.passages is not None:
         return setting, OnDevice(setting, loaded.passages)
@@ -200,6 +200,10 @@ def whole_index(session: Session, arrays: dict[str, Any], n: int, encoder: Any, 
         index = Index(**arrays, live_N=runs.live_on_device(loaded))
         return live.longer_index(index, loaded, n, encoder, step) if n < len(loaded.corpus) else index
     embeddings_NE, step_N = (np.asarray(arrays[name]) for name in ("embeddings_NE", "step_N"))
+    if begun_with(session, step) and not step_N.any():
+        given = snapshots.open_snapshot(session.cfg.index)
+        if given.hash == begun_with(session, step) and len(given.embeddings_NE) == len(embeddings_NE):
+            embeddings_NE = given.embeddings_NE  # in the type that it was searched in so far
     if n < len(loaded.corpus):
         embeddings_NE, step_N = live.longer_rows(embeddings_NE, step_N, loaded, encoder, step)
     searcher = searchers.make(embeddings_NE, None, int(step_N.max()))

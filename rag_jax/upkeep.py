@@ -87,9 +87,11 @@ class OnHost:
 
 
 def kept_fields(index: Index | HostIndex) -> dict[str, Any]:
-    """The arrays of an index that a checkpoint keeps."""
+    """The arrays of an index that a checkpoint keeps; rows on the host, of whatever type, in float32."""
+    if isinstance(index, HostIndex):
+        return {"embeddings_NE": np.asarray(index.embeddings_NE, np.float32), "step_N": index.step_N}
     names = ("embeddings_NE", "step_N", "scale_N", "drift_E")
-    found = {name: getattr(index, name, None) for name in names}
+    found = {name: getattr(index, name) for name in names}
     return {name: array for name, array in found.items() if array is not None}
 
 

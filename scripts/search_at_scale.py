@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--k", type=int, nargs="+", default=[5, 100])
     parser.add_argument("--replicated", action="store_true", help="queries and results whole on every device")
-    parser.add_argument("--normaliser", action="store_true", help="with log Z (search_with_normaliser)")
+    parser.add_argument(
+        "--normaliser", action="store_true", help="with the mass of all others (search_with_normaliser)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line a program")
     args = parser.parse_args()
     chips = math.prod(int(x) for x in args.topology.split(":")[1].split("x"))

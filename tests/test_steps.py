@@ -127,6 +127,12 @@ def embed_all(table, corpus):
     return np.stack([np.asarray(table, np.float64)[ids[:n]].mean(0) for ids, n in rows])
 
 
+def questions_by_hand(params, batch):
+    table = np.asarray(params["question_encoder"], np.float64)
+    rows = zip(batch["question_ids"], batch["question_length"], strict=True)
+    return np.stack([table[ids[:n]].mean(0) for ids, n in rows])
+
+
 # --- the joint loss on the host ---------------------------------------------------------------------------------------
 
 
@@ -259,23 +265,29 @@ def test_over_retrieved_passages_are_ranked_afresh(params, batch, corpus, mesh, 
 
 @pytest.mark.parametrize("trains_passages", [False, True])
 def test_prior_over_the_whole_corpus(params, batch, corpus, mesh, index, joint, trains_passages):
-    """log p(z|x) = q.d - log Z over all passages: those not retrieved count with their stored embeddings."""
+    """log p(z|x) = q.d - log Z over all passages: those not retrieved count with their stored embeddings, moved as the
+    retrieved ones have on average.
+    """
     given = sharding.shard_batch(mesh, batch)
     (value, metrics), gradients = joint(trains_passages, normaliser="corpus")(params, given)
     (plain, _), _ = joint(trains_passages)(params, given)
     stored = np.asarray(index.embeddings_NE, np.float64)[: len(corpus)]
     fresh = embed_all(params["context_encoder"], corpus)
+    q_BE = questions_by_hand(params, batch)
+    rows_BK = np.argsort(-(q_BE @ stored.T), axis=1, kind="stable")[:, :K]
+    moved = (fresh - stored)[rows_BK.reshape(-1)].mean(0) if trains_passages else 0
     missing = []
-    for b in range(B):
-        q = np.asarray(params["question_encoder"], np.float64)[batch["question_ids"][b, : batch["question_length"][b]]]
-        scores = stored @ q.mean(0)
-        found = np.argsort(-scores, kind="stable")[:K]
+    for q, found in zip(q_BE, rows_BK, strict=True):
+        scores = (stored + moved) @ q
         if trains_passages:
-            scores[found] = fresh[found] @ q.mean(0)
+            scores[found] = fresh[found] @ q
         missing.append(np.log(np.exp(scores).sum()) - np.log(np.exp(scores[found]).sum()))
     np.testing.assert_allclose(value - plain, np.mean(missing), rtol=1e-3)
     np.testing.assert_allclose(metrics["prior_mass"], np.exp(-np.array(missing)).mean(), rtol=1e-3)
     assert 0.05 < metrics["prior_mass"] < 0.99
+    if trains_passages:  # to shift all rows of the table shifts all embeddings alike
+        context = np.asarray(gradients["context_encoder"], np.float64)
+        assert np.abs(context.sum(0)).max() < 1e-4 * np.abs(context).sum(0).min()
     # a step along the gradient changes the loss by what the gradient says
     direction = {"question_encoder": np.random.default_rng(5).normal(size=params["question_encoder"].shape)}
     eps = 1e-3
@@ -288,6 +300,57 @@ def test_prior_over_the_whole_corpus(params, batch, corpus, mesh, index, joint, 
     ]  # fmt: skip
     slope = (np.asarray(gradients["question_encoder"], np.float64) * direction["question_encoder"]).sum()
     np.testing.assert_allclose((ends[0] - ends[1]) / (2 * eps), slope, rtol=0.03, atol=0.02)
+
+
+def test_prior_over_the_whole_corpus_with_over_retrieval(params, batch, corpus, mesh, index, joint):
+    """All seven that are found count with what they score now; the others have moved as these on average."""
+    over = {"n_retrieved": 7, "trains_passages": True}
+    (value, _), gradients = joint(normaliser="corpus", **over)(params, sharding.shard_batch(mesh, batch))
+    (plain, _), _ = joint(**over)(params, sharding.shard_batch(mesh, batch))
+    stored, q_BE = np.asarray(index.embeddings_NE, np.float64)[: len(corpus)], questions_by_hand(params, batch)
+    fresh = embed_all(params["context_encoder"], corpus)
+    rows_BL = np.argsort(-(q_BE @ stored.T), axis=1, kind="stable")[:, :7]
+    moved, missing = (fresh - stored)[rows_BL.reshape(-1)].mean(0), []
+    for q, found in zip(q_BE, rows_BL, strict=True):
+        scores = (stored + moved) @ q
+        scores[found] = fresh[found] @ q
+        kept = np.sort(scores[found])[-K:]
+        missing.append(np.log(np.exp(scores).sum()) - np.log(np.exp(kept).sum()))
+    np.testing.assert_allclose(value - plain, np.mean(missing), rtol=1e-3)
+    context = np.asarray(gradients["context_encoder"], np.float64)
+    assert np.abs(context.sum(0)).max() < 1e-4 * np.abs(context).sum(0).min()
+
+
+def test_context_encoder_learns_from_the_corpus_and_not_from_the_retrieved_alone(params, batch, corpus, mesh, passages):
+    """Gradients of both normalisers beside that of a corpus which is embedded whole."""
+    stored = embed_all(params["context_encoder"], corpus)
+    index, now = index_of(mesh, stored), jnp.int32(3)
+    given, key, held = sharding.shard_batch(mesh, batch), jax.random.key(0), jax.tree.map(jnp.asarray, params)
+
+    def found(normaliser):
+        s = setting(bags(corpus), StageConfig("joint", n_docs=K, normaliser=normaliser), mesh, corpus)
+
+        def loss(table):
+            return steps.rag_loss(s, {**held, "context_encoder": table}, True, given, index, passages, key, now)[0]
+
+        return np.asarray(jax.jit(jax.grad(loss))(held["context_encoder"]))
+
+    *_, posterior_BK, rows_BK = by_hand(params, batch, corpus, "sequence", stored, stored)
+    q_BE = jnp.asarray(questions_by_hand(params, batch), jnp.float32)
+    mask = np.arange(corpus.encoder_ids.shape[1]) < np.asarray(corpus.encoder_length)[:, None]
+
+    def whole(table):
+        scores_BN = q_BE @ mean(table[np.asarray(corpus.encoder_ids, np.int32)], mask).T
+        read_B = (posterior_BK * jnp.take_along_axis(scores_BN, rows_BK, 1)).sum(-1)
+        return (jax.nn.logsumexp(scores_BN, axis=-1) - read_B).mean()
+
+    wanted = np.asarray(jax.jit(jax.grad(whole))(held["context_encoder"]))
+
+    def cosine(gradient):
+        return (gradient * wanted).sum() / np.linalg.norm(gradient) / np.linalg.norm(wanted)
+
+    of_corpus, of_retrieved = cosine(found("corpus")), cosine(found("retrieved"))
+    assert of_corpus > of_retrieved + 0.1
 
 
 def whole_step(corpus, mesh, stage, params, batch, index, passages, **model):

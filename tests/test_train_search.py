@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from test_train import assert_same_run, last_step, rows
 from rag_jax import checkpoint
 from rag_jax.answer import Pipeline
 from rag_jax.config import SearchConfig
+from rag_jax.hosted import HostIndex
 from rag_jax.retrieval import index as snapshots
 from rag_jax.retrieval.search import Queries
+from rag_jax.upkeep import kept_fields
 
 STEPS = 12
 MODES = {
@@ -117,6 +120,45 @@ def test_given_an_index_nothing_is_embedded(tiny_data, tiny_run, tmp_path, capsy
     assert tiny.rag_jax("train", *config, *said, "--set", f"index={tiny_run / 'index'}") == 2
     other = snapshots.open_snapshot(tmp_path / "with/index").manifest.encoder_hash[:16]
     assert other in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("shards", [(10,), (6, 4)])
+def test_a_checkpoint_keeps_rows_of_any_type_on_the_host(dtype, shards, tmp_path):
+    """Saved from files of a given index, restored as the float32 rows that a run makes itself."""
+    rng, ends = np.random.default_rng(0), np.cumsum([0, *shards])
+    rows_NE = rng.normal(size=(10, 4)).astype(np.float32)
+    parts = [(np.arange(a, b), rows_NE[a:b]) for a, b in pairwise(ends)]
+    manifest = snapshots.Manifest("c", "h", "e", "t", 0, 10, 4, dtype)
+    given = snapshots.write(tmp_path / "index", manifest, parts).embeddings_NE
+    keeper = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    keeper.save(1, {"index": kept_fields(HostIndex(given, np.arange(10, dtype=np.int32), None))}, {})
+    keeper.wait()
+    like = {"index": kept_fields(HostIndex(np.zeros((10, 4), np.float32), np.zeros(10, np.int32), None))}
+    found = keeper.restore(1, like)["index"]
+    keeper.close()
+    np.testing.assert_array_equal(found["embeddings_NE"], np.asarray(given, np.float32))
+    np.testing.assert_array_equal(found["step_N"], np.arange(10))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hybrid", "bm25"])
+def test_killed_and_resumed_with_a_given_bfloat16_index_on_the_host(kind, tiny_data, tiny_run, tmp_path):
+    pytest.importorskip("bm25s")
+    index = tmp_path / "index"
+    assert tiny.rag_jax("index", tiny_run, "--corpus", tiny_data / "corpus", "--out", index, "--dtype", "bfloat16") == 0
+    said = [*words(kind, tiny_run), "--set", "stages.joint.refresh=8", "--set", f"index={index}"]
+    said += ["--set", "checkpoint_every=5", "--set", "log_every=5"]
+    tiny.train(tiny_data, tmp_path / "whole", *said)
+    for step in (5, 10):  # with the rows that were given, and with those made at step 8
+        config = ["--config", f"{tiny.__file__}:{tiny_data}", "--run", tmp_path / "run"]
+        process = tiny.start(tiny_data, "train", *config, *said)
+        while process.poll() is None and last_step(tmp_path / "run") < step:
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+    assert "going on from step" in tiny.train(tiny_data, tmp_path / "run", *said)["stderr"]
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 Each device scans its own rows (`mips_device`); then the candidates [B,k] of all devices, and nothing larger, are
 exchanged and merged. The index may be float32, bfloat16 or int8. Of the two small types the candidates are found with
 queries rounded alike, where that multiplies faster, more of them than asked for, and then scored again with the full
-queries. The log of the sum of exponentials of all scores, log Z, can be had in the same pass, with its gradient.
+queries. The log of the sum of exponentials of all scores, log Z, or of those that were not found, can be had, with its
+gradient.
 """
 
 import dataclasses
@@ -88,20 +89,18 @@ def search_with_normaliser(
     chunk: int | None = None,
     out_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`search` and, in the same pass, log Z: (scores_BK, ids_BK, log_z_B).
+    """`search` by exact scores, and the part of the normaliser that the k do not have: (scores_BK, ids_BK, log_rest_B).
 
-    log_z_B is the logsumexp over all live rows of the exact scores, of the stored rows in small types; NaN counts as
-    -inf. Its gradient to the queries is the mean of the rows under their softmax; it is accumulated in the same pass,
-    with twice the products, only where a gradient is taken. None flows to the index and none through the scores.
+    log_rest_B: the logsumexp over all other live rows, so log Z = logaddexp(log_rest_B, logsumexp(scores_BK)). It is
+    summed in a second pass, without those rows: taken from log Z they would leave nothing but its rounding where they
+    have nearly all of it. See `log_normaliser` for its gradient; none flows to the index and none through the scores.
     """
     rows, how = _checked(queries_BE, index_NE, scale_N, live_N, mesh, n_valid, chunk, out_axes)
     if not 1 <= k <= how.n_valid:
         raise InputError(f"k = {k}, but the index has {how.n_valid} passages; ask for 1 to {how.n_valid}")
-    how = dataclasses.replace(how, k=k, mass="sum")
-    best, log_z_B = _normalised(how, mesh, out_axes, queries_BE, rows)
+    best, _ = _on_mesh(lax.stop_gradient(queries_BE), rows, dataclasses.replace(how, k=k), k, mesh, out_axes)
     assert best is not None
-    scores_BK, ids_BK = best
-    return lax.stop_gradient(scores_BK), ids_BK, log_z_B
+    return *best, _mass(dataclasses.replace(how, mass="sum"), mesh, out_axes, queries_BE, rows, best[1])
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "n_valid", "chunk", "out_axes"))
@@ -116,9 +115,14 @@ def log_normaliser(
     chunk: int | None = None,
     out_axes: tuple[str, ...] = (),
 ) -> jax.Array:
-    """log_z_B of `search_with_normaliser` without the search: -inf, with gradient 0, where no row is live."""
+    """log_z_B, the logsumexp over all live rows of the exact scores, of the stored rows in small types; NaN counts as
+    -inf. It is -inf, with gradient 0, where no row is live.
+
+    Its gradient to the queries is the mean of the rows under their softmax; it is accumulated in the same pass, with
+    twice the products, only where a gradient is taken.
+    """
     rows, how = _checked(queries_BE, index_NE, scale_N, live_N, mesh, n_valid, chunk, out_axes)
-    return _normalised(dataclasses.replace(how, mass="sum"), mesh, out_axes, queries_BE, rows)[1]
+    return _mass(dataclasses.replace(how, mass="sum"), mesh, out_axes, queries_BE, rows, None)
 
 
 def rows_at(index_NE: jax.Array, ids_X: jax.Array, scale_N: jax.Array | None = None) -> jax.Array:
@@ -128,30 +132,41 @@ def rows_at(index_NE: jax.Array, ids_X: jax.Array, scale_N: jax.Array | None = N
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _normalised(
-    how: Pass, mesh: Mesh | None, out_axes: tuple[str, ...], queries_BE: jax.Array, rows: Rows
-) -> tuple[Best | None, jax.Array]:
-    best, mass = _on_mesh(queries_BE, rows, how, how.k, mesh, out_axes)
+def _mass(
+    how: Pass,
+    mesh: Mesh | None,
+    out_axes: tuple[str, ...],
+    queries_BE: jax.Array,
+    rows: Rows,
+    left_out_BX: jax.Array | None,
+) -> jax.Array:
+    """The logsumexp of the scores of all rows but those left out."""
+    mass = _on_mesh(queries_BE, rows, how, 0, mesh, out_axes, left_out_BX)[1]
     assert mass is not None
-    return best, mass.top_B + jnp.log(mass.sum_B)
+    return mass.top_B + jnp.log(mass.sum_B)
 
 
-def _normalised_forward(
-    how: Pass, mesh: Mesh | None, out_axes: tuple[str, ...], queries_BE: jax.Array, rows: Rows
-) -> tuple[tuple[Best | None, jax.Array], jax.Array]:
-    best, mass = _on_mesh(queries_BE, rows, dataclasses.replace(how, mass="mean"), how.k, mesh, out_axes)
+def _mass_forward(
+    how: Pass,
+    mesh: Mesh | None,
+    out_axes: tuple[str, ...],
+    queries_BE: jax.Array,
+    rows: Rows,
+    left_out_BX: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    mass = _on_mesh(queries_BE, rows, dataclasses.replace(how, mass="mean"), 0, mesh, out_axes, left_out_BX)[1]
     assert mass is not None and mass.weighted_BE is not None
     mean_BE = mass.weighted_BE / jnp.where(mass.sum_B > 0, mass.sum_B, 1)[:, None]
-    return (best, mass.top_B + jnp.log(mass.sum_B)), mean_BE.astype(queries_BE.dtype)
+    return mass.top_B + jnp.log(mass.sum_B), mean_BE.astype(queries_BE.dtype)
 
 
-def _normalised_backward(
-    how: Pass, mesh: Mesh | None, out_axes: tuple[str, ...], mean_BE: jax.Array, gradient: tuple[Best | None, jax.Array]
-) -> tuple[jax.Array, None]:
-    return (gradient[1][:, None] * mean_BE).astype(mean_BE.dtype), None
+def _mass_backward(
+    how: Pass, mesh: Mesh | None, out_axes: tuple[str, ...], mean_BE: jax.Array, gradient_B: jax.Array
+) -> tuple[jax.Array, None, None]:
+    return (gradient_B[:, None] * mean_BE).astype(mean_BE.dtype), None, None
 
 
-_normalised.defvjp(_normalised_forward, _normalised_backward)
+_mass.defvjp(_mass_forward, _mass_backward)
 
 
 def _checked(
@@ -202,11 +217,17 @@ def _checked(
 
 
 def _on_mesh(
-    queries_BE: jax.Array, rows: Rows, how: Pass, k: int, mesh: Mesh | None, out_axes: tuple[str, ...]
+    queries_BE: jax.Array,
+    rows: Rows,
+    how: Pass,
+    k: int,
+    mesh: Mesh | None,
+    out_axes: tuple[str, ...],
+    left_out_BX: jax.Array | None = None,
 ) -> tuple[Best | None, Mass | None]:
-    def on_device(queries_BE: jax.Array, rows: Rows) -> tuple[Best | None, Mass | None]:
+    def on_device(queries_BE: jax.Array, rows: Rows, left_out_BX: jax.Array | None) -> tuple[Best | None, Mass | None]:
         offset = lax.axis_index(how.axes) * rows.embeddings_NE.shape[0] if how.axes else 0
-        best, mass = mips_device.scan(queries_BE, rows, offset, how)
+        best, mass = mips_device.scan(queries_BE, rows, offset, how, left_out_BX)
         if how.axes and mass is not None:
             mass = _total(mass, how.axes, out_axes)
         if best is None:
@@ -219,11 +240,10 @@ def _on_mesh(
         return (jnp.where(found[0] > LOWEST, found[0], -jnp.inf), found[1]), mass
 
     if mesh is None:
-        return on_device(queries_BE, rows)
+        return on_device(queries_BE, rows, left_out_BX)
     cut, whole = PartitionSpec(out_axes or None), PartitionSpec()
-    return jax.shard_map(on_device, mesh=mesh, in_specs=(whole, PartitionSpec(mesh.axis_names)), out_specs=cut)(
-        queries_BE, rows
-    )
+    specs = (whole, PartitionSpec(mesh.axis_names), whole)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=cut)(queries_BE, rows, left_out_BX)
 
 
 def _best(found: list[jax.Array], k: int) -> list[jax.Array]:

@@ -142,8 +142,10 @@ def rounded(queries_BE: jax.Array, embeddings_NE: jax.Array, platform: str) -> t
     return queries_BE.astype(jnp.bfloat16 if half else jnp.float32), None
 
 
-def scan(queries_BE: jax.Array, rows: Rows, offset: jax.Array | int, how: Pass) -> tuple[Best | None, Mass | None]:
-    """The k best of these rows, the first of which has id `offset`, and the mass of all of them.
+def scan(
+    queries_BE: jax.Array, rows: Rows, offset: jax.Array | int, how: Pass, left_out_BX: jax.Array | None = None
+) -> tuple[Best | None, Mass | None]:
+    """The k best of these rows, the first of which has id `offset`, and the mass of all but those with ids left_out_BX.
 
     Missing places have score -inf and id -1; scores of -inf or NaN are LOWEST.
     """
@@ -165,7 +167,12 @@ def scan(queries_BE: jax.Array, rows: Rows, offset: jax.Array | int, how: Pass) 
         if part.live_N is not None:
             wanted_C &= part.live_N
         if mass is not None:
-            mass = _more(mass, jnp.where(wanted_C[:, None] & (scores_CB > LOWEST), scores_CB, -jnp.inf), part)
+            counted_CB = wanted_C[:, None] & (scores_CB > LOWEST)
+            if left_out_BX is not None:
+                at_BX = left_out_BX - offset - start
+                at_BX = jnp.where(at_BX < 0, into.tile, at_BX)  # a negative position would count from the end
+                counted_CB = counted_CB.at[at_BX, jnp.arange(batch)[:, None]].set(False, mode="drop")
+            mass = _more(mass, jnp.where(counted_CB, scores_CB, -jnp.inf), part)
         if not how.k:
             return mass, None
         scores_CB = jnp.where(scores_CB > LOWEST, scores_CB, LOWEST)  # false for NaN
