@@ -22,6 +22,7 @@ from rag_jax import checkpoint, sharding
 from rag_jax import run as runs
 from rag_jax.data import joining, tokenizers
 from rag_jax.errors import InputError
+from rag_jax.logs import info
 from rag_jax.models.bert import BertConfig
 from rag_jax.models.hf import ENCODERS, GENERATORS, naming
 from rag_jax.models.hf.naming import Family, spell
@@ -33,6 +34,7 @@ ARCHITECTURES = {"RagSequenceForGeneration": "sequence", "RagTokenForGeneration"
 SIDES = ("question_encoder", "context_encoder", "generator")
 TOKENIZERS = {"encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
 POOLING: dict[str, Any] = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}  # theirs -> ours
+OF_TRAINING = ("dropout",)  # fields of an encoder without effect on the vectors of a trained one
 NAMED = 10  # names listed in an error
 
 
@@ -243,7 +245,7 @@ def spelling(part: Part) -> tuple[str, str]:
     names = [entry.theirs for entry in part.family.entries(part.config)]
 
     def there(option: tuple[str, str]) -> int:
-        return sum(part.base + spell(option, name) in part.tensors.shapes for name in names)
+        return sum(stored_name(part, option, name) is not None for name in names)
 
     return max(part.family.spellings, key=there)
 
@@ -255,9 +257,9 @@ def check_names(parts: list[Part], tensors: Tensors, places: Any) -> None:
         option = spelling(part)
         shapes = {path: leaf.shape for path, leaf in flatten_dict(places[part.side], sep="/").items()}
         for entry in part.family.entries(part.config):
-            name = part.base + spell(option, entry.theirs)
-            if name not in tensors.shapes:
-                missing += [] if entry.theirs in part.family.zeros else [name]
+            name = stored_name(part, option, entry.theirs)
+            if name is None:
+                missing += [] if entry.theirs in part.family.zeros else [part.base + spell(option, entry.theirs)]
                 continue
             known.add(name)
             found, kind = tensors.shapes[name]
@@ -269,15 +271,28 @@ def check_names(parts: list[Part], tensors: Tensors, places: Any) -> None:
                     f"{tensors.where}: {name} is of type {kind}; weights must be {', '.join(FLOATS.values())}"
                 )
         known |= {part.base + name for name in copies(part, option)}
-    if missing:
-        raise InputError(f"{tensors.where}: {listed(missing)} missing; download or export the checkpoint again")
     left = [name for name in tensors.shapes if name not in known]
     left = [name for name in left if not any(ignores(part, name) for part in parts)]
+    if missing:
+        beside = f", and {listed(left)} there that it does not name" if left else ""
+        raise InputError(
+            f"{tensors.where}: {listed(missing)} missing{beside}; {CONFIG} and the weights must be of one model, whole"
+        )
     if left:
         raise InputError(
             f"{tensors.where}: {listed(left)} not part of the model that {CONFIG} describes; "
             "is it the configuration of another checkpoint?"
         )
+
+
+def stored_name(part: Part, option: tuple[str, str], theirs: str) -> str | None:
+    """The name under which a checkpoint has a tensor of the table, None where it is not there: its own name, that of
+    before LayerNorm's weight and bias were called so, or that of a tied copy where only the copy was saved.
+    """
+    own = spell(option, theirs)
+    tied = [copy for copy, source in copies(part, option).items() if source == own]
+    names = (part.base + name for name in (own, naming.older_name(own), *tied))
+    return next((name for name in names if name in part.tensors.shapes), None)
 
 
 def copies(part: Part, option: tuple[str, str]) -> dict[str, str]:
@@ -305,15 +320,17 @@ def read_finite(tensors: Tensors, name: str) -> np.ndarray:
 def read_part(part: Part, places: Any, report: Report) -> Iterator[tuple[str, jax.Array]]:
     """(path, array) of one part, tensor by tensor."""
     option, leaves = spelling(part), flatten_dict(places, sep="/")
+    names = [entry.theirs for entry in part.family.entries(part.config)]
+    homes = {spell(option, name): stored_name(part, option, name) for name in names}
 
     def size(entry: naming.Entry) -> int:
         return sum(math.prod(leaves[path].shape) for path in entry.ours)
 
     # the largest first, while little else is in memory
     for entry in sorted(part.family.entries(part.config), key=size, reverse=True):
-        name = part.base + spell(option, entry.theirs)
-        if name not in part.tensors.shapes:
-            report.zeros.append(name)
+        name = homes[spell(option, entry.theirs)]
+        if name is None:
+            report.zeros.append(part.base + spell(option, entry.theirs))
             arrays = [np.zeros(leaves[path].shape, np.float32) for path in entry.ours]
         else:
             report.loaded.append(name)
@@ -321,12 +338,10 @@ def read_part(part: Part, places: Any, report: Report) -> Iterator[tuple[str, ja
         for path, array in zip(entry.ours, arrays, strict=True):
             yield path, put(array, leaves[path])
     for copy, source in copies(part, option).items():
-        name = part.base + copy
-        if name in part.tensors.shapes:
-            if not np.array_equal(part.tensors.read(name), part.tensors.read(part.base + source)):
-                raise InputError(
-                    f"{part.tensors.where}: {name} differs from {part.base + source}, of which it should be a copy"
-                )
+        name, first = part.base + copy, str(homes[source])  # where the source is not, the copy that stands for it
+        if name in part.tensors.shapes and name != first:
+            if not np.array_equal(part.tensors.read(name), part.tensors.read(first)):
+                raise InputError(f"{part.tensors.where}: {name} differs from {first}, of which it should be a copy")
             report.tied.append(name)
     report.ignored += [name for name in part.tensors.shapes if ignores(part, name)]
 
@@ -443,14 +458,19 @@ def combine(
 
 
 def check_form(context: BertConfig, question: BertConfig, context_from: Path, question_from: Path) -> None:
-    """InputError with the first field in which the two encoders differ: here they have one configuration."""
+    """InputError with the first field in which the two encoders differ: here they have one configuration. Their dropout
+    may differ: it is a setting of training, where the question encoder's is taken for both.
+    """
     pairs = zip(dataclasses.asdict(context).items(), dataclasses.asdict(question).values(), strict=True)
     for (name, ours), theirs in pairs:
-        if ours != theirs:
+        if ours == theirs:
+            continue
+        if name not in OF_TRAINING:
             raise InputError(
                 f"{context_from}: the context encoder's {name} is {ours}, the question encoder's ({question_from}) is "
                 f"{theirs}; both must have one form"
             )
+        info(f"{name}: {theirs}, the question encoder's, for both encoders; {context_from} has {ours}")
 
 
 def in_dtype(model: RagConfig, dtype: str) -> RagConfig:

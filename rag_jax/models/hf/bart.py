@@ -142,6 +142,7 @@ FAMILIES = {
         "MBartForConditionalGeneration",
         spellings=BART_SPELLINGS,
         copies=bart_copies,
+        ignorable=(r"(model\.)?(en|de)coder\.version",),
         zeros=("final_logits_bias",),
     ),
 }

@@ -66,7 +66,12 @@ def bert_entries(c: BertConfig) -> list[Entry]:
     return entries
 
 
-BERT_IGNORABLE = (r"(.*\.)?embeddings\.position_ids", r"(.*\.)?pooler\..*", r"(.*\.)?encoder\.version", r"cls\..*")
+BERT_IGNORABLE = (
+    r"(.*\.)?embeddings\.(position|token_type)_ids",
+    r"(.*\.)?pooler\..*",
+    r"(.*\.)?encoder\.version",
+    r"cls\..*",
+)
 
 
 def dpr_entries(side: str) -> Callable[[BertConfig], list[Entry]]:

@@ -77,6 +77,14 @@ def spell(spelling: tuple[str, str], name: str) -> str:
     return found + name.removeprefix(written) if name.startswith(written) else name
 
 
+OLDER_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+
+def older_name(name: str) -> str:
+    """The name that a tensor had in TensorFlow, which many released checkpoints keep (bert-base-uncased)."""
+    return next((name[: -len(new)] + old for new, old in OLDER_NAMES.items() if name.endswith(new)), name)
+
+
 # --- reading config.json ----------------------------------------------------------------------------------------------
 
 

@@ -92,9 +92,13 @@ def describe_t5(c: T5Config) -> dict[str, Any]:
     }
 
 
+TABLE_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
 def t5_adapt(c: T5Config, names: Container[str]) -> T5Config:
-    """Not tied where the logits are not scaled and the checkpoint has a head of its own."""
-    return replace(c, tied=c.tied and not (c.logit_scale == 1.0 and "lm_head.weight" in names))
+    """Not tied where the logits are not scaled and the checkpoint has a head of its own beside the word table."""
+    own = "lm_head.weight" in names and any(name in names for name in ("shared.weight", *TABLE_COPIES))
+    return replace(c, tied=c.tied and not (c.logit_scale == 1.0 and own))
 
 
 def t5_entries(c: T5Config) -> list[Entry]:
@@ -120,8 +124,7 @@ def t5_entries(c: T5Config) -> list[Entry]:
 
 
 def t5_copies(c: T5Config) -> dict[str, str]:
-    tables = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-    return dict.fromkeys((*tables, "lm_head.weight") if c.tied else tables, "shared.weight")
+    return dict.fromkeys((*TABLE_COPIES, "lm_head.weight") if c.tied else TABLE_COPIES, "shared.weight")
 
 
 T5_IGNORABLE = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
