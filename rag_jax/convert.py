@@ -22,6 +22,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source-length", type=int, default=0, help="longest generator input (default: as stored, 300)"
     )
+    parser.add_argument(
+        "--ignore-setting", action="append", default=[], metavar="KEY", help="leave this key of the files out"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a converted model that is there")
     parser.epilog = (
         "example: rag-jax convert facebook/rag-token-nq --out models/rag-token-nq\n"
@@ -34,14 +37,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if (args.source is None) == (args.question_encoder is None):
         raise InputError("give either SOURCE, a whole model, or --question-encoder and the other parts")
+    ignore = tuple(args.ignore_setting)
     if args.source is not None:
         if args.generator:
             raise InputError("--generator is for --question-encoder; SOURCE has its own")
         context = args.context_encoder and pretrained.find(args.context_encoder)
-        source = pretrained.open_source(pretrained.find(args.source), args.variant, args.change_variant, context)
+        source = pretrained.open_source(
+            pretrained.find(args.source), args.variant, args.change_variant, context, ignore
+        )
     else:
         context, generator = (value and pretrained.find(value) for value in (args.context_encoder, args.generator))
         question = pretrained.find(args.question_encoder)
-        source = pretrained.combine(question, context, generator, args.variant or "sequence")
+        source = pretrained.combine(question, context, generator, args.variant or "sequence", ignore)
     source = source.resized(args.n_docs, args.source_length)
-    return saving.write_run(source, args.out, sharding.make_mesh(), args.overwrite)
+    made = saving.write_run(source, args.out, sharding.make_mesh(), args.overwrite)
+    return made if args.json else {"text": text(made)}
+
+
+def text(made: dict[str, Any]) -> str:
+    """What a reader sees: the counts, then each setting and where it came from."""
+    lines = [f"{name}: {value}" for name, value in made.items() if not isinstance(value, dict)]
+    lines += [f"{setting} <- {where}" for setting, where in made["settings"].items()]
+    lines += [f"without effect: {where} ({why})" for where, why in made["without_effect"].items()]
+    return "\n".join(lines + [f"left out: {where}={value!r}" for where, value in made["ignored_settings"].items()])

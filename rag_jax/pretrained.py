@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +20,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rag_jax import checkpoint, sharding
 from rag_jax import run as runs
-from rag_jax.data import joining, tokenizers
+from rag_jax.data import tokenizers
 from rag_jax.errors import InputError
+from rag_jax.logs import info
 from rag_jax.models.bert import BertConfig
-from rag_jax.models.hf import ENCODERS, GENERATORS, naming
+from rag_jax.models.hf import ENCODERS, GENERATORS, composite, naming
 from rag_jax.models.hf.naming import Family, spell
+from rag_jax.models.hf.settings import Account
 from rag_jax.rag import Params, Rag, RagConfig
 from rag_jax.tensors import FLOATS, Tensors, open_tensors
 
@@ -33,7 +35,9 @@ ARCHITECTURES = {"RagSequenceForGeneration": "sequence", "RagTokenForGeneration"
 SIDES = ("question_encoder", "context_encoder", "generator")
 TOKENIZERS = {"encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
 POOLING: dict[str, Any] = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}  # theirs -> ours
+OF_TRAINING = ("dropout",)  # fields of an encoder without effect on the vectors of a trained one
 NAMED = 10  # names listed in an error
+ENCODER, GENERATOR = "model.encoder.", "model.generator."  # where a part's settings go
 
 
 class Part(NamedTuple):
@@ -121,8 +125,9 @@ def find(name_or_dir: str | Path) -> Path:
         ) from error
 
 
-def encoder_part(directory: Path, side: str) -> Part:
+def encoder_part(directory: Path, side: str, account: Account | None = None) -> Part:
     """A question or context encoder from a directory of its own: DPR, BERT, or BERT as sentence-transformers has it."""
+    account = account or Account()
     config, where = read_json(directory / CONFIG), str(directory / CONFIG)
     tensors = open_tensors(directory)
     kind = config.get("model_type")
@@ -134,8 +139,10 @@ def encoder_part(directory: Path, side: str) -> Part:
             raise InputError(f"{directory}: a DPR reader, not an encoder")
         if other != side:
             raise InputError(f"{directory}: a DPR {other.replace('_', ' ')}, given as {side.replace('_', ' ')}")
+        config = account.read(config, family.settings, where, ENCODER)
         return Part(side, family, family.config(config, where), tensors, "")
     if kind == "bert":
+        config = account.read(config, ENCODERS["bert"].settings, where, ENCODER)
         encoder = ENCODERS["bert"].config(config, where)
         return Part(side, ENCODERS["bert"], sentence_pooling(directory, encoder), tensors, "")
     raise InputError(f"{where}: model_type={kind!r} cannot be the {side.replace('_', ' ')}; known: bert, dpr")
@@ -164,10 +171,11 @@ def sentence_pooling(directory: Path, encoder: BertConfig) -> BertConfig:
     return encoder
 
 
-def generator_part(directory: Path) -> Part:
+def generator_part(directory: Path, account: Account | None = None) -> Part:
     """A generator from a directory of its own."""
     config, where = read_json(directory / CONFIG), str(directory / CONFIG)
     family = pick(GENERATORS, config, where)
+    config = (account or Account()).read(config, family.settings, where, GENERATOR)
     tensors = open_tensors(directory)
     return Part("generator", family, family.adapt(family.config(config, where), tensors.shapes), tensors, "")
 
@@ -179,18 +187,24 @@ def pick(families: dict[str, Family], config: dict[str, Any], where: str) -> Fam
     return families[kind]
 
 
-def rag_parts(directory: Path, variant: str | None, change_variant: bool) -> tuple[RagConfig, list[Part]]:
+def rag_parts(
+    directory: Path, variant: str | None, change_variant: bool, account: Account | None = None
+) -> tuple[RagConfig, list[Part]]:
     """The model and the parts of a RagSequenceForGeneration or RagTokenForGeneration directory."""
-    return rag_parts_of(directory, read_json(directory / CONFIG), None, variant, change_variant)
+    return rag_parts_of(directory, read_json(directory / CONFIG), None, variant, change_variant, account)
 
 
 def rag_parts_of(
-    directory: Path, config: dict[str, Any], tensors: Tensors | None, variant: str | None, change_variant: bool
+    directory: Path,
+    config: dict[str, Any],
+    tensors: Tensors | None,
+    variant: str | None,
+    change_variant: bool,
+    account: Account | None = None,
 ) -> tuple[RagConfig, list[Part]]:
     """The same, from a configuration that was read, and tensors if they are open already."""
-    where = str(directory / CONFIG)
-    for key, value in (("title_sep", joining.TITLE_SEPARATOR), ("doc_sep", joining.QUESTION_SEPARATOR)):
-        naming.refuse(config, where, **{key: value})
+    account, where = account or Account(), str(directory / CONFIG)
+    config = account.read(config, composite.RAG, where, "model.")
     tensors = tensors or open_tensors(directory)
     parts = []
     for key in ("question_encoder", "generator"):
@@ -202,13 +216,14 @@ def rag_parts_of(
         family = pick(families, {"model_type": default} | sub, f"{where}: {key}")
         base = f"rag.{key}."
         names = {name.removeprefix(base) for name in tensors.shapes if name.startswith(base)}
+        sub = account.read(sub, family.settings, f"{where}: {key}", {"generator": GENERATOR}.get(key, ENCODER))
         parts.append(Part(key, family, family.adapt(family.config(sub, f"{where}: {key}"), names), tensors, base))
     encoder = parts[0].config
     own = any(name.startswith("rag.ctx_encoder.") for name in tensors.shapes)
     if own:
         parts.append(Part("context_encoder", ENCODERS["dpr_context"], encoder, tensors, "rag.ctx_encoder."))
     elif (directory / "context_encoder" / CONFIG).is_file():
-        parts.append(encoder_part(directory / "context_encoder", "context_encoder"))
+        parts.append(encoder_part(directory / "context_encoder", "context_encoder", account))
     named = [ARCHITECTURES[name] for name in config.get("architectures") or [] if name in ARCHITECTURES]
     model = RagConfig(
         variant=choose_variant(directory, named[0] if named else None, variant, change_variant),  # type: ignore[arg-type]
@@ -243,7 +258,7 @@ def spelling(part: Part) -> tuple[str, str]:
     names = [entry.theirs for entry in part.family.entries(part.config)]
 
     def there(option: tuple[str, str]) -> int:
-        return sum(part.base + spell(option, name) in part.tensors.shapes for name in names)
+        return sum(stored_name(part, option, name) is not None for name in names)
 
     return max(part.family.spellings, key=there)
 
@@ -255,9 +270,9 @@ def check_names(parts: list[Part], tensors: Tensors, places: Any) -> None:
         option = spelling(part)
         shapes = {path: leaf.shape for path, leaf in flatten_dict(places[part.side], sep="/").items()}
         for entry in part.family.entries(part.config):
-            name = part.base + spell(option, entry.theirs)
-            if name not in tensors.shapes:
-                missing += [] if entry.theirs in part.family.zeros else [name]
+            name = stored_name(part, option, entry.theirs)
+            if name is None:
+                missing += [] if entry.theirs in part.family.zeros else [part.base + spell(option, entry.theirs)]
                 continue
             known.add(name)
             found, kind = tensors.shapes[name]
@@ -269,15 +284,28 @@ def check_names(parts: list[Part], tensors: Tensors, places: Any) -> None:
                     f"{tensors.where}: {name} is of type {kind}; weights must be {', '.join(FLOATS.values())}"
                 )
         known |= {part.base + name for name in copies(part, option)}
-    if missing:
-        raise InputError(f"{tensors.where}: {listed(missing)} missing; download or export the checkpoint again")
     left = [name for name in tensors.shapes if name not in known]
     left = [name for name in left if not any(ignores(part, name) for part in parts)]
+    if missing:
+        beside = f", and {listed(left)} there that it does not name" if left else ""
+        raise InputError(
+            f"{tensors.where}: {listed(missing)} missing{beside}; {CONFIG} and the weights must be of one model, whole"
+        )
     if left:
         raise InputError(
             f"{tensors.where}: {listed(left)} not part of the model that {CONFIG} describes; "
             "is it the configuration of another checkpoint?"
         )
+
+
+def stored_name(part: Part, option: tuple[str, str], theirs: str) -> str | None:
+    """The name under which a checkpoint has a tensor of the table, None where it is not there: its own name, that of
+    before LayerNorm's weight and bias were called so, or that of a tied copy where only the copy was saved.
+    """
+    own = spell(option, theirs)
+    tied = [copy for copy, source in copies(part, option).items() if source == own]
+    names = (part.base + name for name in (own, naming.older_name(own), *tied))
+    return next((name for name in names if name in part.tensors.shapes), None)
 
 
 def copies(part: Part, option: tuple[str, str]) -> dict[str, str]:
@@ -305,15 +333,17 @@ def read_finite(tensors: Tensors, name: str) -> np.ndarray:
 def read_part(part: Part, places: Any, report: Report) -> Iterator[tuple[str, jax.Array]]:
     """(path, array) of one part, tensor by tensor."""
     option, leaves = spelling(part), flatten_dict(places, sep="/")
+    names = [entry.theirs for entry in part.family.entries(part.config)]
+    homes = {spell(option, name): stored_name(part, option, name) for name in names}
 
     def size(entry: naming.Entry) -> int:
         return sum(math.prod(leaves[path].shape) for path in entry.ours)
 
     # the largest first, while little else is in memory
     for entry in sorted(part.family.entries(part.config), key=size, reverse=True):
-        name = part.base + spell(option, entry.theirs)
-        if name not in part.tensors.shapes:
-            report.zeros.append(name)
+        name = homes[spell(option, entry.theirs)]
+        if name is None:
+            report.zeros.append(part.base + spell(option, entry.theirs))
             arrays = [np.zeros(leaves[path].shape, np.float32) for path in entry.ours]
         else:
             report.loaded.append(name)
@@ -321,12 +351,10 @@ def read_part(part: Part, places: Any, report: Report) -> Iterator[tuple[str, ja
         for path, array in zip(entry.ours, arrays, strict=True):
             yield path, put(array, leaves[path])
     for copy, source in copies(part, option).items():
-        name = part.base + copy
-        if name in part.tensors.shapes:
-            if not np.array_equal(part.tensors.read(name), part.tensors.read(part.base + source)):
-                raise InputError(
-                    f"{part.tensors.where}: {name} differs from {part.base + source}, of which it should be a copy"
-                )
+        name, first = part.base + copy, str(homes[source])  # where the source is not, the copy that stands for it
+        if name in part.tensors.shapes and name != first:
+            if not np.array_equal(part.tensors.read(name), part.tensors.read(first)):
+                raise InputError(f"{part.tensors.where}: {name} differs from {first}, of which it should be a copy")
             report.tied.append(name)
     report.ignored += [name for name in part.tensors.shapes if ignores(part, name)]
 
@@ -348,6 +376,7 @@ class Source:
     model: RagConfig
     parts: list[Part]
     directories: dict[str, Path]  # side -> directory; "" for that of the whole
+    account: Account = field(default_factory=Account)
 
     def tokenizer_directory(self, role: str) -> Path | None:
         """Where the tokenizer of `encoder` or `generator` is, or None."""
@@ -386,27 +415,34 @@ class Source:
 
 
 def open_source(
-    directory: Path, variant: str | None = None, change_variant: bool = False, context_encoder: Path | None = None
+    directory: Path,
+    variant: str | None = None,
+    change_variant: bool = False,
+    context_encoder: Path | None = None,
+    ignore: Sequence[str] = (),
 ) -> Source:
     """A whole model from one directory: a RAG composite, or an encoder as a retriever alone. `context_encoder`: another
-    directory, for a composite that has none.
+    directory, for a composite that has none. ignore: settings to leave out, see `settings.Account`.
     """
+    account = Account(ignore)
     config = read_json(directory / CONFIG)
     kind = config.get("model_type")
     if kind == "rag":
-        model, parts = rag_parts(directory, variant, change_variant)
+        model, parts = rag_parts(directory, variant, change_variant, account)
         if context_encoder is None:
-            return Source(model, parts, {"": directory})
-        part = encoder_part(context_encoder, "context_encoder")
+            account.check()
+            return Source(model, parts, {"": directory}, account)
+        part = encoder_part(context_encoder, "context_encoder", account)
+        account.check()
         check_form(part.config, model.encoder, context_encoder, directory)
         model = dataclasses.replace(model, context_encoder=True)
-        return Source(model, [*(p for p in parts if p.side != part.side), part], {"": directory})
+        return Source(model, [*(p for p in parts if p.side != part.side), part], {"": directory}, account)
     if kind in GENERATORS:
         raise InputError(
             f"{directory}: a generator alone ({kind}); put it together with encoders: rag-jax convert "
             f"--question-encoder A --context-encoder B --generator {directory} --out DIR"
         )
-    return combine(directory, context_encoder)
+    return combine(directory, context_encoder, ignore=ignore)
 
 
 def combine(
@@ -414,22 +450,25 @@ def combine(
     context_encoder: Path | None = None,
     generator: Path | None = None,
     variant: str = "sequence",
+    ignore: Sequence[str] = (),
     **settings: Any,
 ) -> Source:
     """One model from parts. A BERT alone encodes both questions and passages; a DPR question encoder needs its other
-    half.
+    half. ignore: settings to leave out, see `settings.Account`.
     """
-    parts = [encoder_part(question_encoder, "question_encoder")]
+    account = Account(ignore)
+    parts = [encoder_part(question_encoder, "question_encoder", account)]
     directories = {"question_encoder": question_encoder}
     tied = context_encoder is None or context_encoder.resolve() == question_encoder.resolve()
     tied = tied and parts[0].family is ENCODERS["bert"]
     if context_encoder is not None and not tied:
-        parts.append(encoder_part(context_encoder, "context_encoder"))
+        parts.append(encoder_part(context_encoder, "context_encoder", account))
         check_form(parts[1].config, parts[0].config, context_encoder, question_encoder)
         directories["context_encoder"] = context_encoder
     if generator is not None:
-        parts.append(generator_part(generator))
+        parts.append(generator_part(generator, account))
         directories["generator"] = generator
+    account.check()
     encoder = parts[0].config
     model = RagConfig(
         variant=variant,  # type: ignore[arg-type]
@@ -439,18 +478,23 @@ def combine(
         context_encoder=tied or context_encoder is not None,
         **settings,
     )
-    return Source(model, parts, directories)
+    return Source(model, parts, directories, account)
 
 
 def check_form(context: BertConfig, question: BertConfig, context_from: Path, question_from: Path) -> None:
-    """InputError with the first field in which the two encoders differ: here they have one configuration."""
+    """InputError with the first field in which the two encoders differ: here they have one configuration. Their dropout
+    may differ: it is a setting of training, where the question encoder's is taken for both.
+    """
     pairs = zip(dataclasses.asdict(context).items(), dataclasses.asdict(question).values(), strict=True)
     for (name, ours), theirs in pairs:
-        if ours != theirs:
+        if ours == theirs:
+            continue
+        if name not in OF_TRAINING:
             raise InputError(
                 f"{context_from}: the context encoder's {name} is {ours}, the question encoder's ({question_from}) is "
                 f"{theirs}; both must have one form"
             )
+        info(f"{name}: {theirs}, the question encoder's, for both encoders; {context_from} has {ours}")
 
 
 def in_dtype(model: RagConfig, dtype: str) -> RagConfig:
@@ -470,11 +514,12 @@ def open_pretrained(
     change_variant: bool = False,
     dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
+    ignore: Sequence[str] = (),
 ) -> tuple[Rag, LazyParams]:
     """`from_pretrained` for parameters that need not all be in memory at once."""
     directory = find(path)
     if is_hugging_face(directory):
-        source = open_source(directory, variant, change_variant)
+        source = open_source(directory, variant, change_variant, ignore=ignore)
         model = in_dtype(source.model, dtype) if dtype != "float32" else source.model
         return Rag(model), source.params(mesh or sharding.make_mesh(), Report(), dtype)
     config = runs.read_config(directory)
@@ -494,11 +539,13 @@ def from_pretrained(
     change_variant: bool = False,
     dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
+    ignore: Sequence[str] = (),
 ) -> tuple[Rag, Params]:
     """The model of a run directory, a converted checkpoint, or a Hugging Face directory or hub name; its parameters.
 
     variant: what is expected (RAG-Sequence or RAG-Token); another one stored is an InputError, unless `change_variant`.
-    dtype: of parameters and computation. InputError for any other directory and for an unfinished run.
+    dtype: of parameters and computation. ignore: settings of a Hugging Face directory to leave out, which are an
+    InputError otherwise. InputError for any other directory and for an unfinished run.
     """
-    rag, params = open_pretrained(path, variant, change_variant, dtype, mesh)
+    rag, params = open_pretrained(path, variant, change_variant, dtype, mesh, ignore)
     return rag, dict(params.items())

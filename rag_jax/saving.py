@@ -275,8 +275,10 @@ def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: boo
         if settings.is_file():
             write_json(folder / GENERATION, read_json(settings))
         write_json(
-            temporary / "report.json", report.summary() | {"tied_names": report.tied, "ignored_names": report.ignored}
+            temporary / "report.json",
+            report.summary() | {"tied_names": report.tied, "ignored_names": report.ignored} | source.account.summary(),
         )
         files.write_manifest(temporary, "converted model", VERSION, {})
     missing = [role for role, directory in found.items() if directory is None]
-    return report.summary() | {"out": str(out), "variant": source.model.variant, "no_tokenizer_for": missing}
+    known = {"out": str(out), "variant": source.model.variant, "no_tokenizer_for": missing}
+    return report.summary() | known | source.account.summary()

@@ -6,6 +6,7 @@ safetensors, single or sharded; torch's .bin only where torch is installed, and 
 import json
 import math
 import struct
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +99,13 @@ def _open_bin(where: Path, files: list[str]) -> Tensors:
     tensors: dict[str, Any] = {}
     for file in (where.parent / name for name in files):
         try:
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            # before torch 1.6 a file was no zip archive and cannot be mapped; either is read as plain weights alone
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except Exception as error:  # torch raises many kinds
-            raise InputError(f"{file}: not a checkpoint of plain weights ({str(error).splitlines()[0]})") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"{file}: not a checkpoint of plain weights ({reason})") from error
+        if not isinstance(found, dict) or not any(isinstance(value, torch.Tensor) for value in found.values()):
+            raise InputError(f"{file}: not a checkpoint of plain weights: it holds no tensors by name")
         tensors |= {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     shapes = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
 

@@ -5,7 +5,41 @@ from typing import Any
 
 from rag_jax.errors import InputError
 from rag_jax.models.bart import BartConfig
+from rag_jax.models.hf.generation import LEGACY
 from rag_jax.models.hf.naming import Entry, Family, HfConfig, activation, dense, need, norm, refuse, table, token_ids
+from rag_jax.models.hf.settings import COMMON, Table, fates, idle, into, only
+
+ONE_FORM = "both stacks have layers of one form here"
+BART: Table = COMMON | LEGACY | fates({
+    "vocab_size": into("vocab_size"),
+    "d_model hidden_size": into("width"),
+    "encoder_layers num_hidden_layers": into("encoder_layers"),
+    "decoder_layers": into("decoder_layers"),
+    "encoder_attention_heads decoder_attention_heads num_attention_heads": into("heads"),
+    "encoder_ffn_dim decoder_ffn_dim": into("hidden"),
+    "max_position_embeddings": into("positions"),
+    "dropout": into("dropout"),
+    "attention_dropout": into("attention_dropout"),
+    "activation_dropout": into("activation_dropout"),
+    "encoder_layerdrop decoder_layerdrop": only(0.0, why="layers are not dropped in training here"),
+    "activation_function": into("activation"),
+    "scale_embedding": into("embedding_scale"),
+    "normalize_before add_final_layer_norm": only(False, why="BART norms after each sublayer; mBART before"),
+    "normalize_embedding": only(True, why="embeddings are normed in BART and mBART"),
+    "add_bias_logits": only(False, why="the bias of the logits is final_logits_bias"),
+    "static_position_embeddings": only(False, why="positions are learned"),
+    "extra_pos_embeddings": only(2, why="two rows of the position tables are unused"),
+    "tie_word_embeddings": only(True, why="the head is the table of the tokens"),
+    "is_encoder_decoder": only(True, why="a generator reads with its encoder"),
+    "is_decoder add_cross_attention": only(False, why="a generator reads with its encoder"),
+    "force_bos_token_to_be_generated": into("forced_bos_id"),
+    "prefix": only("", " ", why="no text stands before the passage here"),
+    "student_encoder_layers student_decoder_layers save_step total_flos replacing_rate":
+        idle("how it was trained"),
+})  # fmt: skip
+MBART: Table = BART | fates({
+    "normalize_before add_final_layer_norm": only(True, why="mBART norms before each sublayer; BART after"),
+})  # fmt: skip
 
 
 def bart_config(config: HfConfig, where: str, pre: bool = False) -> BartConfig:
@@ -130,6 +164,7 @@ FAMILIES = {
         describe_bart,
         bart_entries,
         "BartForConditionalGeneration",
+        BART,
         spellings=BART_SPELLINGS,
         copies=bart_copies,
         ignorable=(r"(model\.)?(en|de)coder\.version",),
@@ -140,8 +175,10 @@ FAMILIES = {
         describe_bart,
         bart_entries,
         "MBartForConditionalGeneration",
+        MBART,
         spellings=BART_SPELLINGS,
         copies=bart_copies,
+        ignorable=(r"(model\.)?(en|de)coder\.version",),
         zeros=("final_logits_bias",),
     ),
 }

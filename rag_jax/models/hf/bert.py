@@ -5,7 +5,29 @@ from typing import Any
 
 from rag_jax.errors import InputError
 from rag_jax.models.bert import BertConfig
+from rag_jax.models.hf.generation import LEGACY_ENCODER
 from rag_jax.models.hf.naming import Entry, Family, HfConfig, activation, dense, need, norm, refuse, table
+from rag_jax.models.hf.settings import COMMON, Table, fates, idle, into, only
+
+BERT: Table = COMMON | LEGACY_ENCODER | fates({
+    "vocab_size": into("vocab_size"),
+    "hidden_size": into("width"),
+    "num_hidden_layers": into("layers"),
+    "num_attention_heads": into("heads"),
+    "intermediate_size": into("hidden"),
+    "max_position_embeddings": into("positions"),
+    "type_vocab_size": into("token_types"),
+    "hidden_dropout_prob attention_probs_dropout_prob": into("dropout"),
+    "layer_norm_eps": into("eps"),
+    "hidden_act": into("activation"),
+    "projection_dim": into("projection"),
+    "position_embedding_type": only("absolute", why="positions are learned"),
+    "is_decoder add_cross_attention is_encoder_decoder": only(False, why="an encoder reads both ways"),
+    "tie_word_embeddings": idle("of a head that predicts words, which is not read"),
+    "directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type":
+        idle("of BERT's pooler, which is not read"),
+    "prefix": idle("of generators"),
+})  # fmt: skip
 
 
 def bert_config(config: HfConfig, where: str) -> BertConfig:
@@ -66,7 +88,12 @@ def bert_entries(c: BertConfig) -> list[Entry]:
     return entries
 
 
-BERT_IGNORABLE = (r"(.*\.)?embeddings\.position_ids", r"(.*\.)?pooler\..*", r"(.*\.)?encoder\.version", r"cls\..*")
+BERT_IGNORABLE = (
+    r"(.*\.)?embeddings\.(position|token_type)_ids",
+    r"(.*\.)?pooler\..*",
+    r"(.*\.)?encoder\.version",
+    r"cls\..*",
+)
 
 
 def dpr_entries(side: str) -> Callable[[BertConfig], list[Entry]]:
@@ -85,12 +112,12 @@ def describe_dpr(c: BertConfig) -> dict[str, Any]:
 
 FAMILIES = {
     "bert": Family(
-        bert_config, describe_bert, bert_entries, "BertModel", (("", ""), ("", "bert.")), ignorable=BERT_IGNORABLE
+        bert_config, describe_bert, bert_entries, "BertModel", BERT, (("", ""), ("", "bert.")), ignorable=BERT_IGNORABLE
     ),
     "dpr": Family(
-        bert_config, describe_dpr, dpr_entries("question_encoder"), "DPRQuestionEncoder", ignorable=BERT_IGNORABLE
+        bert_config, describe_dpr, dpr_entries("question_encoder"), "DPRQuestionEncoder", BERT, ignorable=BERT_IGNORABLE
     ),
     "dpr_context": Family(
-        bert_config, describe_dpr, dpr_entries("ctx_encoder"), "DPRContextEncoder", ignorable=BERT_IGNORABLE
+        bert_config, describe_dpr, dpr_entries("ctx_encoder"), "DPRContextEncoder", BERT, ignorable=BERT_IGNORABLE
     ),
 }

@@ -6,8 +6,79 @@ from numbers import Real
 from typing import Any
 
 from rag_jax.errors import InputError
+from rag_jax.models.hf.generation import LEGACY_LM
 from rag_jax.models.hf.naming import Entry, Family, HfConfig, activation, dense, need, norm, refuse, table, token_ids
+from rag_jax.models.hf.settings import COMMON, Table, fates, idle, into, only
 from rag_jax.models.lm import LmConfig
+
+DECODER_ONLY: Table = COMMON | LEGACY_LM | fates({
+    "is_encoder_decoder": only(False, why="passage and answer go through one stack"),
+    "is_decoder": idle("a decoder in any case"),
+    "add_cross_attention": only(False, why="the passage is the prompt"),
+    "prefix": only("", why="no text stands before the passage here"),
+})  # fmt: skip
+GPT2: Table = DECODER_ONLY | fates({
+    "vocab_size": into("vocab_size"),
+    "n_embd hidden_size": into("width"),
+    "n_layer num_hidden_layers": into("layers"),
+    "n_head num_attention_heads": into("heads"),
+    "n_inner": into("hidden"),
+    "n_positions n_ctx max_position_embeddings": into("positions"),
+    "activation_function": into("activation"),
+    "resid_pdrop embd_pdrop": into("dropout"),
+    "attn_pdrop": into("attention_dropout"),
+    "layer_norm_epsilon": into("eps"),
+    "scale_attn_weights": only(True, why="scores are divided by the square root of a head's width"),
+    "scale_attn_by_inverse_layer_idx": only(False, why="scores are scaled alike in all layers"),
+    "reorder_and_upcast_attn": idle("the order of operations, not their result"),
+    "tie_word_embeddings": only(True, why="the head is the table of the tokens"),
+    "summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout":
+        idle("of a head for classification, which is not read"),
+    "predict_special_tokens": idle("of OpenAI GPT, which GPT-2's configuration kept"),
+})  # fmt: skip
+LLAMA: Table = DECODER_ONLY | fates({
+    "vocab_size": into("vocab_size"),
+    "hidden_size": into("width"),
+    "num_hidden_layers": into("layers"),
+    "num_attention_heads": into("heads"),
+    "num_key_value_heads": into("groups"),
+    "head_dim": into("head_width"),
+    "intermediate_size": into("hidden"),
+    "max_position_embeddings": into("positions"),
+    "attention_dropout": into("attention_dropout"),
+    "rms_norm_eps": into("eps"),
+    "hidden_act": into("activation"),
+    "rope_theta": into("rope_theta"),
+    "rope_scaling rope_parameters": into("rope_scaling"),
+    "original_max_position_embeddings": into("rope_original"),
+    "partial_rotary_factor": only(1.0, why="whole heads are rotated"),
+    "rope_interleaved": only(False, why="a head's halves are rotated against each other"),
+    "attention_bias": into("qkv_bias"),
+    "mlp_bias": into("mlp_bias"),
+    "tie_word_embeddings": into("tied"),
+    "layer_types": into("positions"),
+    "pretraining_tp": idle("the order of operations, not their result"),
+    "is_llama_config max_sequence_length": idle("a note of its makers"),
+})  # fmt: skip
+MISTRAL: Table = LLAMA | fates({
+    "sliding_window": into("positions"),
+    "attention_bias mlp_bias": only(False, why="Mistral has no biases"),
+})  # fmt: skip
+QWEN2: Table = LLAMA | fates({
+    "sliding_window use_sliding_window max_window_layers": into("positions"),
+    "attention_bias": only(True, why="Qwen2 has biases on queries, keys and values"),
+    "mlp_bias": only(False, why="Qwen2 has no biases there"),
+    "use_mrope": only(False, why="positions are those of text"),
+})  # fmt: skip
+ROPE: Table = fates({
+    "rope_type type": into("rope_scaling"),
+    "rope_theta": into("rope_theta"),
+    "factor": into("rope_factor"),
+    "low_freq_factor": into("rope_low"),
+    "high_freq_factor": into("rope_high"),
+    "original_max_position_embeddings": into("rope_original"),
+    "partial_rotary_factor": only(1.0, why="whole heads are rotated"),
+})  # fmt: skip
 
 
 def lm_token_ids(config: HfConfig, where: str, bos: int | None, eos: int | None) -> tuple[int, int, int]:
@@ -260,22 +331,36 @@ FAMILIES = {
         describe_gpt2,
         gpt2_entries,
         "GPT2LMHeadModel",
+        GPT2,
         (("", "transformer."), ("", "")),
         copies=lambda config: {"lm_head.weight": "wte.weight"},
         ignorable=(r"(.*\.)?h\.\d+\.attn\.(masked_)?bias",),
     ),
     "llama": Family(
-        llama_config, describe_llama, llama_entries, "LlamaForCausalLM", copies=llama_copies, ignorable=ROTARY_IGNORABLE
+        llama_config,
+        describe_llama,
+        llama_entries,
+        "LlamaForCausalLM",
+        LLAMA,
+        copies=llama_copies,
+        ignorable=ROTARY_IGNORABLE,
     ),
     "mistral": Family(
         mistral_config,
         describe_mistral,
         llama_entries,
         "MistralForCausalLM",
+        MISTRAL,
         copies=llama_copies,
         ignorable=ROTARY_IGNORABLE,
     ),
     "qwen2": Family(
-        qwen2_config, describe_qwen2, llama_entries, "Qwen2ForCausalLM", copies=llama_copies, ignorable=ROTARY_IGNORABLE
+        qwen2_config,
+        describe_qwen2,
+        llama_entries,
+        "Qwen2ForCausalLM",
+        QWEN2,
+        copies=llama_copies,
+        ignorable=ROTARY_IGNORABLE,
     ),
 }

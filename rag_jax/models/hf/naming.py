@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from rag_jax.errors import InputError
+from rag_jax.models.hf.settings import Table
 from rag_jax.models.layers import ACTIVATIONS
 
 HfConfig = Mapping[str, Any]
@@ -53,14 +54,15 @@ class Family:
 
     spellings: prefixes (written in the table, found in a checkpoint), the usual one first. copies: name -> the name
     that it repeats. ignorable: patterns of names that carry nothing the model needs. zeros: names that, where they are
-    missing, stand for zeros. architecture: the class that reads an export. adapt: the configuration, once it is known
-    which names are there.
+    missing, stand for zeros. architecture: the class that reads an export. settings: what becomes of each key of
+    config.json. adapt: the configuration, once it is known which names are there.
     """
 
     config: Callable[[HfConfig, str], Any]
     describe: Callable[[Any], dict[str, Any]]
     entries: Callable[[Any], list[Entry]]
     architecture: str
+    settings: Table
     spellings: tuple[tuple[str, str], ...] = (("", ""),)
     copies: Callable[[Any], dict[str, str]] = lambda config: {}
     ignorable: tuple[str, ...] = ()
@@ -75,6 +77,14 @@ def spell(spelling: tuple[str, str], name: str) -> str:
     """A name of the table as a checkpoint with this spelling has it."""
     written, found = spelling
     return found + name.removeprefix(written) if name.startswith(written) else name
+
+
+OLDER_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+
+def older_name(name: str) -> str:
+    """The name that a tensor had in TensorFlow, which many released checkpoints keep (bert-base-uncased)."""
+    return next((name[: -len(new)] + old for new, old in OLDER_NAMES.items() if name.endswith(new)), name)
 
 
 # --- reading config.json ----------------------------------------------------------------------------------------------

@@ -5,8 +5,32 @@ from dataclasses import replace
 from typing import Any
 
 from rag_jax.errors import InputError
+from rag_jax.models.hf.generation import LEGACY
 from rag_jax.models.hf.naming import Entry, Family, HfConfig, activation, dense, need, norm, refuse, table, token_ids
+from rag_jax.models.hf.settings import COMMON, Table, fates, idle, into, only
 from rag_jax.models.t5 import T5Config
+
+T5: Table = COMMON | LEGACY | fates({
+    "vocab_size": into("vocab_size"),
+    "d_model hidden_size": into("width"),
+    "d_kv head_dim": into("head_width"),
+    "d_ff": into("hidden"),
+    "num_layers num_hidden_layers": into("encoder_layers"),
+    "num_decoder_layers": into("decoder_layers"),
+    "num_heads num_attention_heads": into("heads"),
+    "relative_attention_num_buckets": into("buckets"),
+    "relative_attention_max_distance": into("max_distance"),
+    "dropout_rate": into("dropout"),
+    "layer_norm_epsilon": into("eps"),
+    "feed_forward_proj dense_act_fn": into("activation"),
+    "is_gated_act": into("gated"),
+    "tie_word_embeddings": into("tied"),
+    "scale_decoder_outputs": into("logit_scale"),
+    "n_positions max_position_embeddings": idle("T5 has no table of positions"),
+    "is_encoder_decoder": only(True, why="a generator reads with its encoder"),
+    "is_decoder add_cross_attention": only(False, why="a generator reads with its encoder"),
+    "prefix": only("", " ", why="no text stands before the passage here"),
+})  # fmt: skip
 
 
 def t5_config(config: HfConfig, where: str) -> T5Config:
@@ -92,9 +116,13 @@ def describe_t5(c: T5Config) -> dict[str, Any]:
     }
 
 
+TABLE_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
 def t5_adapt(c: T5Config, names: Container[str]) -> T5Config:
-    """Not tied where the logits are not scaled and the checkpoint has a head of its own."""
-    return replace(c, tied=c.tied and not (c.logit_scale == 1.0 and "lm_head.weight" in names))
+    """Not tied where the logits are not scaled and the checkpoint has a head of its own beside the word table."""
+    own = "lm_head.weight" in names and any(name in names for name in ("shared.weight", *TABLE_COPIES))
+    return replace(c, tied=c.tied and not (c.logit_scale == 1.0 and own))
 
 
 def t5_entries(c: T5Config) -> list[Entry]:
@@ -120,8 +148,7 @@ def t5_entries(c: T5Config) -> list[Entry]:
 
 
 def t5_copies(c: T5Config) -> dict[str, str]:
-    tables = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-    return dict.fromkeys((*tables, "lm_head.weight") if c.tied else tables, "shared.weight")
+    return dict.fromkeys((*TABLE_COPIES, "lm_head.weight") if c.tied else TABLE_COPIES, "shared.weight")
 
 
 T5_IGNORABLE = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
@@ -133,6 +160,7 @@ FAMILIES = {
         describe_t5,
         t5_entries,
         "T5ForConditionalGeneration",
+        T5,
         copies=t5_copies,
         ignorable=T5_IGNORABLE,
         adapt=t5_adapt,
@@ -142,6 +170,7 @@ FAMILIES = {
         describe_t5,
         t5_entries,
         "MT5ForConditionalGeneration",
+        T5,
         copies=t5_copies,
         ignorable=T5_IGNORABLE,
         adapt=t5_adapt,

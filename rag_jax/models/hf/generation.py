@@ -1,0 +1,79 @@
+"""How an answer is written: generation_config.json, and the same keys as older config.json have them."""
+
+from rag_jax.models.hf.settings import Fate, Table, fates, idle, into, only
+
+SEARCH = "how transformers searches, with the same result"
+ASSISTANT = idle("of an assistant model, which is given to transformers' generate and not in the checkpoint")
+
+# of encoder-decoders; their answer begins with the start token, which max_length counts, there and here
+GENERATION: Table = fates({
+    "decoder_start_token_id": into("start_id"),
+    "bos_token_id": into("bos_id"),
+    "pad_token_id": into("pad_id"),
+    "eos_token_id": into("end_ids"),
+    "forced_bos_token_id": into("forced_bos_id"),
+    "forced_eos_token_id": into("forced_eos_id"),
+    "max_length max_new_tokens": into("answering.max_length"),
+    "min_length min_new_tokens": into("answering.min_length"),
+    "bad_words_ids": into("answering.bad_word_ids"),
+    "suppress_tokens": into("answering.suppress_ids"),
+    "begin_suppress_tokens": into("answering.begin_suppress_ids"),
+    **{key: into(f"answering.{key}") for key in (
+        "num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size", "repetition_penalty", "do_sample",
+        "temperature", "top_k", "top_p",
+    )},
+    "num_return_sequences": only(1, why="one answer is given to a question"),
+    "num_beam_groups": only(1, why="beams are searched in one group"),
+    "diversity_penalty": only(0.0, why="beams are searched in one group"),
+    "encoder_no_repeat_ngram_size": only(0, why="what the passage says may be said again"),
+    "encoder_repetition_penalty": only(1.0, why="what the passage says may be said again"),
+    "typical_p": only(1.0, why="sampling here knows temperature, top_k and top_p"),
+    "min_p epsilon_cutoff eta_cutoff": only(0.0, why="sampling here knows temperature, top_k and top_p"),
+    "top_h": only(why="sampling here knows temperature, top_k and top_p"),
+    "penalty_alpha": only(0.0, why="contrastive search is not built"),
+    "dola_layers": only(why="decoding by contrasting layers is not built"),
+    "guidance_scale": only(1.0, why="classifier-free guidance is not built"),
+    "exponential_decay_length_penalty": only(why="the length is penalised by length_penalty alone"),
+    "sequence_bias": only(why="tokens are banned (bad_words) or allowed (allowed_answers), not weighted"),
+    "constraints force_words_ids": only([], why="an answer is constrained by allowed_answers"),
+    "stop_strings": only([], why="an answer ends with a token, see generator.end_ids"),
+    "token_healing": only(False, why="the prompt is never cut within a word here"),
+    "watermarking_config": only(why="watermarks are not built"),
+    "renormalize_logits": only(False, why="scores of beams are not normalised again after the rules"),
+    "max_time": only(why="answers are limited by answering.max_length, not in seconds"),
+    "remove_invalid_values": idle("NaN and infinity are an error here"),
+    "use_cache cache_implementation cache_config max_cache_len low_memory compile_config disable_compile "
+    "continuous_batching_config prefill_chunk_size use_mtp speculation_type": idle(SEARCH),
+    "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate":
+        idle("what transformers returns, not what is computed"),
+    "is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "
+    "assistant_early_exit assistant_lookbehind target_lookbehind assistant_ensemble_weight": ASSISTANT,
+    "prompt_lookup_num_tokens max_matching_ngram_size": idle(SEARCH),
+    "_from_model_config transformers_version _commit_hash _original_object_hash": idle("where the file comes from"),
+    "custom_generate": only(why="the model has code of its own, which is never run here"),
+})  # fmt: skip
+
+# what differs for decoder-only models, where transformers counts the prompt too
+GENERATION_LM: Table = GENERATION | fates({
+    "decoder_start_token_id": idle("of encoder-decoders; here generator.bos_id stands before the answer"),
+    "max_length": idle("counts the prompt there; answering.max_length counts the answer"),
+    "min_length": only(0, why="counts the prompt there; answering.min_length counts the answer"),
+    "forced_bos_token_id": idle("forced at the first position, which is in the prompt"),
+})  # fmt: skip
+
+TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
+NOT_OF_CONFIGS = ("transformers_version", "_commit_hash", "_from_model_config", "use_cache")
+
+
+def legacy(table: Table) -> Table:
+    """The keys of generation that config.json had before there was a file for them."""
+    return {key: fate for key, fate in table.items() if key not in NOT_OF_CONFIGS}
+
+
+def silent(why: str) -> Table:
+    """The same keys in the config.json of what writes nothing."""
+    return dict.fromkeys(legacy(GENERATION), idle(why))
+
+
+LEGACY, LEGACY_LM = legacy(GENERATION), legacy(GENERATION_LM)
+LEGACY_ENCODER: dict[str, Fate] = dict(silent("an encoder writes nothing"))
