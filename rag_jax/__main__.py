@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rag_jax import __version__, disk, files, heap, program_cache
+from rag_jax import __version__, disk, files, heap, plain_text, program_cache
 from rag_jax.errors import InputError
 
 COMMANDS = {
@@ -76,7 +76,8 @@ def finite(value: Any) -> Any:
 def render(result: dict[str, Any], as_json: bool) -> str:
     if as_json:
         return json.dumps(finite(result))
-    return result["text"] if "text" in result else "\n".join(f"{key}: {value}" for key, value in result.items())
+    text = result["text"] if "text" in result else "\n".join(f"{key}: {value}" for key, value in result.items())
+    return plain_text.visible(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def say(message: str) -> None:
     """A last line to standard error, as far as that can be written to."""
     with contextlib.suppress(OSError):
-        print(f"rag-jax: {message}", file=sys.stderr, flush=True)
+        print(f"rag-jax: {plain_text.one_line(message)}", file=sys.stderr, flush=True)
 
 
 def show(output: str) -> int:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_jax"
 # packages and the first lines are held to less by ONLY. A new module needs a place here before it is merged.
 LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
-    ["errors", "places", "disk", "program_cache"],
+    ["errors", "places", "disk", "plain_text", "program_cache"],
     ["sharding"],
     ["products"],
     ["objectives", "decoding_rules", "metrics", "logs", "files", "moments", "schedule"],
@@ -68,7 +68,8 @@ ONLY = {
     "moments": ["places"],
     "checksums": ["places"],
     "files": ["disk"],
-    "distributed": ["logs", "disk"],
+    "logs": ["plain_text"],
+    "distributed": ["logs", "disk", "plain_text"],
     "data": ["data", "sharding", "logs", "files"],
     "retrieval": RETRIEVAL,
     "retrieval.inverse_cloze": [*RETRIEVAL, "data.pipeline"],
@@ -76,7 +77,13 @@ ONLY = {
     "tensors": [],
     "decoding": ["decoding_rules"],
     "optimizer": ["moments"],
-    "__main__": ["heap", "disk", "files", "program_cache"],  # imports commands by name, when they are called
+    "__main__": [
+        "heap",
+        "disk",
+        "files",
+        "plain_text",
+        "program_cache",
+    ],  # imports commands by name, when they are called
 }
 
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow"}
