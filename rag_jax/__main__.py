@@ -104,16 +104,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             output = render(result, args.json)
         return show(output)
     except KeyboardInterrupt:
-        say("interrupted")
-        return 130
+        said, status = "interrupted", 130
     except BrokenPipeError:
         return 141
     except Exception as error:
-        said = str(error) if isinstance(error, InputError) else disk.words(error)
-        if said is None:
+        found = str(error) if isinstance(error, InputError) else disk.words(error)
+        if found is None:
             raise
-        say(said)
-        return 2
+        said, status = found, 2
+    say(said)  # after what progress says of its end, when the frames of the error have gone
+    return status
 
 
 def say(message: str) -> None:
