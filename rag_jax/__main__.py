@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rag_jax import __version__, disk, heap, paths, program_cache
+from rag_jax import __version__, disk, heap, paths, plain_text, program_cache
 from rag_jax.errors import InputError
 
 COMMANDS = {
@@ -76,7 +76,8 @@ def finite(value: Any) -> Any:
 def render(result: dict[str, Any], as_json: bool) -> str:
     if as_json:
         return json.dumps(finite(result))
-    return result["text"] if "text" in result else "\n".join(f"{key}: {value}" for key, value in result.items())
+    text = result["text"] if "text" in result else "\n".join(f"{key}: {value}" for key, value in result.items())
+    return plain_text.visible(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,22 +104,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             output = render(result, args.json)
         return show(output)
     except KeyboardInterrupt:
-        say("interrupted")
-        return 130
+        said, status = "interrupted", 130
     except BrokenPipeError:
         return 141
     except Exception as error:
-        said = str(error) if isinstance(error, InputError) else disk.words(error)
-        if said is None:
+        found = str(error) if isinstance(error, InputError) else disk.words(error)
+        if found is None:
             raise
-        say(said)
-        return 2
+        said, status = found, 2
+    say(said)  # after what progress says of its end, when the frames of the error have gone
+    return status
 
 
 def say(message: str) -> None:
     """A last line to standard error, as far as that can be written to."""
     with contextlib.suppress(OSError):
-        print(f"rag-jax: {message}", file=sys.stderr, flush=True)
+        print(f"rag-jax: {plain_text.one_line(message)}", file=sys.stderr, flush=True)
 
 
 def show(output: str) -> int:

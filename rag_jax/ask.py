@@ -8,21 +8,24 @@ from typing import Any
 
 from rag_jax import answer
 from rag_jax.answer import Answer, Pipeline
+from rag_jax.plain_text import one_line, visible
 
 
 def render(question: str, found: Answer) -> str:
     """What a reader sees."""
-    lines = [f"question  {question}", f"answer    {found.text}   (log p = {found.score:.2f})", ""]
+    lines = [f"question  {one_line(question)}", f"answer    {one_line(found.text)}   (log p = {found.score:.2f})", ""]
     if not found.passages:
         return "\n".join([*lines, "no passage was found or read: the generator answers from the question alone"])
     lines.append("prior  posterior  passage")
     for passage in found.passages:
-        lines.append(f"{passage.prior:5.2f}  {passage.posterior:9.2f}  {passage.title} [{passage.id}]")
-        lines.append(textwrap.fill(passage.text, 100, initial_indent=" " * 18, subsequent_indent=" " * 18))
+        lines.append(
+            f"{passage.prior:5.2f}  {passage.posterior:9.2f}  {one_line(passage.title)} [{one_line(passage.id)}]"
+        )
+        lines.append(textwrap.fill(visible(passage.text), 100, initial_indent=" " * 18, subsequent_indent=" " * 18))
     if found.token_posterior:
         lines += ["", "posterior of the passages above, token by token"]
         for token, shares in zip(found.tokens, found.token_posterior, strict=True):
-            lines.append(f"{token.strip():<16}  {'  '.join(f'{share:4.2f}' for share in shares)}")
+            lines.append(f"{one_line(token):<16}  {'  '.join(f'{share:4.2f}' for share in shares)}")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rag_jax import disk, logs
+from rag_jax import disk, logs, plain_text
 from rag_jax.errors import InputError
 
 HEARTBEAT_SECONDS = 30  # after so long without a word, a process counts as dead, and the others stop
@@ -155,7 +155,7 @@ def _standard_output_apart() -> Iterator[None]:
 
 def leave(error: BaseException, checkpoints: Path | None = None) -> None:
     """Says what happened and ends this process: status 2 for an InputError, 130 when interrupted, 1 for the rest."""
-    said, status = " ".join(str(error).split()), 1
+    said, status = plain_text.one_line(str(error)), 1
     if isinstance(error, InputError):
         status = 2
     elif found := disk.words(error):

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from rag_jax import plain_text
 from rag_jax.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
@@ -32,6 +33,7 @@ def info(message: str) -> None:
     """Writes one line to stderr, above a progress bar if there is one."""
     if _silent.is_set():
         return
+    message = plain_text.visible(message)
     if sys.stderr.isatty():
         tqdm.write(message, file=sys.stderr)
     else:

@@ -38,7 +38,7 @@ def keep(environment: MutableMapping[str, str]) -> None:
             return
         environment["JAX_COMPILATION_CACHE_DIR"] = str(directory)
     environment.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
-    warnings.showwarning = _once  # type: ignore[assignment]
+    warnings.showwarning = _once
 
 
 def processor() -> str:
@@ -64,7 +64,8 @@ def remove_torn(directory: Path) -> None:
                     (directory / name).unlink()
 
 
-_shown, _told = warnings.showwarning, set()  # like stderr itself, one for the whole process
+_shown = warnings.showwarning
+_told: set[str] = set()  # like stderr itself, one for the whole process
 
 
 def _once(

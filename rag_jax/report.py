@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rag_jax import files
+from rag_jax import files, plain_text
 from rag_jax.logs import clock
 from rag_jax.metrics import RECALL_KS
 from rag_jax.plots_evaluation import Picture
@@ -174,7 +174,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str, *, 
 
 def _inline(value: Any) -> str:
     """Any value as one line of plain text: nothing in it is taken for markdown, HTML or the end of a table cell."""
-    text = html.escape(" ".join(str(value).split()), quote=False)
+    text = html.escape(plain_text.one_line(str(value)), quote=False)
     return "".join(f"\\{letter}" if letter in "\\`*_[]|#~$" else letter for letter in text)
 
 
@@ -183,7 +183,7 @@ def _code(text: str) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    fence = "```"
+    text, fence = plain_text.visible(text), "```"
     while fence in text:
         fence += "`"
     return f"{fence}{language}\n{text}\n{fence}"

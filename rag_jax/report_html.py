@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rag_jax import files
+from rag_jax import files, plain_text
 from rag_jax.metrics import Setting, verdicts
 from rag_jax.metrics.figures import depth, golds, ranked, unit
 from rag_jax.plots_evaluation import Picture
@@ -144,7 +144,8 @@ def question(row: Mapping[str, Any], setting: Setting, passages: _Passages) -> d
 
 
 def cut(text: str) -> tuple[str, int]:
-    """The beginning of a long text, and how many letters are left out."""
+    """The beginning of a long text, as it may be shown, and how many letters are left out."""
+    text = plain_text.visible(text)
     return (text[:LETTERS] + " …", len(text) - LETTERS) if len(text) > LETTERS else (text, 0)
 
 

@@ -310,7 +310,7 @@ def main() -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     stages = ("retriever", "denoise", "read", "joint")
     settings = " ".join(f"--set stages.{name}.steps={max(args.steps // 4, 1)}" for name in stages)
-    trial = Trial(out, f"{settings} --set checkpoint_every=3 --set log_every=3")
+    trial = Trial(out, f"{settings} --set checkpoint_every=3 --set log_every=3 --set model.encoder.norm=post")
     if any("{ready}" in COMMANDS[name].words or "{config}" in COMMANDS[name].words for name in chosen):
         prepare(trial)
     print(f"{'command':<16} {'bytes':>10} {'tried':>6} {'too little':>11} {'wrong':>6}", flush=True)

@@ -341,7 +341,7 @@ def test_a_format_can_be_named(shared_data: Find, tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", *rows)
     assert read_questions(f"nq_open:{path}")[0].answers == ("b",)
     with pytest.raises(InputError, match="missing field 'id'"):
-        read_questions(path)  # its content looks like our own
+        read_questions(f"jsonl:{path}")
     with pytest.raises(InputError, match=r"nosuch:.*no such file"):
         read_questions(f"nosuch:{path}")
     with pytest.raises(InputError, match="psgs_w100 has no questions; formats that have: jsonl, nq_open"):
@@ -352,9 +352,9 @@ def test_a_format_can_be_named(shared_data: Find, tmp_path: Path) -> None:
     assert list(passages(colon)) == ["p"]  # a file of that name comes first
 
 
-def test_content_of_no_known_format_is_said_to_be_so(shared_data: Find) -> None:
-    for name in ("flagembedding.msmarco_sample.jsonl", "climate_fever.sample.jsonl"):
-        path = shared_data("raw") / name
+def test_content_of_no_known_format_is_said_to_be_so(shared_data: Find, tmp_path: Path) -> None:
+    for row in ({"utterance": "Q?", "reply": "A"}, {"prompt": "Q?"}):
+        path = write(tmp_path / "sample.jsonl", row)
         for read in (read_questions, lambda path: list(read_passages([path]))):
             with pytest.raises(InputError, match=r"sample\.jsonl:1: (questions|passages) in none of the formats jsonl"):
                 read(path)

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_jax"
 # packages and the first lines are held to less by ONLY. A new module needs a place here before it is merged.
 LEVELS = [
     ["rag_jax"],  # the package itself: version, and names imported when asked for
-    ["errors", "places", "disk", "paths", "program_cache"],
+    ["errors", "places", "disk", "paths", "plain_text", "program_cache"],
     ["blocks"],
     ["sharding"],
     ["products"],
@@ -69,7 +69,8 @@ ONLY = {
     "models": ["models", "places", "products", "sharding"],
     "moments": ["places"],
     "checksums": ["places"],
-    "distributed": ["logs", "disk"],
+    "logs": ["plain_text"],
+    "distributed": ["logs", "disk", "plain_text"],
     "files": ["blocks", "disk", "logs", "paths"],
     "data": ["data", "sharding", "logs", "files", "paths", "metrics.matching"],
     "retrieval": RETRIEVAL,
@@ -78,7 +79,8 @@ ONLY = {
     "tensors": [],
     "decoding": ["decoding_rules"],
     "optimizer": ["moments"],
-    "__main__": ["heap", "disk", "paths", "program_cache"],  # imports commands by name, when they are called
+    # imports commands by name, when they are called
+    "__main__": ["heap", "disk", "paths", "plain_text", "program_cache"],
 }
 
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow"}

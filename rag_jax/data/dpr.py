@@ -15,6 +15,7 @@ from rag_jax.data.rows import (
     optional,
     rest,
     string,
+    strings,
     unique,
 )
 from rag_jax.data.uniform import numbered
@@ -24,11 +25,12 @@ _SIDES = {
     "hard_negative_ctxs": "hard_negative_passage_ids",
     "negative_ctxs": "negative_passage_ids",
 }
-_IDS = ("passage_id", "psg_id", "id", "_id")
+_TEVATRON = {"positive_passages": "positive_ctxs", "negative_passages": "hard_negative_ctxs", "query": "question"}
+_IDS = ("passage_id", "psg_id", "id", "_id", "docid")
 
 
 def context(fields: Fields) -> Passage:
-    """{"title", "text"} with an id under one of four names, else with that of its content."""
+    """{"title", "text"} with an id under one of five names, else with that of its content."""
     title, text = optional(fields, "title"), string(fields, "text")
     named = next((name for name in _IDS if fields.get(name) not in (None, "")), None)
     name = identity(fields, named) if named else content_id(title, text)
@@ -36,7 +38,12 @@ def context(fields: Fields) -> Passage:
 
 
 def training(fields: Fields, own_id: str) -> list[Question]:
-    """{"question", "answers", "positive_ctxs", "negative_ctxs", "hard_negative_ctxs"}: contexts by their ids."""
+    """{"question", "answers", "positive_ctxs", "negative_ctxs", "hard_negative_ctxs"}: contexts by their ids.
+
+    Tevatron's {"query_id", "query", "positive_passages", "negative_passages"} is read, too; its negatives are hard.
+    """
+    if "positive_passages" in fields:
+        fields = {"answers": []} | {_TEVATRON.get(name, name): value for name, value in fields.items()}
     sides = {
         ours: list(unique(found.id for found in every(each({theirs: []} | fields, theirs, lambda c: [context(c)]))))
         for theirs, ours in _SIDES.items()
@@ -46,6 +53,7 @@ def training(fields: Fields, own_id: str) -> list[Question]:
 
 def training_passages(fields: Fields, own_id: str) -> Iterator[Passage | BadLine]:
     """All contexts of a question."""
+    fields = {_TEVATRON.get(name, name): value for name, value in fields.items()}
     for name in _SIDES:
         yield from each({name: []} | fields, name, lambda found: [context(found)])
 
@@ -74,3 +82,21 @@ def fusion(fields: Fields, own_id: str) -> list[Question]:
 def fusion_passages(fields: Fields, own_id: str) -> Iterator[Passage | BadLine]:
     """All contexts of a question."""
     return each(fields, "ctxs", lambda found: [context(found)])
+
+
+def pairs(fields: Fields, own_id: str) -> list[Question]:
+    """{"query", "pos": [texts], "neg": [texts]}: right passages and hard negatives, by their content; no answers."""
+    right, wrong = ([passage.id for passage in _texts(fields, name)] for name in ("pos", "neg"))
+    sides = {"positive_passage_ids": right, "hard_negative_passage_ids": [name for name in wrong if name not in right]}
+    made = {"question": string(fields, "query"), "answers": []}
+    return numbered(rest(fields, "query", "pos", "neg", "prompt") | made | sides, own_id)
+
+
+def pairs_passages(fields: Fields, own_id: str) -> list[Passage]:
+    """The texts of both sides."""
+    return [*_texts(fields, "pos"), *_texts(fields, "neg")]
+
+
+def _texts(fields: Fields, name: str) -> list[Passage]:
+    texts = [text for text in unique(strings({"neg": []} | fields, name)) if text.strip()]
+    return [Passage(content_id("", text), "", text, content_id("", text)) for text in texts]

@@ -1,11 +1,25 @@
 """Readers: passages and questions in the formats of the field; every error names file and line."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rag_jax import files, logs
-from rag_jax.data import beir, dpr, json_stream, kilt, lines, squad, tfds_source, uniform
+from rag_jax.data import (
+    beir,
+    claims,
+    dpr,
+    json_stream,
+    kilt,
+    lines,
+    multihop,
+    pubmedqa,
+    qrels,
+    squad,
+    tfds_source,
+    uniform,
+)  # fmt: skip
 from rag_jax.data.rows import BadLine, Fields, OnBad, Passage, Question, Row, refuse
 from rag_jax.data.sources import Kind, Source, files_of, stem, suffix
 from rag_jax.errors import InputError
@@ -43,16 +57,38 @@ class Format(NamedTuple):
 
 FORMATS = {
     "jsonl": Format("our own JSON lines", json_stream.records, uniform.question, uniform.passage),
-    "nq_open": Format("question, answer", json_stream.records, uniform.nq_open),
+    "nq_open": Format(
+        "question, answers under many names (NQ-open, Atlas, FlashRAG, TriviaQA, WebQuestions)",
+        json_stream.records,
+        uniform.asked,
+    ),
     "squad": Format("SQuAD 1.1, 2.0", json_stream.records, squad.questions, squad.passages, repeats=True),
+    "squad_flat": Format(
+        "SQuAD, a question a record", json_stream.records, squad.flat_question, squad.flat_passages, repeats=True
+    ),
+    "hotpotqa": Format(
+        "HotpotQA, 2WikiMultihopQA", json_stream.records, multihop.hotpot, multihop.hotpot_passages, repeats=True
+    ),
+    "musique": Format("MuSiQue", json_stream.records, multihop.musique, multihop.musique_passages, repeats=True),
+    "claims": Format("FEVER, CLIMATE-FEVER", json_stream.records, claims.question, claims.passages, repeats=True),
+    "pubmedqa": Format("PubMedQA", json_stream.records, pubmedqa.question, pubmedqa.passages, repeats=True),
     "dpr": Format("DPR training", json_stream.records, dpr.training, dpr.training_passages, repeats=True),
     "dpr_qa": Format("DPR questions, tab-separated", lines.question_table, uniform.numbered),
+    "pairs": Format(
+        "query, pos, neg of FlagEmbedding", json_stream.records, dpr.pairs, dpr.pairs_passages, repeats=True
+    ),
     "fid": Format("Fusion-in-Decoder", json_stream.records, dpr.fusion, dpr.fusion_passages, repeats=True),
     "kilt": Format("KILT tasks", json_stream.records, kilt.question, kilt.passages, repeats=True),
     "kilt_pages": Format("KILT knowledge source", json_stream.records, passages=kilt.page),
     "beir": Format("BEIR folder", beir.rows, beir.question, uniform.beir_passage),
+    "qrels": Format("queries beside qrels of MS MARCO, ColBERT, TREC", qrels.queries, qrels.question),
+    "msmarco": Format("id, text, no header, tab-separated", qrels.collection, passages=qrels.passage),
+    "trec": Format("TREC's <DOC> documents", qrels.documents, passages=qrels.passage),
     "hf_rag": Format("NAME.source, NAME.target", lines.pairs, uniform.numbered),
     "psgs_w100": Format("id, text, title, tab-separated", lines.passage_table, passages=uniform.passage),
+    "atlas": Format("Atlas' title, section, text", json_stream.records, passages=uniform.atlas_passage),
+    "no_ids": Format("the same without ids", json_stream.records, passages=uniform.atlas_passage, repeats=True),
+    "contents": Format("id, contents of FlashRAG, Pyserini", json_stream.records, passages=uniform.contents_passage),
     "wikipedia": Format("wikiextractor's JSON lines", json_stream.records, passages=uniform.wikipedia),
     "text": Format(".txt and .md files", lines.whole_text, passages=uniform.passage),
     "tfds": Format("TensorFlow Datasets", tfds_source.rows, tfds_source.question, tfds_source.passage, repeats=True),
@@ -62,21 +98,51 @@ FORMATS = {
 SIGNS: dict[Kind, list[tuple[str, set[str]]]] = {
     "passages": [
         ("kilt_pages", {"wikipedia_id", "text"}),
+        ("squad", {"paragraphs", "title"}),
+        ("musique", {"paragraphs", "question"}),
+        ("squad", {"paragraphs"}),
         ("dpr", {"positive_ctxs"}),
+        ("dpr", {"positive_passages"}),
         ("fid", {"ctxs"}),
         ("kilt", {"input", "passages"}),
+        ("hotpotqa", {"context", "question", "supporting_facts"}),
+        ("hotpotqa", {"context", "question", "_id"}),
+        ("squad_flat", {"context", "question"}),
+        ("pairs", {"query", "pos"}),
+        ("claims", {"claim", "evidences"}),
+        ("pubmedqa", {"QUESTION", "CONTEXTS"}),
+        ("contents", {"contents"}),
         ("wikipedia", {"id", "url", "title", "text"}),
+        ("atlas", {"id", "section", "text"}),
         ("beir", {"_id", "text"}),
+        ("jsonl", {"id", "text"}),
+        ("atlas", {"docid", "text"}),
+        ("no_ids", {"title", "text"}),
+        ("no_ids", {"section", "text"}),
     ],
     "questions": [
         ("kilt", {"input"}),
+        ("squad", {"paragraphs", "title"}),
+        ("musique", {"paragraphs", "question"}),
+        ("squad", {"paragraphs"}),
         ("dpr", {"positive_ctxs"}),
+        ("dpr", {"positive_passages"}),
         ("fid", {"ctxs"}),
-        ("jsonl", {"question", "answers"}),
-        ("nq_open", {"question", "answer"}),
+        ("hotpotqa", {"context", "question", "supporting_facts"}),
+        ("hotpotqa", {"context", "question", "_id"}),
+        ("squad_flat", {"context", "question"}),
+        ("pairs", {"query", "pos"}),
+        ("claims", {"claim"}),
+        ("pubmedqa", {"QUESTION", "CONTEXTS"}),
+        ("jsonl", {"id", "question", "answers"}),
+        ("jsonl", {"_id", "question", "answers"}),
+        *(("nq_open", {asked, answer}) for asked in uniform.QUESTIONS for answer in uniform.ANSWERS),
         ("beir", {"_id", "text"}),
     ],
 }
+
+
+ASKED = {*uniform.QUESTIONS, "QUESTION", "input", "claim"}  # fields that hold a question
 
 
 class Located(NamedTuple):
@@ -181,24 +247,38 @@ def detect(source: Source) -> str:
     if start.startswith((b"{", b"[")):
         return _of_json(source)
     header = start.split(b"\n", 1)[0].lower()
+    if source.kind == "passages" and header.strip() == b"<doc>":
+        return "trec"
+    if source.kind == "passages" and re.match(rb"\S*\d\S*\t[^\t]+(\t[^\t]*)?$", header.rstrip(b"\r")):
+        return "msmarco"
     if header.startswith(b"id\t") or (suffix(path) == ".tsv" and source.kind == "passages"):
         return "psgs_w100"
+    if source.kind == "questions" and re.match(rb"[^\s\[]+\t(?!\s*\"?\[|answers?\s*$)", header):
+        return "qrels"  # a name without a space, and no list behind it
     if source.kind == "questions" and (b"\t" in header or suffix(path) in (".tsv", ".csv")):
         return "dpr_qa"
     if suffix(path) in (".jsonl", ".ndjson", ".json"):
         return "jsonl"  # empty, or broken in its first line: reading says which
-    raise InputError(f"{path}: neither .jsonl, .tsv (also .gz), .txt nor .md, and does not look like one; rename it")
+    raise InputError(
+        f"{path}: does not look like any of {_able(source.kind)}; write FORMAT: before its name, or rename it"
+    )
 
 
 def _of_json(source: Source) -> str:
-    if json_stream.in_data(source.path):
-        return "squad"
     record = json_stream.first(source.path) or {}
-    name = next((name for name, fields in SIGNS[source.kind] if fields <= set(record)), "jsonl")
+    if source.kind == "passages" and ASKED & set(record) and "text" not in record and not _sign("passages", record):
+        raise InputError(f"{source.path}:1: questions ({', '.join(record)}), and no passages with them")
+    if source.kind == "questions" and not ({"_id", *ASKED} & set(record)) and {"text", "contents"} & set(record):
+        raise InputError(f"{source.path}:1: passages ({', '.join(record)}), and no questions")
+    name = _sign(source.kind, record) or ("squad" if json_stream.in_data(source.path) else "jsonl")
     if name == "jsonl" and record and not {"id", "text", "question"} & set(record):
         fields = ", ".join(record)
         raise InputError(f"{source.path}:1: {source.kind} in none of the formats {_able(source.kind)}; it has {fields}")
     return name
+
+
+def _sign(kind: Kind, record: Fields) -> str | None:
+    return next((name for name, fields in SIGNS[kind] if fields <= set(record)), None)
 
 
 def digest(source: Source) -> str:

@@ -1,4 +1,5 @@
-"""Records of a JSON file, whatever holds them: lines, one array, or the array `data` of one object (SQuAD).
+"""Records of a JSON file, whatever holds them: lines, one array, the array `data` of one object (SQuAD; `Data` of
+TriviaQA), or one object of records by their ids (PubMedQA).
 
 An array is read a block at a time: memory is that of its largest record, not of the file.
 """
@@ -19,7 +20,8 @@ BLOCK = 1 << 18
 _MARGIN = 16  # a value cut off by the end of a block fails, or ends, at most this far before it
 _SCALAR = rb'("(?:[^"\\]|\\.)*"|[\w.+-]+)'
 _ARRAY = re.compile(rb"\s*\[")
-_DATA = re.compile(rb'\s*\{\s*(?:"[^"]*"\s*:\s*' + _SCALAR + rb'\s*,\s*)*"data"\s*:\s*\[')
+_DATA = re.compile(rb'\s*\{\s*(?:"[^"]*"\s*:\s*' + _SCALAR + rb'\s*,\s*)*"[dD]ata"\s*:\s*\[')
+_KEYED = re.compile(rb'\s*\{\s*\n\s*"[^"]*"\s*:\s*\{')  # a line end within: no line of JSON lines
 _DECODER = json.JSONDecoder()
 
 
@@ -27,12 +29,12 @@ def records(source: Source, report: OnBad | None) -> Iterator[Row]:
     """Every object of the file, with the line it begins at."""
     path = source.path
     start = head(path)
-    if not _ARRAY.match(start) and not _DATA.match(start):
+    held = next((read for sign, read in _HELD if sign.match(start)), None)
+    if held is None:
         yield from json_lines(path, report)
         return
     with opened(path) as stream:
-        text = _Text(path, stream)
-        for number, (line, value) in enumerate(text.array() if _ARRAY.match(start) else text.data(), start=1):
+        for number, (line, value) in enumerate(held(_Text(path, stream)), start=1):
             if isinstance(value, dict):
                 yield Row(line, number, value)
             else:
@@ -75,21 +77,34 @@ class _Text:
         yield from self._elements()
         self._end()
 
+    def keyed(self) -> Iterator[tuple[int, Any]]:
+        """Values of the object that is the whole file, each with its line; what it stood under is its `id`."""
+        for name in self._names():
+            self._next()
+            line, value = self.line, self._value()
+            yield line, {"id": name} | value if isinstance(value, dict) else value
+        self._end()
+
     def data(self) -> Iterator[tuple[int, Any]]:
         """Elements of the array `data` of the object that is the whole file; its other members are left out."""
+        for name in self._names():
+            if name in ("data", "Data"):
+                yield from self._elements()
+            else:
+                self._value()
+        self._end()
+
+    def _names(self) -> Iterator[str]:
+        """The names of an object; whoever takes one reads its value before the next."""
         self._take("{", "")
         while True:
             if self._next() not in ('"', ""):
                 self._take('"', "where a name begins")
             name = self._value()
             self._take(":", f"after the name {name!r}")
-            if name == "data":
-                yield from self._elements()
-            else:
-                self._value()
+            yield name
             if self._take(",}", f"after {name!r}") == "}":
-                break
-        self._end()
+                return
 
     def _elements(self) -> Iterator[tuple[int, Any]]:
         self._take("[", "")
@@ -178,3 +193,6 @@ class _Text:
         if raw:
             self.buffer, self.at = self.buffer[self.at :] + text, 0
         return bool(raw)
+
+
+_HELD = ((_ARRAY, _Text.array), (_DATA, _Text.data), (_KEYED, _Text.keyed))  # how a file begins, and how it is read

@@ -15,6 +15,7 @@ PART = re.compile(r"^(?P<stem>.*)-(?P<index>\d+)-of-(?P<count>\d+)(?P<ext>\..*)?
 _WIKI = re.compile(r"^wiki_\d+(\.gz)?$")  # as wikiextractor names its files
 _WEIGHTED = re.compile(r"([^\s*]+)\*(\S.*)")  # WEIGHT*INPUT
 _TEXT_SUFFIXES = (".txt", ".md")
+_ASKED = ("queries", "topics")  # in names of files whose judgements are in another with "qrels" in its name
 _TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".tsv")
 
 
@@ -52,7 +53,7 @@ def stem(name: str) -> str:
     match = PART.match(name)
     name = match["stem"] + (match["ext"] or "") if match else name
     name = name.removesuffix(".gz")
-    return re.sub(r"\.(jsonl?|ndjson|tsv|csv|source)$", "", name) or name
+    return re.sub(r"\.(jsonl?|ndjson|tsv|csv|txt|source)$", "", name) or name
 
 
 def weighted(train: str) -> dict[str, float]:
@@ -91,6 +92,8 @@ def files_of(path: Path, kind: Kind) -> list[Found]:
             return [_pair(path)]
         if kind == "questions" and path.parent.name == "qrels" and _beside(path.parent.parent, "queries"):
             return _beir_questions(path.parent.parent, path)
+        if kind == "questions" and (judged := _judged(path)):
+            return [judged]
         return [Found(file) for file in (_part_set(path) if PART.match(path.name) else [path])]
     if glob.has_magic(str(path)):
         matches = sorted(glob.glob(str(path)))
@@ -163,6 +166,25 @@ def _pair(path: Path) -> Found:
         if not file.exists():
             raise InputError(f"{path}: {file.name.removesuffix('.gz')} is missing beside it; a pair of files is needed")
     return Found(source, "hf_rag", target)
+
+
+def _judged(path: Path) -> Found | None:
+    """Queries with their qrels, by the name of either: queries.dev.tsv, qrels.dev.tsv, or the only ones in a folder."""
+    name = path.name.lower()
+    mine = next((word for word in (*_ASKED, "qrels") if word in name), None)
+    if mine is None or suffix(path) not in (".tsv", ".txt"):
+        return None
+    wanted = _ASKED if mine == "qrels" else ("qrels",)
+    files = [file for file in sorted(path.parent.iterdir()) if suffix(file) in (".tsv", ".txt")]
+    others = [file for file in files if any(word in file.name.lower() for word in wanted)]
+    alike = [file for file in others if any(stem(file.name) == stem(path.name).replace(mine, word) for word in wanted)]
+    found = alike if len(alike) == 1 else others if len(others) == 1 else []
+    if mine == "qrels":
+        if not found:
+            names = "queries.dev.tsv and qrels.dev.tsv"
+            raise InputError(f"{path}: judgements without their queries beside them; call the two alike, as {names}")
+        return Found(found[0], "qrels", path)
+    return Found(path, "qrels", found[0]) if found else None
 
 
 def _beside(folder: Path, name: str) -> Path | None:

@@ -15,8 +15,10 @@ from rag_jax.data.rows import (
     optional,
     rest,
     string,
+    strings,
     unique,
 )
+from rag_jax.data.uniform import identified
 
 
 def questions(article: Fields, own_id: str) -> Iterator[Question | BadLine]:
@@ -35,6 +37,8 @@ def question(fields: Fields, context: str) -> Question:
     found = every(each(fields, "answers", lambda answer: [string(answer, "text")]))
     extra = rest(fields, "id", "question", "answers", "is_impossible")
     impossible = flag(fields, "is_impossible")
+    if impossible and found:
+        raise BadLine(f"question {fields.get('id')!r} is_impossible, but has the answer {found[0]!r}")
     if impossible:
         extra |= {"answerable": False, "context_passage_ids": [context]}
     return Question(
@@ -55,3 +59,22 @@ def passages(article: Fields, own_id: str) -> Iterator[Passage | BadLine]:
 def passage(title: str, text: str) -> Passage:
     name = content_id(title, text)
     return Passage(name, title, text, title or name)
+
+
+def flat_question(fields: Fields, own_id: str) -> list[Question]:
+    """{"id", "title", "context", "question", "answers": {"text": [...]}}, as Hugging Face's data sets have them: one
+    without an answer is impossible.
+    """
+    answers = fields.get("answers")
+    if isinstance(answers, dict):
+        texts = strings({"text": [answers.get("text")]} | answers, "text")
+        answers = [{"text": text} for text in texts]
+    context = content_id(optional(fields, "title"), string(fields, "context"))
+    impossible = {"is_impossible": True} if answers == [] else {}
+    made = rest(fields, "title", "context") | {"id": identified(fields, own_id), "answers": answers}
+    return [question(impossible | made, context)]
+
+
+def flat_passages(fields: Fields, own_id: str) -> list[Passage]:
+    """The paragraph that a question is about."""
+    return [passage(optional(fields, "title"), string(fields, "context"))]

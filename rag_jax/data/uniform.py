@@ -1,6 +1,19 @@
 """The formats closest to ours: our own JSON lines, NQ-open, DPR's question files, psgs_w100, wikiextractor's pages."""
 
-from rag_jax.data.rows import BadLine, Fields, Passage, Question, identity, kind, optional, rest, string, strings
+from rag_jax.data.rows import (
+    BadLine,
+    Fields,
+    Passage,
+    Question,
+    content_id,
+    identity,
+    kind,
+    optional,
+    rest,
+    string,
+    strings,
+    unique,
+)
 
 _LISTS = (
     "positive_passage_ids",
@@ -8,6 +21,12 @@ _LISTS = (
     "hard_negative_passage_ids",
     "negative_passage_ids",
 )
+
+# what other files call the same
+IDS = ("id", "_id", "qid", "qId", "question_id", "QuestionId", "query_id", "claim_id", "docid")
+QUESTIONS = ("question", "query", "qText", "Question")
+ANSWERS = ("answer", "answers", "golden_answers", "Answer")
+_PAGES = ("EntityPages", "SearchResults", "entity_pages", "search_results")  # TriviaQA's, whole texts
 
 
 def passage(fields: Fields, own_id: str = "") -> list[Passage]:
@@ -44,16 +63,54 @@ def question(fields: Fields, own_id: str = "") -> list[Question]:
     return [found]
 
 
+def identified(fields: Fields, own_id: str) -> str:
+    """What the file calls the record, under one of IDS; else `own_id`, that of its place in the file."""
+    name = next((name for name in IDS if fields.get(name) not in (None, "")), None)
+    return identity(fields, name) if name else own_id
+
+
 def numbered(fields: Fields, own_id: str) -> list[Question]:
-    """As `question`; one without an id gets that of its place in the file."""
-    return question({"id": own_id, **fields})
+    """As `question`; the id may have another name, and one without gets that of its place in the file."""
+    named = next((name for name in IDS if fields.get(name) not in (None, "")), "id")
+    return question({**rest(fields, named), "id": identified(fields, own_id)})
 
 
-def nq_open(fields: Fields, own_id: str) -> list[Question]:
-    """{"question", "answer": [...]}; a single answer may be a string."""
-    answer = fields.get("answer")
-    answers = strings({**fields, "answer": [answer] if isinstance(answer, str) else answer}, "answer")
-    return numbered({**rest(fields, "answer"), "answers": list(answers)}, own_id)
+def asked(fields: Fields, own_id: str) -> list[Question]:
+    """A question and its answers under the names of NQ-open, Atlas, FlashRAG, WebQuestions and TriviaQA (QUESTIONS,
+    ANSWERS); a single answer may be a string.
+    """
+    names = [next((name for name in known if name in fields), known[0]) for known in (QUESTIONS, ANSWERS)]
+    made = {"question": string(fields, names[0]), "answers": _answers(fields, names[1])}
+    return numbered(rest(fields, *names, *_PAGES) | made, own_id)
+
+
+def _answers(fields: Fields, name: str) -> list[str]:
+    found = fields.get(name)
+    if isinstance(found, dict):  # TriviaQA's: the answer and its other names
+        parts = [found.get(name, found.get(name.lower())) for name in ("Value", "Aliases", "HumanAnswers")]
+        if isinstance(parts[0], str):
+            others = [strings({name: part}, name) for part in parts[1:] if part is not None]
+            return list(unique((parts[0], *(alias for some in others for alias in some))))
+        raise BadLine(f"field {name!r} is an object; it must have the answer as 'Value' or 'value', a string")
+    return list(strings({**fields, name: [found] if isinstance(found, str) else found}, name))
+
+
+def atlas_passage(fields: Fields, own_id: str = "") -> list[Passage]:
+    """{"text"}, perhaps with "title" and "section", which goes into the title as in Atlas; ids as in `identified`, else
+    that of the content.
+    """
+    title, section, text = optional(fields, "title"), optional(fields, "section"), string(fields, "text")
+    title = f"{title}: {section}" if title and section else title or section
+    return passage({**fields, "id": identified(fields, content_id(title, text)), "title": title})
+
+
+def contents_passage(fields: Fields, own_id: str = "") -> list[Passage]:
+    """{"id", "contents"} of Pyserini and FlashRAG: a first line in quotation marks is the title."""
+    first, _, text = string(fields, "contents").partition("\n")
+    title = first.strip()
+    quoted = len(title) > 1 and title[0] == title[-1] == '"' and bool(text.strip())
+    made = {"title": title[1:-1].strip(), "text": text} if quoted else {"title": "", "text": fields["contents"]}
+    return passage({**fields, "id": identified(fields, content_id(made["title"], made["text"])), **made})
 
 
 def beir_passage(fields: Fields, own_id: str = "") -> list[Passage]:
