@@ -36,6 +36,7 @@ COMMANDS = {
     ),
     "export": ("rag_jax.export", "write a model as a directory that transformers loads"),
     "compile": ("rag_jax.aot", "will it fit, how fast can it be: compile a configuration for a pod that is not here"),
+    "verify": ("rag_jax.verify", "read every file of a corpus, index, job, run or export, and name what is damaged"),
     "bench": ("rag_jax.bench", "time the steps of training and search against the limits of the machine"),
 }
 COMPUTES = ("train", "evaluate", "encode", "index", "bench")  # long enough to begin twice
@@ -94,10 +95,13 @@ def keep_programs(environment: MutableMapping[str, str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 2 for bad usage or input, 130 when interrupted, 141 when the reader of our output left."""
+    """Exit status: 0 (or the `exit_status` of a result), 2 for bad usage or input, 130 when interrupted, 141 when the
+    reader of our output left.
+    """
     if argv is None and sys.argv[1:2] and sys.argv[1] in COMPUTES:
         heap.keep(os.environ)
     argv = list(sys.argv[1:] if argv is None else argv)
+    status = 0
     try:
         if not argv or argv[0] in ("-h", "--help"):
             output = help_text()
@@ -113,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result = module.run(args)
             if result is None:  # of several processes another one says it
                 return 0
+            status = result.pop("exit_status", 0)
             output = render(result, args.json)
         print(output, flush=True)
     except InputError as error:
@@ -124,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         return 141
-    return 0
+    return status
 
 
 if __name__ == "__main__":

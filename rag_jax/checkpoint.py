@@ -65,6 +65,11 @@ class Checkpoints:
             return step
         return None
 
+    def newest(self) -> int | None:
+        """`latest`, after what is being saved."""
+        self.wait()
+        return self.latest()
+
     def save(
         self, step: int, arrays: Tree, position: dict[str, Any], metrics: Mapping[str, float] | None = None
     ) -> None:
@@ -93,7 +98,7 @@ class Checkpoints:
         directory = self.directory / str(step) / "position"
         try:
             found = ocp.JsonCheckpointHandler().restore(directory)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # Orbax raises many kinds
             raise Damaged(f"its position is unreadable ({error})") from error
         version = found.get("format_version") if isinstance(found, dict) else None
         if isinstance(found, dict) and "hash" not in found:
@@ -133,6 +138,22 @@ class Checkpoints:
         if changed:
             raise Damaged(f"{len(changed)} of its {len(sums)} arrays were altered after they were saved: {changed[0]}")
         return arrays
+
+    def verify(self, step: int) -> None:
+        """Damaged where a checkpoint is not what was saved; it is read into memory, in the shapes that it has."""
+        saved, directory = self.position(step), self.directory / str(step) / "arrays"
+        try:
+            handler = ocp.PyTreeCheckpointHandler()
+            on_host = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(handler.metadata(directory).tree)
+            )
+            arrays = handler.restore(directory, args=ocp.args.PyTreeRestore(restore_args=on_host))
+        except Exception as error:  # as in `restore`
+            raise Damaged(f"its arrays are unreadable ({' '.join(str(error).split())[:200]})") from error
+        # Orbax gives its own names back, so that only the sums themselves can be compared
+        found = sorted(checksums.of_tree(jax.tree.map(np.asarray, arrays)).values())
+        if found != sorted(saved["checksums"].values()):
+            raise Damaged("some of its arrays were altered after they were saved")
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that the step can be saved again; what it is called now."""

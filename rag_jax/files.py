@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -311,22 +311,31 @@ MEND = {
 }
 
 
-def check_listed(folder: Path, suffixes: Sequence[str] = SMALL, below: bool = False) -> None:
-    """Verifies the files of a folder (below: and of those in it) with one of these suffixes that a manifest there, or
-    up to two levels above, lists: InputError names a damaged or missing one. Nothing where there is no manifest.
+def check_listed(
+    folder: Path,
+    names: Collection[str] = (),
+    suffixes: Sequence[str] = SMALL,
+    below: bool = False,
+    kinds: Collection[str] = MEND,
+) -> bool:
+    """Verifies the files of a folder that a manifest there, or up to two levels above, lists: InputError names a
+    damaged or missing one. Whether there is such a manifest.
+
+    names: of the files, by default all with one of the suffixes. below: also in folders within.
     """
     folder = folder.absolute()
     for home in (folder, *list(folder.parents)[:2]):
         kind = kind_of(home)
-        if kind not in MEND:
+        if kind not in kinds:
             continue
-        manifest = read_sealed(home / MANIFEST, kind, NEWEST, MEND[kind], 1)
-        for name, entry in entries(home, manifest, MEND[kind]).items():
+        mend = MEND[kind]
+        for name, entry in entries(home, read_sealed(home / MANIFEST, kind, NEWEST, mend, 1), mend).items():
             path = home / name
             inside = path.is_relative_to(folder) if below else path.parent == folder
-            if inside and path.suffix in suffixes:
-                blocks.whole(path, entry, MEND[kind])
-        return
+            if inside and (path.name in names if names else path.suffix in suffixes):
+                blocks.whole(path, entry, mend)
+        return True
+    return False
 
 
 @functools.cache  # one line a directory
