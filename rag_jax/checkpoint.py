@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,21 @@ from rag_jax.errors import InputError
 
 # Orbax warns where a save waits for the one before, which is as it is meant
 logging.getLogger("absl").addFilter(lambda record: "Waiting for previous save" not in record.getMessage())
+
+
+def _without_closed_loops(before: Any) -> Any:
+    """`sys.excepthook` without what tensorstore's threads print when one array of several could not be read: they want
+    to tell an event loop that has ended with the error, which is raised anyway.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            before(kind, error, trace)
+
+    return hook
+
+
+sys.excepthook = _without_closed_loops(sys.excepthook)
 
 Tree = Any
 KIND, VERSION, OLDEST = "parameters", 3, 2  # version 2 has no checksums of arrays

@@ -311,6 +311,24 @@ MEND = {
 }
 
 
+def _ours(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a directory, whatever its kind; None where there is none, or one of another program; InputError
+    for a damaged one.
+    """
+    path = directory / MANIFEST
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if not any(mark in content for mark in (b'"manifest_hash"', b'"format_version"')):  # one flip leaves one of them
+        return None
+    mend = "restore it from a copy; if files beside it were changed on purpose, remove it"
+    kind = kind_of(directory)
+    if kind is None:
+        raise InputError(f"{path}: damaged: not a manifest; {mend}")
+    return read_sealed(path, kind, NEWEST, mend, 1)
+
+
 def check_listed(
     folder: Path,
     names: Collection[str] = (),
@@ -325,11 +343,11 @@ def check_listed(
     """
     folder = folder.absolute()
     for home in (folder, *list(folder.parents)[:2]):
-        kind = kind_of(home)
-        if kind not in kinds:
+        manifest = _ours(home)
+        if manifest is None or manifest["kind"] not in kinds:
             continue
-        mend = MEND[kind]
-        for name, entry in entries(home, read_sealed(home / MANIFEST, kind, NEWEST, mend, 1), mend).items():
+        mend = MEND[manifest["kind"]]
+        for name, entry in entries(home, manifest, mend).items():
             path = home / name
             inside = path.is_relative_to(folder) if below else path.parent == folder
             if inside and (path.name in names if names else path.suffix in suffixes):

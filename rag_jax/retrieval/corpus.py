@@ -68,7 +68,12 @@ class Corpus:
         directory = Path(directory)
         manifest = files.read_manifest(directory, KIND, VERSION, OLDEST)
         with files.described(directory / files.MANIFEST, AGAIN):
-            return cls(directory, manifest)
+            whole = cls(directory, manifest)
+            n, ends = manifest["n_passages"], [0, *(end for _, end in whole.chain)]
+            if not isinstance(whole.hash, str) or type(n) is not int or n != ends[-1] or not ends == sorted(ends):
+                raise ValueError(f"hash {whole.hash!r}, {n!r} passages in segments up to {ends}")
+            _ = manifest["tokenizers"]["encoder"]["hash"], manifest["tokenizers"]["generator"]["hash"]
+            return whole
 
     def __len__(self) -> int:
         return self.manifest["n_passages"]
