@@ -271,7 +271,8 @@ def read_part(directory: Path, name: str, like: Tree) -> Iterator[tuple[str, jax
     """
     manifest = files.read_manifest(directory, KIND, VERSION, OLDEST)
     for group in _groups(flatten_dict(like, sep="/")):
-        stored = {path: _as_stored(manifest, name, path, leaf) for path, leaf in group.items()}
+        with files.described(directory / files.MANIFEST, AGAIN):
+            stored = {path: _as_stored(manifest, name, path, leaf) for path, leaf in group.items()}
         arrays = flatten_dict(_restore(directory.resolve() / "arrays" / name, unflatten_dict(stored, sep="/")), sep="/")
         _verify(directory, manifest, {_key(name, path): array for path, array in arrays.items()})
         for path, leaf in group.items():
@@ -296,7 +297,8 @@ def _verify(directory: Path, manifest: Mapping[str, Any], arrays: Mapping[str, j
         return
     # of_tree names them ['name'] of a flat dictionary
     found = checksums.of_tree(dict(arrays))
-    changed = [name for name in arrays if found[f"[{name!r}]"] != known[name]]
+    with files.described(directory / files.MANIFEST, AGAIN):
+        changed = [name for name in arrays if found[f"[{name!r}]"] != known[name]]
     if changed:
         raise InputError(f"{directory}: damaged: {changed[0]} is not what was saved; {AGAIN}")
 
