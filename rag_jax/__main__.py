@@ -35,6 +35,7 @@ COMMANDS = {
     ),
     "export": ("rag_jax.export", "write a model as a directory that transformers loads"),
     "compile": ("rag_jax.aot", "will it fit, how fast can it be: compile a configuration for a pod that is not here"),
+    "verify": ("rag_jax.verify", "read every file of a corpus, index, job, run or export, and name what is damaged"),
     "bench": ("rag_jax.bench", "time the steps of training and search against the limits of the machine"),
 }
 COMPUTES = ("train", "evaluate", "encode", "index", "bench")  # long enough to begin twice
@@ -81,11 +82,14 @@ def render(result: dict[str, Any], as_json: bool) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 2 for bad usage or input, 130 when interrupted, 141 when the reader of our output left."""
+    """Exit status: 0 (or the `exit_status` of a result), 2 for bad usage or input, 130 when interrupted, 141 when the
+    reader of our output left.
+    """
     if argv is None and sys.argv[1:2] and sys.argv[1] in COMPUTES:
         heap.keep(os.environ)
     argv = list(sys.argv[1:] if argv is None else argv)
     disk.without_echoes()
+    status = 0
     try:
         if not argv or argv[0] in ("-h", "--help"):
             output = help_text()
@@ -101,8 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result = module.run(args)
             if result is None:  # of several processes another one says it
                 return 0
+            status = result.pop("exit_status", 0)
             output = render(result, args.json)
-        return show(output)
+        return show(output) or status
     except KeyboardInterrupt:
         said, status = "interrupted", 130
     except BrokenPipeError:

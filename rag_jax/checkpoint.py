@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,21 @@ from rag_jax.errors import InputError
 
 # Orbax warns where a save waits for the one before, which is as it is meant
 logging.getLogger("absl").addFilter(lambda record: "Waiting for previous save" not in record.getMessage())
+
+
+def _without_closed_loops(before: Any) -> Any:
+    """`sys.excepthook` without what tensorstore's threads print when one array of several could not be read: they want
+    to tell an event loop that has ended with the error, which is raised anyway.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            before(kind, error, trace)
+
+    return hook
+
+
+sys.excepthook = _without_closed_loops(sys.excepthook)
 
 Tree = Any
 KIND, VERSION, OLDEST = "parameters", 3, 2  # version 2 has no checksums of arrays
@@ -65,6 +81,11 @@ class Checkpoints:
             return step
         return None
 
+    def newest(self) -> int | None:
+        """`latest`, after what is being saved."""
+        self.wait()
+        return self.latest()
+
     def save(
         self, step: int, arrays: Tree, position: dict[str, Any], metrics: Mapping[str, float] | None = None
     ) -> None:
@@ -94,7 +115,7 @@ class Checkpoints:
         directory = self.directory / str(step) / "position"
         try:
             found = ocp.JsonCheckpointHandler().restore(directory)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # Orbax raises many kinds
             raise Damaged(f"its position is unreadable ({error})") from error
         version = found.get("format_version") if isinstance(found, dict) else None
         if isinstance(found, dict) and "hash" not in found:
@@ -134,6 +155,22 @@ class Checkpoints:
         if changed:
             raise Damaged(f"{len(changed)} of its {len(sums)} arrays were altered after they were saved: {changed[0]}")
         return arrays
+
+    def verify(self, step: int) -> None:
+        """Damaged where a checkpoint is not what was saved; it is read into memory, in the shapes that it has."""
+        saved, directory = self.position(step), self.directory / str(step) / "arrays"
+        try:
+            handler = ocp.PyTreeCheckpointHandler()
+            on_host = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(handler.metadata(directory).tree)
+            )
+            arrays = handler.restore(directory, args=ocp.args.PyTreeRestore(restore_args=on_host))
+        except Exception as error:  # as in `restore`
+            raise Damaged(f"its arrays are unreadable ({' '.join(str(error).split())[:200]})") from error
+        # Orbax gives its own names back, so that only the sums themselves can be compared
+        found = sorted(checksums.of_tree(jax.tree.map(np.asarray, arrays)).values())
+        if found != sorted(saved["checksums"].values()):
+            raise Damaged("some of its arrays were altered after they were saved")
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that the step can be saved again; what it is called now."""
@@ -248,7 +285,8 @@ def read_part(directory: Path, name: str, like: Tree) -> Iterator[tuple[str, jax
     """
     manifest = files.read_manifest(directory, KIND, VERSION, OLDEST)
     for group in _groups(flatten_dict(like, sep="/")):
-        stored = {path: _as_stored(manifest, name, path, leaf) for path, leaf in group.items()}
+        with files.described(directory / files.MANIFEST, AGAIN):
+            stored = {path: _as_stored(manifest, name, path, leaf) for path, leaf in group.items()}
         arrays = flatten_dict(_restore(directory.resolve() / "arrays" / name, unflatten_dict(stored, sep="/")), sep="/")
         _verify(directory, manifest, {_key(name, path): array for path, array in arrays.items()})
         for path, leaf in group.items():
@@ -273,7 +311,8 @@ def _verify(directory: Path, manifest: Mapping[str, Any], arrays: Mapping[str, j
         return
     # of_tree names them ['name'] of a flat dictionary
     found = checksums.of_tree(dict(arrays))
-    changed = [name for name in arrays if found[f"[{name!r}]"] != known[name]]
+    with files.described(directory / files.MANIFEST, AGAIN):
+        changed = [name for name in arrays if found[f"[{name!r}]"] != known[name]]
     if changed:
         raise InputError(f"{directory}: damaged: {changed[0]} is not what was saved; {AGAIN}")
 

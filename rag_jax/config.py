@@ -110,6 +110,7 @@ class TrainConfig:
     start. drift_sample: passages that the drift of the index is measured on. live: at every log line, training looks
     whether `corpus` leads to an update of the one in use, and goes on with that. keep_best: besides the newest
     `keep_checkpoints`, that many stay whose evaluation had the largest `best_metric`; each evaluation has a checkpoint.
+    stop_on_nonfinite: the run ends at the first loss or gradient that is not finite, with nothing written of it.
     """
 
     corpus: str
@@ -135,6 +136,7 @@ class TrainConfig:
     best_metric: str = "eval/exact_match"
     evaluate_every: int = 0
     evaluate_questions: int = 200
+    stop_on_nonfinite: bool = True
 
     def __post_init__(self) -> None:
         build(AnswerConfig, self.answering, "config.answering")
@@ -457,11 +459,15 @@ def save(config: TrainConfig, path: Path) -> None:
 def read(path: Path) -> TrainConfig:
     """The configuration that a run directory keeps."""
     try:
-        values = json.loads(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if text else None
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); it must be in a run directory, made by rag-jax train"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        why = "not a JSON object" if text else "the file is empty"
+        raise InputError(f"{path}: {why}; restore it from a copy, or name another run directory")
     return build(TrainConfig, values, str(path))

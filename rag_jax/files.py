@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -369,22 +369,49 @@ MEND = {
 }
 
 
-def check_listed(folder: Path, suffixes: Sequence[str] = SMALL, below: bool = False) -> None:
-    """Verifies the files of a folder (below: and of those in it) with one of these suffixes that a manifest there, or
-    up to two levels above, lists: InputError names a damaged or missing one. Nothing where there is no manifest.
+def _ours(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a directory, whatever its kind; None where there is none, or one of another program; InputError
+    for a damaged one.
+    """
+    path = directory / MANIFEST
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if not any(mark in content for mark in (b'"manifest_hash"', b'"format_version"')):  # one flip leaves one of them
+        return None
+    mend = "restore it from a copy; if files beside it were changed on purpose, remove it"
+    kind = kind_of(directory)
+    if kind is None:
+        raise InputError(f"{path}: damaged: not a manifest; {mend}")
+    return read_sealed(path, kind, NEWEST, mend, 1)
+
+
+def check_listed(
+    folder: Path,
+    names: Collection[str] = (),
+    suffixes: Sequence[str] = SMALL,
+    below: bool = False,
+    kinds: Collection[str] = MEND,
+) -> bool:
+    """Verifies the files of a folder that a manifest there, or up to two levels above, lists: InputError names a
+    damaged or missing one. Whether there is such a manifest.
+
+    names: of the files, by default all with one of the suffixes. below: also in folders within.
     """
     folder = folder.absolute()
     for home in (folder, *list(folder.parents)[:2]):
-        kind = kind_of(home)
-        if kind not in MEND:
+        manifest = _ours(home)
+        if manifest is None or manifest["kind"] not in kinds:
             continue
-        manifest = read_sealed(home / MANIFEST, kind, NEWEST, MEND[kind], 1)
-        for name, entry in entries(home, manifest, MEND[kind]).items():
+        mend = MEND[manifest["kind"]]
+        for name, entry in entries(home, manifest, mend).items():
             path = home / name
             inside = path.is_relative_to(folder) if below else path.parent == folder
-            if inside and path.suffix in suffixes:
-                blocks.whole(path, entry, MEND[kind])
-        return
+            if inside and (path.name in names if names else path.suffix in suffixes):
+                blocks.whole(path, entry, mend)
+        return True
+    return False
 
 
 @functools.cache  # one line a directory

@@ -17,9 +17,11 @@ from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.data import example_cache, examples, formats, pipeline, sources, tasks
 from rag_jax.data.examples import Examples
 from rag_jax.errors import InputError
+from rag_jax.logs import info
 from rag_jax.retrieval import inverse_cloze
 from rag_jax.retrieval.corpus import Corpus
 
+MAY_CHANGE = ("learning_rate", "stop_on_nonfinite")  # of a configuration, while its run is under way
 EXAMPLES = "examples"  # of a run directory: the tokenised questions
 
 
@@ -164,8 +166,11 @@ def open_run(cfg: TrainConfig, directory: Path, data: Data) -> None:
     """
     known = directory / "config.json"
     identity = runs.identity(data.corpus) | {"questions": data.examples.fingerprint(questions_only=cfg.live)}
+    changed = []
     if known.exists():
-        differing = differences(config.plain(config.read(known)), config.plain(cfg))
+        old, new = config.plain(runs.read_config(directory)), config.plain(cfg)
+        changed = take_changes(old, new)
+        differing = differences(old, new)
         if differing:
             raise InputError(
                 f"{directory} was started with another configuration ({differing}); name another --run directory"
@@ -182,19 +187,46 @@ def open_run(cfg: TrainConfig, directory: Path, data: Data) -> None:
     elif distributed.first():
         _begin(cfg, directory, data, identity)
     distributed.barrier("run directory")
+    if changed and distributed.first():
+        info(f"{directory}: its configuration is changed: {'; '.join(changed)}")
+        _write_config(cfg, directory)
 
 
 def _begin(cfg: TrainConfig, directory: Path, data: Data, identity: dict[str, Any]) -> None:
     """Makes the run directory; config.json comes last."""
-    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     (directory / runs.IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
     corpus = data.corpus
     shutil.copytree(corpus.directory / "tokenizers", directory / "tokenizers", dirs_exist_ok=True)
     provenance = Path(cfg.init) / runs.PROVENANCE
     if cfg.init and provenance.is_dir():
         shutil.copytree(provenance, directory / runs.PROVENANCE, dirs_exist_ok=True)
-    with files.renamed(directory / "config.json") as temporary:
+    _write_config(cfg, directory)
+
+
+def _write_config(cfg: TrainConfig, directory: Path) -> None:
+    with files.renamed(directory / runs.CONFIG) as temporary:
         config.save(cfg, temporary)
+        runs.write_manifest(directory, {runs.CONFIG: temporary})
+
+
+def take_changes(old: Any, new: Any, path: str = "") -> list[str]:
+    """Puts the values of MAY_CHANGE of one plain configuration into another; what was changed, in words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in old.keys() & new.keys():
+            where = f"{path}.{name}".strip(".")
+            if name in MAY_CHANGE and old[name] != new[name]:
+                found.append(f"{where}: {old[name]!r} before, {new[name]!r} now")
+                old[name] = new[name]
+            else:
+                found += take_changes(old[name], new[name], where)
+        return sorted(found)
+    if isinstance(old, list) and isinstance(new, list):
+        return [
+            one for i, pair in enumerate(zip(old, new, strict=False)) for one in take_changes(*pair, f"{path}[{i}]")
+        ]
+    return []
 
 
 def differences(old: Any, new: Any, path: str = "") -> str:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rag_jax import checkpoint, sharding
+from rag_jax import checkpoint, files, sharding
 from rag_jax import run as runs
 from rag_jax.data import tokenizers
 from rag_jax.errors import InputError
@@ -30,6 +30,7 @@ from rag_jax.models.hf.settings import Account
 from rag_jax.rag import Params, Rag, RagConfig
 from rag_jax.tensors import FLOATS, Tensors, open_tensors
 
+EXPORTED = "Hugging Face model"  # the kind in the manifest of what `saving` writes
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ARCHITECTURES = {"RagSequenceForGeneration": "sequence", "RagTokenForGeneration": "token"}
 SIDES = ("question_encoder", "context_encoder", "generator")
@@ -101,6 +102,7 @@ def find(name_or_dir: str | Path) -> Path:
     """A local directory, else one downloaded from the hub (or its cache)."""
     directory = Path(name_or_dir)
     if directory.is_dir():
+        files.check_listed(directory, suffixes=(*files.SMALL, ".safetensors"), below=True, kinds=(EXPORTED,))
         return directory
     if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", str(name_or_dir)):
         raise InputError(

@@ -1,6 +1,7 @@
 """A run directory and what belongs to it: configuration, model, corpus on device.
 
 config.json   the configuration          corpus.json   which corpus and tokenizers it was trained with
+manifest.json what these, tokenizers/ and hf/ were when the run began
 checkpoints/  everything, to go on       params/       the parameters of the last finished stage
 index/        snapshot for those         metrics.jsonl, tensorboard/, report.json, ...
 """
@@ -9,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
-from rag_jax import checkpoint, config, distributed, sharding
+from rag_jax import checkpoint, config, distributed, files, sharding
 from rag_jax.config import TrainConfig
 from rag_jax.data import tokenizers
 from rag_jax.data.tokenizers import Tokenizer
@@ -28,7 +31,8 @@ from rag_jax.refresh import Index, encoded
 from rag_jax.retrieval import encode, encode_job, index
 from rag_jax.retrieval.corpus import Corpus
 
-IDENTITY = "corpus.json"
+KIND, VERSION = "run", 1
+CONFIG, IDENTITY = "config.json", "corpus.json"
 PROVENANCE = "hf"  # the configuration files that converted parameters came with, for an export
 
 
@@ -180,12 +184,33 @@ def identity(corpus: Corpus) -> dict[str, Any]:
 
 def read_identity(run_dir: Path) -> dict[str, Any]:
     """What the run was started with."""
+    _check(run_dir)
+    path, wanted = run_dir / IDENTITY, "make one with rag-jax train"
     try:
-        return json.loads((run_dir / IDENTITY).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{run_dir}: not a run directory ({IDENTITY}: {error}); make one with rag-jax train"
-        ) from error
+        content = path.read_bytes()
+        found = json.loads(content) if content else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{run_dir}: not a run directory ({IDENTITY}: {error}); {wanted}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("corpus_hash"), str):
+        why = "names no corpus" if content else "is empty"
+        raise InputError(f"{path}: damaged: it {why}; restore it from a copy, or {wanted}")
+    return found
+
+
+def _check(run_dir: Path) -> None:
+    """InputError where the configuration is not the one that was written."""
+    there = files.check_listed(run_dir, (CONFIG, IDENTITY), kinds=(KIND, "converted model"))
+    if not there and (run_dir / CONFIG).is_file():
+        files.told_without_sums(run_dir, KIND)
+
+
+def write_manifest(run_dir: Path, known: Mapping[str, Path]) -> None:
+    """What the small files are that a run keeps from its beginning on; known: those that lie elsewhere so far."""
+    kept = {IDENTITY: run_dir / IDENTITY, **known}
+    for folder in ("tokenizers", PROVENANCE):
+        kept |= {p.relative_to(run_dir).as_posix(): p for p in sorted((run_dir / folder).rglob("*")) if p.is_file()}
+    entries = {name: files.entry_of(path) for name, path in kept.items()}
+    files.write_sealed(run_dir / files.MANIFEST, KIND, VERSION, {"files": entries})
 
 
 def check_tokenizers(run_dir: Path, corpus: Corpus) -> None:
@@ -206,7 +231,9 @@ def check_tokenizers(run_dir: Path, corpus: Corpus) -> None:
 
 
 def read_config(run_dir: Path) -> TrainConfig:
-    return config.read(run_dir / "config.json")
+    """The configuration of a run; InputError where it is not the one that was written."""
+    _check(run_dir)
+    return config.read(run_dir / CONFIG)
 
 
 def param_places(rag: Rag, mesh: jax.sharding.Mesh) -> Any:
@@ -237,13 +264,24 @@ def run_model(directory: Path, config: TrainConfig) -> Rag:
 
 def write_empty_run(directory: Path, model: RagConfig, identity: dict[str, Any]) -> None:
     """The configuration files of a run with no stages, whose parameters come from elsewhere."""
-    config.save(TrainConfig(corpus="", train="", dev="", stages=(), model=model), directory / "config.json")
+    config.save(TrainConfig(corpus="", train="", dev="", stages=(), model=model), directory / CONFIG)
     (directory / IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
 
 
 def encoder_hash(loaded: Loaded, params: Params) -> str:
     """Which parameters embed passages."""
     return checkpoint.tree_hash(params[loaded.encoder_side])
+
+
+def stored_encoder_hash(run_dir: Path, rag: Rag) -> str:
+    """The same of the parameters that a run keeps, of which only that part is read."""
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    side = "question_encoder" if rag.config.tie_encoders else "context_encoder"
+    like = param_places(rag, mesh)
+    if side not in like:
+        return ""
+    part = dict(checkpoint.read_part(run_dir / "params", side, like[side]))
+    return checkpoint.tree_hash(unflatten_dict(part, sep="/"))
 
 
 def check_snapshot(loaded: Loaded, params: Params, snapshot: index.Snapshot) -> None:

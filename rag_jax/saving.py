@@ -22,6 +22,7 @@ from rag_jax.models.lm import LmConfig
 from rag_jax.pretrained import (
     ARCHITECTURES,
     CONFIG,
+    EXPORTED,
     GENERATION,
     POOLING,
     SIDES,
@@ -34,7 +35,7 @@ from rag_jax.pretrained import (
 from rag_jax.rag import GeneratorConfig, Params, Rag
 from rag_jax.tensors import SHARD_BYTES, Shapes, write_tensors
 
-KIND, VERSION = "Hugging Face model", 1
+KIND, VERSION = EXPORTED, 1
 
 
 def family_name(config: GeneratorConfig) -> str:
@@ -247,6 +248,7 @@ def provenance(directory: Path) -> dict[str, dict[str, Any]]:
     scratch.
     """
     folder = directory / runs.PROVENANCE
+    files.check_listed(folder)
     return {path.name: read_json(path) for path in sorted(folder.glob("*.json"))} if folder.is_dir() else {}
 
 
@@ -274,11 +276,12 @@ def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: boo
         settings = (whole or source.directories.get("generator", out)) / GENERATION
         if settings.is_file():
             write_json(folder / GENERATION, read_json(settings))
+        files.write_manifest(temporary, "converted model", VERSION, {})
+        # not among the files of the manifest: rag-jax evaluate may write its own report over it
         write_json(
             temporary / "report.json",
             report.summary() | {"tied_names": report.tied, "ignored_names": report.ignored} | source.account.summary(),
         )
-        files.write_manifest(temporary, "converted model", VERSION, {})
     missing = [role for role, directory in found.items() if directory is None]
     known = {"out": str(out), "variant": source.model.variant, "no_tokenizer_for": missing}
     return report.summary() | known | source.account.summary()

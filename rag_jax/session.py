@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import checkpoint, config, live, logs, preparing, refresh, sharding
+from rag_jax import checkpoint, config, diverged, live, logs, preparing, refresh, sharding
 from rag_jax import run as runs
 from rag_jax.answer import AnswerConfig, AnswerFn
 from rag_jax.config import TrainConfig
 from rag_jax.data import formats
 from rag_jax.errors import InputError
 from rag_jax.hosted import HostIndex, Searchers, on_host
+from rag_jax.lock import Lock
 from rag_jax.logs import MetricWriter
 from rag_jax.models.lexical import inverse_document_frequency, lexical_start
 from rag_jax.preemption import Preemption
@@ -41,6 +42,7 @@ class Session(NamedTuple):
     answering: AnswerConfig
     program: AnswerFn
     versions: live.Versions | None
+    lock: Lock | None = None  # of the run directory, in the first process
     index_hash: str = ""  # of the index that the run began with, "" where it made its own
 
     def upkeep(self, number: int, index: Any) -> Upkeep:
@@ -49,8 +51,14 @@ class Session(NamedTuple):
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """A row of metrics."""
+        self.check_lock()
         if self.writer is not None:
             self.writer.write(step, row)
+
+    def check_lock(self) -> None:
+        """InputError where another process trains here by now."""
+        if self.lock is not None:
+            self.lock.check()
 
 
 def init_params(loaded: runs.Loaded, seed: int, init_from: str) -> Any:
@@ -105,12 +113,17 @@ def way_of(cfg: TrainConfig, loaded: runs.Loaded, data: preparing.Data, number: 
 def save(
     session: Session, state: TrainState, upkeep: Upkeep, seconds: float, measured: dict[str, float] | None = None
 ) -> None:
-    """A checkpoint of the step that the state has come to; measured: what an evaluation there found."""
+    """A checkpoint of the step that the state has come to; measured: what an evaluation there found. InputError where
+    the parameters are not finite.
+    """
+    step, keeper = int(state.step), session.keeper
+    session.check_lock()
+    diverged.check_params(session.cfg, state.params, step, stage_of(session.cfg, step), keeper.newest)
     arrays = {"state": state._asdict(), **upkeep.arrays()}
     index = {"index_hash": session.index_hash} if session.index_hash else {}
     version = {"corpus": live.position(session.data.corpus)} if session.versions else {}
     position = {"seconds": seconds, **upkeep.position(), **index, **version}
-    session.keeper.save(int(state.step), arrays, position, measured)
+    keeper.save(step, arrays, position, measured)
 
 
 class Restored(NamedTuple):

@@ -7,6 +7,7 @@ process or as many, each of which feeds its own rows of every batch; the first o
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rag_jax import checkpoint, config, distributed, evaluate, live, logs, metrics, preparing, sharding
+from rag_jax import checkpoint, config, distributed, diverged, evaluate, live, lock, logs, metrics, preparing, sharding
 from rag_jax import run as runs
 from rag_jax import session as sessions
 from rag_jax.answer import make_answer
@@ -183,6 +184,7 @@ def run_stage(
                 upkeep.refresher.drop()
             measured: dict[str, float] = {}
             if logged:
+                check_finite(session, number, into + 1, interval)
                 row = {"stage": stage.name, **interval.summary(session.data.weights), **upkeep.age(step)}
                 moved = follow(session, number, upkeep, state.params, step + 1)
                 if moved is not session:
@@ -200,6 +202,12 @@ def run_stage(
     return session, state, seconds + time.perf_counter() - begun
 
 
+def check_finite(session: Session, number: int, done: int, interval: Interval) -> None:
+    """InputError where one of the interval's steps has diverged; `done` steps of the stage there were so far."""
+    rows = interval.rows
+    diverged.check(session.cfg, session.data, number, done - len(rows), rows, session.keeper.newest)
+
+
 def stop(
     session: Session, number: int, state: TrainState, upkeep: Upkeep, interval: Interval, into: int, seconds: float
 ) -> None:
@@ -208,6 +216,7 @@ def stop(
     """
     step = int(state.step)
     if interval.rows:
+        check_finite(session, number, into, interval)
         name, means = session.cfg.stages[number].name, interval.summary(session.data.weights)
         session.write(step, {"stage": name, **means, **upkeep.age(step - 1)})
     if into:
@@ -247,6 +256,21 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
     evaluate.gold_ids(dev, corpus, Path(cfg.dev), config.answering(cfg))
     if cfg.init and not (directory / "config.json").exists():
         runs.check_init(Path(cfg.init), cfg.model, corpus, mesh)
+    with lock.held(directory) if distributed.first() else contextlib.nullcontext() as held:
+        return train_in(cfg, directory, data, every_batch, dev, mesh, held)
+
+
+def train_in(
+    cfg: TrainConfig,
+    directory: Path,
+    data: preparing.Data,
+    every_batch: list[Any],
+    dev: list[formats.Question],
+    mesh: jax.sharding.Mesh,
+    held: lock.Lock | None,
+) -> dict[str, Any]:
+    """`train` in a run directory that nobody else writes to."""
+    corpus = data.corpus
     preparing.open_run(cfg, directory, data)
     preparing.keep(directory, data)
     keeper = checkpoint.Checkpoints(directory / "checkpoints", cfg.keep_checkpoints, cfg.keep_best, cfg.best_metric)
@@ -273,6 +297,7 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
             answering=answering,
             program=make_answer(loaded, answering),
             versions=live.Versions(cfg.corpus) if cfg.live else None,
+            lock=held,
         )
         try:
             return run_stages(session, total)
@@ -316,6 +341,7 @@ def run_stages(session: Session, total: int) -> dict[str, Any]:
     if session.preemption.asked(total):
         session.keeper.wait()
         raise Preempted(total)
+    session.check_lock()
     checkpoint.save_params(directory / "params", params.items())
     known = snapshots.open_snapshot(cfg.index) if cfg.index else None
     runs.write_index(session.loaded, params, total, directory / "index", overwrite=True, known=known)

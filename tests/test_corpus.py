@@ -104,10 +104,10 @@ def test_colliding_hashes_are_told_apart_by_the_text(
     built: tuple[Path, Corpus], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, corpus = built
-    [segment] = corpus._segments
-    hashes, rows = segment._id_table
+    [segment] = corpus.segments
+    hashes, rows = segment.id_table
     crowded = np.full_like(hashes, hash_ids(["p7"])[0])
-    monkeypatch.setattr(segment, "_id_table", (crowded, rows))
+    monkeypatch.setattr(segment, "id_table", (crowded, rows))
     assert corpus.row("p7") == 7
 
 

@@ -275,7 +275,8 @@ def denoise_batches(
             labels.append(tokenizer.label(ids.tolist(), length))
         tail_ids, tail_length = pad_rows(sources, length - len(tokenizer.prefix_ids), tokenizer.pad_id, np.int32)
         label_ids, _ = pad_rows(labels, length, tokenizer.pad_id, np.int32)
-        return {"tail_ids": tail_ids, "tail_length": tail_length, "labels": label_ids}
+        rows = np.array([row for row, _ in drawn], np.int32)
+        return {"tail_ids": tail_ids, "tail_length": tail_length, "labels": label_ids, "source": rows}
 
     return passage_batches(corpus, batch, seed, own, assemble)
 

@@ -190,7 +190,9 @@ class Scann:
         """Opens a directory after verifying its files. InputError, with both hashes, where it is not of `source`."""
         directory = Path(directory)
         found = files.read_verified(directory, KIND, VERSION)
-        made_of = Source(**{name: found[name] for name in Source._fields})
+        with files.described(directory / files.MANIFEST, "build it again"):
+            made_of = Source(**{name: found[name] for name in Source._fields})
+            width, settings = found["width"], AnnConfig(**found["settings"])
         for name in Source._fields:
             have, want = (getattr(x, name) for x in (made_of, source or made_of))
             if have != want:
@@ -207,7 +209,7 @@ class Scann:
             index = _library().scann_ops_pybind.load_searcher(str(directory / "scann"), assets_backcompat_shim=False)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{directory}: unreadable ({error}); build it again") from error
-        return cls(index, arrays[0], found["width"], made_of, AnnConfig(**found["settings"]), *arrays[1:])
+        return cls(index, arrays[0], width, made_of, settings, *arrays[1:])
 
 
 def build(

@@ -101,7 +101,8 @@ class Bm25:
                 f"{directory}: made of corpus {found['corpus_hash'][:16]}, this one is {str(corpus_hash)[:16]}; "
                 "build the BM25 index again"
             )
-        config, stopwords = Bm25Config(**found["settings"]), tuple(found["stopwords"])
+        with files.described(directory / files.MANIFEST, "build the BM25 index again"):
+            config, stopwords = Bm25Config(**found["settings"]), tuple(found["stopwords"])
         try:
             index = words.library().BM25.load(directory / "index", mmap=True, show_progress=False)
             deleted = np.load(directory / "deleted.npy", allow_pickle=False)

@@ -49,7 +49,7 @@ class Corpus:
         self.hash: str = manifest["hash"]
         ends = np.cumsum([entry["n_passages"] for entry in manifest["segments"]]).tolist()
         self.chain = [(entry["hash"], end) for entry, end in zip(manifest["segments"], ends, strict=True)]
-        self._segments = [
+        self.segments = [
             Segment(directory / entry["directory"], end - entry["n_passages"], entry["n_passages"], self._files(entry))
             for entry, end in zip(manifest["segments"], ends, strict=True)
             if entry["n_passages"]
@@ -68,7 +68,12 @@ class Corpus:
         directory = Path(directory)
         manifest = files.read_manifest(directory, KIND, VERSION, OLDEST)
         with files.described(directory / files.MANIFEST, AGAIN):
-            return cls(directory, manifest)
+            whole = cls(directory, manifest)
+            n, ends = manifest["n_passages"], [0, *(end for _, end in whole.chain)]
+            if not isinstance(whole.hash, str) or type(n) is not int or n != ends[-1] or not ends == sorted(ends):
+                raise ValueError(f"hash {whole.hash!r}, {n!r} passages in segments up to {ends}")
+            _ = manifest["tokenizers"]["encoder"]["hash"], manifest["tokenizers"]["generator"]["hash"]
+            return whole
 
     def __len__(self) -> int:
         return self.manifest["n_passages"]
@@ -77,7 +82,7 @@ class Corpus:
         row = int(row)
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a corpus of {len(self)} passages")
-        segment = self._segments[bisect_right(self._segments, row, key=lambda segment: segment.first) - 1]
+        segment = self.segments[bisect_right(self.segments, row, key=lambda segment: segment.first) - 1]
         return segment.passage(row - segment.first)
 
     @cached_property
@@ -109,10 +114,10 @@ class Corpus:
 
     def hold(self) -> None:
         """Opens every file now: the corpus stays readable when another directory takes its place."""
-        first_S = np.array([segment.first for segment in self._segments], np.int64)
+        first_S = np.array([segment.first for segment in self.segments], np.int64)
         for table in (self.encoder_ids, self.encoder_length, self.generator_ids, self.generator_length):
             table[first_S]
-        for segment in self._segments:
+        for segment in self.segments:
             segment.hold()
         _ = self.live_N, self.encoder_tokenizer, self.generator_tokenizer
 
@@ -190,7 +195,7 @@ class Corpus:
     def _candidates(self, passage_ids: Sequence[str]) -> list[tuple[int, int]]:
         return [
             (position, segment.first + row)
-            for segment in self._segments
+            for segment in self.segments
             for position, row in segment.candidates(passage_ids)
         ]
 
@@ -212,7 +217,7 @@ class Corpus:
 
     def _table(self, name: str, dtype: str, *columns: int) -> Any:
         kind = np.dtype(dtype).newbyteorder("<")
-        parts = [Part(s.rows, partial(s.array, name, kind, (s.rows, *columns))) for s in self._segments]
+        parts = [Part(s.rows, partial(s.array, name, kind, (s.rows, *columns))) for s in self.segments]
         return stack(parts, kind, columns)
 
 

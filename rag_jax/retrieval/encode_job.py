@@ -54,7 +54,13 @@ def read_job(directory: Path) -> Job:
     """InputError where there is no job."""
     again = "name a directory made by rag-jax encode"
     found = files.read_sealed(directory / JOB, KIND, VERSION, again)
-    return Job(**{field.name: found[field.name] for field in fields(Job)})
+    with files.described(directory / JOB, again):
+        types = {"str": str, "int": int}
+        for field in fields(Job):
+            kind = types[getattr(field.type, "__name__", str(field.type))]
+            if not isinstance(found[field.name], kind):
+                raise TypeError(f"{field.name} is {found[field.name]!r}")
+        return Job(**{field.name: found[field.name] for field in fields(Job)})
 
 
 def begin(directory: Path, job: Job) -> None:

@@ -28,7 +28,7 @@ class Segment:
 
     def passage(self, row: int) -> Passage:
         blocks, data = self._texts
-        start, stop = (int(end) for end in self._offsets[row : row + 2])
+        start, stop = (int(end) for end in self.offsets[row : row + 2])
         if not 0 <= start < stop <= len(data):
             raise InputError(
                 f"{self.directory / 'offsets.npy'}: damaged: row {row} is bytes {start} to {stop}; {AGAIN}"
@@ -41,11 +41,11 @@ class Segment:
 
     def hold(self) -> None:
         """Opens what is not a table."""
-        _ = self._offsets, self._id_table, self._texts
+        _ = self.offsets, self.id_table, self._texts
 
     def candidates(self, passage_ids: Sequence[str]) -> list[tuple[int, int]]:
         """(position in `passage_ids`, row) for every row whose id may be that one."""
-        hashes, rows = self._id_table
+        hashes, rows = self.id_table
         places = list(matches(hashes, hash_ids(passage_ids)))
         found = rows[[place for _, place in places]].tolist() if places else []
         if any(row >= self.rows for row in found):
@@ -64,11 +64,11 @@ class Segment:
         return self._blocks[name]
 
     @cached_property
-    def _offsets(self) -> Checked:
+    def offsets(self) -> Checked:
         return self.array("offsets.npy", "<u8", (self.rows + 1,))
 
     @cached_property
-    def _id_table(self) -> tuple[np.ndarray, Checked]:
+    def id_table(self) -> tuple[np.ndarray, Checked]:
         """The hashes are verified as a whole, since a search by halves looks everywhere: 8 bytes a passage."""
         return self.array("id_hashes.npy", "<u8").whole(), self.array("id_rows.npy", "<u4")
 

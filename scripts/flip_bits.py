@@ -1,0 +1,217 @@
+"""One bit flipped in a file, then the command that reads it: what does it say?
+
+    python scripts/flip_bits.py --data DIR --run RUN --flips 150
+
+DIR holds `corpus`, `world/test.jsonl` (rag-jax world, rag-jax corpus) and RUN is a run trained on it; both are copied
+and left alone. Every flip is judged in this process:
+
+    detected   an InputError, or a checkpoint that is set aside, names the damage
+    harmless   the reader gives the very values that it gave before
+    SILENT     other values, and not a word: wrong
+    TRACEBACK  an exception that is no message to a user: wrong
+
+Exits with 1 where anything is silent or a traceback.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", "64")
+
+import jax
+import numpy as np
+
+from rag_jax import checkpoint, files, logs, pretrained, saving, sharding
+from rag_jax import run as runs
+from rag_jax.data import example_cache, tokenizers
+from rag_jax.errors import InputError
+from rag_jax.retrieval import encode_job, index
+from rag_jax.retrieval.corpus import Corpus
+
+
+class Kind(NamedTuple):
+    """Files of one kind, and what reads them: a digest of every value that the reader gets."""
+
+    files: list[Path]
+    read: Callable[[], str]
+
+
+def digest(*values: Any) -> str:
+    """Of arrays, and of anything that says all about itself."""
+    found = hashlib.sha256()
+    for value in values:
+        array = isinstance(value, np.ndarray | jax.Array)
+        found.update(np.ascontiguousarray(value).tobytes() if array else repr(value).encode())
+    return found.hexdigest()
+
+
+def read_corpus(directory: Path) -> str:
+    """Tables, passages, ids, tokenizers: what training, search, ask and evaluate read."""
+    corpus = Corpus.open(directory)
+    tables = (corpus.encoder_ids, corpus.encoder_length, corpus.generator_ids, corpus.generator_length)
+    passages = [corpus[row] for row in range(len(corpus))]
+    rows = corpus.rows([passage.id for passage in passages], missing=-1)
+    made = [(t.hash, t.pad_id, t.bos_id, t.eos_id) for t in (corpus.encoder_tokenizer, corpus.generator_tokenizer)]
+    return digest(*[table[:] for table in tables], passages, rows, made, corpus.live_N, corpus.hash)
+
+
+def read_index(directory: Path) -> str:
+    snapshot = index.open_snapshot(directory)
+    return digest(snapshot.embeddings_NE[:], snapshot.manifest, snapshot.hash)
+
+
+def read_job(directory: Path, corpus: Path, out: Path) -> str:
+    """`rag-jax index JOB`, after the headers that `rag-jax encode` looks at when it goes on."""
+    list(encode_job.finished(directory, encode_job.read_job(directory)))
+    made = index.from_job(directory, Corpus.open(corpus), out, overwrite=True)
+    return digest(made.embeddings_NE[:], made.manifest)
+
+
+def read_params(run: Path) -> str:
+    _, params = pretrained.from_pretrained(run, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+    return digest(*jax.tree.leaves(params), runs.read_identity(run), saving.provenance(run))
+
+
+def read_checkpoints(run: Path) -> str:
+    keeper = checkpoint.Checkpoints(run / "checkpoints")
+    found: list[Any] = []
+    for step in checkpoint.numbers(keeper.directory):
+        keeper.verify(step)
+        found.append(keeper.position(step))
+    return digest(found)
+
+
+def read_examples(run: Path) -> str:
+    files.read_verified(run / "examples", example_cache.KIND, example_cache.VERSION)
+    return ""
+
+
+def read_export(directory: Path) -> str:
+    """What `rag-jax convert --generator` reads."""
+    part = pretrained.generator_part(pretrained.find(directory))
+    tensors = [part.tensors.read(name) for name in sorted(part.tensors.shapes)]
+    return digest(*tensors, part.config, sorted(part.tensors.shapes), tokenizers.load(directory).hash)
+
+
+def below(directory: Path, *patterns: str) -> list[Path]:
+    return sorted({path for pattern in patterns for path in directory.rglob(pattern) if path.is_file()})
+
+
+def kinds(work: Path) -> dict[str, Kind]:
+    """What is flipped, and who reads it."""
+    corpus, run = work / "corpus", work / "run"
+    tables = below(corpus, "encoder_*.npy", "generator_*.npy")
+    manifests = [corpus / files.MANIFEST, run / "index" / files.MANIFEST, run / "params" / files.MANIFEST]
+    manifests += [run / files.MANIFEST, work / "job" / encode_job.JOB, work / "export" / files.MANIFEST]
+    everything: dict[str, Callable[[], str]] = {
+        "corpus": lambda: read_corpus(corpus),
+        "index": lambda: read_index(run / "index"),
+        "params": lambda: read_params(run),
+        "job": lambda: read_job(work / "job", corpus, work / "made"),
+        "export": lambda: read_export(work / "export"),
+    }
+    return {
+        "token tables": Kind(tables, everything["corpus"]),
+        "corpus files": Kind(
+            [p for p in below(corpus, "*") if p not in tables and p.name != files.MANIFEST], everything["corpus"]
+        ),
+        "index rows": Kind(below(run / "index", "*.safetensors"), everything["index"]),
+        "final parameters": Kind(below(run / "params" / "arrays", "*"), everything["params"]),
+        "checkpoints": Kind(below(run / "checkpoints", "*"), lambda: read_checkpoints(run)),
+        "job shards": Kind(below(work / "job", "*.safetensors"), everything["job"]),
+        "manifests": Kind(manifests, lambda: digest([read() for read in everything.values()])),
+        "exports": Kind(
+            [p for p in below(work / "export", "*") if p.name != files.MANIFEST], everything["export"]
+        ),
+        "run's configuration": Kind(
+            [run / runs.CONFIG, run / runs.IDENTITY, *below(run / "tokenizers", "*.json")], everything["params"]
+        ),
+        "tokenised questions": Kind(below(run / "examples", "*.npy"), lambda: read_examples(run)),
+    }  # fmt: skip
+
+
+def flip(path: Path, rng: np.random.Generator) -> None:
+    """One bit of the file, drawn evenly."""
+    content = bytearray(path.read_bytes())
+    bit = int(rng.integers(8 * len(content)))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def judge(kind: Kind, path: Path, rng: np.random.Generator, before: str) -> tuple[str, str]:
+    """What became of one flip, and what was said; the file is whole again afterwards."""
+    whole = path.read_bytes()
+    flip(path, rng)
+    try:
+        return ("harmless", "") if kind.read() == before else ("SILENT", "")
+    except (InputError, checkpoint.Damaged) as error:
+        return "detected", str(error)
+    except Exception as error:
+        return "TRACEBACK", f"{type(error).__name__}: {error}"
+    finally:
+        path.write_bytes(whole)
+
+
+def prepare(data: Path, run: Path, work: Path) -> None:
+    """Copies, an encode job and an export."""
+    shutil.copytree(data / "corpus", work / "corpus")
+    shutil.copytree(run, work / "run", ignore=shutil.ignore_patterns("tensorboard"))
+    opened = index.open_snapshot(run / "index")
+    found = opened.manifest
+    job = encode_job.Job(
+        run=str(run), corpus=str(work / "corpus"), corpus_hash=found.corpus_hash, encoder_hash=found.encoder_hash,
+        tokenizer_hash=found.tokenizer_hash, step=found.step, n_passages=found.n_passages, width=found.width,
+        dtype="float32", shard_rows=-(-found.n_passages // 3), batch=16,
+    )  # fmt: skip
+    encode_job.begin(work / "job", job)
+    encode_job.make(work / "job", job, lambda first, last, done: np.asarray(opened.embeddings_NE[first:last]))
+    rag, params = pretrained.open_pretrained(run)
+    saving.save_pretrained(work / "export", rag, params, part="generator", tokenizers_from=run / "tokenizers")
+
+
+def experiment(data: Path, run: Path, flips: int, seed: int = 0) -> dict[str, Counter[str]]:
+    """Outcomes by kind of file; `flips` are spread evenly over the kinds, and within one over its files by size."""
+    rng, table = np.random.default_rng(seed), {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        prepare(data, run, work)
+        found = kinds(work)
+        for number, (name, kind) in enumerate(found.items()):
+            before, table[name] = kind.read(), Counter[str]()
+            for _ in range(flips // len(found) + (number < flips % len(found))):
+                sizes = np.array([path.stat().st_size for path in kind.files], float)
+                path = kind.files[int(rng.choice(len(sizes), p=sizes / sizes.sum()))]
+                outcome, said = judge(kind, path, rng, before)
+                table[name][outcome] += 1
+                if outcome in ("SILENT", "TRACEBACK"):
+                    print(f"{outcome} {name}: {path.relative_to(work)}: {said}", file=sys.stderr)
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--flips", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logs.silence()
+    table = experiment(args.data, args.run, args.flips, args.seed)
+    outcomes = ("detected", "harmless", "SILENT", "TRACEBACK")
+    print("| files | " + " | ".join(outcomes) + " |\n|---|" + "---|" * len(outcomes))
+    for name, counts in [*table.items(), ("all", sum(table.values(), Counter()))]:
+        print(f"| {name} | " + " | ".join(str(counts[one]) for one in outcomes) + " |")
+    return int(any(counts["SILENT"] or counts["TRACEBACK"] for counts in table.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
