@@ -223,6 +223,10 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
             scores_BK = jnp.einsum("be,bke->bk", q_BE, refresh.stored(index, read_BK))
         if not cfg.closed_book:
             ids, mask = steps.contexts(setting, passages, read_BK, batch)
+        try:
+            loaded.rag.generator.check_room(ids.shape[-1], cfg.max_length)
+        except ValueError as error:
+            raise InputError(f"max_length={cfg.max_length}: {error}; ask for a smaller one") from error
         key = jax.random.fold_in(jax.random.key(cfg.seed), number)
         found = loaded.rag.generate(params, ids, mask, scores_BK, tree=tree, key=key, **how)
         prior_BK = jnp.exp(objectives.prior_logp(scores_BK))

@@ -58,6 +58,9 @@ class Corpus:
     def rows(self, names: list[str], missing: int) -> np.ndarray:
         return np.array([{"p0": 0, "p1": 1}.get(name, missing) for name in names])
 
+    def pieces(self, name: str) -> list[int]:
+        return []
+
     def __getitem__(self, row: int) -> SimpleNamespace:
         title, text = texts(f"p{row}") or ("", "")
         return SimpleNamespace(title=title, text=text)

@@ -28,6 +28,8 @@ class Passages(Protocol):
 
     directory: Path
 
+    @property
+    def n_cut(self) -> int: ...
     def __getitem__(self, row: int) -> Passage: ...
     def rows(self, passage_ids: Sequence[str], missing: int | None = None) -> np.ndarray: ...
     def pieces(self, passage_id: str) -> list[int]: ...
@@ -124,6 +126,8 @@ def levels(questions: Sequence[Question], corpus: Passages) -> list[Level]:
     A question that names a cut document is judged by document, and one that names a piece of one by passage. The others
     name what was not cut: by passage where all that tells does so, else by document, since files name those.
     """
+    if not corpus.n_cut:
+        return ["passage"] * len(questions)
     leads = rows_of((one for question in questions for one in question.right_passage_ids), corpus)
     told: list[Level | None] = []
     for question in questions:

@@ -103,6 +103,11 @@ class Corpus:
         """Passages that are there."""
         return len(self) - self.manifest["n_deleted"]
 
+    @property
+    def n_cut(self) -> int:
+        """Documents that were cut into passages when they were read."""
+        return self.manifest["n_cut"]
+
     def shared_rows(self, other: "Corpus") -> int:
         """How many first rows are the same in both, because they come from the same builds and updates."""
         known = set(other.chain)
@@ -156,7 +161,7 @@ class Corpus:
         An id such as d1-0 alone does not tell: a file may have passages of such ids.
         """
         document, dash, number = self[row].id.rpartition("-")
-        if not self.manifest["n_cut"] or not dash or not number.isdecimal():
+        if not self.n_cut or not dash or not number.isdecimal():
             return None
         rows = [first for _, first in self._candidates([document])]
         return document if any(row in self._cut(document, first, rows) for first in rows) else None
