@@ -98,7 +98,9 @@ def search_from_argument(text: str | None) -> SearchConfig | None:
         values = json.loads(text) if text.startswith("{") else {"kind": text}
     except ValueError as error:
         raise InputError(f"--search {text}: not JSON ({error})") from error
-    return config.build(SearchConfig, values, "--search")
+    search = config.build(SearchConfig, values, "--search")
+    config.check_search_config(search)
+    return search
 
 
 def from_arguments(args: argparse.Namespace, base: AnswerConfig) -> AnswerConfig:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -102,6 +103,12 @@ def peak_memory() -> dict[str, int]:
     unit = 1 if sys.platform == "darwin" else 1024
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"peak_process_bytes": process, **({"peak_device_bytes": max(held)} if held else {})}
+
+
+def resident_memory() -> dict[str, int]:
+    """Bytes of this process that are in memory now, where the system tells."""
+    table = Path("/proc/self/statm")
+    return {"resident_bytes": int(table.read_text().split()[1]) * resource.getpagesize()} if table.exists() else {}
 
 
 def largest(fits: Callable[[int], bool], most: int = 2**16) -> int:

@@ -4,6 +4,7 @@ No data and no corpus are needed. Everything fills its length, so that no work i
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,8 +17,9 @@ from rag_jax.errors import InputError
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
 from rag_jax.models.layers import Remat
+from rag_jax.models.lm import LmConfig
 from rag_jax.optimizer import OptimizerConfig
-from rag_jax.rag import Passages, Rag, RagConfig
+from rag_jax.rag import GeneratorConfig, Passages, Rag, RagConfig
 from rag_jax.refresh import Index
 from rag_jax.steps import Setting
 
@@ -31,8 +33,9 @@ class Load:
 
     questions B, each of `question` tokens; K = `docs` passages of `passages` in all; joined inputs of L = `source`
     tokens, targets of T = `target`. A BERT question encoder, whose context encoder is frozen and elsewhere, as in the
-    paper, and a BART; encoder_*: of the BERT. dropout: of both; attention_dropout: of the BART alone, as BERT has one.
-    logit_chunk: see StageConfig; by default the logits are kept, as transformers keeps them.
+    paper, and a BART, or (generator=`lm`) a decoder-only model as Llama is, of `decoder_layers` layers, `groups` of
+    whose heads share keys and values; bert_*: of the BERT. dropout: of both; attention_dropout: of the generator alone,
+    as BERT has one. logit_chunk: see StageConfig; by default the logits are kept, as transformers keeps them.
     """
 
     questions: int = 8
@@ -52,6 +55,8 @@ class Load:
     bert_heads: int = 4
     bert_hidden: int = 512
     bert_vocabulary: int = 8192
+    generator: Literal["bart", "lm"] = "bart"
+    groups: int = 0
     variant: Literal["sequence", "token"] = "token"
     dropout: float = 0.1
     attention_dropout: float = 0.0
@@ -73,10 +78,15 @@ BASE: dict[str, Any] = {
     "bert_width": 768, "bert_layers": 12, "bert_heads": 12, "bert_hidden": 3072, "bert_vocabulary": 30522,
 }  # fmt: skip
 BART_LARGE: dict[str, Any] = {"width": 1024, "encoder_layers": 12, "decoder_layers": 12, "heads": 16, "hidden": 4096}
+SMOLLM2_135M: dict[str, Any] = {
+    "generator": "lm", "width": 576, "encoder_layers": 0, "decoder_layers": 30, "heads": 9, "groups": 3, "hidden": 1536,
+    "vocabulary": 49152, "dropout": 0.0, "bert_width": 64, "bert_layers": 1, "bert_hidden": 64, "bert_vocabulary": 1000,
+}  # fmt: skip
 LOADS = {
     "small": Load(),
     "medium": Load(**MEDIUM),
     "base": Load(questions=4, **BASE),
+    "smollm2-135m": Load(docs=1, source=208, target=16, question=48, logit_chunk=2048, **SMOLLM2_135M),
     "bert-base-bart-large": Load(questions=16, source=256, target=32, dtype="bfloat16", **(BASE | BART_LARGE)),
 }
 
@@ -93,6 +103,10 @@ def check(load: Load) -> None:
     for field in dataclasses.fields(Load):
         if (words := get_args(field.type)) and getattr(load, field.name) not in words:
             raise InputError(f"--{field.name} {getattr(load, field.name)}: one of {', '.join(words)}")
+    if load.groups and (load.generator != "lm" or load.heads % load.groups):
+        raise InputError(f"--groups {load.groups}: of a decoder-only model, and a divisor of --heads {load.heads}")
+    if bool(load.encoder_layers) != (load.generator == "bart"):
+        raise InputError(f"--encoder-layers {load.encoder_layers}: a bart has some, an lm 0")
     optimizer.check(stage(load).optimizer)
     if load.questions % load.accumulate or (load.doc_chunk and load.docs % load.doc_chunk):
         raise InputError("--questions must be a multiple of --accumulate, and --docs of --doc-chunk")
@@ -106,18 +120,35 @@ def model(load: Load) -> Rag:
         hidden=load.bert_hidden, positions=max(512, load.question), dropout=load.dropout, dtype=load.dtype,
         remat=load.remat,
     )  # fmt: skip
-    bart = BartConfig(
+    return Rag(
+        RagConfig(
+            load.variant, bert, GENERATORS[load.generator](load), context_encoder=False, n_docs=load.docs,
+            source_length=load.source, question_length=load.question,
+        )
+    )  # fmt: skip
+
+
+def bart(load: Load) -> BartConfig:
+    return BartConfig(
         vocab_size=load.vocabulary, width=load.width, encoder_layers=load.encoder_layers,
         decoder_layers=load.decoder_layers, heads=load.heads, hidden=load.hidden,
         positions=max(512, load.source, load.target), dropout=load.dropout, attention_dropout=load.attention_dropout,
         dtype=load.dtype, remat=load.remat,
     )  # fmt: skip
-    return Rag(
-        RagConfig(
-            load.variant, bert, bart, context_encoder=False, n_docs=load.docs, source_length=load.source,
-            question_length=load.question,
-        )
+
+
+def lm(load: Load) -> LmConfig:
+    """As Llama is (Touvron et al. 2023): RMSNorm, gated SiLU, rotary positions, no biases; tied tables."""
+    return LmConfig(
+        vocab_size=load.vocabulary, width=load.width, layers=load.decoder_layers, heads=load.heads, groups=load.groups,
+        hidden=load.hidden, positions=max(512, load.source + load.target), dropout=load.dropout,
+        attention_dropout=load.attention_dropout, activation="silu", gated=True, norm_kind="rms",
+        position_kind="rotary", qkv_bias=False, out_bias=False, mlp_bias=False, bos_id=0, pad_id=1, eos_id=2,
+        dtype=load.dtype, remat=load.remat,
     )  # fmt: skip
+
+
+GENERATORS: dict[str, Callable[[Load], GeneratorConfig]] = {"bart": bart, "lm": lm}
 
 
 def stage(load: Load) -> StageConfig:
@@ -181,10 +212,15 @@ def model_flops(load: Load) -> dict[str, float]:
         return 2.0 * (4 * width * width + 2 * width * hidden + 2 * seen * width)
 
     cross = targets * 2.0 * (2 * D * D + 2 * c.source * D) + sources * 2.0 * 2 * D * D
+    decoder = c.decoder_layers * (targets * layer(D, c.hidden, c.target) + cross)
+    if c.generator == "lm":
+        kept = 2 * D * D * (1 + (c.groups or c.heads) / c.heads) + 3 * D * c.hidden  # numbers in a layer's kernels
+        prefix, answer = 2 * kept + 4.0 * c.source * D, 2 * kept + 4.0 * (c.source + c.target) * D
+        decoder = c.decoder_layers * (sources * prefix + targets * answer)
     return {
         "question_encoder": 3 * asked * c.bert_layers * layer(E, c.bert_hidden, c.question),
         "generator_encoder": 3 * sources * c.encoder_layers * layer(D, c.hidden, c.source),
-        "generator_decoder": 3 * c.decoder_layers * (targets * layer(D, c.hidden, c.target) + cross),
+        "generator_decoder": 3 * decoder,
         "vocabulary": 3 * targets * 2.0 * D * c.vocabulary,
         "search": c.questions * 2.0 * c.passages * E,
     }
@@ -200,6 +236,6 @@ def describe(load: Load) -> str:
     c = load
     return (
         f"RAG-{c.variant.capitalize()} B={c.questions} K={c.docs} L={c.source} T={c.target} N={c.passages:,}; BERT "
-        f"D={c.bert_width} layers={c.bert_layers} V={c.bert_vocabulary}, BART D={c.width} "
+        f"D={c.bert_width} layers={c.bert_layers} V={c.bert_vocabulary}, {c.generator.upper()} D={c.width} "
         f"layers={c.encoder_layers}+{c.decoder_layers} V={c.vocabulary}, {c.dtype}, dropout {c.dropout}"
     )

@@ -8,7 +8,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -199,6 +199,7 @@ def check(cfg: TrainConfig) -> None:
     for name, length, positions in limits:
         if length > positions:
             raise InputError(f"{name}={length} is more than the {positions} positions of the model")
+    check_search_config(cfg.search)
     for stage in cfg.stages:
         check_stage(cfg, stage)
 
@@ -213,22 +214,7 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
         "logit_chunk",
     ):  # fmt: skip
         at_least(0, where + name, getattr(stage, name))
-    reads = stage.objective == "rag" and stage.documents == "gold"
-    retrieves = stage.objective == "rag" and stage.documents == "retrieved"
-    for name, belongs, place in (
-        ("hard_negatives", stage.objective == "contrastive", "objective='contrastive'"),
-        ("window", reads, "objective='rag' with documents='gold'"),
-        ("refresh", searches(stage), "stages that search: documents='retrieved', or hard_negatives"),
-        ("drift_every", searches(stage), "stages that search: documents='retrieved', or hard_negatives"),
-        ("n_retrieved", retrieves, "objective='rag' with documents='retrieved'"),
-        ("doc_chunk", retrieves, "objective='rag' with documents='retrieved'"),
-        ("write_back", retrieves, "objective='rag' with documents='retrieved'"),
-        ("questions", asks(stage), "objectives that have questions"),
-        ("buckets", asks(stage), "objectives that have questions"),
-        ("target_buckets", stage.objective == "rag", "objective='rag'"),
-    ):
-        if getattr(stage, name) and not belongs:
-            raise InputError(f"{where}{name}={getattr(stage, name)!r} is only for {place}")
+    check_unread(stage, where)
     if stage.batch % stage.accumulate:
         raise InputError(f"{where}batch={stage.batch} is not a multiple of accumulate={stage.accumulate}")
     if stage.doc_chunk and stage.n_docs % stage.doc_chunk:
@@ -256,6 +242,82 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
             f"{where}optimizer.groups trains {', '.join(sorted(trained)) or 'nothing'}; with objective="
             f"{stage.objective!r} and documents={stage.documents!r} it may name {', '.join(sorted(reached(stage)))}"
         )
+
+
+def retrieves(stage: StageConfig) -> bool:
+    """Whether the generator reads what was retrieved."""
+    return stage.objective == "rag" and stage.documents == "retrieved"
+
+
+def writes(stage: StageConfig) -> bool:
+    """Whether the generator trains."""
+    return not contrasts(stage)
+
+
+RETRIEVES = retrieves, "objective='rag' with documents='retrieved'"
+WRITES = writes, "objectives that train the generator: 'rag', 'denoise'"
+SEARCHES = searches, "stages that search: documents='retrieved', or hard_negatives"
+ASKS = asks, "objectives that have questions"
+CONTRASTIVE = (lambda stage: stage.objective == "contrastive"), "objective='contrastive'"
+RAG = (lambda stage: stage.objective == "rag"), "objective='rag'"
+READS = (lambda stage: stage.objective == "rag" and stage.documents == "gold"), "objective='rag' with documents='gold'"
+# Which stages read a field of StageConfig, and in words; every stage reads those that are not here.
+READ_BY: dict[str, tuple[Callable[[StageConfig], bool], str]] = {
+    "documents": RAG,
+    "n_docs": RETRIEVES,
+    "hard_negatives": CONTRASTIVE,
+    "negatives": CONTRASTIVE,
+    "source_length": WRITES,
+    "window": READS,
+    "refresh": SEARCHES,
+    "n_retrieved": RETRIEVES,
+    "write_back": RETRIEVES,
+    "drift_every": SEARCHES,
+    "normaliser": RETRIEVES,
+    "label_smoothing": WRITES,
+    "hf_compat": RETRIEVES,
+    "prior_gradient": RETRIEVES,
+    "questions": ASKS,
+    "buckets": ASKS,
+    "target_buckets": RAG,
+    "doc_chunk": RETRIEVES,
+    "logit_chunk": WRITES,
+}
+EVERY_STAGE = ("name", "objective", "steps", "batch", "accumulate", "optimizer")
+# The same of SearchConfig. Its sections are each of the search they are named after, whichever is chosen now.
+SEARCHED_BY: dict[str, tuple[Callable[[SearchConfig], bool], str]] = {
+    "dtype": (lambda search: search.kind == "exact", "kind='exact'"),
+    "recall_target": (lambda search: search.kind == "exact", "kind='exact'"),
+    "dense": (lambda search: search.kind == "hybrid", "kind='hybrid'"),
+}
+SECTIONS = ("scann", "bm25", "fusion")
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that have another value than by default."""
+    found = {}
+    for f in dataclasses.fields(config):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if getattr(config, f.name) != default:
+            found[f.name] = getattr(config, f.name)
+    return found
+
+
+def check_unread(stage: StageConfig, where: str) -> None:
+    """InputError for what is set, and what nothing of this stage would read."""
+    for name, value in changed(stage).items():
+        belongs, place = READ_BY.get(name, (None, ""))
+        one = name == "n_docs" and value == 1 and RAG[0](stage)  # true without a search, too
+        if belongs is not None and not belongs(stage) and not one:
+            raise InputError(f"{where}{name}={value!r} is only for {place}")
+
+
+def check_search_config(search: SearchConfig) -> None:
+    """InputError for what is set of a search of another kind."""
+    for name, value in changed(search).items():
+        belongs, place = SEARCHED_BY.get(name, (None, ""))
+        if belongs is not None and not belongs(search):
+            raise InputError(f"search.{name}={value!r} is only for search.{place}; it is kind={search.kind!r}")
 
 
 def check_widths(name: str, widths: tuple[int, ...], longest: int, of: str) -> None:

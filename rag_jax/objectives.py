@@ -63,12 +63,6 @@ class Head(NamedTuple):
         return vocabulary_norm(hidden, *self)
 
 
-def target_logp(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """log p(y_t|...) [...]: logits [..., V] normalised over V and read at targets [...]."""
-    logits = logits.astype(jnp.float32)
-    return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - logsumexp(logits, axis=-1)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def vocabulary_norm(
     hidden: jax.Array,
@@ -318,9 +312,11 @@ def rag_token_logp(
     return jnp.where(mask_BT, marginal_BT, 0.0).sum(-1)
 
 
-def posterior_logp(token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """log p(z_k|x,y) [B, K]: which document explains the whole answer."""
-    return log_softmax(sequence_joint(token_logp_BKT, prior_BK, mask_BT), axis=-1)
+def posterior_logp(
+    token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior = "paper"
+) -> jax.Array:
+    """log p(z_k|x,y) [B, K]: which document explains the whole answer, by the joint as `sequence_joint` counts it."""
+    return log_softmax(sequence_joint(token_logp_BKT, prior_BK, mask_BT, prior), axis=-1)
 
 
 def _sequence_smooth(

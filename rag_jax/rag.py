@@ -266,7 +266,7 @@ class Rag:
         doc_chunk: int = 0,
         logit_chunk: int = 4096,
     ) -> tuple[jax.Array, jax.Array]:
-        """nll_B and the posterior log p(z_k|x,y) [B, K].
+        """nll_B and the posterior log p(z_k|x,y) [B, K], of the likelihood as nll_B counts it.
 
         hf_compat: see objectives.sequence_joint. exclude_bos_score: where every row of the targets begins with bos (the
         labels then with two first tokens, as generation from eos gives them), that token is not scored, as
@@ -292,7 +292,12 @@ class Rag:
             first_counts=first_counts,
             log_normaliser_B=log_normaliser_B,
         )
-        return nll_B, objectives.posterior_logp(token_logp_BKT, objectives.prior_logp(scores_BK), mask_BT)
+        # RAG-Token counts the prior at every token, whichever way; of a whole answer it counts once
+        counted = prior if self.variant == "sequence" else "paper"
+        scored_BT = mask_BT.at[:, 0].set(mask_BT[:, 0] & first_counts)
+        prior_BK = objectives.prior_logp(scores_BK)
+        logp_BKT = jnp.where(scored_BT[:, None], token_logp_BKT, 0.0)
+        return nll_B, objectives.posterior_logp(logp_BKT, prior_BK, mask_BT, counted)
 
     def decoding_options(self, n_docs: int, candidates: int = 0, **options: Any) -> tuple[decoding.Options, int]:
         """The options of a search, with the generator's special tokens, and how many answers are returned.

@@ -113,7 +113,8 @@ def embed_own(rag: Rag, mesh: jax.sharding.Mesh, params: Params, passages: Passa
         ids = lax.with_sharding_constraint(ids_DNL[:, rows_C], place)
         ids = ids.reshape(devices * chunk, -1).astype(jnp.int32)
         mask = jnp.arange(ids.shape[1])[None] < length_DN[:, rows_C].reshape(-1, 1).astype(jnp.int32)
-        fresh = lax.stop_gradient(rag.embed_passages(params, ids, mask))
+        with sharding.running_on(mesh):
+            fresh = lax.stop_gradient(rag.embed_passages(params, ids, mask))
         return fresh.reshape(devices, chunk, -1).astype(jnp.float32)
 
     chunks = -(-size // chunk)

@@ -131,6 +131,13 @@ def on(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def running_on(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """While a program is traced within, `platform` is that of this mesh; nothing else of `on`."""
+    if jax.sharding.get_abstract_mesh().abstract_device is not None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=mesh.abstract_mesh.abstract_device))
+
+
 def _current() -> AbstractMesh | None:
     """The mesh of `on`; None outside, on one device, and within shard_map, where each device is on its own."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -394,14 +394,12 @@ def denoise_loss(s: Setting, params: Params, batch: Batch, key: jax.Array) -> tu
         batch["tail_ids"].shape[1] + len(s.prefix_ids),
         s.rag.config.reader.pad_id,
     )
-    targets, counted = shift_left(batch["labels"], s.rag.config.reader)
-    logits = s.rag.logits(params, ids[:, None], mask[:, None], batch["labels"], key)[:, 0]
-    logp = jnp.where(counted, objectives.target_logp(logits, targets), 0.0)
-    right = (logits.argmax(-1) == targets) & counted
-    return -logp.sum() / counted.sum(), {
-        "token_accuracy": right.sum() / counted.sum(),
-        "tokens": mask.sum() + counted.sum(),
-    }
+    one = jnp.zeros((len(ids), 1), jnp.float32)  # the score of the only passage there is
+    how = {"label_smoothing": s.stage.label_smoothing, "dropout": key, "logit_chunk": s.stage.logit_chunk}
+    nll_B = s.rag.nll(params, ids[:, None], mask[:, None], one, batch["labels"], **how)
+    counted = shift_left(batch["labels"], s.rag.config.reader)[1].sum()
+    nll = nll_B.sum() / counted
+    return nll, {"nll_per_token": nll, "tokens": mask.sum() + counted}
 
 
 def accumulated(s: Setting, differentiate: Callable, trainable: Params, batch: Batch, key: jax.Array) -> Any:

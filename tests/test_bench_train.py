@@ -175,3 +175,38 @@ def test_bad_loads_are_refused(capsys, more, message):
 def test_largest_needs_an_accelerator(capsys):
     assert tiny.rag_jax("bench", "train", "--load", "small", *words(), "--alone", "--largest") == 2
     assert "asks for an accelerator" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_decoder_only_load(capsys):
+    """What it is, its work beside that of the program, and the memory that it has beside XLA's need."""
+    load = dataclasses.replace(
+        TINY, generator="lm", encoder_layers=0, decoder_layers=3, docs=1, groups=1, dropout=0.0, logit_chunk=96
+    )
+    found = run(capsys, load=load)
+    assert found["load"]["generator"] == "lm" and "transformers" not in found
+    assert found["xla_bytes"] > 0 and 0 < found["resident_bytes"] <= 1.01 * found["peak_process_bytes"]
+    assert found["peak_compiling_bytes"] <= found["peak_process_bytes"]
+    counted, work = matmul_flops(jaxpr_of(load)), bench_load.model_flops(load)
+    gold = 2 * load.questions * load.docs * load.target * load.width * load.vocabulary  # the logits once more
+    assert counted - gold == pytest.approx(sum(work.values()), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--groups", 2], "--groups 2: of a decoder-only model"),
+        (["--generator", "lm"], "--encoder-layers 1: a bart has some, an lm 0"),
+        (["--encoder-layers", 0], "--encoder-layers 0: a bart has some"),
+        (["--generator", "lm", "--encoder-layers", 0, "--heads", 4, "--groups", 3], "a divisor of --heads 4"),
+    ],
+)
+def test_bad_generators_are_refused(capsys, more, message):
+    assert tiny.rag_jax("bench", "train", "--load", "small", *words(), "--alone", *more) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_smollm2_is_a_load_of_its_size():
+    rag = bench_load.model(bench_load.LOADS["smollm2-135m"])
+    params = jax.eval_shape(lambda: rag.init(jax.random.key(0)))["generator"]
+    assert sum(x.size for x in jax.tree.leaves(params)) == 134_515_008  # as its checkpoint has

@@ -284,6 +284,67 @@ def test_contradictions(assignments, message):
         config.check(config.load(TINY, assignments))
 
 
+# a value of every field that is not the default
+OTHER = {
+    "documents": "gold", "n_docs": 4, "hard_negatives": 1, "negatives": "given", "source_length": 100, "window": 8,
+    "refresh": "8", "n_retrieved": 9, "write_back": True, "drift_every": 5, "normaliser": "corpus",
+    "label_smoothing": 0.1, "hf_compat": True, "prior_gradient": False, "questions": 8, "buckets": (8,),
+    "target_buckets": (8,), "doc_chunk": 1, "logit_chunk": 0,
+}  # fmt: skip
+KINDS = {
+    "contrastive": {"hard_negatives", "negatives", "questions", "buckets"},
+    "inverse_cloze": set(),
+    "denoise": {"source_length", "label_smoothing", "logit_chunk"},
+    "rag, gold": {
+        *("documents", "source_length", "window", "label_smoothing", "questions", "buckets", "target_buckets"),
+        "logit_chunk",
+    },
+    "rag, none": {"source_length", "label_smoothing", "questions", "buckets", "target_buckets", "logit_chunk"},
+    "rag, retrieved": set(OTHER) - {"documents", "hard_negatives", "negatives", "window"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_of_a_stage_is_read_or_refused(kind):
+    """Those of StageConfig that nothing of a stage would read, one by one; none is dropped in silence."""
+    assert {f.name for f in dataclasses.fields(config.StageConfig)} == {*OTHER, *config.EVERY_STAGE}
+    assert set(config.READ_BY) == set(OTHER)
+    objective, _, documents = kind.partition(", ")
+    base = config.StageConfig("one", objective, documents or "retrieved")
+    config.check_unread(base, "")
+    for name, value in OTHER.items():
+        if name == "documents" and objective == "rag":
+            continue
+        stage = dataclasses.replace(base, **{name: value})
+        if name in KINDS[kind]:
+            config.check_unread(stage, "stage one: ")
+        else:
+            with pytest.raises(InputError, match=f"stage one: {name}=.* is only for "):
+                config.check_unread(stage, "stage one: ")
+    if objective == "rag":
+        config.check_unread(dataclasses.replace(base, n_docs=1), "")
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"kind": "bm25", "dtype": "int8"}, "search.dtype='int8' is only for search.kind='exact'; it is kind='bm25'"),
+        ({"kind": "scann", "recall_target": 0.9}, "search.recall_target=0.9 is only for search.kind='exact'"),
+        ({"dense": "scann"}, "search.dense='scann' is only for search.kind='hybrid'"),
+        ({"kind": "bm25", "dense": "scann"}, "is only for search.kind='hybrid'; it is kind='bm25'"),
+        ({"kind": "hybrid", "dense": "scann", "scann": {"leaves": 5}, "bm25": {"k1": 2.0}}, ""),
+    ],
+)
+def test_what_another_search_would_read_is_refused(search, message):
+    made = config.build(config.SearchConfig, search)
+    assert {f.name for f in dataclasses.fields(made)} == {"kind", *config.SEARCHED_BY, *config.SECTIONS}
+    if not message:
+        config.check_search_config(made)
+    else:
+        with pytest.raises(InputError, match=re.escape(message)):
+            config.check_search_config(made)
+
+
 def test_what_belongs_together_passes():
     config.check(config.load(TINY, ["stages.retriever.hard_negatives=2", "stages.retriever.refresh=5"]))
 

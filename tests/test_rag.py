@@ -141,6 +141,28 @@ def test_hf_compat_drops_the_prior_of_a_lone_eos(params, token_probabilities):
     first = token_probabilities[1, :, 0, EOS]
     np.testing.assert_allclose(p, [paper[0], first.sum()], rtol=1e-4)
     np.testing.assert_allclose(paper[1], first @ oracles.softmax(SCORES)[1], rtol=1e-4)
+    for hf_compat, prior in ((True, np.ones(K)), (False, oracles.softmax(SCORES)[1])):  # the posterior is of the same
+        posterior = rag().loss(params, IDS, MASK, SCORES, labels, hf_compat)[1]
+        np.testing.assert_allclose(np.exp(posterior[1]), first * prior / (first @ prior), rtol=1e-3)
+
+
+def test_posterior_without_the_first_token(params):
+    """Where bos is not scored, it is no part of what a document explains either."""
+    labels = np.concatenate([np.full((B, 1), EOS), LABELS[:, :4]], 1).astype(np.int32)
+    nll, posterior = rag().loss(params, IDS, MASK, SCORES, labels, exclude_bos_score=True)
+    _, whole = rag().loss(params, IDS, MASK, SCORES, labels)
+    model = rag().generator
+    targets, counted = (np.asarray(x) for x in shift_left(jnp.asarray(labels), MODEL.generator))
+    for b in range(B):
+        logits = [
+            model.apply({"params": params["generator"]}, IDS[b, k][None], MASK[b, k][None], labels[b][None])[0]
+            for k in range(K)
+        ]
+        p = oracles.softmax(np.array(logits))[:, np.arange(T), targets[b]]
+        joint = oracles.softmax(SCORES)[b] * np.prod(np.where(counted[b] & (np.arange(T) > 0), p, 1), 1)
+        np.testing.assert_allclose(nll[b], -np.log(joint.sum()), rtol=1e-4)
+        np.testing.assert_allclose(np.exp(posterior[b]), joint / joint.sum(), rtol=1e-3, atol=1e-6)
+    assert np.abs(whole - posterior).max() > 0.01
 
 
 def test_shapes_that_do_not_fit_are_named(params):

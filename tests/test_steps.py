@@ -544,20 +544,31 @@ def test_inverse_cloze_on_host(params, corpus, mesh, passages):
     assert_metrics(metrics, {"in_batch_accuracy": np.mean(right), "tokens": tokens})
 
 
-def test_denoise_on_host(params, corpus, mesh):
-    s = setting(bags(corpus), StageConfig("denoise", objective="denoise", source_length=48), mesh, corpus)
+@pytest.mark.parametrize(("chunk", "smoothing"), [(0, 0.0), (100, 0.1)])
+def test_denoise_on_host(params, corpus, mesh, chunk, smoothing):
+    stage = StageConfig("denoise", objective="denoise", source_length=48, logit_chunk=chunk, label_smoothing=smoothing)
+    s = setting(bags(corpus), stage, mesh, corpus)
     batch = pipeline.denoise_batches(corpus, batch=B, seed=0, length=48)[0]
     batch["labels"] = np.where(np.arange(48) < 20 + np.arange(B)[:, None], batch["labels"], 1)  # of different lengths
-    value, metrics = jax.jit(lambda p, x: steps.denoise_loss(s, p, x, jax.random.key(0)))(params, batch)
-    table, logp, right, tokens = np.asarray(params["generator"], np.float64), [], [], 0
+    loss = jax.value_and_grad(lambda p, x: steps.denoise_loss(s, p, x, jax.random.key(0)), has_aux=True)
+    (value, metrics), _ = jax.jit(loss)(params, batch)
+    table, logp, smooth, tokens = np.asarray(params["generator"], np.float64), [], [], 0
     for tail, n, label in zip(batch["tail_ids"], batch["tail_length"], batch["labels"], strict=True):
         source, label = [0, *tail[:n]], label[label != 1]
         p = oracles.softmax((table[source].mean(0) + table[label[:-1]]) @ table.T)
         logp += np.log(p[range(len(label) - 1), label[1:]]).tolist()
-        right += (p.argmax(-1) == label[1:]).tolist()
+        smooth += np.log(p).mean(-1).tolist()
         tokens += len(source) + len(label) - 1
-    np.testing.assert_allclose(value, -np.mean(logp), rtol=1e-4)
-    assert_metrics(metrics, {"token_accuracy": np.mean(right), "tokens": tokens})
+    expected = -(1 - smoothing) * np.mean(logp) - smoothing * np.mean(smooth)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    assert_metrics(metrics, {"nll_per_token": expected, "tokens": tokens})
+    text = str(jax.make_jaxpr(loss)(params, batch))
+    logits = {
+        dims
+        for dims in re.findall(r"f32\[([\d,]+)\]", text)
+        if math.prod(map(int, dims.split(","))) == B * 48 * len(table)
+    }
+    assert bool(logits) == (chunk == 0), logits  # all logits exist only where they are asked for
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

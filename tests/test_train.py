@@ -86,7 +86,7 @@ def test_metrics(tiny_run):
     own = {
         "retriever": {"in_batch_accuracy"},
         "read": {"nll_per_token"},
-        "denoise": {"token_accuracy"},
+        "denoise": {"nll_per_token"},
         "joint": {
             *("nll_per_token", "prior_entropy", "unique_documents", "posterior_prior_gap", "index_age"),
             *("row_age", "row_age_max", "score_gap"),

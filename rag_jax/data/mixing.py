@@ -10,8 +10,11 @@ _SCALE = 2**40
 
 
 class Shares(grain.transforms.DatasetSelectionMap):
-    """Which data set element k of a mixture is of, and which of its elements: after any number of elements each set
-    has had its share of them, to less than one element.
+    """Which data set element k of a mixture is of, and which of its elements.
+
+    After any number of elements a set has had less than one element more than its share of them, and less than n - 1
+    fewer, with n sets: the first takes its share rounded up, the second its share of the rest, and so on. The rest
+    after i sets, rounded down i times, is then less than i too small, and the next set takes its share of that.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:

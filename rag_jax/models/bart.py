@@ -105,14 +105,15 @@ class Layer(nn.Module):
         cache: tuple[jax.Array, jax.Array, jax.Array | int] | None,
         deterministic: bool,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        written = None
+        written, whole = None, cache is None
 
         def self_attention(h: jax.Array) -> jax.Array:
             nonlocal written
             kv = self.self_attention.project(h)
             if cache is not None:
                 kv = written = write_cache(cache, kv)
-            return self.drop(self.self_attention(h, [kv], mask, deterministic), deterministic=deterministic)
+            attended = self.self_attention(h, [kv], mask, deterministic, whole=whole)
+            return self.drop(attended, deterministic=deterministic)
 
         place = self.config.norm
         x_BTD = residual(self.self_norm, place, x_BTD, self_attention)
@@ -120,7 +121,8 @@ class Layer(nn.Module):
             kv, cross_mask = cross
 
             def cross_attention(h: jax.Array) -> jax.Array:
-                return self.drop(self.cross_attention(h, [kv], cross_mask, deterministic), deterministic=deterministic)
+                attended = self.cross_attention(h, [kv], cross_mask, deterministic, whole=whole)
+                return self.drop(attended, deterministic=deterministic)
 
             x_BTD = residual(self.cross_norm, place, x_BTD, cross_attention)
 

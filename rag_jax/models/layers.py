@@ -129,6 +129,7 @@ def attention(
     dropout: "Drop | None" = None,
     bias_BHTL: jax.Array | None = None,
     scale: float | None = None,
+    whole: bool = True,
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1), [B, H, T, C]. C is the width of a head; mask is
     True where to look.
@@ -136,9 +137,10 @@ def attention(
     The sources are looked at as if they were one, L the sum of theirs, without being joined in memory. H / G
     neighbouring heads share keys and values (Ainslie et al. 2023). The bias (its B may be 1) is added to the scores,
     which are multiplied by `scale`, C ** -0.5 by default; `dropout` is applied to the weights. A row whose mask is all
-    False gives the mean of the values, never NaN.
+    False gives the mean of the values, never NaN. whole: the queries are all tokens of a text, not a step of decoding
+    beside a cache, whose keys a kernel of another layout would transpose at every step.
     """
-    if dropout is None and has_fused(query_BHTC, sources):
+    if whole and dropout is None and has_fused(query_BHTC, sources):
         return fused_attention(query_BHTC, *sources[0], mask_B1TL, bias_BHTL, scale, "cudnn")
     query_BHTC = query_BHTC * (query_BHTC.shape[-1] ** -0.5 if scale is None else scale)
     keys, values = [key for key, _ in sources], [value for _, value in sources]
@@ -150,12 +152,12 @@ def attention(
 
 
 def has_fused(query_BHTC: jax.Array, sources: Sequence[Source]) -> bool:
-    """Whether cuDNN's attention, which never writes the scores to memory, takes this: on a GPU, 2-byte types, one
-    source, even lengths, heads of at most 128. That is training; a decoding step has one token.
+    """Whether cuDNN's attention, which never writes the scores to memory, takes this: in programs for a GPU, 2-byte
+    types, one source, even lengths, heads of at most 128.
     """
     T, C, L = *query_BHTC.shape[2:], sources[0][0].shape[3]
     fits = len(sources) == 1 and T % 2 == 0 and L % 2 == 0 and C % 8 == 0 and C <= 128
-    return fits and query_BHTC.dtype.itemsize == 2 and jax.default_backend() == "gpu"
+    return fits and query_BHTC.dtype.itemsize == 2 and sharding.platform() == "gpu"
 
 
 def fused_attention(
@@ -448,11 +450,12 @@ class Attention(nn.Module):
         deterministic: bool = True,
         bias_BHTL: jax.Array | None = None,
         turn: Callable[[jax.Array], jax.Array] | None = None,
+        whole: bool = True,
     ) -> jax.Array:
         drop = None if deterministic or not self.dropout else Drop.drawn(self.make_rng("dropout"), self.dropout)
         query = self.split(self.query(x_BTD))
         query = query if turn is None else turn(query)
-        out_BHTC = attention(query, sources, mask_B1TL, drop, bias_BHTL, self.scale)
+        out_BHTC = attention(query, sources, mask_B1TL, drop, bias_BHTL, self.scale, whole)
         return self.out(out_BHTC.swapaxes(1, 2).reshape(*x_BTD.shape[:-1], -1))
 
 

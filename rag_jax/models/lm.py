@@ -158,7 +158,8 @@ class Layer(nn.Module):
         own = self.attention.project(h, turn)
         if cache is not None:
             own = write_cache(cache, own)
-        attended = self.attention(h, [own] if prefix is None else [prefix, own], mask_B1TL, deterministic, turn=turn)
+        sources, whole = [own] if prefix is None else [prefix, own], cache is None
+        attended = self.attention(h, sources, mask_B1TL, deterministic, turn=turn, whole=whole)
         x_BTD = x_BTD + self.drop(attended, deterministic=deterministic)
         h = self.feed_forward(self.feed_forward_norm(x_BTD), deterministic)
         return x_BTD + self.drop(h, deterministic=deterministic), own

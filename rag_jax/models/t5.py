@@ -131,15 +131,16 @@ class Layer(nn.Module):
         cache: tuple[jax.Array, jax.Array, jax.Array | int] | None,
         deterministic: bool,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        written = None
+        written, whole = None, cache is None
         h_BTD = self.self_norm(x_BTD)
         kv = self.self_attention.project(h_BTD)
         if cache is not None:
             kv = written = write_cache(cache, kv)
-        h_BTD = self.self_attention(h_BTD, [kv], mask, deterministic, bias_BHTL)
+        h_BTD = self.self_attention(h_BTD, [kv], mask, deterministic, bias_BHTL, whole=whole)
         x_BTD = x_BTD + self.drop(h_BTD, deterministic=deterministic)
         if cross is not None:
-            h_BTD = self.cross_attention(self.cross_norm(x_BTD), [cross[0]], cross[1], deterministic)
+            h_BTD = self.cross_norm(x_BTD)
+            h_BTD = self.cross_attention(h_BTD, [cross[0]], cross[1], deterministic, whole=whole)
             x_BTD = x_BTD + self.drop(h_BTD, deterministic=deterministic)
         h_BTD = self.feed_forward(self.feed_forward_norm(x_BTD), deterministic)
         return x_BTD + self.drop(h_BTD, deterministic=deterministic), written
