@@ -134,7 +134,8 @@ def options_of(cfg: AnswerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
             del options[name]
         elif options[name] == NOTHING:
             options[name] = None
-    return options | {"bad_words": (*word_ids(tokenizer, cfg.bad_words), *cfg.bad_word_ids)}
+    words = word_ids(tokenizer, cfg.bad_words) if cfg.bad_words else ()
+    return options | {"bad_words": (*words, *cfg.bad_word_ids)}
 
 
 def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

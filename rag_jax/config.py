@@ -35,12 +35,13 @@ class StageConfig:
     objective: `contrastive` (in-batch, gold passages), `inverse_cloze` (the same with sentences of the corpus as
     questions, see retrieval/inverse_cloze.py), `denoise` (masked spans of the corpus) or `rag` (the model's marginal
     likelihood). documents: `retrieved` searches the index, `gold` reads the first gold passage alone, `none` nothing
-    but the question. hard_negatives: in the contrastive loss, that many passages a question are negatives too: of those
-    found for it (negatives=`retrieved`), or drawn from its hard_negative_passage_ids (`given`, as in DPR). window: with
-    gold documents, only that many tokens of the passage around the answer, 0 for the whole. refresh: when the index
-    is made anew, see schedule.py ("" for only at the stage's start). n_retrieved: that many are found, embedded as
-    they are now, and the n_docs best of them read; 0: the n_docs found. write_back: what a step embeds anyway goes
-    into the index. drift_every: steps between measurements of how far the index has drifted, 0 for none.
+    but the question. n_docs: so many are read, 0 for as many as model.n_docs says. hard_negatives: in the contrastive
+    loss, that many passages a question are negatives too: of those found for it (negatives=`retrieved`), or drawn from
+    its hard_negative_passage_ids (`given`, as in DPR). window: with gold documents, only that many tokens of the
+    passage around the answer, 0 for the whole. refresh: when the index is made anew, see schedule.py ("" for only at
+    the stage's start). n_retrieved: that many are found, embedded as they are now, and the n_docs best of them read; 0:
+    the n_docs found. write_back: what a step embeds anyway goes into the index. drift_every: steps between measurements
+    of how far the index has drifted, 0 for none.
     normaliser: p(z|x) is over what was retrieved, or over the whole corpus. prior_gradient=False stops the gradient
     to the retriever. questions: train on this many of the questions of each input only, 0 for all.
 
@@ -58,7 +59,7 @@ class StageConfig:
     documents: Literal["retrieved", "gold", "none"] = "retrieved"
     steps: int = 1000
     batch: int = 16
-    n_docs: int = 5
+    n_docs: int = 0  # 0: the model's
     hard_negatives: int = 0
     negatives: Literal["retrieved", "given"] = "retrieved"
     source_length: int = 0  # 0: the model's
@@ -139,6 +140,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         build(AnswerConfig, self.answering, "config.answering")
+        stages = (dataclasses.replace(stage, n_docs=stage.n_docs or self.model.n_docs) for stage in self.stages)
+        object.__setattr__(self, "stages", tuple(stages))
 
 
 def answering(cfg: TrainConfig, **defaults: object) -> AnswerConfig:

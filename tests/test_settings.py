@@ -40,7 +40,7 @@ CHECKPOINTS = {
     "gpt2": ("GPT2", "GPT2", {"vocab_size": 41, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32,
              "bos_token_id": 1, "eos_token_id": [2, 3], "embd_pdrop": 0.1, "attn_pdrop": 0.3}, {}),
     "llama": ("Llama", "Llama", ROTARY | {"eos_token_id": [2, 3, 4]}, {}),
-    "mistral": ("Mistral", "Mistral", ROTARY | {"sliding_window": 32}, {}),
+    "mistral": ("Mistral", "Mistral", ROTARY | {"sliding_window": 400}, {}),
     "qwen2": ("Qwen2", "Qwen2", ROTARY | {"bos_token_id": None}, {"repetition_penalty": 1.1, "do_sample": True}),
     "many": ("Bart", "Bart", SMALL, MANY),
 }  # fmt: skip
@@ -119,6 +119,11 @@ def test_no_key_of_transformers_is_missing():
     for name in SETTINGS:
         if name.startswith("config.json of") and "Pooling" not in name:
             assert not set(old) - set(SETTINGS[name]), name
+
+
+def test_the_documented_table_is_that_of_the_code():
+    file = Path(__file__).resolve().parents[1] / "docs/settings.md"
+    assert file.read_text() == settings.document(SETTINGS), "write it again: python scripts/settings_table.py"
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------

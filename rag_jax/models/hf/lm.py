@@ -24,6 +24,15 @@ from rag_jax.models.hf.settings import COMMON, Table, fates, idle, into, only
 from rag_jax.models.lm import LmConfig
 from rag_jax.models.special import NONE
 
+ROPE: Table = fates({
+    "rope_type type": into("rope_scaling"),
+    "rope_theta": into("rope_theta"),
+    "factor": into("rope_factor"),
+    "low_freq_factor": into("rope_low"),
+    "high_freq_factor": into("rope_high"),
+    "original_max_position_embeddings": into("rope_original"),
+    "partial_rotary_factor": only(1.0, why="whole heads are rotated"),
+})  # fmt: skip
 DECODER_ONLY: Table = COMMON | LEGACY_LM | fates({
     "is_encoder_decoder": only(False, why="passage and answer go through one stack"),
     "is_decoder": idle("a decoder in any case"),
@@ -62,7 +71,7 @@ LLAMA: Table = DECODER_ONLY | fates({
     "rms_norm_eps": into("eps"),
     "hidden_act": into("activation"),
     "rope_theta": into("rope_theta"),
-    "rope_scaling rope_parameters": into("rope_scaling"),
+    "rope_scaling rope_parameters": into("rope_scaling", ROPE),
     "original_max_position_embeddings": into("rope_original"),
     "partial_rotary_factor": only(1.0, why="whole heads are rotated"),
     "rope_interleaved": only(False, why="a head's halves are rotated against each other"),
@@ -82,15 +91,6 @@ QWEN2: Table = LLAMA | fates({
     "attention_bias": only(True, why="Qwen2 has biases on queries, keys and values"),
     "mlp_bias": only(False, why="Qwen2 has no biases there"),
     "use_mrope": only(False, why="positions are those of text"),
-})  # fmt: skip
-ROPE: Table = fates({
-    "rope_type type": into("rope_scaling"),
-    "rope_theta": into("rope_theta"),
-    "factor": into("rope_factor"),
-    "low_freq_factor": into("rope_low"),
-    "high_freq_factor": into("rope_high"),
-    "original_max_position_embeddings": into("rope_original"),
-    "partial_rotary_factor": only(1.0, why="whole heads are rotated"),
 })  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def rope(config: HfConfig, where: str) -> dict[str, Any]:
 
 def llama_config(config: HfConfig, where: str) -> LmConfig:
     """Of a LlamaConfig, or of what `mistral_config` and `qwen2_config` say in its words."""
-    if other := sorted(set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}):
+    if other := sorted(set(config.get("layer_types") or ()) - {"full_attention"}):
         raise InputError(f"{where}: layer_types {', '.join(other)} are not supported; full_attention is")
     biased = bool(config.get("attention_bias", False))
     tokens = lm_tokens(config, where, 1, 2)
@@ -204,10 +204,13 @@ def mistral_config(config: HfConfig, where: str) -> LmConfig:
 def qwen2_config(config: HfConfig, where: str) -> LmConfig:
     types = config.get("layer_types")
     first = config.get("max_window_layers", 28)  # the first layer with a window, where no types are given
+    if other := sorted(set(types or ()) - {"full_attention", "sliding_attention"}):
+        raise InputError(f"{where}: layer_types {', '.join(other)} are not supported; full_attention is")
     slides = "sliding_attention" in types if types else first < need(config, "num_hidden_layers", where)
     slides = slides and bool(config.get("use_sliding_window", False))
     defaults = {"num_key_value_heads": 32, "bos_token_id": None, "eos_token_id": None}
-    c = llama_config(defaults | dict(config) | {"attention_bias": True, "mlp_bias": False}, where)
+    biases = {"attention_bias": True, "mlp_bias": False}
+    c = llama_config(defaults | dict(config) | biases | {"layer_types": None}, where)
     return replace(c, out_bias=False, window=config.get("sliding_window", 4096) or 0 if slides else 0)
 
 

@@ -4,6 +4,7 @@ A key is honoured (into which setting here), without effect here (why), or refus
 nothing (why). A key that the table does not have is refused by name. `--ignore-setting KEY` leaves one out.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -12,19 +13,22 @@ from rag_jax.errors import InputError
 
 
 class Fate(NamedTuple):
-    """What becomes of a key. text: where it goes (honoured), else the reason; values: those that are not refused."""
+    """What becomes of a key. text: where it goes (honoured), else the reason; values: those that are not refused;
+    inner: the table of its keys, where the value is an object.
+    """
 
     kind: Literal["honoured", "without effect", "refused"]
     text: str
     values: tuple[Any, ...] = ()
+    inner: "dict[str, Fate] | None" = None
 
 
 Table = dict[str, Fate]
 
 
-def into(setting: str) -> Fate:
-    """Honoured: the key's value becomes this setting here."""
-    return Fate("honoured", setting)
+def into(setting: str, inner: Table | None = None) -> Fate:
+    """Honoured: the key's value becomes this setting here; inner: the table of its keys, where it is an object."""
+    return Fate("honoured", setting, inner=inner)
 
 
 def idle(why: str) -> Fate:
@@ -94,7 +98,8 @@ class Account:
                 self.taken.append(Taken(fate.text if "." in fate.text else prefix + fate.text, where, key, value))
             elif fate.kind == "without effect" and value not in (None, False, "", [], {}):
                 self.idle.append((f"{where}: {key}", value, fate.text))
-            kept[key] = value
+            nested = fate.inner is not None and isinstance(value, Mapping)
+            kept[key] = self.read(value, fate.inner or {}, f"{where}: {key}", prefix) if nested else value
         return kept
 
     def check(self) -> None:
@@ -150,3 +155,22 @@ COMMON: Table = fates({
     "per_layer_config": only(why="all layers have one form here"),
     "sep_token_id mask_token_id": idle("the tokenizer has it"),
 })  # fmt: skip
+
+
+def document(tables: Mapping[str, Table]) -> str:
+    """All tables as Markdown: docs/settings.md, which a test holds to them."""
+    lines = [
+        "# What becomes of every setting of a checkpoint",
+        "",
+        "Written by `python scripts/settings_table.py`, from the tables that `rag-jax convert` decides by. A key that",
+        "a table does not have is an error that names it; `--ignore-setting KEY` leaves a key out, and the report says so.",
+        "What is refused is so for all values but those named (null always passes).",
+    ]
+    for name, rows in tables.items():
+        lines += ["", f"## {name}", "", "| key | | |", "|---|---|---|"]
+        for key, fate in sorted(rows.items()):
+            text = f"into `{fate.text}`" if fate.kind == "honoured" else fate.text
+            if fate.kind == "refused":
+                text = f"but {' or '.join(f'`{json.dumps(value)}`' for value in fate.values) or '`null`'}: {text}"
+            lines.append(f"| `{key}` | {fate.kind} | {text} |")
+    return "\n".join(lines) + "\n"
