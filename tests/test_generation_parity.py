@@ -94,12 +94,11 @@ def answers_of_both(case: str, directory: Path, seed: int) -> tuple[np.ndarray, 
     ours = np.asarray(jax.jit(generate)(params, ids, mask))[:, 1:]
     expected = np.ones_like(ours)
     for row, length in enumerate(mask.sum(1)):
-        given = ids[row, :length].tolist() + (
-            [] if theirs.config.is_encoder_decoder else [source.model.reader.start_id]
-        )
+        given, both = ids[row, :length].tolist(), theirs.config.is_encoder_decoder
+        given += [] if both else [source.model.reader.start_id]
         with torch.no_grad():
             found = theirs.generate(input_ids=torch.tensor([given]))[0].tolist()
-        found = found[1:] if theirs.config.is_encoder_decoder else found[len(given) :]
+        found = found[1:] if both else found[len(given) :]
         expected[row, : len(found)] = found
     return expected, ours
 

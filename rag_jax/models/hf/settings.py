@@ -128,7 +128,7 @@ class Account:
 
 COMMON: Table = fates({
     "model_type": into("kind"),
-    "architectures": idle("the class that wrote it; `rag_variant` where the model is a RAG composite"),
+    "architectures": idle("the class that wrote it"),
     "_name_or_path name_or_path _commit_hash transformers_version":
         idle("where the file comes from"),
     "torch_dtype dtype": idle("parameters are float32 here, and `dtype` says what is computed in"),
@@ -158,19 +158,28 @@ COMMON: Table = fates({
 
 
 def document(tables: Mapping[str, Table]) -> str:
-    """All tables as Markdown: docs/settings.md, which a test holds to them."""
-    lines = [
-        "# What becomes of every setting of a checkpoint",
-        "",
-        "Written by `python scripts/settings_table.py`, from the tables that `rag-jax convert` decides by. A key that",
-        "a table does not have is an error that names it; `--ignore-setting KEY` leaves a key out, and the report says so.",
-        "What is refused is so for all values but those named (null always passes).",
-    ]
-    for name, rows in tables.items():
-        lines += ["", f"## {name}", "", "| key | | |", "|---|---|---|"]
-        for key, fate in sorted(rows.items()):
+    """All tables as one, in Markdown: docs/settings.md, which a test holds to them."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, known in tables.items():
+        for key, fate in known.items():
             text = f"into `{fate.text}`" if fate.kind == "honoured" else fate.text
             if fate.kind == "refused":
                 text = f"but {' or '.join(f'`{json.dumps(value)}`' for value in fate.values) or '`null`'}: {text}"
-            lines.append(f"| `{key}` | {fate.kind} | {text} |")
+            rows.setdefault((key, f"{fate.kind} | {text}"), []).append(name)
+    configs = [name.removeprefix(CONFIG_OF) for name in tables if name.startswith(CONFIG_OF)]
+    lines = [HEAD, "| key | | | of |", "|---|---|---|---|"]
+    for (key, text), names in sorted(rows.items()):
+        of = [name.removeprefix(CONFIG_OF) for name in names]
+        of = ["every config.json", *(name for name in of if name not in configs)] if set(configs) <= set(of) else of
+        lines.append(f"| `{key}` | {text} | {', '.join(of)} |")
     return "\n".join(lines) + "\n"
+
+
+CONFIG_OF = "config.json of "
+HEAD = """# What becomes of every setting of a checkpoint
+
+Written by `python scripts/settings_table.py`, from the tables that `rag-jax convert` decides by. A key that they do not
+have for a file is an error that names it; `--ignore-setting KEY` leaves a key out, and the report says so. What is
+refused is so for all values but those named; null always passes. A name in the last column is a config.json's
+model_type, if it is no file's.
+"""
