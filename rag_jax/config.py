@@ -20,6 +20,7 @@ from rag_jax.answer_config import AnswerConfig
 from rag_jax.data import sources, tasks
 from rag_jax.data.tasks import TaskConfig
 from rag_jax.errors import InputError
+from rag_jax.models.lm import LmConfig, check_window
 from rag_jax.optimizer import OptimizerConfig
 from rag_jax.rag import RagConfig
 from rag_jax.retrieval.ann import AnnConfig
@@ -34,12 +35,13 @@ class StageConfig:
     objective: `contrastive` (in-batch, gold passages), `inverse_cloze` (the same with sentences of the corpus as
     questions, see retrieval/inverse_cloze.py), `denoise` (masked spans of the corpus) or `rag` (the model's marginal
     likelihood). documents: `retrieved` searches the index, `gold` reads the first gold passage alone, `none` nothing
-    but the question. hard_negatives: in the contrastive loss, that many passages a question are negatives too: of those
-    found for it (negatives=`retrieved`), or drawn from its hard_negative_passage_ids (`given`, as in DPR). window: with
-    gold documents, only that many tokens of the passage around the answer, 0 for the whole. refresh: when the index
-    is made anew, see schedule.py ("" for only at the stage's start). n_retrieved: that many are found, embedded as
-    they are now, and the n_docs best of them read; 0: the n_docs found. write_back: what a step embeds anyway goes
-    into the index. drift_every: steps between measurements of how far the index has drifted, 0 for none.
+    but the question. n_docs: so many are read, 0 for as many as model.n_docs says. hard_negatives: in the contrastive
+    loss, that many passages a question are negatives too: of those found for it (negatives=`retrieved`), or drawn from
+    its hard_negative_passage_ids (`given`, as in DPR). window: with gold documents, only that many tokens of the
+    passage around the answer, 0 for the whole. refresh: when the index is made anew, see schedule.py ("" for only at
+    the stage's start). n_retrieved: that many are found, embedded as they are now, and the n_docs best of them read; 0:
+    the n_docs found. write_back: what a step embeds anyway goes into the index. drift_every: steps between measurements
+    of how far the index has drifted, 0 for none.
     normaliser: p(z|x) is over what was retrieved, or over the whole corpus. prior_gradient=False stops the gradient
     to the retriever. questions: train on this many of the questions of each input only, 0 for all.
 
@@ -57,7 +59,7 @@ class StageConfig:
     documents: Literal["retrieved", "gold", "none"] = "retrieved"
     steps: int = 1000
     batch: int = 16
-    n_docs: int = 5
+    n_docs: int = 0  # 0: the model's
     hard_negatives: int = 0
     negatives: Literal["retrieved", "given"] = "retrieved"
     source_length: int = 0  # 0: the model's
@@ -105,10 +107,10 @@ class TrainConfig:
     questions. answers: of a question that has several, its first one, one drawn in each epoch (`sample`), or a pair of
     its own for every one (`every`). task: what is read and written. answering: how the run answers by default, in
     evaluations and when it is asked: fields of AnswerConfig over those that follow from the model.
-    init: a run directory, or a converted checkpoint, whose parameters are the start, "" for new ones; what `model`
-    leaves open is then as there. index: an index of the first parameters, made by rag-jax index, "" to embed at the
-    start. drift_sample: passages that the drift of the index is measured on. live: at every log line, training looks
-    whether `corpus` leads to an update of the one in use, and goes on with that. keep_best: besides the newest
+    init: a run directory, or a converted checkpoint, whose parameters are the start, "" for new ones; what `model` and
+    `answering` leave open is then as there. index: an index of the first parameters, made by rag-jax index, "" to embed
+    at the start. drift_sample: passages that the drift of the index is measured on. live: at every log line, training
+    looks whether `corpus` leads to an update of the one in use, and goes on with that. keep_best: besides the newest
     `keep_checkpoints`, that many stay whose evaluation had the largest `best_metric`; each evaluation has a checkpoint.
     stop_on_nonfinite: the run ends at the first loss or gradient that is not finite, with nothing written of it.
     """
@@ -140,6 +142,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         build(AnswerConfig, self.answering, "config.answering")
+        stages = (dataclasses.replace(stage, n_docs=stage.n_docs or self.model.n_docs) for stage in self.stages)
+        object.__setattr__(self, "stages", tuple(stages))
 
 
 def answering(cfg: TrainConfig, **defaults: object) -> AnswerConfig:
@@ -229,6 +233,11 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
         raise InputError(f"{where}objective={stage.objective!r} needs a generator, and model.generator is None")
     if cfg.model.generator is not None and length > cfg.model.generator.positions:
         raise InputError(f"{where}source_length={length} is more than the {cfg.model.generator.positions} positions")
+    if isinstance(cfg.model.generator, LmConfig):
+        try:
+            check_window(length + cfg.target_length, cfg.model.generator)
+        except ValueError as error:
+            raise InputError(f"{where}{error}") from error
     if stage.objective == "rag" and stage.window + cfg.model.question_length >= length:
         raise InputError(
             f"{where}source_length={length} has no room for a window of {stage.window} tokens beside questions of "
@@ -483,11 +492,15 @@ def evaluated(path: str, assignments: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def load(path: str, assignments: Sequence[str] = ()) -> TrainConfig:
-    """The TrainConfig of a configuration file, with `key=value` overrides; `model` is filled up from `init`."""
+    """The TrainConfig of a configuration file, with `key=value` overrides; `model` and `answering` are filled up from
+    `init`.
+    """
     values = evaluated(path, assignments)
     start = Path(str(values.get("init") or "")) / "config.json"
     if values.get("init") and start.is_file():
-        values["model"] = merge(plain(read(start).model), values.get("model") or {})
+        first = read(start)
+        values["model"] = merge(plain(first.model), values.get("model") or {})
+        values["answering"] = merge(first.answering, values.get("answering") or {})
     return build(TrainConfig, values)
 
 
@@ -532,4 +545,15 @@ def read(path: Path) -> TrainConfig:
     if not isinstance(values, dict):
         why = "not a JSON object" if text else "the file is empty"
         raise InputError(f"{path}: {why}; restore it from a copy, or name another run directory")
-    return build(TrainConfig, values, str(path))
+    return build(TrainConfig, renewed(values), str(path))
+
+
+def renewed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of a run that an earlier version wrote, with the names of now."""
+    model = values.get("model")
+    generator = model.get("generator") if isinstance(model, Mapping) else None
+    if isinstance(model, Mapping) and isinstance(generator, Mapping) and "generate_from_eos" in generator:
+        now = {name: value for name, value in generator.items() if name != "generate_from_eos"}
+        now |= {"start_id": generator.get("eos_id", 2)} if generator["generate_from_eos"] else {}
+        return {**values, "model": {**model, "generator": now}}
+    return values

@@ -58,5 +58,9 @@ def text(made: dict[str, Any]) -> str:
     """What a reader sees: the counts, then each setting and where it came from."""
     lines = [f"{name}: {value}" for name, value in made.items() if not isinstance(value, dict)]
     lines += [f"{setting} <- {where}" for setting, where in made["settings"].items()]
-    lines += [f"without effect: {where} ({why})" for where, why in made["without_effect"].items()]
+    idle: dict[str, list[str]] = {}
+    for name in made["without_effect"]:
+        where, _, key = name.rpartition(": ")
+        idle.setdefault(where, []).append(key)
+    lines += [f"without effect here: {where}: {', '.join(keys)}" for where, keys in idle.items()]
     return "\n".join(lines + [f"left out: {where}={value!r}" for where, value in made["ignored_settings"].items()])

@@ -417,9 +417,8 @@ def test_what_is_missing_is_what_the_class_says():
         ("gpt2", {"embd_pdrop": 0.5}, "embd_pdrop"),
         ("gpt2", {"activation_function": "quick_gelu"}, "quick_gelu"),
         ("gpt2", {"n_embd": None}, "n_embd is None"),
-        ("mistral", {"sliding_window": 4096}, "sliding_window=4096"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
-        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
+        ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
         ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope'"),
@@ -436,9 +435,24 @@ def test_what_is_not_built_here_is_refused(name, changes, message):
         read(name, **changes)
 
 
-def test_a_mistral_that_does_not_say_has_a_window():
-    with pytest.raises(InputError, match="sliding_window=4096"):
-        tables.mistral_config({k: v for k, v in CONFIGS["mistral"].items() if k != "sliding_window"}, "")
+def test_a_window_is_known_and_longer_inputs_are_refused():
+    silent = {k: v for k, v in CONFIGS["mistral"].items() if k != "sliding_window"}
+    assert tables.mistral_config(silent, "").window == 4096 and read("mistral").window == 0
+    both = ["full_attention", "sliding_attention"]
+    for changes, window in (
+        ({"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}, 20),
+        ({"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 28}, 0),
+        ({"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 28, "layer_types": both}, 20),
+        ({"use_sliding_window": False, "sliding_window": 20, "layer_types": both}, 0),
+    ):
+        assert read("qwen2", **changes).window == window
+    small = read("mistral", sliding_window=12)
+    module = Lm(small)
+    ids, mask, target = np.ones((1, 8), np.int32), np.ones((1, 8), bool), np.ones((1, 4), np.int32)
+    params = module.init(jax.random.key(0), ids, mask, target)
+    assert tables.describe_mistral(small)["sliding_window"] == 12
+    with pytest.raises(ValueError, match="window of 12 tokens"):
+        module.apply(params, ids, mask, np.ones((1, 5), np.int32))
 
 
 def test_the_family_of_a_configuration():

@@ -166,6 +166,7 @@ def assembler(
     gold_width = max(1, int(found.gold.lengths().max()))
     own: Any = slice(None) if wanted.own is None else wanted.own
     encoder_pad, generator_pad = corpus.encoder_tokenizer.pad_id, corpus.generator_tokenizer.pad_id
+    label_pad = corpus.generator_tokenizer.labels.pad_id
 
     def assemble(places: np.ndarray, rng: np.random.Generator) -> Batch:
         rows = bucket.units[places]
@@ -176,7 +177,7 @@ def assembler(
             "question_length": found.question.lengths(mine),
             "tail_ids": found.tail.padded(mine, bucket.question, generator_pad),
             "tail_length": found.tail.lengths(mine),
-            "labels": found.label.padded(pairs[own], bucket.target, generator_pad),
+            "labels": found.label.padded(pairs[own], bucket.target, label_pad),
             "gold": found.gold.padded(mine, gold_width, -1),
             "source": mine.astype(np.int32),
         }
@@ -274,7 +275,7 @@ def denoise_batches(
             sources.append([*corrupt(ids, mask_id, rng, share), *tokenizer.suffix_ids])
             labels.append(tokenizer.label(ids.tolist(), length))
         tail_ids, tail_length = pad_rows(sources, length - len(tokenizer.prefix_ids), tokenizer.pad_id, np.int32)
-        label_ids, _ = pad_rows(labels, length, tokenizer.pad_id, np.int32)
+        label_ids, _ = pad_rows(labels, length, tokenizer.labels.pad_id, np.int32)
         rows = np.array([row for row, _ in drawn], np.int32)
         return {"tail_ids": tail_ids, "tail_length": tail_length, "labels": label_ids, "source": rows}
 

@@ -12,4 +12,4 @@ POOLING: Table = fates({
     "include_prompt": only(True, why="the mean is over all tokens"),
 })  # fmt: skip
 
-TABLES: dict[str, Table] = {"config.json of Pooling": POOLING}
+TABLES: dict[str, Table] = {"1_Pooling/config.json": POOLING}

@@ -4,6 +4,7 @@ A key is honoured (into which setting here), without effect here (why), or refus
 nothing (why). A key that the table does not have is refused by name. `--ignore-setting KEY` leaves one out.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -12,19 +13,22 @@ from rag_jax.errors import InputError
 
 
 class Fate(NamedTuple):
-    """What becomes of a key. text: where it goes (honoured), else the reason; values: those that are not refused."""
+    """What becomes of a key. text: where it goes (honoured), else the reason; values: those that are not refused;
+    inner: the table of its keys, where the value is an object.
+    """
 
     kind: Literal["honoured", "without effect", "refused"]
     text: str
     values: tuple[Any, ...] = ()
+    inner: "dict[str, Fate] | None" = None
 
 
-Table = Mapping[str, Fate]
+Table = dict[str, Fate]
 
 
-def into(setting: str) -> Fate:
-    """Honoured: the key's value becomes this setting here."""
-    return Fate("honoured", setting)
+def into(setting: str, inner: Table | None = None) -> Fate:
+    """Honoured: the key's value becomes this setting here; inner: the table of its keys, where it is an object."""
+    return Fate("honoured", setting, inner=inner)
 
 
 def idle(why: str) -> Fate:
@@ -94,7 +98,8 @@ class Account:
                 self.taken.append(Taken(fate.text if "." in fate.text else prefix + fate.text, where, key, value))
             elif fate.kind == "without effect" and value not in (None, False, "", [], {}):
                 self.idle.append((f"{where}: {key}", value, fate.text))
-            kept[key] = value
+            nested = fate.inner is not None and isinstance(value, Mapping)
+            kept[key] = self.read(value, fate.inner or {}, f"{where}: {key}", prefix) if nested else value
         return kept
 
     def check(self) -> None:
@@ -123,7 +128,7 @@ class Account:
 
 COMMON: Table = fates({
     "model_type": into("kind"),
-    "architectures": idle("the class that wrote it; `rag_variant` where the model is a RAG composite"),
+    "architectures": idle("the class that wrote it"),
     "_name_or_path name_or_path _commit_hash transformers_version":
         idle("where the file comes from"),
     "torch_dtype dtype": idle("parameters are float32 here, and `dtype` says what is computed in"),
@@ -150,3 +155,31 @@ COMMON: Table = fates({
     "per_layer_config": only(why="all layers have one form here"),
     "sep_token_id mask_token_id": idle("the tokenizer has it"),
 })  # fmt: skip
+
+
+def document(tables: Mapping[str, Table]) -> str:
+    """All tables as one, in Markdown: docs/settings.md, which a test holds to them."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, known in tables.items():
+        for key, fate in known.items():
+            text = f"into `{fate.text}`" if fate.kind == "honoured" else fate.text
+            if fate.kind == "refused":
+                text = f"but {' or '.join(f'`{json.dumps(value)}`' for value in fate.values) or '`null`'}: {text}"
+            rows.setdefault((key, f"{fate.kind} | {text}"), []).append(name)
+    configs = [name.removeprefix(CONFIG_OF) for name in tables if name.startswith(CONFIG_OF)]
+    lines = [HEAD, "| key | | | of |", "|---|---|---|---|"]
+    for (key, text), names in sorted(rows.items()):
+        of = [name.removeprefix(CONFIG_OF) for name in names]
+        of = ["every config.json", *(name for name in of if name not in configs)] if set(configs) <= set(of) else of
+        lines.append(f"| `{key}` | {text} | {', '.join(of)} |")
+    return "\n".join(lines) + "\n"
+
+
+CONFIG_OF = "config.json of "
+HEAD = """# What becomes of every setting of a checkpoint
+
+Written by `python scripts/settings_table.py`, from the tables that `rag-jax convert` decides by. A key that they do not
+have for a file is an error that names it; `--ignore-setting KEY` leaves a key out, and the report says so. What is
+refused is so for all values but those named; null always passes. A name in the last column is a config.json's
+model_type, if it is no file's.
+"""
