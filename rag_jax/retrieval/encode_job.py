@@ -39,6 +39,7 @@ class Job:
     dtype: str
     shard_rows: int
     batch: int
+    form: str = ""  # as in index.Manifest
 
     @property
     def shards(self) -> list[Identity]:
@@ -54,7 +55,7 @@ def read_job(directory: Path) -> Job:
     """InputError where there is no job."""
     again = "name a directory made by rag-jax encode"
     found = files.read_sealed(directory / JOB, KIND, VERSION, again)
-    return Job(**{field.name: found[field.name] for field in fields(Job)})
+    return Job(**{field.name: found[field.name] for field in fields(Job) if field.name in found})
 
 
 def begin(directory: Path, job: Job) -> None:
