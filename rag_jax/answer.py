@@ -371,7 +371,9 @@ def answer_questions(
     program = program or make_answer(loaded, cfg)
     corpus, model = loaded.corpus, loaded.rag.config
     sides = corpus.encoder_tokenizer, corpus.generator_tokenizer
-    tables = pipeline.encode_questions(questions, *sides, model.question_length, model.question_keeps)
+    tables = pipeline.encode_questions(
+        questions, *sides, model.question_length, model.question_keeps, model.tail_length
+    )
     shards = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
     size = -(-bucket(len(questions), cfg.batch, 1) // shards) * shards
     length_N = np.maximum(tables["question_length"], tables["tail_length"])

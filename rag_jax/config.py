@@ -196,7 +196,8 @@ def check(cfg: TrainConfig) -> None:
     if not cfg.train and (asking := [stage.name for stage in cfg.stages if asks(stage)]):
         raise InputError(f"train='' names no questions, which stage {asking[0]} needs: --set train=FILE")
     sources.weighted(cfg.train)
-    limits = [("model.question_length", cfg.model.question_length, cfg.model.encoder.positions)]
+    prefix = len(cfg.model.query_prefix_ids)
+    limits = [("model.question_length", cfg.model.question_length + prefix, cfg.model.encoder.positions)]
     if cfg.model.generator is not None:
         limits.append(("target_length", cfg.target_length, cfg.model.generator.positions))
         limits.append(("model.source_length", cfg.model.source_length, cfg.model.generator.positions))
@@ -238,10 +239,10 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
             check_window(length + cfg.target_length, cfg.model.generator)
         except ValueError as error:
             raise InputError(f"{where}{error}") from error
-    if stage.objective == "rag" and stage.window + cfg.model.question_length >= length:
+    if stage.objective == "rag" and stage.window + cfg.model.tail_length >= length:
         raise InputError(
             f"{where}source_length={length} has no room for a window of {stage.window} tokens beside questions of "
-            f"{cfg.model.question_length} and a first token"
+            f"{cfg.model.tail_length} and a first token"
         )
     optimizer.schedule(stage.optimizer, stage.steps)
     optimizer.check(stage.optimizer)
@@ -348,10 +349,14 @@ def check_search(cfg: TrainConfig, stage: StageConfig, where: str) -> None:
         raise InputError(f"{where}refresh={stage.refresh!r}, but the stage does not train {side}: nothing would change")
     if stage.n_retrieved and stage.n_retrieved <= stage.n_docs:
         raise InputError(f"{where}n_retrieved={stage.n_retrieved} must be more than n_docs={stage.n_docs}, or 0")
-    if stage.write_back and not stage.n_retrieved and (not trains or cfg.model.encoder.dropout):
+    if (
+        stage.write_back
+        and not stage.n_retrieved
+        and (not trains or cfg.model.encoder.dropout or cfg.model.encoder.weights_dropout)
+    ):
         raise InputError(
             f"{where}write_back=True has nothing exact to write: the stage has to train {side} with "
-            "model.encoder.dropout=0, or to set n_retrieved"
+            "model.encoder.dropout=0 (and attention_dropout), or to set n_retrieved"
         )
     if cfg.search.kind != "exact":
         for name, value in (

@@ -2,10 +2,12 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rag_jax import pretrained, saving, sharding
+from rag_jax.encoder_files import Asked
 from rag_jax.errors import InputError
+from rag_jax.models.bert import Pooling
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +24,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source-length", type=int, default=0, help="longest generator input (default: as stored, 300)"
     )
+    parser.add_argument("--pooling", choices=get_args(Pooling), help="of the encoder's states (default: as stored)")
+    parser.add_argument("--question-length", type=int, default=0, help="tokens of a question read (default: as stored)")
+    parser.add_argument(
+        "--passage-length", type=int, default=0, help="tokens of a passage, for corpora of it (default: as stored)"
+    )
+    parser.add_argument(
+        "--query-prefix", metavar="TEXT", help='before every question, as "query: " (default: as stored)'
+    )
+    parser.add_argument("--passage-prefix", metavar="TEXT", help="likewise before every passage")
     parser.add_argument(
         "--ignore-setting", action="append", default=[], metavar="KEY", help="leave this key of the files out"
     )
@@ -38,17 +49,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if (args.source is None) == (args.question_encoder is None):
         raise InputError("give either SOURCE, a whole model, or --question-encoder and the other parts")
     ignore = tuple(args.ignore_setting)
+    names = ("question_length", "passage_length", "query_prefix", "passage_prefix")
+    asked = Asked(args.pooling or "", *(getattr(args, name) for name in names))
+    for name in names[:2]:
+        if getattr(args, name) < 0 or 0 < getattr(args, name) < 8:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 8 tokens")
     if args.source is not None:
         if args.generator:
             raise InputError("--generator is for --question-encoder; SOURCE has its own")
         context = args.context_encoder and pretrained.find(args.context_encoder)
         source = pretrained.open_source(
-            pretrained.find(args.source), args.variant, args.change_variant, context, ignore
+            pretrained.find(args.source), args.variant, args.change_variant, context, ignore, asked
         )
     else:
         context, generator = (value and pretrained.find(value) for value in (args.context_encoder, args.generator))
         question = pretrained.find(args.question_encoder)
-        source = pretrained.combine(question, context, generator, args.variant or "sequence", ignore)
+        source = pretrained.combine(question, context, generator, args.variant or "sequence", ignore, asked)
     source = source.resized(args.n_docs, args.source_length)
     made = saving.write_run(source, args.out, sharding.make_mesh(), args.overwrite)
     return made if args.json else {"text": text(made)}

@@ -29,6 +29,7 @@ class Encoder:
     hash: str
     step: int
     width: int
+    form: str
 
     def rows(self, corpus: Corpus, batch: int = encode.BATCH) -> encode.EmbedRows:
         """Embeds ranges of rows of the corpus on all devices of this process."""
@@ -36,7 +37,7 @@ class Encoder:
 
     def manifest(self, corpus: Corpus, dtype: str = "float32") -> index.Manifest:
         """That of a snapshot of the corpus."""
-        return index.Manifest.of(corpus, self.hash, self.step, self.width, dtype)
+        return index.Manifest.of(corpus, self.hash, self.step, self.width, dtype, self.form)
 
 
 def read_encoder(run_dir: Path, corpus: Corpus) -> Encoder:
@@ -49,25 +50,20 @@ def read_encoder(run_dir: Path, corpus: Corpus) -> Encoder:
             f"{run_dir}: has no context encoder to embed passages with; give it one: rag-jax convert "
             "--question-encoder A --context-encoder B --generator C --out DIR"
         )
-    longest, positions = corpus.encoder_ids.shape[1], rag.config.encoder.positions
-    if longest > positions:
-        raise InputError(
-            f"{corpus.directory}: up to {longest} tokens a passage for the encoder, which has {positions} positions; "
-            f"rebuild the corpus with --encoder-length {positions}"
-        )
+    runs.check_length(rag, corpus)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     side = "question_encoder" if rag.config.tie_encoders else "context_encoder"
     checkpoint.check_params(run_dir / "params")
     like = runs.param_places(rag, mesh)[side]
     params = unflatten_dict(dict(checkpoint.read_part(run_dir / "params", side, like)), sep="/")
     step = sum(stage.steps for stage in config.stages)
-    encoder = rag.encoder
     return Encoder(
-        embed=lambda p, ids, mask: encoder.apply({"params": p}, ids, mask),
+        embed=lambda p, ids, mask: rag.embed_passages({side: p}, ids, mask),
         params=params,
         hash=checkpoint.tree_hash(params),
         step=step,
         width=rag.config.encoder.output_width,
+        form=rag.config.passage_form,
     )
 
 

@@ -48,6 +48,7 @@ def prepare(cfg: TrainConfig, corpus: Corpus, directory: Path | None = None) -> 
         "negatives": any(stage.negatives == "given" for stage in cfg.stages),
         "live": cfg.live,
         "keeps": cfg.model.question_keeps,
+        "tail_length": cfg.model.tail_length,
     }
     task = config.plain(cfg.task)
     wrapping = corpus.generator_tokenizer.wrapping
@@ -91,6 +92,7 @@ def batches(
         batch=stage.batch,
         seed=seed,
         lengths=(cfg.model.question_length, cfg.target_length),
+        tail_length=cfg.model.tail_length,
         question_widths=stage.buckets,
         target_widths=stage.target_buckets,
         window=stage.window,

@@ -19,14 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rag_jax import checkpoint, files, sharding
+from rag_jax import checkpoint, encoder_files, files, sharding
 from rag_jax import run as runs
 from rag_jax.data import tokenizers
+from rag_jax.data.tokenizer_difference import difference
+from rag_jax.encoder_files import Asked
 from rag_jax.errors import InputError
 from rag_jax.logs import info
 from rag_jax.models.bert import BertConfig
 from rag_jax.models.hf import ENCODERS, GENERATORS, composite, generation, lm, naming
+from rag_jax.models.hf import tokenizer as tokenizer_settings
 from rag_jax.models.hf.naming import Family, spell
+from rag_jax.models.hf.sentence import Layout
 from rag_jax.models.hf.settings import Account
 from rag_jax.models.lm import LmConfig
 from rag_jax.rag import Params, Rag, RagConfig
@@ -37,8 +41,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 ARCHITECTURES = {"RagSequenceForGeneration": "sequence", "RagTokenForGeneration": "token"}
 SIDES = ("question_encoder", "context_encoder", "generator")
 TOKENIZERS = {"encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
-POOLING: dict[str, Any] = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}  # theirs -> ours
-OF_TRAINING = ("dropout",)  # fields of an encoder without effect on the vectors of a trained one
+OF_TRAINING = ("dropout", "attention_dropout")  # fields of an encoder without effect on the vectors of a trained one
 NAMED = 10  # names listed in an error
 ENCODER, GENERATOR = "model.encoder.", "model.generator."  # where a part's settings go
 
@@ -54,6 +57,7 @@ class Part(NamedTuple):
     tensors: Tensors
     base: str
     answering: Mapping[str, Any] = MappingProxyType({})
+    layout: Layout = Layout()  # of an encoder: what its files say beside its configuration
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def is_hugging_face(directory: Path) -> bool:
     """Whether the directory's config.json is one of transformers."""
+    directory = encoder_files.transformer_directory(directory)
     return (directory / CONFIG).is_file() and "model_type" in read_json(directory / CONFIG)
 
 
@@ -132,9 +137,10 @@ def find(name_or_dir: str | Path) -> Path:
         ) from error
 
 
-def encoder_part(directory: Path, side: str, account: Account | None = None) -> Part:
+def encoder_part(directory: Path, side: str, account: Account | None = None, asked: Asked | None = None) -> Part:
     """A question or context encoder from a directory of its own: DPR, BERT, or BERT as sentence-transformers has it."""
-    account = account or Account()
+    account, asked, whole = account or Account(), asked or Asked(), directory
+    directory = encoder_files.transformer_directory(directory)
     config, where = read_json(directory / CONFIG), str(directory / CONFIG)
     tensors = open_tensors(directory)
     kind = config.get("model_type")
@@ -146,36 +152,19 @@ def encoder_part(directory: Path, side: str, account: Account | None = None) -> 
             raise InputError(f"{directory}: a DPR reader, not an encoder")
         if other != side:
             raise InputError(f"{directory}: a DPR {other.replace('_', ' ')}, given as {side.replace('_', ' ')}")
-        config = account.read(config, family.settings, where, ENCODER)
-        return Part(side, family, family.config(config, where), tensors, "")
-    if kind == "bert":
-        config = account.read(config, ENCODERS["bert"].settings, where, ENCODER)
-        encoder = ENCODERS["bert"].config(config, where)
-        return Part(side, ENCODERS["bert"], sentence_pooling(directory, encoder), tensors, "")
-    raise InputError(f"{where}: model_type={kind!r} cannot be the {side.replace('_', ' ')}; known: bert, dpr")
-
-
-def sentence_pooling(directory: Path, encoder: BertConfig) -> BertConfig:
-    """The encoder with the pooling and normalisation of its modules.json (sentence-transformers), if there is one."""
-    path = directory / "modules.json"
-    if not path.is_file():
-        return encoder
-    try:
-        modules = [(module["type"].rpartition(".")[2], module["path"]) for module in json.loads(path.read_text())]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a list of modules ({error!r})") from error
-    for kind, folder in modules:
-        if kind == "Pooling":
-            pooling = read_json(directory / folder / CONFIG)
-            chosen = [k for k, v in pooling.items() if k.startswith("pooling_mode_") and v is True]
-            if len(chosen) != 1 or chosen[0] not in POOLING:
-                raise InputError(f"{directory / folder / CONFIG}: pooling {chosen} is not supported; mean or cls is")
-            encoder = dataclasses.replace(encoder, pooling=POOLING[chosen[0]])
-        elif kind == "Normalize":
-            encoder = dataclasses.replace(encoder, vector_norm=1.0)
-        elif kind != "Transformer":
-            raise InputError(f"{path}: module {kind} is not supported; Transformer, Pooling and Normalize are")
-    return encoder
+    elif kind == "bert":
+        family = ENCODERS["bert"]
+    else:
+        raise InputError(f"{where}: model_type={kind!r} cannot be the {side.replace('_', ' ')}; known: bert, dpr")
+    layout = encoder_files.read_layout(whole, account)
+    config = account.read(config, family.settings, where, ENCODER)
+    pooling = encoder_files.pooling_of(layout, config, where, asked) if kind == "bert" else asked.pooling or "cls"
+    encoder = dataclasses.replace(
+        family.config(config, where),
+        pooling=pooling,  # type: ignore[arg-type]
+        vector_norm=1.0 if layout.normalise else 0.0,
+    )
+    return Part(side, family, encoder, tensors, "", layout=layout)
 
 
 def generator_part(directory: Path, account: Account | None = None) -> Part:
@@ -209,10 +198,14 @@ def pick(families: dict[str, Family], config: dict[str, Any], where: str) -> Fam
 
 
 def rag_parts(
-    directory: Path, variant: str | None, change_variant: bool, account: Account | None = None
+    directory: Path,
+    variant: str | None,
+    change_variant: bool,
+    account: Account | None = None,
+    asked: Asked | None = None,
 ) -> tuple[RagConfig, list[Part]]:
     """The model and the parts of a RagSequenceForGeneration or RagTokenForGeneration directory."""
-    return rag_parts_of(directory, read_json(directory / CONFIG), None, variant, change_variant, account)
+    return rag_parts_of(directory, read_json(directory / CONFIG), None, variant, change_variant, account, asked)
 
 
 def rag_parts_of(
@@ -222,6 +215,7 @@ def rag_parts_of(
     variant: str | None,
     change_variant: bool,
     account: Account | None = None,
+    asked: Asked | None = None,
 ) -> tuple[RagConfig, list[Part]]:
     """The same, from a configuration that was read, and tensors if they are open already."""
     account, where = account or Account(), str(directory / CONFIG)
@@ -249,12 +243,14 @@ def rag_parts_of(
             sub = account.read(sub, family.settings, f"{where}: {key}", ENCODER)
         made = family.adapt(family.config(sub, f"{where}: {key}"), names)
         parts.append(Part(key, family, made, tensors, base, answering))
+    if asked is not None and asked.pooling:
+        parts[0] = parts[0]._replace(config=dataclasses.replace(parts[0].config, pooling=asked.pooling))
     encoder = parts[0].config
     own = any(name.startswith("rag.ctx_encoder.") for name in tensors.shapes)
     if own:
         parts.append(Part("context_encoder", ENCODERS["dpr_context"], encoder, tensors, "rag.ctx_encoder."))
     elif (directory / "context_encoder" / CONFIG).is_file():
-        parts.append(encoder_part(directory / "context_encoder", "context_encoder", account))
+        parts.append(encoder_part(directory / "context_encoder", "context_encoder", account, asked))
     named = [ARCHITECTURES[name] for name in config.get("architectures") or [] if name in ARCHITECTURES]
     model = RagConfig(
         variant=choose_variant(directory, named[0] if named else None, variant, change_variant),  # type: ignore[arg-type]
@@ -415,15 +411,83 @@ class Source:
         return {name: value for part in self.parts for name, value in part.answering.items()}
 
     def tokenizer_directory(self, role: str) -> Path | None:
-        """Where the tokenizer of `encoder` or `generator` is, or None."""
-        if "" in self.directories:
-            folders = [self.directories[""] / TOKENIZERS[role]]
+        """Where the tokenizer of `encoder`, `generator` or `context` is, or None; context: where the context encoder
+        has files of its own for it.
+        """
+        whole = self.directories.get("")
+        if role == "context":
+            folder = self.directories.get("context_encoder", whole and whole / "context_encoder")
+        elif whole is not None:
+            folder = whole / TOKENIZERS[role]
         elif role == "generator" and "generator" not in self.directories:
-            folders = [self.directories["question_encoder"]]  # a retriever alone: a corpus needs both
+            folder = self.directories["question_encoder"]  # a retriever alone: a corpus needs both
         else:
-            folders = [self.directories["question_encoder" if role == "encoder" else "generator"]]
+            folder = self.directories["question_encoder" if role == "encoder" else "generator"]
+        folders = () if folder is None else (folder, encoder_files.transformer_directory(folder))
         marks = (tokenizers.TOKENIZER_FILE, tokenizers.CONFIG_FILE, "vocab.txt", "vocab.json", "spiece.model")
         return next((folder for folder in folders if any((folder / mark).is_file() for mark in marks)), None)
+
+    def encoding(self, asked: Asked) -> "Source":
+        """With lengths and prefixes as asked, or as the files of the encoders and of their tokenizer say; each honoured
+        or refused.
+        """
+        found = {side: part.layout for part in self.parts if (side := part.side) != "generator"}
+        question, context = found["question_encoder"], found.get("context_encoder", found["question_encoder"])
+        if question.pool_prefix != context.pool_prefix:
+            raise InputError("one encoder pools its prompt (include_prompt) and the other does not; both must be alike")
+        folder = self.tokenizer_directory("encoder")
+        self.check_tokenizers(folder)
+        query = question.query_prefix if asked.query_prefix is None else asked.query_prefix
+        passage = context.passage_prefix if asked.passage_prefix is None else asked.passage_prefix
+        model = dataclasses.replace(
+            self.model, query_prefix=query, passage_prefix=passage, pool_prefix=question.pool_prefix
+        )
+        if query or passage or question.lower_case or context.lower_case:
+            if folder is None:
+                raise InputError("prompts and do_lower_case need the encoder's tokenizer beside its weights")
+            tokenizer = tokenizers.load(folder)
+            model = dataclasses.replace(
+                model,
+                query_prefix_ids=tokenizers.before(tokenizer, query),
+                passage_prefix_ids=tokenizers.before(tokenizer, passage),
+            )
+            if (question.lower_case or context.lower_case) and not lowers(tokenizer):
+                raise InputError(
+                    f"{folder}: do_lower_case is set for texts, and the tokenizer keeps capitals; save it as one that "
+                    "lower-cases"
+                )
+        limits = [model.encoder.positions, *([encoder_files.token_limit(folder)] if folder else [])]
+
+        def length(named: int, layout: Layout, prefix: tuple[int, ...]) -> int:
+            longest = min(limit for limit in (*limits, layout.length) if limit)
+            if named + len(prefix) > model.encoder.positions:
+                raise InputError(f"length {named} is more than the {model.encoder.positions} positions of the encoder")
+            return named or longest - len(prefix)
+
+        model = dataclasses.replace(
+            model,
+            question_length=length(asked.question_length, question, model.query_prefix_ids),
+            passage_length=length(asked.passage_length, context, model.passage_prefix_ids),
+        )
+        return dataclasses.replace(self, model=model)
+
+    def check_tokenizers(self, encoder: Path | None) -> None:
+        """Accounts for the settings of the tokenizers; InputError where the context encoder has one of its own that
+        reads a text otherwise: a corpus has one table of ids, and both encoders one vocabulary.
+        """
+        generator, own = (self.tokenizer_directory(role) for role in ("generator", "context"))
+        tables = {generator: tokenizer_settings.READER, encoder: tokenizer_settings.TOKENIZER}
+        for folder, table in tables.items():
+            for name in (tokenizers.CONFIG_FILE, tokenizers.SPECIALS_FILE):
+                if folder is not None and (folder / name).is_file():
+                    self.account.read(read_json(folder / name), table, str(folder / name))
+        if own is None or encoder is None or same_files(own, encoder):
+            return
+        if differ := difference(tokenizers.load(encoder), tokenizers.load(own)):
+            raise InputError(
+                f"{own}: the context encoder has a tokenizer of its own, which differs from that of the question "
+                f"encoder ({encoder}) in {differ}; here both read the same ids. Use encoders with one tokenizer"
+            )
 
     def resized(self, n_docs: int, source_length: int) -> "Source":
         """With other settings of the model; 0 leaves them."""
@@ -462,29 +526,37 @@ def open_source(
     change_variant: bool = False,
     context_encoder: Path | None = None,
     ignore: Sequence[str] = (),
+    asked: Asked | None = None,
 ) -> Source:
     """A whole model from one directory: a RAG composite, or an encoder as a retriever alone. `context_encoder`: another
     directory, for a composite that has none. ignore: settings to leave out, see `settings.Account`.
     """
     account = Account(ignore)
-    config = read_json(directory / CONFIG)
+    config = read_json(encoder_files.transformer_directory(directory) / CONFIG)
     kind = config.get("model_type")
     if kind == "rag":
-        model, parts = rag_parts(directory, variant, change_variant, account)
-        if context_encoder is None:
-            account.check()
-            return Source(model, parts, {"": directory}, account)
-        part = encoder_part(context_encoder, "context_encoder", account)
-        account.check()
-        check_form(part.config, model.encoder, context_encoder, directory)
-        model = dataclasses.replace(model, context_encoder=True)
-        return Source(model, [*(p for p in parts if p.side != part.side), part], {"": directory}, account)
+        model, parts = rag_parts(directory, variant, change_variant, account, asked)
+        directories = {"": directory}
+        if context_encoder is not None:
+            part = encoder_part(context_encoder, "context_encoder", account, asked)
+            check_form(part.config, model.encoder, context_encoder, directory)
+            model = dataclasses.replace(model, context_encoder=True)
+            parts = [*(p for p in parts if p.side != part.side), part]
+            directories["context_encoder"] = context_encoder
+        return finished(Source(model, parts, directories, account), asked)
     if kind in GENERATORS:
         raise InputError(
             f"{directory}: a generator alone ({kind}); put it together with encoders: rag-jax convert "
             f"--question-encoder A --context-encoder B --generator {directory} --out DIR"
         )
-    return combine(directory, context_encoder, ignore=ignore)
+    return combine(directory, context_encoder, ignore=ignore, asked=asked)
+
+
+def finished(source: Source, asked: Asked | None) -> Source:
+    """With lengths and prefixes, when all settings are accounted for."""
+    source = source.encoding(asked or Asked())
+    source.account.check()
+    return source
 
 
 def combine(
@@ -493,24 +565,24 @@ def combine(
     generator: Path | None = None,
     variant: str = "sequence",
     ignore: Sequence[str] = (),
+    asked: Asked | None = None,
     **settings: Any,
 ) -> Source:
     """One model from parts. A BERT alone encodes both questions and passages; a DPR question encoder needs its other
     half. ignore: settings to leave out, see `settings.Account`.
     """
     account = Account(ignore)
-    parts = [encoder_part(question_encoder, "question_encoder", account)]
+    parts = [encoder_part(question_encoder, "question_encoder", account, asked)]
     directories = {"question_encoder": question_encoder}
     tied = context_encoder is None or context_encoder.resolve() == question_encoder.resolve()
     tied = tied and parts[0].family is ENCODERS["bert"]
     if context_encoder is not None and not tied:
-        parts.append(encoder_part(context_encoder, "context_encoder", account))
+        parts.append(encoder_part(context_encoder, "context_encoder", account, asked))
         check_form(parts[1].config, parts[0].config, context_encoder, question_encoder)
         directories["context_encoder"] = context_encoder
     if generator is not None:
         parts.append(generator_part(generator, account))
         directories["generator"] = generator
-    account.check()
     encoder = parts[0].config
     model = RagConfig(
         variant=variant,  # type: ignore[arg-type]
@@ -520,7 +592,21 @@ def combine(
         context_encoder=tied or context_encoder is not None,
         **settings,
     )
-    return Source(model, parts, directories, account)
+    return finished(Source(model, parts, directories, account), asked)
+
+
+def lowers(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether capitals make no difference to it."""
+    one, other = tokenizer.encode_batch(["The CAT sat In Āþens", "the cat sat in āþens"])
+    return one == other
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two tokenizer directories hold the same tokenizer.json, byte for byte, of one class."""
+    names = (tokenizers.TOKENIZER_FILE, tokenizers.CONFIG_FILE)
+    if not all((folder / name).is_file() for folder in (one, other) for name in names):
+        return one == other
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
 def check_form(context: BertConfig, question: BertConfig, context_from: Path, question_from: Path) -> None:

@@ -96,7 +96,11 @@ def batch(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mes
     question.
     """
     B, Q, T = stage.batch, cfg.model.question_length, cfg.target_length
-    shapes: dict[str, tuple[int, ...]] = {"tail_ids": (B, Q), "tail_length": (B,), "labels": (B, T)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "tail_ids": (B, min(Q, cfg.model.tail_length)),
+        "tail_length": (B,),
+        "labels": (B, T),
+    }
     if stage.objective == "inverse_cloze":
         shapes = {"passage_ids": (B, size.encoder_length), "passage_length": (B,)}
         shapes |= {"question_ids": (B, Q), "question_length": (B,), "gold": (B, 1)}

@@ -36,7 +36,11 @@ GENERATORS: dict[str, Any] = {"bart": Bart, "t5": T5, "lm": Lm}
 class RagConfig:
     """The model. `variant` decides the marginalisation; `source_length` is the longest joined input, in tokens.
 
+    question_length: tokens of a question that the encoder reads, with [CLS] and [SEP], without query_prefix.
     question_keeps: which part stays of a question longer than question_length; of a dialogue the end, its last turns.
+    query_prefix, passage_prefix: texts that the encoder reads before every question and passage ("query: "), after its
+    [CLS]; the _ids are those of the texts, which a tokenizer fills in. pool_prefix: whether they are pooled.
+    passage_length: tokens of a passage that the encoder was made for, likewise; what corpora are built with.
     generator: BartConfig, T5Config or LmConfig, told apart by `kind`; None for a retriever alone.
     """
 
@@ -49,6 +53,24 @@ class RagConfig:
     source_length: int = 300
     question_length: int = 64
     question_keeps: Literal["start", "end"] = "start"
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    query_prefix_ids: tuple[int, ...] = ()
+    passage_prefix_ids: tuple[int, ...] = ()
+    pool_prefix: bool = True
+    passage_length: int = 160
+
+    @property
+    def tail_length(self) -> int:
+        """Longest ` // question` in a generator's input, which leaves room for 100 tokens of a passage, or half."""
+        return min(self.question_length, max(self.source_length - 100, self.source_length // 2))
+
+    @property
+    def passage_form(self) -> str:
+        """How the context encoder's parameters make a vector of a passage: an index is bound to it."""
+        c, pooled = self.encoder, "" if self.pool_prefix else " (not pooled)"
+        prefix = f" after ids {list(self.passage_prefix_ids)}{pooled}" if self.passage_prefix_ids else ""
+        return f"{c.pooling} of length {c.vector_norm:g}{prefix}" if c.vector_norm else f"{c.pooling}{prefix}"
 
     @property
     def objective(self) -> str:
@@ -109,6 +131,18 @@ def join(
     return jnp.where(mask, ids, pad_id), mask
 
 
+def after_first(prefix: tuple[int, ...], ids_BL: jax.Array, mask_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """ids and mask with the prefix after the first token, [CLS]: P positions longer. Rows of padding stay padding."""
+    if not prefix:
+        return ids_BL, mask_BL
+    shape = (len(ids_BL), len(prefix))
+    prefix_BP = jnp.broadcast_to(jnp.asarray(prefix, ids_BL.dtype), shape)
+    mask_BP = jnp.broadcast_to(mask_BL[:, :1], shape)
+    both = ((ids_BL, prefix_BP), (mask_BL, mask_BP))
+    ids, mask = (jnp.concatenate([x[:, :1], new, x[:, 1:]], axis=1) for x, new in both)
+    return ids, mask
+
+
 def shift_left(labels_BT: jax.Array, generator: GeneratorConfig) -> tuple[jax.Array, jax.Array]:
     """Targets and mask for labels `<s> y </s>` as decoder input: position t predicts labels[t+1], the last one pad.
 
@@ -161,15 +195,19 @@ class Rag:
             params["context_encoder"] = self.encoder.init(keys[1], ids, mask)["params"]
         return params
 
-    def _encode(self, params: Params, ids_BL: jax.Array, mask_BL: jax.Array, dropout: jax.Array | None) -> jax.Array:
+    def _encode(
+        self, params: Params, ids_BL: jax.Array, mask_BL: jax.Array, dropout: jax.Array | None, prefix: tuple[int, ...]
+    ) -> jax.Array:
         rngs = None if dropout is None else {"dropout": dropout}
-        return self.encoder.apply({"params": params}, ids_BL, mask_BL, dropout is None, rngs=rngs)
+        ids_BL, mask_BL = after_first(prefix, ids_BL, mask_BL)
+        pooled = slice(None) if self.config.pool_prefix or not prefix else slice(1 + len(prefix), None)
+        return self.encoder.apply({"params": params}, ids_BL, mask_BL, dropout is None, pooled, rngs=rngs)
 
     def embed_questions(
         self, params: Params, ids_BL: jax.Array, mask_BL: jax.Array, dropout: jax.Array | None = None
     ) -> jax.Array:
         """q(x) [B, E]; dropout is a key, or None for evaluation."""
-        return self._encode(params["question_encoder"], ids_BL, mask_BL, dropout)
+        return self._encode(params["question_encoder"], ids_BL, mask_BL, dropout, self.config.query_prefix_ids)
 
     def embed_passages(
         self, params: Params, ids_BL: jax.Array, mask_BL: jax.Array, dropout: jax.Array | None = None
@@ -181,7 +219,7 @@ class Rag:
                 "--question-encoder A --context-encoder B --generator C --out DIR"
             )
         side = "question_encoder" if self.config.tie_encoders else "context_encoder"
-        return self._encode(params[side], ids_BL, mask_BL, dropout)
+        return self._encode(params[side], ids_BL, mask_BL, dropout, self.config.passage_prefix_ids)
 
     def logits(
         self,

@@ -49,7 +49,13 @@ def resolve(model: RagConfig, encoder: Tokenizer, generator: Tokenizer) -> RagCo
             )
     resolved = model.generator and with_tokens(model.generator, generator)
     resolved_encoder = dataclasses.replace(model.encoder, vocab_size=model.encoder.vocab_size or encoder.vocab_size)
-    return dataclasses.replace(model, encoder=resolved_encoder, generator=resolved)
+    return dataclasses.replace(
+        model,
+        encoder=resolved_encoder,
+        generator=resolved,
+        query_prefix_ids=tokenizers.before(encoder, model.query_prefix),
+        passage_prefix_ids=tokenizers.before(encoder, model.passage_prefix),
+    )
 
 
 def with_tokens(c: GeneratorConfig, tokenizer: Tokenizer) -> GeneratorConfig:
@@ -159,11 +165,11 @@ def token_columns(corpus: Corpus) -> tuple[tuple[Any, int], ...]:
 def check_length(rag: Rag, corpus: Corpus) -> None:
     """InputError where the corpus' passages are longer than what the encoder can embed."""
     longest = int(corpus.encoder_ids.shape[1])
-    if longest > rag.config.encoder.positions:
+    room = rag.config.encoder.positions - len(rag.config.passage_prefix_ids)
+    if longest > room:
         raise InputError(
-            f"the corpus holds up to {longest} tokens a passage for the encoder, which has "
-            f"{rag.config.encoder.positions} positions; rebuild the corpus with --encoder-length, "
-            "or raise model.encoder.positions"
+            f"{corpus.directory}: up to {longest} tokens a passage for the encoder, which has room for {room} "
+            f"(model.encoder.positions, without the prefix); rebuild the corpus with --encoder-length {room}"
         )
 
 
@@ -318,13 +324,15 @@ def stored_encoder_hash(run_dir: Path, rag: Rag) -> str:
 def check_snapshot(loaded: Loaded, params: Params, snapshot: index.Snapshot) -> None:
     """InputError, with both hashes, for an index of another corpus, encoder or tokenizer."""
     corpus = loaded.corpus
-    index.check(snapshot, corpus.hash, encoder_hash(loaded, params), corpus.encoder_tokenizer.hash)
+    form = loaded.rag.config.passage_form
+    index.check(snapshot, corpus.hash, encoder_hash(loaded, params), corpus.encoder_tokenizer.hash, form)
 
 
 def is_of(snapshot: index.Snapshot, manifest: index.Manifest) -> bool:
     """Whether a snapshot is of the same encoder and corpus."""
     found = snapshot.manifest
-    return (found.encoder_hash, found.corpus_hash) == (manifest.encoder_hash, manifest.corpus_hash)
+    same = (found.encoder_hash, found.corpus_hash) == (manifest.encoder_hash, manifest.corpus_hash)
+    return same and index.same_form(found.form, manifest.form)
 
 
 def write_index(
@@ -338,10 +346,10 @@ def write_index(
     """Embed the corpus, all processes together, and write the snapshot. known: one whose files are shared, with nothing
     embedded, where it is of this encoder and corpus.
     """
-    encoder, corpus = loaded.rag.encoder, loaded.corpus
+    rag, corpus = loaded.rag, loaded.corpus
     side = sharding.fetched(params[loaded.encoder_side])  # from however many devices and processes it lies on
-    width = loaded.rag.config.encoder.output_width
-    manifest = index.Manifest.of(corpus, checkpoint.tree_hash(side), step, width)
+    width = rag.config.encoder.output_width
+    manifest = index.Manifest.of(corpus, checkpoint.tree_hash(side), step, width, form=rag.config.passage_form)
     if known is not None and is_of(known, manifest):
         if distributed.first():
             dtype = known.manifest.dtype
@@ -350,7 +358,7 @@ def write_index(
         return index.open_snapshot(out)
     info("embedding the corpus for the run's index")
     embed_rows = encode.row_embedder(
-        lambda p, ids, mask: encoder.apply({"params": p}, ids, mask),
+        lambda p, ids, mask: rag.embed_passages({loaded.encoder_side: p}, ids, mask),
         side,
         corpus.encoder_ids,
         corpus.encoder_length,

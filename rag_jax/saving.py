@@ -14,11 +14,13 @@ from flax.traverse_util import flatten_dict
 from rag_jax import checkpoint, files
 from rag_jax import run as runs
 from rag_jax.data import tokenizers
+from rag_jax.encoder_files import BY_ARCHITECTURE, sentence_files, transformer_directory
 from rag_jax.errors import InputError
 from rag_jax.models.bert import BertConfig
-from rag_jax.models.hf import ENCODERS, GENERATORS, composite, generation, lm, naming
+from rag_jax.models.hf import ENCODERS, GENERATORS, composite, generation, lm, naming, sentence
 from rag_jax.models.hf.bart import without_logit_scale
 from rag_jax.models.hf.naming import Family, spell
+from rag_jax.models.hf.sentence import Layout
 from rag_jax.models.lm import LmConfig
 from rag_jax.models.special import SpecialTokens
 from rag_jax.pretrained import (
@@ -26,7 +28,6 @@ from rag_jax.pretrained import (
     CONFIG,
     EXPORTED,
     GENERATION,
-    POOLING,
     SIDES,
     TOKENIZERS,
     LazyParams,
@@ -34,10 +35,13 @@ from rag_jax.pretrained import (
     Source,
     read_json,
 )
-from rag_jax.rag import GeneratorConfig, Params, Rag
+from rag_jax.rag import GeneratorConfig, Params, Rag, RagConfig
+from rag_jax.retrieval.corpus_build import INPUTS
 from rag_jax.tensors import SHARD_BYTES, Shapes, write_tensors
 
 KIND, VERSION = EXPORTED, 1
+TOKENIZER_SETTINGS = "tokenizers.json"  # role -> files of settings that its tokenizer came with, name -> content
+SENTENCE = "sentence_transformers.json"  # side -> files of sentence-transformers that it came with, path -> content
 
 
 def family_name(config: GeneratorConfig) -> str:
@@ -137,10 +141,11 @@ def describe_generation(
     return (beside or {}) | differ
 
 
-def encoder_kind(config: BertConfig, side: str) -> str:
-    """dpr where the vector is that of the first token, as it comes; else bert in the form of sentence-transformers."""
-    plain = config.pooling == "cls" and not config.vector_norm
-    return ("dpr" if side == "question_encoder" else "dpr_context") if plain else "bert"
+def encoder_kind(config: BertConfig, side: str, original: dict[str, Any]) -> str:
+    """bert where it came from one, or pools otherwise than DPR: the first token's vector, as it comes."""
+    if original.get("model_type") == "bert" or config.pooling != "cls" or config.vector_norm:
+        return "bert"
+    return "dpr" if side == "question_encoder" else "dpr_context"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -148,33 +153,58 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_encoder(
-    out: Path, rag: Rag, params: LazyParams, side: str, original: dict[str, Any], shard_bytes: int
+    out: Path,
+    rag: Rag,
+    params: LazyParams,
+    side: str,
+    original: dict[str, Any],
+    shard_bytes: int,
+    beside: dict[str, Any] | None = None,
 ) -> None:
-    """A directory for DPRQuestionEncoder, DPRContextEncoder, or sentence-transformers."""
-    config = rag.config.encoder
-    kind = encoder_kind(config, side)
+    """A directory for DPRQuestionEncoder, DPRContextEncoder, BertModel or sentence-transformers. beside: the files of
+    the last that the encoder came with.
+    """
+    model, config = rag.config, rag.config.encoder
+    if side == "context_encoder" and not model.tie_encoders:  # dropout is each encoder's own
+        theirs = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
+        config = dataclasses.replace(
+            config, **{ours: original.get(key, getattr(config, ours)) for ours, key in theirs.items()}
+        )
+    kind = encoder_kind(config, side, original)
     family = ENCODERS[kind]
     described = describe_part(kind, family, config, original)
+    names = original.get("architectures") or []
+    if config.pooling == "mean" and names and set(names) <= set(BY_ARCHITECTURE) and kind == "bert":
+        described["architectures"] = names  # Contriever's name says how it pools
     out.mkdir(parents=True, exist_ok=True)
-    if kind == "bert":
+    layout = layout_of(model, side)
+    plain = Layout(pooling="cls", length=layout.length)
+    if kind == "bert" and (beside or layout != plain):
         if config.projection:
             raise InputError("an encoder with a projection and pooling='mean' has no form at Hugging Face")
-        modules = ["Transformer", "Pooling", *(["Normalize"] if config.vector_norm else [])]
-        paths = ["", "1_Pooling", "2_Normalize"]
-        write_json(
-            out / "modules.json",
-            [
-                {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{name}"}
-                for i, name in enumerate(modules)
-            ],
-        )
-        (out / "1_Pooling").mkdir(exist_ok=True)
-        pooling = {name: config.pooling == way for name, way in POOLING.items()}
-        write_json(out / "1_Pooling" / CONFIG, {"word_embedding_dimension": config.width, **pooling})
-        write_json(out / "sentence_bert_config.json", {"max_seq_length": config.positions, "do_lower_case": False})
+        for path, content in sentence.write_layout(layout, config.width, beside or {}).items():
+            (out / path).parent.mkdir(exist_ok=True)
+            write_json(out / path, content)
+    elif layout != plain:
+        raise InputError("DPR has no place for a prefix before its questions and passages; this encoder has one")
     write_json(out / CONFIG, described)
-    own = "question_encoder" if rag.config.tie_encoders else side
+    own = "question_encoder" if model.tie_encoders else side
     write_pieces(out, [Piece(own, family, config)], params, shard_bytes)
+
+
+def layout_of(model: RagConfig, side: str) -> Layout:
+    """What sentence-transformers' files say of an encoder of the model; of two with one set of files, both."""
+    longest = model.question_length + len(model.query_prefix_ids)
+    if side == "context_encoder" and not model.tie_encoders:
+        longest = model.passage_length + len(model.passage_prefix_ids)
+    return Layout(
+        pooling=model.encoder.pooling,
+        normalise=bool(model.encoder.vector_norm),
+        length=longest,
+        query_prefix=model.query_prefix,
+        passage_prefix=model.passage_prefix,
+        pool_prefix=model.pool_prefix,
+    )
 
 
 def write_generator(
@@ -216,7 +246,7 @@ def write_rag(
         raise InputError(
             "Hugging Face's RAG takes encoder-decoder generators only; write this one with --part generator"
         )
-    if encoder_kind(model.encoder, "question_encoder") != "dpr":
+    if encoder_kind(model.encoder, "question_encoder", {}) != "dpr":
         raise InputError(
             "Hugging Face's RAG has DPR encoders only (pooling='cls', vector_norm=0), and this model pools otherwise; "
             "write its parts with --part question_encoder, --part context_encoder and --part generator"
@@ -243,7 +273,9 @@ def write_rag(
         write_json(out / GENERATION, said)
     write_pieces(out, pieces, params, shard_bytes)
     if model.context_encoder and not context_inside:
-        write_encoder(out / "context_encoder", rag, params, "context_encoder", {}, shard_bytes)
+        write_encoder(
+            out / "context_encoder", rag, params, "context_encoder", original.get("context_encoder") or {}, shard_bytes
+        )
 
 
 def save_pretrained(
@@ -289,11 +321,15 @@ def save_pretrained(
             side = part or "question_encoder"
             if side == "context_encoder" and not rag.config.context_encoder:
                 raise InputError("this model has no context encoder")
-            write_encoder(temporary, rag, params, side, config.get("question_encoder", {}), shard_bytes)
+            theirs = config.get(side) or config.get("question_encoder", {})
+            files_beside = original.get(SENTENCE, {}).get(side) or original.get(SENTENCE, {}).get("question_encoder")
+            write_encoder(temporary, rag, params, side, theirs, shard_bytes, files_beside)
             roles = {"encoder": ""}
         if tokenizers_from is not None:
             for role, folder in roles.items():
                 tokenizers.load(Path(tokenizers_from) / role).save(temporary / folder)
+                for name, content in original.get(TOKENIZER_SETTINGS, {}).get(role, {}).items():
+                    write_json(temporary / folder / name, content)
         files.write_manifest(temporary, KIND, VERSION, {})
     return out
 
@@ -313,6 +349,21 @@ def without(settings: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: without(value, keys) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
+def tokenizer_settings(directory: Path, saved: Path) -> dict[str, Any]:
+    """The files of settings beside a tokenizer.json, name -> content, where it is the one that was saved here: they go
+    with it into an export. {} where the tokenizer was made of other files, which an export does not have.
+    """
+    path = directory / tokenizers.TOKENIZER_FILE
+    if not path.is_file():
+        return {}
+    one, other = read_json(path), read_json(saved / tokenizers.TOKENIZER_FILE)
+    calls = {"truncation": None, "padding": None}  # of a call, as it was last used
+    names = (tokenizers.CONFIG_FILE, tokenizers.SPECIALS_FILE)
+    if one | calls != other | calls:
+        return {}
+    return {name: read_json(directory / name) for name in names if (directory / name).is_file()}
+
+
 def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: bool = False) -> dict[str, Any]:
     """Convert: a directory in the form of a run with no stages, so that every command that takes a run takes it."""
     report = Report()
@@ -324,6 +375,9 @@ def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: boo
                 tokenizer = tokenizers.load(directory)
                 tokenizer.save(temporary / "tokenizers" / role)
                 identity[f"{role}_tokenizer"] = tokenizers.load(temporary / "tokenizers" / role).hash
+        kept = {role: tokenizer_settings(home, temporary / "tokenizers" / role) for role, home in found.items() if home}
+        if found["encoder"] is not None:
+            write_json(temporary / "tokenizers" / INPUTS, {"encoder_length": source.model.passage_length})
         runs.write_empty_run(temporary, source.model, identity, source.answering)
         checkpoint.save_params(temporary / "params", source.params(mesh, report).items())
         folder = temporary / runs.PROVENANCE
@@ -332,9 +386,14 @@ def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: boo
         if whole is not None:
             write_json(folder / CONFIG, without(read_json(whole / CONFIG), left_out))
         else:
-            keys = [side for side in ("question_encoder", "generator") if side in source.directories]
-            came: dict[str, Any] = {key: read_json(source.directories[key] / CONFIG) for key in keys}
+            homes = {side: transformer_directory(home) for side, home in source.directories.items()}
+            came: dict[str, Any] = {side: read_json(home / CONFIG) for side, home in homes.items()}
             write_json(folder / CONFIG, without(came, left_out))
+        beside = {side: sentence_files(home) for side, home in source.directories.items() if side in SIDES[:2]}
+        if any(kept.values()):
+            write_json(folder / TOKENIZER_SETTINGS, kept)
+        if any(beside.values()):
+            write_json(folder / SENTENCE, beside)
         settings = (whole or source.directories.get("generator", out)) / GENERATION
         if settings.is_file():
             write_json(folder / GENERATION, without(read_json(settings), left_out))
@@ -345,5 +404,8 @@ def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: boo
             report.summary() | {"tied_names": report.tied, "ignored_names": report.ignored} | source.account.summary(),
         )
     missing = [role for role, directory in found.items() if directory is None]
-    known = {"out": str(out), "variant": source.model.variant, "no_tokenizer_for": missing}
+    model = source.model
+    known = {"out": str(out), "variant": model.variant, "no_tokenizer_for": missing, "pooling": model.encoder.pooling}
+    for name in ("question_length", "passage_length", "query_prefix", "passage_prefix"):
+        known[name] = getattr(model, name)
     return report.summary() | known | source.account.summary()

@@ -17,6 +17,8 @@ from tokenizers import models, pre_tokenizers
 
 from rag_jax.data import tokenizers
 from rag_jax.data.formats import read_passages, read_questions
+from rag_jax.data.joining import check_join, join_tail, joined_text, passage_text
+from rag_jax.data.plain_text import text_backend
 from rag_jax.errors import InputError
 
 TEXTS = [
@@ -236,3 +238,167 @@ def test_pad_rows_equals_a_loop(rows: list[list[int]], length: int, pad: int) ->
     assert ids_NL.shape == (len(rows), length) and ids_NL.dtype == np.uint16
     assert length_N.tolist() == [min(len(row), length) for row in rows]
     assert ids_NL.tolist() == [(row + [pad] * length)[:length] for row in rows]
+
+
+# --- special tokens written in a text ---------------------------------------------------------------------------------
+
+
+def unigram() -> Backend:
+    """As T5's: the vocabulary itself holds the special tokens, at the best score."""
+    letters = [(piece, -5.0) for piece in sorted({*"".join(TEXTS), *"<>[]|/_▁"} - {" ", "▁"})]
+    specials = ["<pad>", "</s>", "<unk>", "<extra_id_0>", "<extra_id_1>"]
+    vocab = [(token, 0.0) for token in specials] + [("▁", -3.0), ("▁born", -6.0), *letters]
+    made = Backend(models.Unigram(vocab, unk_id=2))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.add_special_tokens(specials)
+    return made
+
+
+def words() -> Backend:
+    """A vocabulary of whole words, special tokens among them; one token that is added, and is no special one."""
+    specials = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"]
+    vocab = {word: i for i, word in enumerate([*specials, "the", "cat", "a"])}
+    made = Backend(models.WordLevel(vocab, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(specials)
+    made.add_tokens(["<tool>"])
+    made.add_special_tokens(["<|im_end|>"])
+    return made
+
+
+def chat() -> Backend:
+    """Byte-level BPE whose special tokens are beside its vocabulary, others that are none between them (Qwen2)."""
+    made = Backend.from_str(tokenizers.train_bpe(TEXTS, 600).backend.to_str())
+    made.add_special_tokens(["<|im_start|>"])
+    made.add_tokens(["<tool_call>"])
+    made.add_special_tokens(["<|im_end|>"])
+    return made
+
+
+BACKENDS = {
+    "wordpiece": lambda: tokenizers.train_wordpiece(TEXTS, 700).backend,
+    "bpe": lambda: tokenizers.train_bpe(TEXTS, 700).backend,
+    "chat": chat,
+    "unigram": unigram,
+    "words": words,
+}
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request) -> Backend:
+    return BACKENDS[request.param]()
+
+
+def control(backend: Backend) -> dict[int, str]:
+    return {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_special_tokens_in_a_text_are_text(backend: Backend, data: st.DataObject) -> None:
+    """No id of a special token but that of an unknown word; other texts and other added tokens as the backend reads."""
+    specials, plain = control(backend), text_backend(backend)
+    unknown = {i for i, token in specials.items() if token.strip("<[]>").lower() == "unk"}
+    parts = st.one_of(st.sampled_from(sorted(specials.values())), st.text("abc <>[]/|é", max_size=6), st.just(" "))
+    text = "".join(data.draw(st.lists(parts, max_size=6)))
+    ids = plain.encode(text, add_special_tokens=False).ids
+    assert not (set(ids) & set(specials)) - unknown
+    usual = backend.encode(text, add_special_tokens=False).ids
+    if not set(usual) & set(specials):
+        assert ids == usual
+
+
+def test_other_added_tokens_keep_their_ids(backend: Backend) -> None:
+    plain = text_backend(backend)
+    for i, token in backend.get_added_tokens_decoder().items():
+        if not token.special:
+            assert plain.encode(f"a {token.content}", add_special_tokens=False).ids[-1] == i
+    for text in TEXTS[:4]:
+        assert plain.encode(text, add_special_tokens=False).ids == backend.encode(text, add_special_tokens=False).ids
+
+
+def test_special_tokens_in_a_text_decode_to_themselves(bpe: tokenizers.Tokenizer) -> None:
+    text = "a </s> b <mask><s> c"
+    [ids] = bpe.encode_batch([text])
+    assert bpe.decode(ids) == text and not set(ids) & bpe.special_ids
+    assert "</s>" not in bpe.decode([*ids, bpe.eos_id])[len(text) :]
+
+
+def test_joining_is_exact_with_special_tokens_in_passages_and_questions(bpe: tokenizers.Tokenizer) -> None:
+    passages = [("<s> title", "text </s> of <mask>"), ("", "<pad>"), ("t", "x</s>")]
+    check_join(bpe, passages)
+    for title, text in passages:
+        for question in ("<mask> who?", "</s>", "a <s>"):
+            [whole] = bpe.encode_batch([joined_text(title, text, question)])
+            [left], [tail] = bpe.encode_batch([passage_text(title, text)]), join_tail(bpe, [question])
+            assert left + tail == whole + list(bpe.suffix_ids)
+
+
+# --- code beside a tokenizer, and settings that change it -------------------------------------------------------------
+
+
+def with_settings(directory: Path, tokenizer: tokenizers.Tokenizer, **changes: object) -> Path:
+    tokenizer.save(directory)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return directory
+
+
+def test_code_beside_a_tokenizer_is_not_run_and_nobody_is_asked(
+    tmp_path: Path, bpe: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object) -> str:
+        raise AssertionError("asked on stdin")
+
+    monkeypatch.setattr("builtins.input", asked)
+    code = {"auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(InputError, match="its tokenizer is code that comes with it, which is never run here"):
+        tokenizers.load(with_settings(tmp_path, bpe, tokenizer_class="Own", **code))
+    loaded = tokenizers.load(with_settings(tmp_path, bpe, **code))  # a class that is known: the code is not needed
+    assert loaded.encode_batch(TEXTS[:9]) == bpe.encode_batch(TEXTS[:9])
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}))
+    with pytest.raises(InputError, match=r"never run here|no tokenizer there"):
+        tokenizers.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"add_bos_token": True, "add_eos_token": False},
+        {"add_prefix_space": True},
+        {"add_prefix_space": True, "tokenizer_class": "GPT2Tokenizer"},
+        {"add_bos_token": True, "tokenizer_class": "GPT2Tokenizer"},
+    ],
+)
+def test_settings_that_change_a_tokenizer_are_those_of_transformers(tmp_path, bpe, changes) -> None:
+    from transformers import AutoTokenizer
+
+    directory = with_settings(tmp_path, bpe, **changes)
+    loaded = tokenizers.load(directory)
+    expected = AutoTokenizer.from_pretrained(directory)(["the cat", " mat"])["input_ids"]
+    assert tokenizers.wrap(loaded, loaded.encode_batch(["the cat", " mat"]), 30) == expected
+
+
+def test_special_tokens_named_in_a_file_of_their_own(tmp_path: Path, bpe: tokenizers.Tokenizer) -> None:
+    bpe.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    moved = {key: config.pop(key) for key in list(config) if key.endswith("_token")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(moved))
+    loaded = tokenizers.load(tmp_path)
+    assert replace(loaded, backend=None) == replace(bpe, backend=None)
+
+
+@pytest.mark.parametrize("prefix", ["query: ", "passage:", "Represent this: "])
+def test_ids_before_a_text(wordpiece: tokenizers.Tokenizer, prefix: str) -> None:
+    ids = list(tokenizers.before(wordpiece, prefix))
+    for text in TEXTS[:8]:
+        [whole], [bare] = wordpiece.encode_batch([prefix + text]), wordpiece.encode_batch([text])
+        assert whole == ids + bare
+    with pytest.raises(InputError, match="runs into the text after it"):
+        tokenizers.before(wordpiece, "Represent")
+    assert tokenizers.before(wordpiece, "") == ()

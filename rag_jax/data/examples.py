@@ -123,13 +123,20 @@ def none() -> Examples:
 
 
 def both_sides(
-    questions: Sequence[str], encoder: Tokenizer, generator: Tokenizer, length: int, keeps: str = "start"
+    questions: Sequence[str],
+    encoder: Tokenizer,
+    generator: Tokenizer,
+    length: int,
+    keeps: str = "start",
+    tail_length: int = 0,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """(question, tail) of each as `Examples` has them. Those longer than `length` keep their beginning, or end."""
+    """(question, tail) of each as `Examples` has them. Those longer than `length` (tail_length, where one is given for
+    the tail) keep their beginning, or end.
+    """
     room = max(length - len(encoder.prefix_ids) - len(encoder.suffix_ids), 0)
     short = [kept(ids, room, keeps) for ids in encoder.encode_batch(list(questions))]
     suffix = list(generator.suffix_ids)
-    room, head = length - len(suffix), len(generator.encode_batch([QUESTION_SEPARATOR.rstrip()])[0])
+    room, head = (tail_length or length) - len(suffix), len(generator.encode_batch([QUESTION_SEPARATOR.rstrip()])[0])
     bare = (ids[: len(ids) - len(suffix)] for ids in join_tail(generator, questions))
     return wrap(encoder, short, length), [[*kept(ids, room, keeps, head), *suffix] for ids in bare]
 
@@ -152,6 +159,7 @@ def tokenise(
     live: bool = False,
     keeps: str = "start",
     name: str = "the questions",
+    tail_length: int = 0,
 ) -> Examples:
     """Examples of one input: of every question its target, or its first answer, or (`sample`, `every`) all of them.
 
@@ -173,7 +181,7 @@ def tokenise(
             asked = [question for question, texts in zip(chunk, wanted, strict=True) if texts]
             wanted = [texts for texts in wanted if texts]
             texts = [question.question for question in asked]
-            both = both_sides(texts, encoder, generator, question_length, keeps)
+            both = both_sides(texts, encoder, generator, question_length, keeps, tail_length)
             gold = right.right_rows(asked, corpus, tally)
             of = np.repeat(np.arange(len(asked)), list(map(len, wanted)))
             written, stand_P2 = as_they_stand([a for some in wanted for a in some], [gold[i] for i in of], corpus)

@@ -21,14 +21,19 @@ ON_HOST = ("source", "share")  # of a batch, what the devices have no use for
 
 
 def encode_questions(
-    questions: Sequence[str], encoder: Tokenizer, generator: Tokenizer, length: int, keeps: str = "start"
+    questions: Sequence[str],
+    encoder: Tokenizer,
+    generator: Tokenizer,
+    length: int,
+    keeps: str = "start",
+    tail_length: int = 0,
 ) -> dict[str, np.ndarray]:
     """Both sides of each question, as the keys of a batch. Questions longer than `length` keep their beginning, or
-    their end.
+    their end; tail_length: another limit for the generator's side.
     """
-    rows, tails = examples.both_sides(questions, encoder, generator, length, keeps)
+    rows, tails = examples.both_sides(questions, encoder, generator, length, keeps, tail_length)
     ids, lengths = pad_rows(rows, length, encoder.pad_id, np.int32)
-    tail_ids, tail_lengths = pad_rows(tails, length, generator.pad_id, np.int32)
+    tail_ids, tail_lengths = pad_rows(tails, tail_length or length, generator.pad_id, np.int32)
     return {"question_ids": ids, "question_length": lengths, "tail_ids": tail_ids, "tail_length": tail_lengths}
 
 
@@ -101,7 +106,8 @@ class Wanted:
     """What the batches of a stage are like; own: only these rows of each batch are made, as they
     would be among all; None for all.
 
-    lengths: of questions and targets. question_widths, target_widths: of buckets, beside those. window: with `window` >
+    lengths: of questions and targets; tail_length: of the generator's side of a question, 0: that of the question.
+    question_widths, target_widths: of buckets, beside those. window: with `window` >
     0 each question has a part `window` of its first gold passage that holds the answer: the reading curriculum.
     negatives: so many wrong passages a question. weights: of the inputs, in their order.
     """
@@ -115,6 +121,7 @@ class Wanted:
     negatives: int = 0
     weights: tuple[float, ...] = (1.0,)
     own: np.ndarray | None = None
+    tail_length: int = 0
 
 
 def question_batches(found: Examples, units: Units, corpus: PassageTable, wanted: Wanted) -> grain.MapDataset:
@@ -175,7 +182,9 @@ def assembler(
         batch = {
             "question_ids": found.question.padded(mine, bucket.question, encoder_pad),
             "question_length": found.question.lengths(mine),
-            "tail_ids": found.tail.padded(mine, bucket.question, generator_pad),
+            "tail_ids": found.tail.padded(
+                mine, min(bucket.question, wanted.tail_length or bucket.question), generator_pad
+            ),
             "tail_length": found.tail.lengths(mine),
             "labels": found.label.padded(pairs[own], bucket.target, label_pad),
             "gold": found.gold.padded(mine, gold_width, -1),

@@ -8,7 +8,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +18,19 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from rag_jax import files
+from rag_jax.data.plain_text import text_backend
 from rag_jax.errors import InputError
 
 WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BPE_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 HUB_SECONDS = 10.0
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+SPECIALS_FILE = "special_tokens_map.json"  # of before transformers 5: what CONFIG_FILE does not name
 # Classes for which tokenizer.json is the whole truth; others may rebuild it from vocabulary files.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# A file, and settings, with which transformers changes what tokenizer.json says: it is asked then.
+_CHANGING_FILE = "added_tokens.json"
+_CHANGING = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "auto_map")
 
 
 class Wrapping(NamedTuple):
@@ -72,8 +77,14 @@ class Tokenizer:
         return [*opening, *ids[: max_length - len(opening) - len(closing)], *closing]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids without specials, on all cores."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Ids without specials, on all cores. A special token written in a text is text: "<s>" gives the ids of three
+        letters and signs, where transformers gives the control token unless told `split_special_tokens=True`.
+        """
+        return [encoding.ids for encoding in self._text.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def _text(self) -> Backend:
+        return text_backend(self.backend)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, specials left out."""
@@ -111,6 +122,30 @@ def wrap(tokenizer: Tokenizer, ids_list: Sequence[Sequence[int]], max_length: in
     return [[*prefix, *ids[:room], *suffix] for ids in ids_list]
 
 
+# What may follow a prefix, for the check that its ids are the same before any text.
+_BEGINNINGS = ("who wrote it?", "The", "1984", "(what", "'s", "éa", "谁写的", "- a", ":")
+
+
+def before(tokenizer: Tokenizer, prefix: str) -> tuple[int, ...]:
+    """Ids of a text that stands before others, such that ids of both follow one another as those of the joined text.
+
+    InputError where there are none such, and where the tokenizer does not begin with one token, which they come after.
+    """
+    if not prefix:
+        return ()
+    whole = tokenizer.encode_batch([prefix + text for text in _BEGINNINGS])
+    alone = tokenizer.encode_batch(_BEGINNINGS)
+    for text in (prefix, prefix.rstrip()):
+        [ids] = tokenizer.encode_batch([text])
+        if all(joined == ids + bare for joined, bare in zip(whole, alone, strict=True)):
+            if len(tokenizer.prefix_ids) != 1:
+                raise InputError(f"prefix {prefix!r} needs a tokenizer that begins every text with one token, as [CLS]")
+            return tuple(ids)
+    raise InputError(
+        f"prefix {prefix!r} runs into the text after it as this tokenizer reads both; end it in a space or a sign"
+    )
+
+
 def pad_rows(
     ids_list: Sequence[Sequence[int]], length: int, pad_id: int, dtype: Any = np.int32
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +169,10 @@ def load(name_or_dir: str | Path) -> Tokenizer:
     config = directory / CONFIG_FILE
     if config.is_file() and (directory / TOKENIZER_FILE).is_file():
         settings = _read_json(config)
-        if settings.get("tokenizer_class") in _PLAIN_CLASSES:
+        changed = any(key in settings for key in _CHANGING) or (directory / _CHANGING_FILE).is_file()
+        named = directory / SPECIALS_FILE
+        settings = (_read_json(named) if named.is_file() else {}) | settings
+        if settings.get("tokenizer_class") in _PLAIN_CLASSES and not changed:
             return _load_plain(directory, settings)
     return _load_transformers(str(name_or_dir), directory.is_dir())
 
@@ -155,18 +193,25 @@ def _load_transformers(name: str, local: bool) -> Tokenizer:
         raise InputError(f"{name}: no such tokenizer directory")
     from transformers import AutoTokenizer
 
+    # code beside a tokenizer is never run, and nobody is asked on stdin whether it may
+    read = partial(AutoTokenizer.from_pretrained, name, trust_remote_code=False)
     try:
         try:
-            loaded = AutoTokenizer.from_pretrained(name, local_files_only=True)
+            loaded = read(local_files_only=True)
         except OSError:
             if local:
                 raise
             check_hub(name)
-            loaded = AutoTokenizer.from_pretrained(name)
+            loaded = read()
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{name}: its tokenizer is code that comes with it, which is never run here; use one that is saved as "
+                f"{TOKENIZER_FILE} of a class that transformers knows"
+            ) from error
         raise InputError(f"{name}: no tokenizer there ({reason}); name a directory with {TOKENIZER_FILE}") from error
     if not loaded.is_fast:
         raise InputError(f"{name}: not a fast tokenizer; one with a {TOKENIZER_FILE} is needed")

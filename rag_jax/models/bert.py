@@ -26,10 +26,15 @@ from rag_jax.models.layers import (
     residual,
 )
 
+Pooling = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Shape of one encoder. The defaults are BERT-base as DPR uses it: CLS vector, no pooler, no projection."""
+    """Shape of one encoder. The defaults are BERT-base as DPR uses it: CLS vector, no pooler, no projection.
+
+    attention_dropout: of attention's weights; below 0: that of `dropout`. pooling: see `pool`.
+    """
 
     vocab_size: int = 30522
     width: int = 768
@@ -39,15 +44,21 @@ class BertConfig:
     positions: int = 512
     token_types: int = 2
     dropout: float = 0.1
+    attention_dropout: float = -1.0
     eps: float = 1e-12
     activation: Activation = "gelu"
     norm: NormPlacement = "post"
     init: Init = "hf"
-    pooling: Literal["cls", "mean"] = "cls"
+    pooling: Pooling = "cls"
     projection: int = 0  # width of a linear layer on the pooled vector; 0: none
     vector_norm: float = 0.0  # every vector is scaled to this length; 0: left as it comes
     dtype: str = "float32"
     remat: Remat = "none"
+
+    @property
+    def weights_dropout(self) -> float:
+        """Dropout of attention's weights."""
+        return self.dropout if self.attention_dropout < 0 else self.attention_dropout
 
     @property
     def output_width(self) -> int:
@@ -64,7 +75,7 @@ class BertLayer(nn.Module):
     def __call__(self, x_BLD: jax.Array, mask_B11L: jax.Array, deterministic: bool) -> jax.Array:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         drop = Dropout(c.dropout)
-        attend = Attention(c.heads, c.width, c.init, c.dropout, dtype, name="attention")
+        attend = Attention(c.heads, c.width, c.init, c.weights_dropout, dtype, name="attention")
 
         def attention(h: jax.Array) -> jax.Array:
             return drop(attend(h, [attend.project(h)], mask_B11L, deterministic), deterministic=deterministic)
@@ -80,12 +91,23 @@ class BertLayer(nn.Module):
 
 
 def pool(hidden_BLD: jax.Array, mask_BL: jax.Array, how: str) -> jax.Array:
-    """The first token's vector, or the mean over the tokens that are not padding; [B, D] float32."""
+    """One vector of the tokens where the mask is True, [B, D] float32, as sentence-transformers names the ways.
+
+    cls: the first token's, whatever the mask; mean; max; mean_sqrt_len_tokens: the sum over the root of how many they
+    are; weightedmean: weighted by position, from 1; lasttoken. For a row with no token all but cls and max give zeros.
+    """
     hidden_BLD = hidden_BLD.astype(jnp.float32)
     if how == "cls":
         return hidden_BLD[:, 0]
-    weights_BL1 = mask_BL.astype(jnp.float32)[..., None]
-    return (hidden_BLD * weights_BL1).sum(1) / jnp.maximum(weights_BL1.sum(1), 1.0)
+    mask_BL1 = mask_BL.astype(bool)[..., None]
+    if how == "max":
+        return jnp.where(mask_BL1, hidden_BLD, -1e9).max(1)
+    at_1L1 = jnp.arange(1, hidden_BLD.shape[1] + 1)[None, :, None]
+    if how == "lasttoken":
+        return (hidden_BLD * (mask_BL1 & (at_1L1 == (mask_BL1 * at_1L1).max(1, keepdims=True)))).sum(1)
+    weights_BL1 = mask_BL1 * (at_1L1 if how == "weightedmean" else 1.0)
+    total_B1 = jnp.maximum(weights_BL1.sum(1), 1.0)
+    return (hidden_BLD * weights_BL1).sum(1) / (jnp.sqrt(total_B1) if how == "mean_sqrt_len_tokens" else total_B1)
 
 
 class Bert(nn.Module):
@@ -122,8 +144,12 @@ class Bert(nn.Module):
             x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
         return self.final_norm(x_BLD) if self.config.norm == "pre" else x_BLD
 
-    def __call__(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> jax.Array:
-        pooled_BD = pool(self.hidden(ids_BL, mask_BL, deterministic), mask_BL, self.config.pooling)
+    def __call__(
+        self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True, pooled: slice = slice(None)
+    ) -> jax.Array:
+        """pooled: only these positions are pooled; all are read."""
+        at_L = jnp.zeros(ids_BL.shape[1], bool).at[pooled].set(True)
+        pooled_BD = pool(self.hidden(ids_BL, mask_BL, deterministic), mask_BL.astype(bool) & at_L, self.config.pooling)
         vector_BE = self.projection(pooled_BD) if self.config.projection else pooled_BD
         if not self.config.vector_norm:
             return vector_BE

@@ -23,6 +23,7 @@ from rag_jax.retrieval.passage_store import PassageStore
 from rag_jax.retrieval.segment import TABLES
 
 T = TypeVar("T")
+INPUTS = "inputs.json"  # beside tokenizers: the passage length that an encoder was made for
 CHUNK = 2048
 TRAIN_SAMPLE = 100_000
 CHECK_SAMPLE = 256
@@ -73,6 +74,8 @@ def _given(options: Options) -> tuple[Options, dict[str, Tokenizer | None]]:
         if files.kind_of(other) == KIND or not other.is_dir():
             lengths = files.read_manifest(other, KIND, VERSION, OLDEST)["lengths"]
         folder = other / "tokenizers" if (other / "tokenizers").is_dir() else other
+        if (folder / INPUTS).is_file():
+            lengths["encoder"] = _made_for(folder / INPUTS)
         named = {role: folder / role for role in named}
     untold = [role for role, tokenizer in named.items() if tokenizer is None]
     if untold and not options.train_tokenizer:
@@ -93,6 +96,14 @@ def _given(options: Options) -> tuple[Options, dict[str, Tokenizer | None]]:
         for role, tokenizer in named.items()
     }
     return replace(options, encoder_length=lengths["encoder"], generator_length=lengths["generator"]), opened
+
+
+def _made_for(path: Path) -> int:
+    """The passage length of a model's encoder."""
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["encoder_length"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: does not say encoder_length ({error!r}); convert the model again") from error
 
 
 def _normalised(passage: Passage) -> Passage:

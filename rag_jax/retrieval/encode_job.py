@@ -39,6 +39,7 @@ class Job:
     dtype: str
     shard_rows: int
     batch: int
+    form: str = ""  # as in index.Manifest
 
     @property
     def shards(self) -> list[Identity]:
@@ -56,11 +57,12 @@ def read_job(directory: Path) -> Job:
     found = files.read_sealed(directory / JOB, KIND, VERSION, again)
     with files.described(directory / JOB, again):
         types = {"str": str, "int": int}
-        for field in fields(Job):
+        known = [field for field in fields(Job) if field.name in found or field.name != "form"]
+        for field in known:
             kind = types[getattr(field.type, "__name__", str(field.type))]
             if not isinstance(found[field.name], kind):
                 raise TypeError(f"{field.name} is {found[field.name]!r}")
-        return Job(**{field.name: found[field.name] for field in fields(Job)})
+        return Job(**{field.name: found[field.name] for field in known})
 
 
 def begin(directory: Path, job: Job) -> None:

@@ -25,7 +25,8 @@ KIND, VERSION, OLDEST = "index", 3, 2  # version 2 has no checksums by block
 @dataclass(frozen=True)
 class Manifest:
     """corpus: where the passages are, corpus_hash: what they were; encoder_hash and step: which parameters embedded
-    them; tokenizer_hash: the tokenizer of both.
+    them; tokenizer_hash: the tokenizer of both; form: see `RagConfig.passage_form`, "" in those made before there was
+    one.
     """
 
     corpus: str
@@ -36,9 +37,12 @@ class Manifest:
     n_passages: int
     width: int
     dtype: str
+    form: str = ""
 
     @classmethod
-    def of(cls, corpus: Corpus, encoder_hash: str, step: int, width: int, dtype: str = "float32") -> Self:
+    def of(
+        cls, corpus: Corpus, encoder_hash: str, step: int, width: int, dtype: str = "float32", form: str = ""
+    ) -> Self:
         """That of all passages of a corpus."""
         return cls(
             corpus=str(corpus.directory.resolve()),
@@ -49,6 +53,7 @@ class Manifest:
             n_passages=len(corpus),
             width=width,
             dtype=dtype,
+            form=form,
         )
 
 
@@ -159,6 +164,8 @@ def check_update(old: Snapshot, manifest: Manifest, corpus: Corpus) -> None:
         have, want = (str(getattr(of, name))[:16] for of in (was, manifest))
         if have != want:
             raise InputError(f"{old.directory}: was made with {name} {have}, and this is {want}; {anew}")
+    if not same_form(was.form, manifest.form):
+        raise InputError(f"{old.directory}: its vectors are {was.form}, and these are {manifest.form}; {anew}")
     if not corpus.is_update_of(was.corpus_hash, was.n_passages):
         raise InputError(
             f"{old.directory}: is of a corpus with hash {was.corpus_hash[:16]}, and {corpus.directory}, "
@@ -190,7 +197,7 @@ def open_snapshot(directory: str | Path) -> Snapshot:
 
 
 def _opened(directory: Path, found: dict[str, Any]) -> Snapshot:
-    manifest = Manifest(**{field.name: found[field.name] for field in fields(Manifest)})
+    manifest = Manifest(**{field.name: found[field.name] for field in fields(Manifest) if field.name in found})
     identities = [Identity(**entry) for entry in found["shards"]]
     opened = tuple(shards.read_all(directory, identities, shards.AGAIN, found["files"]))
     embeddings = [Part(shard.identity.rows, shard.embeddings_XE) for shard in opened]
@@ -202,15 +209,26 @@ def _opened(directory: Path, found: dict[str, Any]) -> Snapshot:
     if manifest.dtype == "int8":
         scale_N = Stacked([Part(shard.identity.rows, shard.scale_X) for shard in opened], np.float32)
         embeddings_NE = Scaled(Stacked(embeddings, np.int8, (manifest.width,)), scale_N)
-    named = {name: value for name, value in asdict(manifest).items() if name != "corpus"}
+    named = {name: value for name, value in asdict(manifest).items() if name != "corpus" and (name != "form" or value)}
     # of the content alone, so that it is the same with block sums and without
     content = {name: {key: entry[key] for key in ("bytes", "sha256")} for name, entry in found["files"].items()}
     digest = files.canonical_sha256({**named, "files": content})
     return Snapshot(directory, manifest, digest, opened, embeddings_NE, rows_NE, scale_N)
 
 
-def check(snapshot: Snapshot, corpus_hash: str, encoder_hash: str, tokenizer_hash: str | None = None) -> None:
-    """InputError with both hashes where the snapshot is of another tokenizer, corpus or encoder."""
+def same_form(stored: str, form: str) -> bool:
+    """Whether vectors of these two forms are of one kind. One that was not kept is of a time without prefixes, when
+    there were cls and mean alone.
+    """
+    return stored == form if stored else "ids" not in form and form.split()[0] in ("cls", "mean")
+
+
+def check(
+    snapshot: Snapshot, corpus_hash: str, encoder_hash: str, tokenizer_hash: str | None = None, form: str | None = None
+) -> None:
+    """InputError with both hashes where the snapshot is of another tokenizer, corpus or encoder, and where its vectors
+    were pooled otherwise or lack the encoder's prefix.
+    """
     found = snapshot.manifest
     for have, want, now in (
         (found.tokenizer_hash, tokenizer_hash or found.tokenizer_hash, "a tokenizer other than the run's, which is"),
@@ -222,3 +240,8 @@ def check(snapshot: Snapshot, corpus_hash: str, encoder_hash: str, tokenizer_has
                 f"{snapshot.directory}: made with {now} {want[:16]} and was {have[:16]}; "
                 f"make a new one with: rag-jax index RUN --corpus {found.corpus} --out DIR"
             )
+    if form is not None and not same_form(found.form, form):
+        raise InputError(
+            f"{snapshot.directory}: its vectors are {found.form or 'without a prefix'}, the run's are {form}; "
+            f"make a new one with: rag-jax index RUN --corpus {found.corpus} --out DIR"
+        )

@@ -21,5 +21,6 @@ SETTINGS: dict[str, Table] = {
     "generation_config.json": generation.GENERATION,
     "generation_config.json of a decoder-only model": generation.GENERATION_LM,
     **sentence.TABLES,
-    "tokenizer_config.json": tokenizer.TOKENIZER,
+    "tokenizer_config.json of encoders": tokenizer.TOKENIZER,
+    "tokenizer_config.json of generators": tokenizer.READER,
 }
