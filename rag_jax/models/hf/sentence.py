@@ -56,7 +56,7 @@ SENTENCES: Table = fates({
 })  # fmt: skip
 
 TABLES: dict[str, Table] = {
-    "config.json of Pooling": POOLING,
+    "1_Pooling/config.json": POOLING,
     "sentence_bert_config.json": TRANSFORMER,
     "config_sentence_transformers.json": SENTENCES,
 }
