@@ -23,13 +23,14 @@ ASKED = ("question", "answers", "target", "label", "unanswerable", "gold", "rele
 
 class Evaluation(NamedTuple):
     """What `rag-jax evaluate` wrote: rows of predictions.jsonl by the question's id, how they are judged, and from
-    which corpus they were answered.
+    which corpus they were answered. notes: what has to be known of the gold passages there.
     """
 
     directory: Path
     rows: dict[str, dict[str, Any]]
     setting: metrics.Setting
     corpus: str
+    notes: str = ""
 
 
 def read(directory: Path) -> Evaluation:
@@ -50,7 +51,9 @@ def read(directory: Path) -> Evaluation:
             raise InputError(
                 f"{directory / 'predictions.jsonl'}:{number}: not a prediction ({error}); {again}"
             ) from error
-    return Evaluation(directory, rows, setting, written.get("corpus", ""))
+    return Evaluation(
+        directory, rows, setting, written.get("corpus", ""), reporting.gold_ids({"corpus": "", **written})
+    )
 
 
 def check_same(one: Evaluation, other: Evaluation) -> None:
@@ -66,6 +69,12 @@ def check_same(one: Evaluation, other: Evaluation) -> None:
             f"({shown}); evaluate both on one file, with the same --where and --limit"
         )
     for identity, row in one.rows.items():
+        levels = [a.rows[identity].get("level") or "passage" for a in (one, other)]
+        if row["gold"] and levels[0] != levels[1]:
+            raise InputError(
+                f"{names}: the ranking of question {identity} is judged by {levels[0]} and by {levels[1]}, as their "
+                "corpora were cut otherwise; evaluate both on corpora with the same --passage-words"
+            )
         for name in ASKED:
             if row[name] != other.rows[identity][name]:
                 mine, theirs = (json.dumps(x, ensure_ascii=False)[:80] for x in (row[name], other.rows[identity][name]))
@@ -103,7 +112,9 @@ def compared(evaluations: Sequence[Evaluation], names: Sequence[str] = (), seed:
     for name in shared:
         values = [(one[name], draws[f"{i} {name}"]) for i, one in enumerate(found)]
         figures[name] = [beside(values[0], one, paired=i > 0) for i, one in enumerate(values)]
-    return {"runs": [str(one.directory) for one in evaluations], "n": len(first.rows), "figures": figures}
+    notes = [one.notes for one in evaluations]
+    result = {"runs": [str(one.directory) for one in evaluations], "n": len(first.rows), "figures": figures}
+    return result | ({"gold_ids": notes} if any(notes) else {})
 
 
 def beside(first: tuple[Figure, np.ndarray], other: tuple[Figure, np.ndarray], paired: bool) -> dict[str, float]:
@@ -124,6 +135,11 @@ def beside(first: tuple[Figure, np.ndarray], other: tuple[Figure, np.ndarray], p
 def letters(result: dict[str, Any]) -> list[str]:
     """What the runs are called in tables."""
     return [chr(ord("A") + i) if i < 26 else f"run {i + 1}" for i in range(len(result["runs"]))]
+
+
+def gold_notes(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """(run's letter, which gold passages its corpus lacks), of the runs where it lacks some."""
+    return [pair for pair in zip(letters(result), result.get("gold_ids", []), strict=False) if pair[1]]
 
 
 def about(result: dict[str, Any]) -> str:
@@ -147,6 +163,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
 def table(result: dict[str, Any]) -> str:
     """`cells` for a terminal, below what the runs are called."""
     lines = [f"{letter}  {run}" for letter, run in zip(letters(result), result["runs"], strict=True)]
+    lines += [f"{letter}: {note}" for letter, note in gold_notes(result)]
     lines += [about(result), ""]
     rows = cells(result)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -164,12 +181,14 @@ def write(out: Path, evaluations: Sequence[Evaluation], result: dict[str, Any]) 
     rows = [{**row, "runs": [_said(one, identity) for one in evaluations]} for identity, row in first.rows.items()]
     if not all("read" in row for row in rows):
         raise InputError(f"{first.directory}: its predictions do not say what was read; evaluate again for --out")
-    facts = [("Runs", "\n".join(names)), ("Over", about(result))]
+    notes = [f"{letter}: {note}" for letter, note in gold_notes(result)]
+    facts = [("Runs", "\n".join(names)), ("Over", about(result)), *(("Gold ids", note) for note in notes)]
     page = report_html.Page("Comparison of runs", cells(result), facts, runs=names)
     with files.new_files(out, last="compare.md") as temporary:
         texts = partial(reporting.passage, corpus)
         report_html.write(temporary / "compare.html", page, rows, first.setting, texts)
-        report.write_page(temporary / "compare.md", "Comparison of runs", [*names, about(result)], cells(result))
+        lines = [*names, *notes, about(result)]
+        report.write_page(temporary / "compare.md", "Comparison of runs", lines, cells(result))
 
 
 def _said(one: Evaluation, identity: str) -> list[Any]:

@@ -35,7 +35,7 @@ _RESULTS = (
     ("squad2_f1", "F1, no answer included (SQuAD 2)"),
     ("risk_coverage_area", "Area under the risk-coverage curve"),
     *((f"recall_at_{k}", f"Recall@{k} of gold passages") for k in RECALL_KS),
-    *((f"answer_recall_at_{k}", f"Answer recall@{k} (the first {k} passages have the answer)") for k in RECALL_KS),
+    *((f"answer_recall_at_{k}", f"Answer recall@{k} (a text of the first {k} has the answer)") for k in RECALL_KS),
     ("mrr_at_10", "MRR@10 of gold passages"),
     ("ndcg_at_10", "nDCG@10 of gold passages"),
     ("r_precision", "R-precision of gold passages"),

@@ -91,6 +91,7 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture) 
     fewer = evaluation(tmp_path / "fewer", right[:4])
     asked = evaluation(tmp_path / "asked", right, question="who else?")
     gold = evaluation(tmp_path / "gold", right, gold=["p7"])
+    cut = evaluation(tmp_path / "cut", right, level="document")
     judged = evaluation(tmp_path / "judged", right)
     (judged / "report.json").write_text('{"labels": ["yes"], "match": "string"}')
     old = evaluation(tmp_path / "old", right)
@@ -105,6 +106,7 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture) 
         ([fewer, a], "0 only in the first, 2 only in the second (q4, q5)"),
         ([a, asked], 'question q0 has another question, "who 0?" and "who else?"'),
         ([a, gold], 'question q0 has another gold, ["p0"] and ["p7"]'),
+        ([a, cut], "the ranking of question q0 is judged by passage and by document"),
         ([a, judged], "judged otherwise"),
         ([a, old], "old: not an evaluation ('labels')"),
         ([a, tmp_path / "none"], "none: not an evaluation"),
@@ -116,6 +118,17 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture) 
         assert message in capsys.readouterr().err
     with pytest.raises(InputError, match="at least two"):
         compare.compare([])
+
+
+def test_gold_passages_that_a_corpus_lacks_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    a, b = (evaluation(tmp_path / name, np.ones(6, bool)) for name in "ab")
+    report = json.loads((b / "report.json").read_text())
+    ids = {"named": 6, "missing": 2, "deleted": 0, "first_missing": ["p7", "p8"]}
+    (b / "report.json").write_text(json.dumps({**report, "corpus": "data/other", "gold_ids": ids}))
+    assert tiny.rag_jax("compare", a, b) == 0
+    said = "2 of 6 gold ids are not in the corpus data/other ('p7', 'p8'); they count as not found"
+    assert f"B: {said}" in capsys.readouterr().out.splitlines()
+    assert compare.compare([a, b])["gold_ids"] == ["", said] and "gold_ids" not in compare.compare([a, a])
 
 
 def test_pages_to_browse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

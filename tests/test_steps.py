@@ -246,6 +246,24 @@ def test_documents_from_outside(params, batch, corpus, mesh, index, joint):
     assert abs(loss - retrieved) > 0.1
 
 
+@pytest.mark.parametrize("variant", ["sequence", "token"])
+def test_documents_that_were_not_found_are_as_none(params, batch, corpus, mesh, joint, variant):
+    """Loss, gradients and metrics with two of three found are those of two; the third slot may hold anything."""
+    batch = sharding.shard_batch(mesh, batch)
+    rows = np.stack([np.arange(B), np.arange(B) + 11], 1).astype(np.int32)
+    two, three = rows, np.concatenate([rows, np.full((B, 1), 29, np.int32)], 1)
+    known = np.where(np.arange(3) < 2, three, -1)
+    for trains in (False, True):
+        step = joint(trains, variant=variant)
+        (value, metrics), gradients = step(params, {**batch, "documents": three, "document_rows": known})
+        (right, expected), wanted = step(params, {**batch, "documents": two, "document_rows": two})
+        np.testing.assert_allclose(value, right, rtol=1e-5)
+        for name in wanted:
+            np.testing.assert_allclose(gradients[name], wanted[name], atol=1e-5, err_msg=name)
+        expected = {name.replace("recall_at_2", "recall_at_3"): one for name, one in expected.items()}
+        assert_metrics({**metrics, "tokens": 0}, {**expected, "tokens": 0})
+
+
 def test_over_retrieved_passages_are_ranked_afresh(params, batch, corpus, mesh, index, joint):
     """Seven are found by the stored embeddings; of these the three best by fresh ones are read."""
     (value, metrics), _ = joint(n_retrieved=7)(params, sharding.shard_batch(mesh, batch))
@@ -261,6 +279,11 @@ def test_over_retrieved_passages_are_ranked_afresh(params, batch, corpus, mesh, 
     assert (kept != found[:, :K]).any()
     (given, _), _ = joint(n_retrieved=7)(params, sharding.shard_batch(mesh, {**batch, "documents": found}))
     np.testing.assert_allclose(given, value, rtol=1e-6)
+    # of those that the search did not find none is kept while there are others, whatever stands in their slots
+    known = {**batch, "documents": found, "document_rows": np.where(np.arange(7) < K, found, -1)}
+    (given, _), _ = joint(n_retrieved=7)(params, sharding.shard_batch(mesh, known))
+    loss, *_ = by_hand(params, batch, corpus, "sequence", stored, fresh, found[:, :K])
+    np.testing.assert_allclose(given, loss, rtol=1e-4)
 
 
 @pytest.mark.parametrize("trains_passages", [False, True])

@@ -178,6 +178,9 @@ def test_answers_with_every_search(kind, tiny_data, tiny_run, tmp_path):
     assert pipeline.search_manifest()["kind"] == {"scann": "ann"}.get(kind, kind)
     for one, other in zip(found, plain, strict=True):
         priors = [passage.prior for passage in one.passages]
+        if kind == "bm25" and one is found[2]:
+            assert one.passages == one.retrieved == ()  # no word is known: nothing is found, and nothing read
+            continue
         assert len(priors) == 3 and priors == sorted(priors, reverse=True) and abs(sum(priors) - 1) < 1e-5
         if kind in ("exact", "scann"):
             assert one.retrieved == other.retrieved and one.text == other.text
@@ -186,10 +189,7 @@ def test_answers_with_every_search(kind, tiny_data, tiny_run, tmp_path):
         corpus = pipeline.loaded.corpus
         right = pipeline.index.searcher.search(Queries(None, questions), 10).ids_BK
         for one, ids in zip(found, right, strict=True):
-            assert {corpus[int(row)].id for row in ids if row >= 0} <= set(one.retrieved)
-        assert (
-            len(found[2].retrieved) == 3 and len(found[2].passages) == 3
-        )  # no word known: the first passages are read
+            assert tuple(corpus[int(row)].id for row in ids if row >= 0) == one.retrieved
         by_search = pipeline.answer(questions, pipeline.answer_config(n_docs=3, batch=8, prior="search"))
         scores = pipeline.index.searcher.search(Queries(None, questions[:1]), 3).scores_BK[0]
         expected = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()

@@ -90,9 +90,8 @@ def r_precision(rows: Sequence[Row], setting: Setting) -> Figures:
 
 def kilt(rows: Sequence[Row], setting: Setting) -> Figures:
     """R-precision of pages, and the scores of answers, which count only where it is 1 (Petroni et al. 2021)."""
-    paged = [
-        row for row in rows if any(row.get("gold_documents") or ()) and depth(row) and "retrieved_documents" in row
-    ]
+    looked = [row for row in rows if depth(row) and "retrieved_documents" in row]
+    paged = [row for row in looked if any(row.get("gold_documents") or ())]
     precise = [ranking.page_r_precision(row["retrieved_documents"], _sets(row)) for row in paged]
     found = mean("kilt_r_precision", precise)
     scored = [
