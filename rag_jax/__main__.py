@@ -60,9 +60,13 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
     module.configure(parser)
     args = parser.parse_args(argv)
     for option, value in vars(args).items():
-        if isinstance(value, Path) and paths.crosses_missing(value):
-            setattr(args, option, paths.real(value))  # what is written there is found there
+        setattr(args, option, [found(one) for one in value] if isinstance(value, list) else found(value))
     return module, args
+
+
+def found(value: Any) -> Any:
+    """A path as the system finds it, also where `..` in it stands behind a directory that is not there."""
+    return paths.real(value) if isinstance(value, Path) and paths.crosses_missing(value) else value
 
 
 def finite(value: Any) -> Any:

@@ -105,7 +105,7 @@ def _check_out(out: Path, kind: str, overwrite: bool) -> None:
     except (OSError, ValueError, AttributeError):
         ours = False
     if not ours:
-        raise InputError(f"{out}: exists and is not a {kind}; choose another --out")
+        raise InputError(f"{out}: exists and is not {'an' if kind[0] in 'aeiou' else 'a'} {kind}; choose another --out")
     if not overwrite:
         raise InputError(f"{out}: a finished {kind} is already there; pass --overwrite or choose another --out")
 

@@ -93,7 +93,7 @@ COMMANDS = {
     "index --update": Command(
         "index --update {ready}/run/index --run {ready}/run --corpus {ready}/updated --out {out}", contents
     ),
-    "train": Command("train --config {config} --run {out} {settings}", trained, True),
+    "train": Command("train --config {config} --run {out} --stage retriever {settings}", trained, True),
     "evaluate": Command("evaluate {ready}/run --out {out} --limit 8", evaluation),
     "evaluate, curve": Command("evaluate {ready}/run --out {out} --limit 8 --n-docs-curve 1,2", evaluation, True),
     "compare": Command("compare {ready}/one {ready}/other --out {out}", contents),

@@ -136,6 +136,13 @@ LAYOUTS: dict[str, tuple[dict[str, str], str, str, tuple[str, tuple[str, ...]], 
         },
         "collection.tsv", "2019qrels-pass.txt", ("11", ()), "Oslo",
     ),
+    "lotte": (
+        {
+            "collection.tsv": f"0\t{BERGEN}\n7\t{OSLO}\n",
+            "qas.search.jsonl": lines({"qid": 3, "query": ASKED, "url": "x", "answer_pids": [7]}),
+        },
+        "collection.tsv", "qas.search.jsonl", ("3", ()), "",
+    ),
     "trec": (
         {
             "docs.trec": TREC_DOCS,
@@ -204,6 +211,21 @@ def test_the_section_goes_into_the_title_as_in_atlas(tmp_path: Path) -> None:
     assert [passage.title for passage in found] == ["Oslo: History", "Oslo", "Alone"]  # the repeated one once
     again = list(read_passages([one(tmp_path, "other.jsonl", lines(rows[0]))]))
     assert found[0].id == again[0].id and len({passage.id for passage in found}) == 3
+
+
+def test_fields_of_our_own_that_other_layouts_have(tmp_path: Path) -> None:
+    """A context or contents beside our own fields does not make the file another layout."""
+    asked = {"id": "q", "question": ASKED, "answers": ["Oslo"], "context": OSLO}
+    (found,) = read_questions(one(tmp_path, "q.jsonl", lines(asked)))
+    assert found.extra == {"context": OSLO} and not found.positive_passage_ids
+    (found,) = read_questions(
+        one(tmp_path, "h.jsonl", lines({"_id": "q", **{k: asked[k] for k in asked if k != "id"}}))
+    )
+    assert (found.id, found.answers) == ("q", ("Oslo",))
+    (passage,) = read_passages(
+        [one(tmp_path, "p.jsonl", lines({"id": "1", "title": "T", "text": "t", "contents": "c"}))]
+    )
+    assert (passage.title, passage.text) == ("T", "t")
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ FORMATS = {
     "kilt_pages": Format("KILT knowledge source", json_stream.records, passages=kilt.page),
     "beir": Format("BEIR folder", beir.rows, beir.question, uniform.beir_passage),
     "qrels": Format("queries beside qrels of MS MARCO, ColBERT, TREC", qrels.queries, qrels.question),
+    "lotte": Format("query, answer_pids of ColBERT's LoTTE", json_stream.records, qrels.lotte),
     "msmarco": Format("id, text, no header, tab-separated", qrels.collection, passages=qrels.passage),
     "trec": Format("TREC's <DOC> documents", qrels.documents, passages=qrels.passage),
     "hf_rag": Format("NAME.source, NAME.target", lines.pairs, uniform.numbered),
@@ -111,7 +112,6 @@ SIGNS: dict[Kind, list[tuple[str, set[str]]]] = {
         ("pairs", {"query", "pos"}),
         ("claims", {"claim", "evidences"}),
         ("pubmedqa", {"QUESTION", "CONTEXTS"}),
-        ("contents", {"contents"}),
         ("wikipedia", {"id", "url", "title", "text"}),
         ("atlas", {"id", "section", "text"}),
         ("beir", {"_id", "text"}),
@@ -119,6 +119,7 @@ SIGNS: dict[Kind, list[tuple[str, set[str]]]] = {
         ("atlas", {"docid", "text"}),
         ("no_ids", {"title", "text"}),
         ("no_ids", {"section", "text"}),
+        ("contents", {"contents"}),
     ],
     "questions": [
         ("kilt", {"input"}),
@@ -132,6 +133,7 @@ SIGNS: dict[Kind, list[tuple[str, set[str]]]] = {
         ("hotpotqa", {"context", "question", "_id"}),
         ("squad_flat", {"context", "question"}),
         ("pairs", {"query", "pos"}),
+        ("lotte", {"query", "answer_pids"}),
         ("claims", {"claim"}),
         ("pubmedqa", {"QUESTION", "CONTEXTS"}),
         ("jsonl", {"id", "question", "answers"}),
@@ -140,6 +142,17 @@ SIGNS: dict[Kind, list[tuple[str, set[str]]]] = {
         ("beir", {"_id", "text"}),
     ],
 }
+
+
+# What some fields must be besides: our own questions may have a `context` of their own.
+SHAPES: dict[str, Callable[[Fields], bool]] = {
+    "squad_flat": lambda record: isinstance(record["context"], str) and not _texts(record.get("answers")),
+    "hotpotqa": lambda record: isinstance(record["context"], list | dict),
+}
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
 ASKED = {*uniform.QUESTIONS, "QUESTION", "input", "claim"}  # fields that hold a question
@@ -278,7 +291,8 @@ def _of_json(source: Source) -> str:
 
 
 def _sign(kind: Kind, record: Fields) -> str | None:
-    return next((name for name, fields in SIGNS[kind] if fields <= set(record)), None)
+    fits = (name for name, fields in SIGNS[kind] if fields <= set(record))
+    return next((name for name in fits if SHAPES.get(name, bool)(record)), None)
 
 
 def digest(source: Source) -> str:

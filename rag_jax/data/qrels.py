@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rag_jax.data.lines import decode, lines
-from rag_jax.data.rows import BadLine, Fields, OnBad, Passage, Question, Row, refuse, rest, string
+from rag_jax.data.rows import BadLine, Fields, OnBad, Passage, Question, Row, kind, refuse, rest, string
 from rag_jax.data.sources import Source
+from rag_jax.data.uniform import numbered
 from rag_jax.errors import InputError
 
 Grades = dict[str, int]
@@ -61,6 +62,15 @@ def question(fields: Fields, own_id: str) -> list[Question]:
     """Passages with a grade above 0 are right."""
     right = tuple(name for name, grade in fields["relevance"].items() if grade > 0)
     return [Question(fields["id"], string(fields, "question"), (), right, extra=rest(fields, "id", "question"))]
+
+
+def lotte(fields: Fields, own_id: str) -> list[Question]:
+    """{"qid", "query", "answer_pids": [ids of right passages]}."""
+    found = fields.get("answer_pids")
+    if not isinstance(found, list) or not all(type(one) in (int, str) for one in found):
+        raise BadLine(f"field 'answer_pids' must be a list of ids, it is {kind(found)}")
+    made = {"question": string(fields, "query"), "answers": [], "positive_passage_ids": list(map(str, found))}
+    return numbered(rest(fields, "query", "answer_pids") | made, own_id)
 
 
 def _table(path: Path, report: OnBad | None) -> Iterator[tuple[int, str, str]]:
