@@ -91,9 +91,10 @@ class Blocks:
 
     def _one(self, data: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         assert self.wanted is not None
-        for number in numbers.tolist():
+        view, wanted = memoryview(data), self.wanted[numbers].tolist()
+        for number, sum_of in zip(numbers.tolist(), wanted, strict=True):
             at = number * SIZE
-            if zlib.crc32(data[at : at + SIZE]) != self.wanted[number]:
+            if zlib.crc32(view[at : at + SIZE]) != sum_of:
                 end = min(at + SIZE, self.size)
                 raise InputError(
                     f"{self.path}: damaged: bytes {at:,} to {end - 1:,} are not what the manifest says; {self.mend}"

@@ -358,7 +358,8 @@ def finished(directory: Path, total: int) -> bool:
 
 
 def result(directory: Path, total: int, seconds: float) -> dict[str, Any]:
-    last = logs.read_rows(directory / logs.METRICS_FILE)[-1]
+    rows = logs.read_rows(directory / logs.METRICS_FILE)
+    last = rows[-1] if rows else {}
     return {"run": str(directory), "steps": total, "training_seconds": round(seconds, 1), "last": last}
 
 

@@ -38,7 +38,7 @@ class Found:
     read: int = 0  # bytes
     damaged: list[str] = field(default_factory=list)
 
-    def look(self, check: Callable[..., None], *args: Any) -> bool:
+    def look(self, check: Callable[..., object], *args: Any) -> bool:
         """Whether a check found nothing wrong."""
         try:
             check(*args)

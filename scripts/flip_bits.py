@@ -165,6 +165,13 @@ def prepare(data: Path, run: Path, work: Path) -> None:
     """Copies, an encode job and an export."""
     shutil.copytree(data / "corpus", work / "corpus")
     shutil.copytree(run, work / "run", ignore=shutil.ignore_patterns("tensorboard"))
+    make_job(run, work)
+    rag, params = pretrained.open_pretrained(run)
+    saving.save_pretrained(work / "export", rag, params, part="generator", tokenizers_from=run / "tokenizers")
+
+
+def make_job(run: Path, work: Path) -> None:
+    """An encode job that has the embeddings of the run's index."""
     opened = index.open_snapshot(run / "index")
     found = opened.manifest
     job = encode_job.Job(
@@ -174,8 +181,6 @@ def prepare(data: Path, run: Path, work: Path) -> None:
     )  # fmt: skip
     encode_job.begin(work / "job", job)
     encode_job.make(work / "job", job, lambda first, last, done: np.asarray(opened.embeddings_NE[first:last]))
-    rag, params = pretrained.open_pretrained(run)
-    saving.save_pretrained(work / "export", rag, params, part="generator", tokenizers_from=run / "tokenizers")
 
 
 def experiment(data: Path, run: Path, flips: int, seed: int = 0) -> dict[str, Counter[str]]:

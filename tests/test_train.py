@@ -110,7 +110,7 @@ def test_metrics(tiny_run):
 def test_run_directory(tiny_data, tiny_run):
     names = {path.name for path in tiny_run.iterdir()}
     assert names == {
-        *("config.json", "corpus.json", "metrics.jsonl", "tensorboard"),
+        *("config.json", "corpus.json", "manifest.json", "metrics.jsonl", "tensorboard"),
         *("tokenizers", "checkpoints", "params", "index", "examples"),
     }
     assert runs.read_config(tiny_run) == tiny_config(tiny_data)

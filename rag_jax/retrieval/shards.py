@@ -190,7 +190,7 @@ def read_all(
     """
     for identity in wanted:
         try:
-            shard = read(directory / identity.name, entries and entries.get(identity.name))
+            shard = read(directory / identity.name, entries.get(identity.name) if entries is not None else None)
             check(shard, identity)
         except InputError as error:
             raise InputError(f"{error}; {mend}") from None

@@ -13,7 +13,7 @@ class Part(NamedTuple):
     """`rows` rows, and the function that opens them (usually as a memory map)."""
 
     rows: int
-    open: Callable[[], np.ndarray]
+    open: Callable[[], Any]  # an array, or what reads like one
 
 
 class Rows:
@@ -82,7 +82,7 @@ class Stacked(Rows):
     def __init__(self, parts: Sequence[Part], dtype: Any, columns: tuple[int, ...] = ()) -> None:
         self._parts = [part for part in parts if part.rows]
         self._first = np.cumsum([0, *(part.rows for part in self._parts)])
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._open: OrderedDict[int, Any] = OrderedDict()
         self.shape, self.dtype = (int(self._first[-1]), *columns), np.dtype(dtype)
 
     def _slice(self, start: int, stop: int) -> np.ndarray:
@@ -105,7 +105,7 @@ class Stacked(Rows):
             out[here_X] = self._part(int(i))[rows_X[here_X] - self._first[i]]
         return out
 
-    def _part(self, i: int) -> np.ndarray:
+    def _part(self, i: int) -> Any:
         if i not in self._open:
             self._open[i] = self._parts[i].open()
             if len(self._open) > OPEN:
