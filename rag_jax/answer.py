@@ -25,6 +25,7 @@ from rag_jax.data.tokenizers import Tokenizer, pad_rows
 from rag_jax.errors import InputError
 from rag_jax.hosted import HostIndex, Searchers, filled, gather, places
 from rag_jax.logs import Progress
+from rag_jax.models.lm import LmConfig, check_window
 from rag_jax.rag import Params, Passages
 from rag_jax.refresh import Index
 from rag_jax.retrieval import index as snapshots
@@ -122,6 +123,18 @@ OPTIONS = tuple(
     {f.name for f in dataclasses.fields(decoding.Options)}
     & {f.name for f in dataclasses.fields(AnswerConfig)} - {"bad_words"}
 )
+MODELS, NOTHING = -1, -2  # of a special token in AnswerConfig: the model's, none
+
+
+def options_of(cfg: AnswerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The fields of decoding.Options that a configuration sets; what it leaves to the model is not among them."""
+    options: dict[str, Any] = {name: getattr(cfg, name) for name in OPTIONS}
+    for name in ("start_id", "forced_bos_id", "forced_eos_id", "end_ids"):
+        if options[name] in (MODELS, ()):
+            del options[name]
+        elif options[name] == NOTHING:
+            options[name] = None
+    return options | {"bad_words": (*word_ids(tokenizer, cfg.bad_words), *cfg.bad_word_ids)}
 
 
 def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -174,13 +187,14 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
     how, tree = {}, None
     if not cfg.retrieval_only:
         reader = model.reader  # InputError for a retriever alone
-        options = {name: getattr(cfg, name) for name in OPTIONS}
-        options["bad_words"] = word_ids(loaded.corpus.generator_tokenizer, cfg.bad_words)
+        options = options_of(cfg, loaded.corpus.generator_tokenizer)
         how = options | {"mode": cfg.mode, "candidates": cfg.candidates, "doc_chunk": cfg.doc_chunk}
         if cfg.allowed_answers:
             tree = decoding.prefix_tree(allowed_ids(loaded, cfg.allowed_answers, cfg.max_length), reader.eos_id)
         try:
             loaded.rag.decoding_options(n_docs, cfg.candidates, **options)
+            if isinstance(reader, LmConfig):
+                check_window(model.source_length + cfg.max_length, reader)
         except ValueError as error:
             raise InputError(str(error)) from error
     stage = StageConfig("answer", n_docs=n_docs)

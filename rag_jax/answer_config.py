@@ -11,8 +11,9 @@ class AnswerConfig:
     closed_book: no passage is read. oracle: the question's right passages are read first, then what was retrieved.
     retrieval_only: passages are found, and no answer is written. mode and candidates (of each document, 0: all its
     beams) are of RAG-Sequence. allowed_answers: the only answers there may be, and bad_words what none may say, as
-    texts. doc_chunk: documents held in memory at a time, 0: all. seed: of do_sample. The rest is as in
-    decoding.Options.
+    texts; bad_word_ids: the same as tokens. doc_chunk: documents held in memory at a time, 0: all. seed: of do_sample.
+    start_id, forced_bos_id, forced_eos_id, end_ids: -1 (empty) for the model's, -2 for nothing forced. The rest is as
+    in decoding.Options.
     """
 
     n_docs: int = 0
@@ -33,6 +34,13 @@ class AnswerConfig:
     no_repeat_ngram_size: int = 0
     repetition_penalty: float = 1.0
     bad_words: tuple[str, ...] = ()
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    suppress_ids: tuple[int, ...] = ()
+    begin_suppress_ids: tuple[int, ...] = ()
+    start_id: int = -1
+    forced_bos_id: int = -1
+    forced_eos_id: int = -1
+    end_ids: tuple[int, ...] = ()
     allowed_answers: tuple[str, ...] = ()
     do_sample: bool = False
     temperature: float = 1.0

@@ -20,6 +20,7 @@ from rag_jax.answer_config import AnswerConfig
 from rag_jax.data import sources, tasks
 from rag_jax.data.tasks import TaskConfig
 from rag_jax.errors import InputError
+from rag_jax.models.lm import LmConfig, check_window
 from rag_jax.optimizer import OptimizerConfig
 from rag_jax.rag import RagConfig
 from rag_jax.retrieval.ann import AnnConfig
@@ -105,10 +106,10 @@ class TrainConfig:
     questions. answers: of a question that has several, its first one, one drawn in each epoch (`sample`), or a pair of
     its own for every one (`every`). task: what is read and written. answering: how the run answers by default, in
     evaluations and when it is asked: fields of AnswerConfig over those that follow from the model.
-    init: a run directory, or a converted checkpoint, whose parameters are the start, "" for new ones; what `model`
-    leaves open is then as there. index: an index of the first parameters, made by rag-jax index, "" to embed at the
-    start. drift_sample: passages that the drift of the index is measured on. live: at every log line, training looks
-    whether `corpus` leads to an update of the one in use, and goes on with that. keep_best: besides the newest
+    init: a run directory, or a converted checkpoint, whose parameters are the start, "" for new ones; what `model` and
+    `answering` leave open is then as there. index: an index of the first parameters, made by rag-jax index, "" to embed
+    at the start. drift_sample: passages that the drift of the index is measured on. live: at every log line, training
+    looks whether `corpus` leads to an update of the one in use, and goes on with that. keep_best: besides the newest
     `keep_checkpoints`, that many stay whose evaluation had the largest `best_metric`; each evaluation has a checkpoint.
     """
 
@@ -242,6 +243,11 @@ def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
         raise InputError(f"{where}objective={stage.objective!r} needs a generator, and model.generator is None")
     if cfg.model.generator is not None and length > cfg.model.generator.positions:
         raise InputError(f"{where}source_length={length} is more than the {cfg.model.generator.positions} positions")
+    if isinstance(cfg.model.generator, LmConfig):
+        try:
+            check_window(length + cfg.target_length, cfg.model.generator)
+        except ValueError as error:
+            raise InputError(f"{where}{error}") from error
     if stage.objective == "rag" and stage.window + cfg.model.tail_length >= length:
         raise InputError(
             f"{where}source_length={length} has no room for a window of {stage.window} tokens beside questions of "
@@ -424,11 +430,15 @@ def evaluated(path: str, assignments: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def load(path: str, assignments: Sequence[str] = ()) -> TrainConfig:
-    """The TrainConfig of a configuration file, with `key=value` overrides; `model` is filled up from `init`."""
+    """The TrainConfig of a configuration file, with `key=value` overrides; `model` and `answering` are filled up from
+    `init`.
+    """
     values = evaluated(path, assignments)
     start = Path(str(values.get("init") or "")) / "config.json"
     if values.get("init") and start.is_file():
-        values["model"] = merge(plain(read(start).model), values.get("model") or {})
+        first = read(start)
+        values["model"] = merge(plain(first.model), values.get("model") or {})
+        values["answering"] = merge(first.answering, values.get("answering") or {})
     return build(TrainConfig, values)
 
 
@@ -469,4 +479,15 @@ def read(path: Path) -> TrainConfig:
         ) from error
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from error
-    return build(TrainConfig, values, str(path))
+    return build(TrainConfig, renewed(values), str(path))
+
+
+def renewed(values: Any) -> Any:
+    """The configuration of a run that an earlier version wrote, with the names of now."""
+    model = values.get("model") if isinstance(values, Mapping) else None
+    generator = model.get("generator") if isinstance(model, Mapping) else None
+    if isinstance(model, Mapping) and isinstance(generator, Mapping) and "generate_from_eos" in generator:
+        now = {name: value for name, value in generator.items() if name != "generate_from_eos"}
+        now |= {"start_id": generator.get("eos_id", 2)} if generator["generate_from_eos"] else {}
+        return {**values, "model": {**model, "generator": now}}
+    return values

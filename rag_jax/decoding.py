@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax.decoding_rules import Options, PrefixTree, child, constrain, has_rules, prefix_tree, warp
+from rag_jax.decoding_rules import Options, PrefixTree, child, constrain, has_rules, is_one_of, prefix_tree, warp
 
 __all__ = ["NEVER", "Found", "Mixture", "Options", "PrefixTree", "lengths", "prefix_tree", "score_sequences", "search"]
 
@@ -52,9 +52,9 @@ class Found(NamedTuple):
     kept: Any
 
 
-def lengths(sequences: jax.Array, eos_id: int) -> jax.Array:
-    """Number of tokens after the start, eos included, of sequences [..., T] as they are found here."""
-    ended = sequences[..., 1:] == eos_id
+def lengths(sequences: jax.Array, ends: tuple[int, ...]) -> jax.Array:
+    """Number of tokens after the start, the end included, of sequences [..., T] as they are found here."""
+    ended = is_one_of(sequences[..., 1:], ends)
     return jnp.where(ended.any(-1), ended.argmax(-1) + 1, ended.shape[-1])
 
 
@@ -230,7 +230,7 @@ def _sample(
         if read is not None:
             kept = _keep(kept, t, read(jnp.zeros_like(lane) if only else lane, token, own))
         node = _walk(tree, o, node, token, t)
-        return t + 1, sequences.at[:, :, t].set(token), scores, kept, done | (token == o.eos_id), node, key
+        return t + 1, sequences.at[:, :, t].set(token), scores, kept, done | is_one_of(token, o.ends), node, key
 
     start = _begin(o, X, M)
     logits, cache, read = step(start[:, :1, 0], cache)
@@ -245,7 +245,7 @@ def _sample(
 
     state, _ = jax.lax.while_loop(lambda carry: (carry[0][0] < T) & ~carry[0][4].all(), one, (state, cache))
     _, sequences, scores, kept, *_ = state
-    return Found(sequences, scores / lengths(sequences, o.eos_id) ** o.length_penalty, kept)
+    return Found(sequences, scores / lengths(sequences, o.ends) ** o.length_penalty, kept)
 
 
 def _beam_search(
@@ -258,10 +258,11 @@ def _beam_search(
     tree: PrefixTree | None,
     key: jax.Array,
 ) -> Found:
-    """Of the 2M best continuations at every step, the M best unfinished go on; a finished one counts if it is among
-    the M best. What is unfinished at max_length counts as it is.
+    """Of the 2M best continuations at every step (one M more for every further token that ends), the M best unfinished
+    go on; a finished one counts if it is among the M best. What is unfinished at max_length counts as it is.
     """
     X, M, T = rows, o.num_beams, o.max_length
+    J = M * (1 + len(o.ends))
     rules = has_rules(o) or tree is not None
     penalty = jnp.asarray(np.maximum(np.arange(T), 1.0) ** o.length_penalty, jnp.float32)  # by tokens after the start
 
@@ -271,28 +272,28 @@ def _beam_search(
     def choose(s: _Beams, logits: Scores, cache: Cache, read: Read | None, only: bool) -> _Beams:
         t, (key, now) = s.t, jax.random.split(s.key)
         if not rules:
-            scores, beam, token, said = best_of(logits, s.live_scores, 2 * M, normalised)
+            scores, beam, token, said = best_of(logits, s.live_scores, J, normalised)
         else:
             logits = every(logits)
             own = jnp.broadcast_to(logits if normalised else jax.nn.log_softmax(logits), (X, M, logits.shape[-1]))
             logp = constrain(o, own, s.live, t, tree, s.node)
             if o.do_sample:  # without replacement (Kool et al. 2019)
-                total = warp(o, logp, 2) + s.live_scores[..., None]
+                total = warp(o, logp, 1 + len(o.ends)) + s.live_scores[..., None]
                 drawn = total + jax.random.gumbel(now, total.shape)
-                _, beam, token, _ = best_of(drawn, jnp.zeros((X, M)), 2 * M, True)
+                _, beam, token, _ = best_of(drawn, jnp.zeros((X, M)), J, True)
                 scores = picked(total, beam, token)
             else:
-                scores, beam, token, _ = best_of(logp, s.live_scores, 2 * M, True)
+                scores, beam, token, _ = best_of(logp, s.live_scores, J, True)
             said = picked(own, beam, token)
         grown = take(s.live, beam).at[:, :, t].set(token)
         kept = None
         if read is not None:
             new = read(jnp.zeros_like(beam) if only else beam, token, said)
             kept = _keep(take_beams(s.live_kept, beam), t, new)
-        ended = (token == o.eos_id) | (t + 1 == T)
+        ended = is_one_of(token, o.ends) | (t + 1 == T)
 
         # hypotheses: the M best of the old and the new, unless the row is closed
-        counts = ended & (jnp.arange(2 * M) < M)
+        counts = ended & (jnp.arange(J) < M)
         closed = ~s.open | (s.is_done.all(-1) & (o.early_stopping is True))
         new_done = less(less(scores / penalty[t], closed[:, None]), ~counts)
         done_scores, best_done = jax.lax.top_k(jnp.concatenate([s.done_scores, new_done], 1), M)

@@ -20,7 +20,8 @@ class Options:
     One beam without do_sample is greedy search. max_length counts the start token, min_length too; length_penalty: a
     hypothesis has the score (sum of log p) / (tokens after the start) ** length_penalty. early_stopping: True ends a
     row with its num_beams-th hypothesis, False when the best unfinished beam is worse than all hypotheses at its
-    present length, "never" when it is so at any length.
+    present length, "never" when it is so at any length. end_ids: all tokens that end an answer, () for eos_id alone.
+    bad_words, suppress_ids: token sequences, and tokens, that are never said; begin_suppress_ids: not as the first one.
     """
 
     num_beams: int = 1
@@ -32,6 +33,8 @@ class Options:
     forced_bos_id: int | None = None
     forced_eos_id: int | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
+    suppress_ids: tuple[int, ...] = ()
+    begin_suppress_ids: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     do_sample: bool = False
@@ -40,6 +43,7 @@ class Options:
     top_p: float = 1.0
     start_id: int = 0
     eos_id: int = 2
+    end_ids: tuple[int, ...] = ()
     pad_id: int = 1
 
     def __post_init__(self) -> None:
@@ -65,6 +69,11 @@ class Options:
                 f"num_return_sequences={self.num_return_sequences} of num_beams={self.num_beams}: a search has as many "
                 "results as beams; ask for more beams, or set do_sample"
             )
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens that end an answer."""
+        return self.end_ids or (self.eos_id,)
 
     @property
     def lanes(self) -> int:
@@ -137,7 +146,11 @@ def child(tree: PrefixTree, node: jax.Array, token: jax.Array) -> jax.Array:
 def has_rules(o: Options) -> bool:
     """Whether the scores are more than compared: then all of them must be there as log-probabilities."""
     penalised = o.repetition_penalty != 1.0 or o.no_repeat_ngram_size or o.bad_words or o.min_length or o.do_sample
-    return bool(penalised) or o.forced_bos_id is not None or o.forced_eos_id is not None
+    return (
+        bool(penalised or o.suppress_ids or o.begin_suppress_ids)
+        or o.forced_bos_id is not None
+        or o.forced_eos_id is not None
+    )
 
 
 def constrain(
@@ -154,11 +167,11 @@ def constrain(
         scores = _penalise(scores, sequences_XMT, t, o.repetition_penalty)
     if o.no_repeat_ngram_size:
         scores = _ban(scores, *_repeats(sequences_XMT, t, o.no_repeat_ngram_size))
-    words = [word for word in o.bad_words if word != (o.eos_id,)]
+    words = [word for word in o.bad_words if word not in {(end,) for end in o.ends}]
     if words:
         scores = _ban(scores, *_bad(sequences_XMT, t, words))
     if o.min_length:
-        scores = scores.at[..., o.eos_id].set(jnp.where(t < o.min_length, -jnp.inf, scores[..., o.eos_id]))
+        scores = _without(scores, o.ends, t < o.min_length)
     if tree is not None:
         at, real = _edges(tree, node_XM)
         tokens = jnp.where(real, tree.token_E[at], scores.shape[-1])
@@ -167,7 +180,21 @@ def constrain(
     for token, when in ((o.forced_bos_id, t == 1), (o.forced_eos_id, t == o.max_length - 1)):
         if token is not None:
             scores = jnp.where(when, jnp.where(vocabulary == token, 0.0, -jnp.inf), scores)
+    first = 1 if o.forced_bos_id is None else 2  # a forced token is not the first that is chosen
+    for banned, now in ((o.suppress_ids, t >= 1), (o.begin_suppress_ids, t == first)):
+        scores = _without(scores, banned, now) if banned else scores
     return scores
+
+
+def is_one_of(token: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    """Whether each token is one of a few."""
+    return jnp.isin(token, jnp.asarray(ids, jnp.int32))
+
+
+def _without(scores_XMV: jax.Array, tokens: tuple[int, ...], when: jax.Array) -> jax.Array:
+    """-inf for these tokens, where `when`."""
+    banned = is_one_of(jnp.arange(scores_XMV.shape[-1]), tokens)
+    return jnp.where(banned & when, -jnp.inf, scores_XMV)
 
 
 def _scattered(tokens_XMN: jax.Array, scores_XMV: jax.Array) -> jax.Array:

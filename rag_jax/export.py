@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_jax import pretrained, saving
+from rag_jax import run as runs
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,5 +33,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         context_inside=args.context_encoder_inside,
         shard_bytes=int(args.shard_gb * 1e9),
         overwrite=args.overwrite,
+        answering=runs.read_config(args.run).answering,
     )
     return {"out": str(args.out), "variant": rag.variant, "part": args.part or "all"}

@@ -220,8 +220,8 @@ def search(
 def counted(sequences: jax.Array, options: Options) -> jax.Array:
     """Which tokens after the start are part of the likelihood [..., T - 1]: up to eos, and no padding."""
     at = jnp.arange(sequences.shape[-1] - 1)
-    inside = at < decoding.lengths(sequences, options.eos_id)[..., None]
-    padding_counts = options.pad_id == options.eos_id
+    inside = at < decoding.lengths(sequences, options.ends)[..., None]
+    padding_counts = options.pad_id in options.ends
     return inside if padding_counts else inside & (sequences[..., 1:] != options.pad_id)
 
 
@@ -268,7 +268,8 @@ def rag_sequence(
     """
     B, K, _ = ids_BKL.shape
     each = options.num_return_sequences
-    opening = (options.start_id,) if options.start_id == reader.bos_id else (options.start_id, reader.bos_id)
+    said = reader.bos_id if options.forced_bos_id is None else options.forced_bos_id  # likely the first token
+    opening = (options.start_id,) if options.start_id == said else (options.start_id, said)
 
     def propose(ids_BKL: jax.Array, mask_BKL: jax.Array, number_BK: jax.Array) -> tuple[Any, decoding.Found, Any]:
         hidden = encode(reader, ids_BKL, mask_BKL)

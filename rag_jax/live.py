@@ -109,6 +109,7 @@ def reopen(position: dict[str, Any], path: str | Path) -> Corpus:
 def updated(loaded: Loaded, corpus: Corpus) -> Loaded:
     """The same model with another corpus of the same tokenizers."""
     runs.check_length(loaded.rag, corpus)
+    corpus = runs.answered(loaded.rag.config, corpus)
     new = dataclasses.replace(loaded, corpus=corpus, passages=None)
     old = loaded.passages
     if old is None:

@@ -35,6 +35,7 @@ class Data:
 
 def prepare(cfg: TrainConfig, corpus: Corpus, directory: Path | None = None) -> Data:
     """Examples of the configuration: those that a run directory keeps, if they are of the same, else made anew."""
+    corpus = runs.answered(cfg.model, corpus)
     if not cfg.train:
         return Data(examples.none(), corpus, {})
     weights = sources.weighted(cfg.train)
@@ -48,7 +49,9 @@ def prepare(cfg: TrainConfig, corpus: Corpus, directory: Path | None = None) -> 
         "tail_length": cfg.model.tail_length,
     }
     task = config.plain(cfg.task)
-    wanted = example_cache.made_of(list(weights), corpus, corpus.hash, task=task, **settings)
+    wrapping = corpus.generator_tokenizer.wrapping
+    said = {} if wrapping is None else {"labels": [list(wrapping.opening), list(wrapping.closing), wrapping.pad_id]}
+    wanted = example_cache.made_of(list(weights), corpus, corpus.hash, task=task, **settings, **said)
     kept = None if directory is None else example_cache.read(directory / EXAMPLES, wanted)
     if kept is not None:
         return Data(kept, corpus, weights)

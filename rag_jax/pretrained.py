@@ -8,9 +8,10 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +27,12 @@ from rag_jax.encoder_files import Asked
 from rag_jax.errors import InputError
 from rag_jax.logs import info
 from rag_jax.models.bert import BertConfig
-from rag_jax.models.hf import ENCODERS, GENERATORS, composite, naming
+from rag_jax.models.hf import ENCODERS, GENERATORS, composite, generation, lm, naming
 from rag_jax.models.hf import tokenizer as tokenizer_settings
 from rag_jax.models.hf.naming import Family, spell
 from rag_jax.models.hf.sentence import Layout
 from rag_jax.models.hf.settings import Account
+from rag_jax.models.lm import LmConfig
 from rag_jax.rag import Params, Rag, RagConfig
 from rag_jax.tensors import FLOATS, Tensors, open_tensors
 
@@ -44,13 +46,16 @@ ENCODER, GENERATOR = "model.encoder.", "model.generator."  # where a part's sett
 
 
 class Part(NamedTuple):
-    """One of the three models of a RAG model, and where its tensors are: under `base` in a checkpoint."""
+    """One of the three models of a RAG model, and where its tensors are: under `base` in a checkpoint. answering: of a
+    generator, how it answers by default (fields of AnswerConfig).
+    """
 
     side: str
     family: Family
     config: Any
     tensors: Tensors
     base: str
+    answering: Mapping[str, Any] = MappingProxyType({})
     layout: Layout = Layout()  # of an encoder: what its files say beside its configuration
 
 
@@ -157,16 +162,30 @@ def encoder_part(directory: Path, side: str, account: Account | None = None, ask
         pooling=pooling,  # type: ignore[arg-type]
         vector_norm=1.0 if layout.normalise else 0.0,
     )
-    return Part(side, family, encoder, tensors, "", layout)
+    return Part(side, family, encoder, tensors, "", layout=layout)
 
 
 def generator_part(directory: Path, account: Account | None = None) -> Part:
     """A generator from a directory of its own."""
+    account = account or Account()
     config, where = read_json(directory / CONFIG), str(directory / CONFIG)
     family = pick(GENERATORS, config, where)
-    config = (account or Account()).read(config, family.settings, where, GENERATOR)
+    settings, beside = family.settings, generation_beside(directory, family, account)
+    known = settings if beside is None else generation.superseded(settings)
+    config = account.read(config, known, where, GENERATOR)
     tensors = open_tensors(directory)
-    return Part("generator", family, family.adapt(family.config(config, where), tensors.shapes), tensors, "")
+    made = family.adapt(family.config(generation.tokens(config, beside), where), tensors.shapes)
+    answering = generation.answering(config if beside is None else beside, isinstance(made, LmConfig))
+    return Part("generator", family, made, tensors, "", answering)
+
+
+def generation_beside(directory: Path, family: Family, account: Account) -> dict[str, Any] | None:
+    """The content of a generator's generation_config.json, or None where there is none."""
+    path = directory / GENERATION
+    if not path.is_file():
+        return None
+    table = generation.GENERATION_LM if family in lm.FAMILIES.values() else generation.GENERATION
+    return account.read(read_json(path), table, str(path), GENERATOR)
 
 
 def pick(families: dict[str, Family], config: dict[str, Any], where: str) -> Family:
@@ -198,7 +217,10 @@ def rag_parts_of(
 ) -> tuple[RagConfig, list[Part]]:
     """The same, from a configuration that was read, and tensors if they are open already."""
     account, where = account or Account(), str(directory / CONFIG)
-    config = account.read(config, composite.RAG, where, "model.")
+    beside = generation_beside(directory, GENERATORS["bart"], account)
+    known = composite.RAG if beside is None else generation.superseded(composite.RAG)
+    config = account.read(config, known, where, "model.")
+    answering: dict[str, Any] = {}
     tensors = tensors or open_tensors(directory)
     parts = []
     for key in ("question_encoder", "generator"):
@@ -210,8 +232,15 @@ def rag_parts_of(
         family = pick(families, {"model_type": default} | sub, f"{where}: {key}")
         base = f"rag.{key}."
         names = {name.removeprefix(base) for name in tensors.shapes if name.startswith(base)}
-        sub = account.read(sub, family.settings, f"{where}: {key}", {"generator": GENERATOR}.get(key, ENCODER))
-        parts.append(Part(key, family, family.adapt(family.config(sub, f"{where}: {key}"), names), tensors, base))
+        if key == "generator":
+            settings = family.settings if beside is None else generation.superseded(family.settings)
+            sub = composite.over(config, account.read(sub, settings, f"{where}: {key}", GENERATOR))
+            answering = generation.answering(sub if beside is None else beside, False)
+            sub = generation.tokens(sub, beside)
+        else:
+            sub = account.read(sub, family.settings, f"{where}: {key}", ENCODER)
+        made = family.adapt(family.config(sub, f"{where}: {key}"), names)
+        parts.append(Part(key, family, made, tensors, base, answering))
     if asked is not None and asked.pooling:
         parts[0] = parts[0]._replace(config=dataclasses.replace(parts[0].config, pooling=asked.pooling))
     encoder = parts[0].config
@@ -374,6 +403,11 @@ class Source:
     directories: dict[str, Path]  # side -> directory; "" for that of the whole
     account: Account = field(default_factory=Account)
 
+    @property
+    def answering(self) -> dict[str, Any]:
+        """Fields of AnswerConfig that the checkpoint says."""
+        return {name: value for part in self.parts for name, value in part.answering.items()}
+
     def tokenizer_directory(self, role: str) -> Path | None:
         """Where the tokenizer of `encoder`, `generator` or `context` is, or None; context: where the context encoder
         has files of its own for it.
@@ -460,6 +494,12 @@ class Source:
             n_docs=n_docs or self.model.n_docs,
             source_length=source_length or self.model.source_length,
         )
+        if isinstance(model.generator, LmConfig) and 0 < model.generator.window < model.source_length:
+            raise InputError(
+                f"the generator attends to a window of {model.generator.window} tokens, and model.source_length is "
+                f"{model.source_length}; inputs shorter than the window are the same without it: pass --source-length, "
+                "with room for the answer too"
+            )
         return dataclasses.replace(self, model=model)
 
     def params(self, mesh: jax.sharding.Mesh, report: Report, dtype: str = "float32") -> LazyParams:

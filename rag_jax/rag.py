@@ -22,6 +22,7 @@ from rag_jax.models import copying
 from rag_jax.models.bart import POSITION_OFFSET, Bart, BartConfig
 from rag_jax.models.bert import Bert, BertConfig
 from rag_jax.models.lm import Lm, LmConfig
+from rag_jax.models.special import NONE
 from rag_jax.models.t5 import T5, T5Config
 
 Params = dict[str, Any]
@@ -351,7 +352,10 @@ class Rag:
                     f"{each * n_docs}"
                 )
             options["num_return_sequences"] = each
-        special = {"start_id": c.start_id, "eos_id": c.eos_id, "pad_id": c.pad_id}
+        special: dict[str, Any] = {"start_id": c.start_id, "eos_id": c.eos_id, "end_ids": c.ends, "pad_id": c.pad_id}
+        forced = {"forced_bos_id": c.forced_bos_id, "forced_eos_id": c.forced_eos_id}
+        special |= {name: None if token == NONE else token for name, token in forced.items()}
+        special |= {"end_ids": ()} if "eos_id" in options else {}
         return decoding.Options(**(special | options)), returned
 
     def generate(

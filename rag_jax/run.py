@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from rag_jax.data import tokenizers
 from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
 from rag_jax.logs import info
-from rag_jax.rag import Params, Passages, Rag, RagConfig
+from rag_jax.rag import GeneratorConfig, Params, Passages, Rag, RagConfig
 from rag_jax.refresh import Index, encoded
 from rag_jax.retrieval import encode, encode_job, index
 from rag_jax.retrieval.corpus import Corpus
@@ -43,13 +44,7 @@ def resolve(model: RagConfig, encoder: Tokenizer, generator: Tokenizer) -> RagCo
                 f"model.{side}.vocab_size is {vocab}, but the corpus was tokenised with {tokenizer.vocab_size} tokens; "
                 "set it to 0 to take the tokenizer's, or build the corpus with the model's tokenizer"
             )
-    resolved = model.generator and dataclasses.replace(
-        model.generator,
-        vocab_size=model.generator.vocab_size or generator.vocab_size,
-        bos_id=generator.start_id,
-        pad_id=generator.pad_id,
-        eos_id=generator.eos_id,
-    )
+    resolved = model.generator and with_tokens(model.generator, generator)
     resolved_encoder = dataclasses.replace(model.encoder, vocab_size=model.encoder.vocab_size or encoder.vocab_size)
     return dataclasses.replace(
         model,
@@ -58,6 +53,39 @@ def resolve(model: RagConfig, encoder: Tokenizer, generator: Tokenizer) -> RagCo
         query_prefix_ids=tokenizers.before(encoder, model.query_prefix),
         passage_prefix_ids=tokenizers.before(encoder, model.passage_prefix),
     )
+
+
+def with_tokens(c: GeneratorConfig, tokenizer: Tokenizer) -> GeneratorConfig:
+    """The generator with the special tokens of the tokenizer; of those that came with weights, only which of the ends a
+    label has. InputError for an id that the vocabulary has not.
+    """
+    c = dataclasses.replace(c, vocab_size=c.vocab_size or tokenizer.vocab_size)
+    if c.tokens_from == "checkpoint":
+        names = ("bos_id", "pad_id", "start_id", "forced_bos_id", "forced_eos_id")
+        for name, token in [*((name, getattr(c, name)) for name in names), ("end_ids", max(c.ends))]:
+            if token >= c.vocab_size:
+                raise InputError(f"model.generator.{name}={token} is not one of the {c.vocab_size} tokens of the model")
+        return dataclasses.replace(c, eos_id=tokenizer.eos_id if tokenizer.eos_id in c.ends else c.ends[0])
+    from_eos = c.start_id == c.eos_id != c.bos_id  # as a model converted by an earlier version may have it
+    return dataclasses.replace(
+        c,
+        bos_id=tokenizer.start_id,
+        pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+        start_id=tokenizer.eos_id if from_eos else tokenizer.start_id,
+        end_ids=(),
+    )
+
+
+def answered(model: RagConfig, corpus: Corpus) -> Corpus:
+    """The corpus, with a tokenizer that writes labels as the generator begins, ends and pads them."""
+    if model.generator is None:
+        return corpus
+    tokenizer = corpus.generator_tokenizer
+    c, usual = with_tokens(model.generator, tokenizer), tokenizer.labels
+    closing = (c.eos_id,) if c.tokens_from == "checkpoint" else usual.closing
+    wrapping = tokenizers.Wrapping(c.opening(tokenizer.prefix_ids), closing, c.pad_id)
+    return corpus if wrapping == usual else corpus.with_labels(wrapping)
 
 
 def capacity(n: int) -> int:
@@ -109,6 +137,7 @@ def load(
 ) -> Loaded:
     """The model for a corpus; on_devices: with the token table there, for the search in graph. live: see Loaded."""
     rag = Rag(resolve(model, corpus.encoder_tokenizer, corpus.generator_tokenizer))
+    corpus = answered(model, corpus)
     check_length(rag, corpus)
     loaded = Loaded(rag, corpus, mesh, None, live)
     return dataclasses.replace(loaded, passages=token_tables(loaded)) if on_devices else loaded
@@ -241,9 +270,12 @@ def run_model(directory: Path, config: TrainConfig) -> Rag:
     )
 
 
-def write_empty_run(directory: Path, model: RagConfig, identity: dict[str, Any]) -> None:
+def write_empty_run(
+    directory: Path, model: RagConfig, identity: dict[str, Any], answering: Mapping[str, Any] | None = None
+) -> None:
     """The configuration files of a run with no stages, whose parameters come from elsewhere."""
-    config.save(TrainConfig(corpus="", train="", dev="", stages=(), model=model), directory / "config.json")
+    made = TrainConfig(corpus="", train="", dev="", stages=(), model=model, answering=answering or {})
+    config.save(made, directory / "config.json")
     (directory / IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,15 +13,16 @@ from flax.traverse_util import flatten_dict
 
 from rag_jax import checkpoint, files
 from rag_jax import run as runs
-from rag_jax.data import joining, tokenizers
+from rag_jax.data import tokenizers
 from rag_jax.encoder_files import BY_ARCHITECTURE, sentence_files, transformer_directory
 from rag_jax.errors import InputError
 from rag_jax.models.bert import BertConfig
-from rag_jax.models.hf import ENCODERS, GENERATORS, lm, naming, sentence
+from rag_jax.models.hf import ENCODERS, GENERATORS, composite, generation, lm, naming, sentence
 from rag_jax.models.hf.bart import without_logit_scale
 from rag_jax.models.hf.naming import Family, spell
 from rag_jax.models.hf.sentence import Layout
 from rag_jax.models.lm import LmConfig
+from rag_jax.models.special import SpecialTokens
 from rag_jax.pretrained import (
     ARCHITECTURES,
     CONFIG,
@@ -88,11 +89,55 @@ def tensors_of(piece: Piece, parameters: Iterator[tuple[str, jax.Array]]) -> Ite
             yield name, naming.to_theirs(entry, [waiting.pop(own) for own in entry.ours])
 
 
-def describe_part(kind: str, family: Family, config: Any, original: dict[str, Any]) -> dict[str, Any]:
-    """config.json of one part; `original`, where the part came from one, keeps what has no place here."""
-    model_type = {"dpr_context": "dpr"}.get(kind, kind)
-    kept = original if original.get("model_type", model_type) == model_type else {}
-    return kept | family.describe(config) | {"model_type": model_type, "architectures": [family.architecture]}
+def describe_part(
+    kind: str,
+    family: Family,
+    config: Any,
+    original: dict[str, Any],
+    beside: dict[str, Any] | None = None,
+    read: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """config.json of one part: `original`, where the part came from one, and over it only what is no longer as that
+    says. beside: the generation_config.json that came with it. read: what was read, if not the original alone.
+    """
+    model_type, now = {"dpr_context": "dpr"}.get(kind, kind), family.describe(config)
+    named = {"model_type": model_type, "architectures": [family.architecture]}
+    if not original or original.get("model_type", model_type) != model_type:
+        return now | named
+    was = first_form(family, config, read or original, beside)
+    differ = {key: value for key, value in now.items() if value != was.get(key)}
+    return original | differ | named
+
+
+def first_form(family: Family, config: Any, original: dict[str, Any], beside: dict[str, Any] | None) -> dict[str, Any]:
+    """What `family.describe` said of the part as it came. Tokens that a tokenizer gave are no change."""
+    names = {entry.theirs for entry in family.entries(config)}
+    first = family.adapt(family.config(generation.tokens(original, beside), CONFIG), names)
+    if isinstance(config, SpecialTokens) and config.tokens_from == "tokenizer":
+        first = dataclasses.replace(
+            first, **{f.name: getattr(config, f.name) for f in dataclasses.fields(SpecialTokens)}
+        )
+    return family.describe(first)
+
+
+def describe_generation(
+    config: GeneratorConfig,
+    family: Family,
+    original: dict[str, Any],
+    beside: dict[str, Any] | None,
+    answering: Mapping[str, Any],
+) -> dict[str, Any]:
+    """generation_config.json: the one that came, and over it only what is no longer as it was; {} for no file."""
+    decoder_only, now = isinstance(config, LmConfig), naming.describe_tokens(config)
+    given = beside if beside is not None else original
+    differ = generation.changed(given, answering, decoder_only)
+    if original:
+        was = first_form(family, config, original, beside)
+        said = family.describe(config)
+        differ |= {key: now[key] for key in now if key in said and said[key] != was.get(key)}
+    if beside is None and differ:  # as there is a file now, it alone is read
+        beside = generation.of_config(original) if original else {k: v for k, v in now.items() if v is not None}
+    return (beside or {}) | differ
 
 
 def encoder_kind(config: BertConfig, side: str, original: dict[str, Any]) -> str:
@@ -162,17 +207,33 @@ def layout_of(model: RagConfig, side: str) -> Layout:
 
 
 def write_generator(
-    out: Path, config: GeneratorConfig, params: LazyParams, original: dict[str, Any], shard_bytes: int
+    out: Path,
+    config: GeneratorConfig,
+    params: LazyParams,
+    original: dict[str, Any],
+    beside: dict[str, Any] | None,
+    answering: Mapping[str, Any],
+    shard_bytes: int,
 ) -> None:
+    """A directory for the generator's own class. beside: the generation_config.json that came with it."""
     kind = original.get("model_type") or family_name(config)
     family = GENERATORS[kind]
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / CONFIG, describe_part(kind, family, config, original))
+    write_json(out / CONFIG, describe_part(kind, family, config, original, beside))
+    if said := describe_generation(config, family, original, beside, answering):
+        write_json(out / GENERATION, said)
     write_pieces(out, [Piece("generator", family, config)], params, shard_bytes)
 
 
 def write_rag(
-    out: Path, rag: Rag, params: LazyParams, original: dict[str, Any], context_inside: bool, shard_bytes: int
+    out: Path,
+    rag: Rag,
+    params: LazyParams,
+    original: dict[str, Any],
+    beside: dict[str, Any] | None,
+    answering: Mapping[str, Any],
+    context_inside: bool,
+    shard_bytes: int,
 ) -> None:
     """A directory for RagSequenceForGeneration or RagTokenForGeneration; the context encoder in its own folder, where
     DPRContextEncoder finds it, or inside the checkpoint.
@@ -197,27 +258,18 @@ def write_rag(
         if "context_encoder" not in params.places:
             raise InputError("this model has no context encoder of its own to write inside")
         pieces.insert(1, Piece("context_encoder", ENCODERS["dpr_context"], model.encoder, "rag.ctx_encoder."))
+    came = original if original.get("model_type") == "rag" else {}
+    first = composite.over(came, parts["generator"]) if came else parts["generator"]
     described = {
         "question_encoder": describe_part("dpr", ENCODERS["dpr"], model.encoder, parts["question_encoder"]),
-        "generator": describe_part(kind, GENERATORS[kind], generator, parts["generator"]),
+        "generator": describe_part(kind, GENERATORS[kind], generator, parts["generator"], beside, first),
     }
-    ids = {name: described["generator"].get(name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
-    whole = original | {
-        **described,
-        **{name: value for name, value in ids.items() if value is not None},
-        "decoder_start_token_id": described["generator"].get("decoder_start_token_id"),
-        "vocab_size": generator.vocab_size,
-        "model_type": "rag",
-        "architectures": [name for name, variant in ARCHITECTURES.items() if variant == model.variant],
-        "n_docs": model.n_docs,
-        "max_combined_length": model.source_length,
-        "retrieval_vector_size": model.encoder.output_width,
-        "title_sep": joining.TITLE_SEPARATOR,
-        "doc_sep": joining.QUESTION_SEPARATOR,
-        "is_encoder_decoder": True,
-    }
+    whole = composite.describe(model, came, described, naming.describe_tokens(generator))
+    whole["architectures"] = [name for name, variant in ARCHITECTURES.items() if variant == model.variant]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / CONFIG, whole)
+    if said := describe_generation(generator, GENERATORS[kind], first, beside, answering):
+        write_json(out / GENERATION, said)
     write_pieces(out, pieces, params, shard_bytes)
     if model.context_encoder and not context_inside:
         write_encoder(
@@ -236,14 +288,15 @@ def save_pretrained(
     context_inside: bool = False,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    answering: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a directory that transformers loads: RagSequenceForGeneration or RagTokenForGeneration, or one part alone.
 
     params: a tree, or those of `open_pretrained`, which are read as they are written. part: question_encoder,
     context_encoder or generator. tokenizers_from: a directory with `encoder` and `generator`, as a run has it.
     original: file name -> content of the configuration files to keep what has no place here (see `provenance`).
-    shard_bytes: of weights in one file, also of a part and of the context encoder's folder. InputError for what
-    transformers has no class for.
+    shard_bytes: of weights in one file, also of a part and of the context encoder's folder. answering: of the run's
+    configuration, for generation_config.json. InputError for what transformers has no class for.
     """
     if part is not None and part not in SIDES:
         raise InputError(f"part {part!r} is not one of {', '.join(SIDES)}")
@@ -251,14 +304,17 @@ def save_pretrained(
         trees = params
         params = LazyParams(trees, lambda side: iter(flatten_dict(trees[side], sep="/").items()))
     original = original or {}
-    config = original.get(CONFIG, {})
+    config, beside = original.get(CONFIG, {}), original.get(GENERATION)
+    answering = answering or {}
     out = Path(path)
     with files.new_directory(out, KIND, overwrite=overwrite) as temporary:
         if part is None and rag.config.generator is not None:
-            write_rag(temporary, rag, params, config, context_inside, shard_bytes)
+            write_rag(temporary, rag, params, config, beside, answering, context_inside, shard_bytes)
             roles = dict(TOKENIZERS)
         elif part == "generator":
-            write_generator(temporary, rag.config.reader, params, config.get("generator", {}), shard_bytes)
+            first = config.get("generator", {})
+            first = composite.over(config, first) if config.get("model_type") == "rag" else first
+            write_generator(temporary, rag.config.reader, params, first, beside, answering, shard_bytes)
             roles = {"generator": ""}
         else:
             side = part or "question_encoder"
@@ -273,8 +329,6 @@ def save_pretrained(
                 tokenizers.load(Path(tokenizers_from) / role).save(temporary / folder)
                 for name, content in original.get(TOKENIZER_SETTINGS, {}).get(role, {}).items():
                     write_json(temporary / folder / name, content)
-        if GENERATION in original and (part in (None, "generator")):
-            write_json(temporary / GENERATION, original[GENERATION])
         files.write_manifest(temporary, KIND, VERSION, {})
     return out
 
@@ -302,6 +356,12 @@ def tokenizer_settings(directory: Path, saved: Path) -> dict[str, Any]:
     return {name: read_json(directory / name) for name in names if (directory / name).is_file()}
 
 
+def without(settings: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Settings less the keys that were left out, those of parts too."""
+    kept = {key: value for key, value in settings.items() if key not in keys}
+    return {key: without(value, keys) if isinstance(value, Mapping) else value for key, value in kept.items()}
+
+
 def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: bool = False) -> dict[str, Any]:
     """Convert: a directory in the form of a run with no stages, so that every command that takes a run takes it."""
     report = Report()
@@ -316,24 +376,25 @@ def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: boo
         kept = {role: tokenizer_settings(home, temporary / "tokenizers" / role) for role, home in found.items() if home}
         if found["encoder"] is not None:
             write_json(temporary / "tokenizers" / INPUTS, {"encoder_length": source.model.passage_length})
-        runs.write_empty_run(temporary, source.model, identity)
+        runs.write_empty_run(temporary, source.model, identity, source.answering)
         checkpoint.save_params(temporary / "params", source.params(mesh, report).items())
         folder = temporary / runs.PROVENANCE
         folder.mkdir()
-        whole = source.directories.get("")
+        whole, left_out = source.directories.get(""), source.account.ignore
         if whole is not None:
-            write_json(folder / CONFIG, read_json(whole / CONFIG))
+            write_json(folder / CONFIG, without(read_json(whole / CONFIG), left_out))
         else:
             homes = {side: transformer_directory(home) for side, home in source.directories.items()}
-            write_json(folder / CONFIG, {side: read_json(home / CONFIG) for side, home in homes.items()})
+            came: dict[str, Any] = {side: read_json(home / CONFIG) for side, home in homes.items()}
+            write_json(folder / CONFIG, without(came, left_out))
         beside = {side: sentence_files(home) for side, home in source.directories.items() if side in SIDES[:2]}
         if any(kept.values()):
-            write_json(folder / TOKENIZER_SETTINGS, kept)
+            write_json(folder / TOKENIZER_SETTINGS, without(kept, left_out))
         if any(beside.values()):
-            write_json(folder / SENTENCE, beside)
+            write_json(folder / SENTENCE, without(beside, left_out))
         settings = (whole or source.directories.get("generator", out)) / GENERATION
         if settings.is_file():
-            write_json(folder / GENERATION, read_json(settings))
+            write_json(folder / GENERATION, without(read_json(settings), left_out))
         write_json(
             temporary / "report.json",
             report.summary() | {"tied_names": report.tied, "ignored_names": report.ignored} | source.account.summary(),

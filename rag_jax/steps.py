@@ -257,12 +257,15 @@ def rag_loss(
         found = retrieve(s, params, trains_passages, batch, index, passages, keys, now)
         rows_BK, scores_BK = found.rows_BK, found.scores_BK
     ids_BKL, mask_BKL = contexts(s, passages, rows_BK, batch)
+    labels_BT = batch["labels"]
+    if s.stage.hf_compat and len(s.rag.config.reader.opening(s.prefix_ids)) > 1:
+        labels_BT = labels_BT[:, 1:]  # transformers' RAG does not put the start token before the labels
     nll_B, posterior_BK = s.rag.loss(
         params,
         ids_BKL,
         mask_BKL,
         scores_BK,
-        batch["labels"],
+        labels_BT,
         s.stage.hf_compat,
         s.stage.label_smoothing,
         generator_key,
@@ -270,7 +273,7 @@ def rag_loss(
         doc_chunk=s.stage.doc_chunk,
         logit_chunk=s.stage.logit_chunk,
     )
-    counted = shift_left(batch["labels"], s.rag.config.reader)[1].sum()
+    counted = shift_left(labels_BT, s.rag.config.reader)[1].sum()
     tokens = mask_BKL.sum() + counted * rows_BK.shape[1]
     metrics = {"nll_per_token": nll_B.sum() / counted, "tokens": tokens}
     if found is None:

@@ -173,6 +173,7 @@ def assembler(
     gold_width = max(1, int(found.gold.lengths().max()))
     own: Any = slice(None) if wanted.own is None else wanted.own
     encoder_pad, generator_pad = corpus.encoder_tokenizer.pad_id, corpus.generator_tokenizer.pad_id
+    label_pad = corpus.generator_tokenizer.labels.pad_id
 
     def assemble(places: np.ndarray, rng: np.random.Generator) -> Batch:
         rows = bucket.units[places]
@@ -185,7 +186,7 @@ def assembler(
                 mine, min(bucket.question, wanted.tail_length or bucket.question), generator_pad
             ),
             "tail_length": found.tail.lengths(mine),
-            "labels": found.label.padded(pairs[own], bucket.target, generator_pad),
+            "labels": found.label.padded(pairs[own], bucket.target, label_pad),
             "gold": found.gold.padded(mine, gold_width, -1),
             "source": mine.astype(np.int32),
         }
@@ -283,7 +284,7 @@ def denoise_batches(
             sources.append([*corrupt(ids, mask_id, rng, share), *tokenizer.suffix_ids])
             labels.append(tokenizer.label(ids.tolist(), length))
         tail_ids, tail_length = pad_rows(sources, length - len(tokenizer.prefix_ids), tokenizer.pad_id, np.int32)
-        label_ids, _ = pad_rows(labels, length, tokenizer.pad_id, np.int32)
+        label_ids, _ = pad_rows(labels, length, tokenizer.labels.pad_id, np.int32)
         return {"tail_ids": tail_ids, "tail_length": tail_length, "labels": label_ids}
 
     return passage_batches(corpus, batch, seed, own, assemble)

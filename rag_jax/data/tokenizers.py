@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -32,9 +32,20 @@ _CHANGING_FILE = "added_tokens.json"
 _CHANGING = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "auto_map")
 
 
+class Wrapping(NamedTuple):
+    """What a label begins with, ends with and is padded with."""
+
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+    pad_id: int
+
+
 @dataclass(frozen=True)
 class Tokenizer:
-    """A fast tokenizer. A sentence is wrapped as prefix + ids + suffix, a pair as prefix + a + middle + b + suffix."""
+    """A fast tokenizer. A sentence is wrapped as prefix + ids + suffix, a pair as prefix + a + middle + b + suffix.
+
+    wrapping: of labels, where the generator's checkpoint says it.
+    """
 
     backend: Backend
     pad_id: int
@@ -47,16 +58,22 @@ class Tokenizer:
     vocab_size: int
     hash: str
     specials: dict[str, str]
+    wrapping: Wrapping | None = None
 
     @property
     def start_id(self) -> int:
         """What the decoder starts from, before the first token of an answer."""
         return self.prefix_ids[0] if self.prefix_ids else self.bos_id
 
+    @property
+    def labels(self) -> Wrapping:
+        """How labels are wrapped: as the checkpoint says, else as the tokenizer wraps a text."""
+        return self.wrapping or Wrapping((self.start_id,), self.suffix_ids or (self.eos_id,), self.pad_id)
+
     def label(self, ids: Sequence[int], max_length: int) -> list[int]:
-        """start + ids + end, the ids cut to fit: what the generator learns to write."""
-        end = self.suffix_ids or (self.eos_id,)
-        return [self.start_id, *ids[: max_length - 1 - len(end)], *end]
+        """opening + ids + closing, the ids cut to fit: what the generator learns to write."""
+        opening, closing, _ = self.labels
+        return [*opening, *ids[: max_length - len(opening) - len(closing)], *closing]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids without specials, on all cores. A special token written in a text is text: "<s>" gives the ids of three

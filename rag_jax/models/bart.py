@@ -29,12 +29,13 @@ from rag_jax.models.layers import (
     residual,
     write_cache,
 )
+from rag_jax.models.special import SpecialTokens
 
 POSITION_OFFSET = 2  # rows 0 and 1 of the position tables are unused, a leftover of fairseq that checkpoints keep
 
 
 @dataclass(frozen=True)
-class BartConfig:
+class BartConfig(SpecialTokens):
     """Shape of the generator. The defaults are BART-large; norm="pre" is mBART's form (LayerNorm after each stack)."""
 
     vocab_size: int = 50265
@@ -46,24 +47,16 @@ class BartConfig:
     positions: int = 1024
     dropout: float = 0.1
     attention_dropout: float = 0.0
+    activation_dropout: float = 0.0  # after the activation of every feed-forward layer
     eps: float = 1e-5
     activation: Activation = "gelu"
     norm: NormPlacement = "post"
     init: Init = "hf"
     embedding_scale: float = 1.0  # sqrt(width) where Hugging Face says scale_embedding
     logit_scale: float = 1.0  # width ** -0.5 with the unit-scale embeddings of init="copy"
-    bos_id: int = 0
-    pad_id: int = 1
-    eos_id: int = 2
     dtype: str = "float32"
     remat: Remat = "none"
-    generate_from_eos: bool = False  # as the released checkpoints do; labels begin with bos all the same
     kind: Literal["bart"] = "bart"
-
-    @property
-    def start_id(self) -> int:
-        """What generation begins with."""
-        return self.eos_id if self.generate_from_eos else self.bos_id
 
 
 def check_length(length: int, config: BartConfig) -> None:
@@ -90,7 +83,7 @@ class Layer(nn.Module):
         self.self_attention, self.self_norm = attention(), LayerNorm(c.eps, dtype)
         if self.decoder:
             self.cross_attention, self.cross_norm = attention(), LayerNorm(c.eps, dtype)
-        self.feed_forward = FeedForward(c.width, c.hidden, c.init, 0.0, dtype, c.activation)
+        self.feed_forward = FeedForward(c.width, c.hidden, c.init, c.activation_dropout, dtype, c.activation)
         self.feed_forward_norm = LayerNorm(c.eps, dtype)
         self.drop = Dropout(c.dropout)
 

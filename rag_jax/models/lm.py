@@ -39,10 +39,11 @@ from rag_jax.models.layers import (
     rotate,
     write_cache,
 )
+from rag_jax.models.special import SpecialTokens
 
 
 @dataclass(frozen=True)
-class LmConfig:
+class LmConfig(SpecialTokens):
     """Shape of a decoder-only generator. The defaults are GPT-2, the small one."""
 
     vocab_size: int = 50257
@@ -53,6 +54,7 @@ class LmConfig:
     head_width: int = 0  # 0: width / heads
     hidden: int = 3072
     positions: int = 1024  # that prefix and target have together
+    window: int = 0  # positions back that a token attends to; longer inputs are refused; 0: all
     dropout: float = 0.1
     attention_dropout: float = 0.1
     eps: float = 1e-5
@@ -79,10 +81,9 @@ class LmConfig:
     remat: Remat = "none"
     kind: Literal["lm"] = "lm"
 
-    @property
-    def start_id(self) -> int:
-        """What generation begins with."""
-        return self.bos_id
+    def opening(self, prefix_ids: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """What a label begins with: the start alone, which ends the prefix."""
+        return (self.start_id,)
 
 
 def frequencies(c: LmConfig) -> np.ndarray:
@@ -105,6 +106,17 @@ def check_length(prefix: int, target: int, c: LmConfig) -> None:
     if prefix + target > c.positions:
         raise ValueError(
             f"prefix of length {prefix} and target of length {target}, but the generator has {c.positions} positions"
+        )
+    check_window(prefix + target, c)
+
+
+def check_window(length: int, c: LmConfig) -> None:
+    """ValueError where so many tokens, prefix and target, do not fit the window within which all see all."""
+    if 0 < c.window < length:
+        raise ValueError(
+            f"the generator attends to a window of {c.window} tokens, which is not built; up to {c.window} of passage, "
+            f"question and answer together are the same without it, and here they are {length}: shorten "
+            "model.source_length, or target_length (max_length of an answer)"
         )
 
 

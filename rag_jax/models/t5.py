@@ -33,10 +33,11 @@ from rag_jax.models.layers import (
     remat,
     write_cache,
 )
+from rag_jax.models.special import SpecialTokens
 
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(SpecialTokens):
     """Shape of the generator. The defaults are T5 1.1 base, which is Flan-T5 base too.
 
     T5 1.0 is activation="relu", gated=False, tied=True, logit_scale=width ** -0.5. Decoding starts from padding.
@@ -60,17 +61,11 @@ class T5Config:
     tied: bool = False  # whether the head is the shared embedding
     logit_scale: float = 1.0
     init: Init = "hf"
-    bos_id: int = 0
     pad_id: int = 0
     eos_id: int = 1
     dtype: str = "float32"
     remat: Remat = "none"
     kind: Literal["t5"] = "t5"
-
-    @property
-    def start_id(self) -> int:
-        """What generation begins with."""
-        return self.bos_id
 
     @property
     def positions(self) -> int:

@@ -11,9 +11,11 @@ An update makes a new directory, which shares the files of the one before. Rows 
 """
 
 import argparse
+import copy
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +26,7 @@ from rag_jax import files
 from rag_jax.data import tokenizers
 from rag_jax.data.formats import FORMATS, Passage, named
 from rag_jax.data.joining import join, join_tail
-from rag_jax.data.tokenizers import Tokenizer
+from rag_jax.data.tokenizers import Tokenizer, Wrapping
 from rag_jax.errors import InputError
 from rag_jax.retrieval.segment import Segment
 from rag_jax.retrieval.stacked import Part, stack
@@ -154,6 +156,12 @@ class Corpus:
     @cached_property
     def generator_tokenizer(self) -> Tokenizer:
         return self._tokenizer("generator")
+
+    def with_labels(self, wrapping: Wrapping) -> Self:
+        """The same corpus, whose generator tokenizer wraps labels so; what is open is shared."""
+        other = copy.copy(self)
+        other.__dict__["generator_tokenizer"] = replace(self.generator_tokenizer, wrapping=wrapping)
+        return other
 
     def _live(self, row: int) -> bool:
         return self.live_N is None or bool(self.live_N[row])

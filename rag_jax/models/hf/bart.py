@@ -6,10 +6,22 @@ from typing import Any
 from rag_jax.errors import InputError
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.hf.generation import LEGACY
-from rag_jax.models.hf.naming import Entry, Family, HfConfig, activation, dense, need, norm, refuse, table, token_ids
+from rag_jax.models.hf.naming import (
+    Entry,
+    Family,
+    HfConfig,
+    activation,
+    dense,
+    describe_tokens,
+    need,
+    norm,
+    refuse,
+    special_tokens,
+    table,
+)
 from rag_jax.models.hf.settings import COMMON, Table, fates, idle, into, only
+from rag_jax.models.special import NONE
 
-ONE_FORM = "both stacks have layers of one form here"
 BART: Table = COMMON | LEGACY | fates({
     "vocab_size": into("vocab_size"),
     "d_model hidden_size": into("width"),
@@ -38,27 +50,19 @@ BART: Table = COMMON | LEGACY | fates({
         idle("how it was trained"),
 })  # fmt: skip
 MBART: Table = BART | fates({
-    "normalize_before add_final_layer_norm": only(True, why="mBART norms before each sublayer; BART after"),
+    "normalize_before add_final_layer_norm": idle("mBART norms before each sublayer in any case"),
 })  # fmt: skip
 
 
 def bart_config(config: HfConfig, where: str, pre: bool = False) -> BartConfig:
+    """Of a BartConfig; pre: of an MBartConfig, which begins with bos where nothing else is said."""
     heads = need(config, "encoder_attention_heads", where)
     hidden = need(config, "encoder_ffn_dim", where)
-    refuse(
-        config,
-        where,
-        decoder_attention_heads=heads,
-        decoder_ffn_dim=hidden,
-        normalize_before=pre,
-        add_final_layer_norm=pre,
-        normalize_embedding=True,
-        add_bias_logits=False,
-        static_position_embeddings=False,
-        tie_word_embeddings=True,
-    )
+    refuse(config, where, decoder_attention_heads=heads, decoder_ffn_dim=hidden)
     width = need(config, "d_model", where)
-    bos_id, pad_id, eos_id = token_ids(config, 0, 1, 2)
+    tokens = special_tokens(config, where, 0, 1, 2, NONE)
+    if tokens["start_id"] == NONE and not pre:
+        tokens["start_id"] = tokens["eos_id"]
     return BartConfig(
         vocab_size=need(config, "vocab_size", where),
         width=width,
@@ -72,17 +76,13 @@ def bart_config(config: HfConfig, where: str, pre: bool = False) -> BartConfig:
         activation=activation(config, "activation_function", "gelu", where),
         norm="pre" if pre else "post",
         embedding_scale=math.sqrt(width) if config.get("scale_embedding", False) else 1.0,
-        generate_from_eos=config.get("decoder_start_token_id", eos_id) == eos_id,
-        bos_id=bos_id,
-        pad_id=pad_id,
-        eos_id=eos_id,
+        activation_dropout=float(config.get("activation_dropout") or 0.0),
+        **tokens,
     )
 
 
 def mbart_config(config: HfConfig, where: str) -> BartConfig:
-    return bart_config(
-        {k: v for k, v in config.items() if k not in ("normalize_before", "add_final_layer_norm")}, where, pre=True
-    )
+    return bart_config(config, where, pre=True)
 
 
 def describe_bart(c: BartConfig) -> dict[str, Any]:
@@ -102,11 +102,8 @@ def describe_bart(c: BartConfig) -> dict[str, Any]:
         "attention_dropout": c.attention_dropout,
         "activation_function": c.activation,
         "scale_embedding": c.embedding_scale != 1.0,
-        "bos_token_id": c.bos_id,
-        "pad_token_id": c.pad_id,
-        "eos_token_id": c.eos_id,
-        "decoder_start_token_id": c.start_id,
-        "forced_eos_token_id": c.eos_id,
+        "activation_dropout": c.activation_dropout,
+        **describe_tokens(c),
         "is_encoder_decoder": True,
     }
 

@@ -1,11 +1,15 @@
 """The config.json of a RAG composite (RagConfig of transformers), without those of its parts."""
 
-from rag_jax.models.hf.generation import GENERATION, legacy
+from collections.abc import Mapping
+from typing import Any
+
+from rag_jax.models.hf.generation import LEGACY
 from rag_jax.models.hf.settings import COMMON, Table, fates, idle, into, only
 
 RETRIEVER = idle("of transformers' retriever; passages come from rag-jax corpus and rag-jax index")
 
-RAG: Table = COMMON | legacy(GENERATION) | fates({
+DEFAULTS = {"n_docs": 5, "max_combined_length": 300}
+RAG: Table = COMMON | LEGACY | fates({
     "architectures": into("variant"),
     "question_encoder": into("model.encoder"),
     "generator": into("model.generator"),
@@ -24,3 +28,38 @@ RAG: Table = COMMON | legacy(GENERATION) | fates({
     "do_deduplication": only(True, why="the same answer from two passages is one"),
     "tie_word_embeddings": idle("the generator's own configuration says it"),
 })  # fmt: skip
+
+
+def over(whole: Mapping[str, Any], generator: Mapping[str, Any]) -> dict[str, Any]:
+    """The generator's config with what the composite says of generation over it, null aside."""
+    return {**generator, **{key: whole[key] for key in LEGACY if whole.get(key) is not None}}
+
+
+def describe(
+    model: Any, original: Mapping[str, Any], parts: Mapping[str, Any], tokens: Mapping[str, Any]
+) -> dict[str, Any]:
+    """config.json of a composite with these parts: the original, and over it only what is no longer as it says."""
+    own = {"n_docs": model.n_docs, "max_combined_length": model.source_length}
+    if not original:
+        whole = (
+            {key: value for key, value in tokens.items() if value is not None}
+            | own
+            | {
+                "vocab_size": parts["generator"].get("vocab_size"),
+                "retrieval_vector_size": model.encoder.output_width,
+                "title_sep": " / ",
+                "doc_sep": " // ",
+                "is_encoder_decoder": True,
+            }
+        )
+        return {**parts, **whole, "model_type": "rag"}
+    differ = {key: value for key, value in own.items() if value != original.get(key, DEFAULTS[key])}
+    said = {key: parts["generator"].get(key) for key in tokens if original.get(key) is not None}
+    inner = {key: _named_as_before(part, original[key]) for key, part in parts.items()}
+    return {**original, **inner, **said, **differ}
+
+
+def _named_as_before(part: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """A part's config with the name of its class as the composite had it, which is often null there."""
+    kept = {key: original[key] for key in ("architectures",) if key in original}
+    return {key: value for key, value in part.items() if key != "architectures"} | kept

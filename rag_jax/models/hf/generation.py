@@ -1,6 +1,9 @@
 """How an answer is written: generation_config.json, and the same keys as older config.json have them."""
 
-from rag_jax.models.hf.settings import Fate, Table, fates, idle, into, only
+from collections.abc import Mapping
+from typing import Any
+
+from rag_jax.models.hf.settings import Table, fates, idle, into, only
 
 SEARCH = "how transformers searches, with the same result"
 ASSISTANT = idle("of an assistant model, which is given to transformers' generate and not in the checkpoint")
@@ -61,7 +64,6 @@ GENERATION_LM: Table = GENERATION | fates({
     "forced_bos_token_id": idle("forced at the first position, which is in the prompt"),
 })  # fmt: skip
 
-TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
 NOT_OF_CONFIGS = ("transformers_version", "_commit_hash", "_from_model_config", "use_cache")
 
 
@@ -70,10 +72,68 @@ def legacy(table: Table) -> Table:
     return {key: fate for key, fate in table.items() if key not in NOT_OF_CONFIGS}
 
 
-def silent(why: str) -> Table:
-    """The same keys in the config.json of what writes nothing."""
-    return dict.fromkeys(legacy(GENERATION), idle(why))
-
-
 LEGACY, LEGACY_LM = legacy(GENERATION), legacy(GENERATION_LM)
-LEGACY_ENCODER: dict[str, Fate] = dict(silent("an encoder writes nothing"))
+LEGACY_ENCODER: Table = dict.fromkeys(LEGACY, idle("an encoder writes nothing"))
+
+TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
+FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+# theirs -> AnswerConfig's, with one meaning
+SAME = {key: key for key in (
+    "num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size", "repetition_penalty", "do_sample",
+    "temperature", "top_k", "top_p",
+)} | {
+    "bad_words_ids": "bad_word_ids", "suppress_tokens": "suppress_ids", "begin_suppress_tokens": "begin_suppress_ids",
+}  # fmt: skip
+TOP_K = 50  # where a file says do_sample and not how many
+
+
+def superseded(table: Table) -> Table:
+    """A table of config.json where generation_config.json is beside it, which takes the place of its keys but for the
+    tokens that it leaves out.
+    """
+    instead = idle("generation_config.json takes its place")
+    return table | {key: instead for key in LEGACY if key in table and key not in TOKENS}
+
+
+def tokens(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The config with the special tokens of generation_config.json, if there is one, as transformers generates: what
+    that forces, and no more; its start, or else its bos.
+    """
+    if generation is None:
+        return dict(config)
+    said = {key: generation[key] for key in TOKENS if generation.get(key) is not None}
+    if "decoder_start_token_id" not in said and "bos_token_id" in said:
+        said["decoder_start_token_id"] = said["bos_token_id"]
+    return {**config, **said, **{key: generation.get(key) for key in FORCED}, "force_bos_token_to_be_generated": None}
+
+
+def answering(given: Mapping[str, Any], decoder_only: bool) -> dict[str, Any]:
+    """Fields of AnswerConfig from generation_config.json, or from the older keys of config.json."""
+    given = {key: value for key, value in given.items() if value is not None}
+    found = {ours: given[key] for key, ours in SAME.items() if key in given}
+    if found.get("do_sample"):
+        found.setdefault("top_k", TOP_K)
+    elif found.get("temperature") == 0:  # as some files say that nothing is drawn
+        del found["temperature"]
+    if "max_new_tokens" in given:
+        found["max_length"] = given["max_new_tokens"] + 1  # and the start
+    elif "max_length" in given and not decoder_only:
+        found["max_length"] = given["max_length"]
+    least = max(given.get("min_new_tokens", -1) + 1, 0 if decoder_only else given.get("min_length", 0))
+    return found | ({"min_length": least} if least else {})
+
+
+def changed(given: Mapping[str, Any], now: Mapping[str, Any], decoder_only: bool) -> dict[str, Any]:
+    """Keys of generation_config.json for the fields of AnswerConfig that differ from what was `given`."""
+    was = answering(given, decoder_only)
+    back = {ours: key for key, ours in SAME.items()}
+    counts_new = decoder_only or given.get("max_new_tokens") is not None
+    back["max_length"] = "max_new_tokens" if counts_new else "max_length"
+    back["min_length"] = "min_new_tokens" if decoder_only else "min_length"
+    differ = {ours: now.get(ours) for ours in back if now.get(ours) != was.get(ours)}
+    return {back[o]: v - 1 if v is not None and back[o].endswith("new_tokens") else v for o, v in differ.items()}
+
+
+def of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of generation, as a file of its own."""
+    return {key: config[key] for key in LEGACY if config.get(key) is not None}

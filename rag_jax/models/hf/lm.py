@@ -7,9 +7,22 @@ from typing import Any
 
 from rag_jax.errors import InputError
 from rag_jax.models.hf.generation import LEGACY_LM
-from rag_jax.models.hf.naming import Entry, Family, HfConfig, activation, dense, need, norm, refuse, table, token_ids
+from rag_jax.models.hf.naming import (
+    Entry,
+    Family,
+    HfConfig,
+    activation,
+    dense,
+    describe_tokens,
+    need,
+    norm,
+    refuse,
+    special_tokens,
+    table,
+)
 from rag_jax.models.hf.settings import COMMON, Table, fates, idle, into, only
 from rag_jax.models.lm import LmConfig
+from rag_jax.models.special import NONE
 
 DECODER_ONLY: Table = COMMON | LEGACY_LM | fates({
     "is_encoder_decoder": only(False, why="passage and answer go through one stack"),
@@ -56,16 +69,16 @@ LLAMA: Table = DECODER_ONLY | fates({
     "attention_bias": into("qkv_bias"),
     "mlp_bias": into("mlp_bias"),
     "tie_word_embeddings": into("tied"),
-    "layer_types": into("positions"),
+    "layer_types": into("window"),
     "pretraining_tp": idle("the order of operations, not their result"),
     "is_llama_config max_sequence_length": idle("a note of its makers"),
 })  # fmt: skip
 MISTRAL: Table = LLAMA | fates({
-    "sliding_window": into("positions"),
+    "sliding_window": into("window"),
     "attention_bias mlp_bias": only(False, why="Mistral has no biases"),
 })  # fmt: skip
 QWEN2: Table = LLAMA | fates({
-    "sliding_window use_sliding_window max_window_layers": into("positions"),
+    "sliding_window use_sliding_window max_window_layers": into("window"),
     "attention_bias": only(True, why="Qwen2 has biases on queries, keys and values"),
     "mlp_bias": only(False, why="Qwen2 has no biases there"),
     "use_mrope": only(False, why="positions are those of text"),
@@ -81,13 +94,21 @@ ROPE: Table = fates({
 })  # fmt: skip
 
 
-def lm_token_ids(config: HfConfig, where: str, bos: int | None, eos: int | None) -> tuple[int, int, int]:
-    """Ids of the token between prefix and answer, of padding, of the end; what is null is the same as the end."""
+def lm_tokens(config: HfConfig, where: str, bos: int | None, eos: int | None) -> dict[str, Any]:
+    """The special tokens; bos stands between prefix and answer, and what is null is the same as the end."""
     config = {"bos_token_id": bos, "eos_token_id": eos} | dict(config)
-    if config["eos_token_id"] in (None, []):
+    ends = config["eos_token_id"]
+    if ends in (None, []):
         raise InputError(f"{where}: eos_token_id is missing; it must be given, as int")
-    end = token_ids(config, 0, 0, 0)[2]
-    return token_ids(config, end, end, end)
+    end = ends[0] if isinstance(ends, list) else ends
+    config |= {"decoder_start_token_id": None, "forced_bos_token_id": None}  # of encoder-decoders
+    return special_tokens(config, where, end, end, end, NONE)
+
+
+def describe_lm_tokens(c: LmConfig) -> dict[str, Any]:
+    said = describe_tokens(c)
+    del said["decoder_start_token_id"], said["forced_bos_token_id"]
+    return said if c.forced_eos_id != NONE else {k: v for k, v in said.items() if k != "forced_eos_token_id"}
 
 
 def gpt2_config(config: HfConfig, where: str) -> LmConfig:
@@ -103,7 +124,7 @@ def gpt2_config(config: HfConfig, where: str) -> LmConfig:
         embd_pdrop=dropout,
     )
     width = need(config, "n_embd", where)
-    bos_id, pad_id, eos_id = lm_token_ids(config, where, 50256, 50256)
+    tokens = lm_tokens(config, where, 50256, 50256)
     return LmConfig(
         vocab_size=need(config, "vocab_size", where),
         width=width,
@@ -115,9 +136,7 @@ def gpt2_config(config: HfConfig, where: str) -> LmConfig:
         attention_dropout=float(config.get("attn_pdrop", 0.1)),
         eps=float(config.get("layer_norm_epsilon", 1e-5)),
         activation=activation(config, "activation_function", "gelu_new", where),
-        bos_id=bos_id,
-        pad_id=pad_id,
-        eos_id=eos_id,
+        **tokens,
     )
 
 
@@ -147,10 +166,10 @@ def rope(config: HfConfig, where: str) -> dict[str, Any]:
 
 def llama_config(config: HfConfig, where: str) -> LmConfig:
     """Of a LlamaConfig, or of what `mistral_config` and `qwen2_config` say in its words."""
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise InputError(f"{where}: layer_types other than 'full_attention' are not supported")
+    if other := sorted(set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}):
+        raise InputError(f"{where}: layer_types {', '.join(other)} are not supported; full_attention is")
     biased = bool(config.get("attention_bias", False))
-    bos_id, pad_id, eos_id = lm_token_ids(config, where, 1, 2)
+    tokens = lm_tokens(config, where, 1, 2)
     return LmConfig(
         vocab_size=need(config, "vocab_size", where),
         width=need(config, "hidden_size", where),
@@ -171,23 +190,25 @@ def llama_config(config: HfConfig, where: str) -> LmConfig:
         out_bias=biased,
         mlp_bias=bool(config.get("mlp_bias", False)),
         tied=bool(config.get("tie_word_embeddings", False)),
-        bos_id=bos_id,
-        pad_id=pad_id,
-        eos_id=eos_id,
+        **tokens,
         **rope(config, where),
     )
 
 
 def mistral_config(config: HfConfig, where: str) -> LmConfig:
-    refuse({"sliding_window": 4096} | dict(config), where, sliding_window=None)
-    return llama_config({"num_key_value_heads": 8} | dict(config) | {"attention_bias": False, "mlp_bias": False}, where)
+    biases = {"attention_bias": False, "mlp_bias": False}
+    c = llama_config({"num_key_value_heads": 8} | dict(config) | biases, where)
+    return replace(c, window=config.get("sliding_window", 4096) or 0)
 
 
 def qwen2_config(config: HfConfig, where: str) -> LmConfig:
-    refuse(config, where, use_sliding_window=False)
+    types = config.get("layer_types")
+    first = config.get("max_window_layers", 28)  # the first layer with a window, where no types are given
+    slides = "sliding_attention" in types if types else first < need(config, "num_hidden_layers", where)
+    slides = slides and bool(config.get("use_sliding_window", False))
     defaults = {"num_key_value_heads": 32, "bos_token_id": None, "eos_token_id": None}
     c = llama_config(defaults | dict(config) | {"attention_bias": True, "mlp_bias": False}, where)
-    return replace(c, out_bias=False)
+    return replace(c, out_bias=False, window=config.get("sliding_window", 4096) or 0 if slides else 0)
 
 
 def lm_family(c: LmConfig) -> str:
@@ -198,7 +219,7 @@ def lm_family(c: LmConfig) -> str:
         if form == ("layer", "learned", False) and all(biases) and c.tied and even:
             return "gpt2"
         if form == ("rms", "rotary", True) and c.qkv_bias == c.out_bias:
-            return "llama"
+            return "mistral" if c.window else "llama"
         if form == ("rms", "rotary", True) and biases == (True, False, False):
             return "qwen2"
     raise InputError(
@@ -225,9 +246,7 @@ def describe_gpt2(c: LmConfig) -> dict[str, Any]:
         "attn_pdrop": c.attention_dropout,
         "layer_norm_epsilon": c.eps,
         "activation_function": c.activation,
-        "bos_token_id": c.bos_id,
-        "pad_token_id": c.pad_id,
-        "eos_token_id": c.eos_id,
+        **describe_lm_tokens(c),
         "tie_word_embeddings": True,
     }
 
@@ -258,9 +277,7 @@ def describe_rotary(c: LmConfig) -> dict[str, Any]:
         "rope_theta": c.rope_theta,
         "rope_scaling": None if c.rope_scaling == "none" else scaling,
         "rope_parameters": scaling | {"rope_theta": c.rope_theta},
-        "bos_token_id": c.bos_id,
-        "pad_token_id": c.pad_id,
-        "eos_token_id": c.eos_id,
+        **describe_lm_tokens(c),
         "tie_word_embeddings": c.tied,
     }
 
@@ -271,15 +288,16 @@ def describe_llama(c: LmConfig) -> dict[str, Any]:
 
 
 def describe_mistral(c: LmConfig) -> dict[str, Any]:
-    check_form(c, "llama")
+    check_form(c, "llama", "mistral")
     if c.qkv_bias or c.mlp_bias:
         raise InputError("Mistral has no biases; this generator can be exported as llama")
-    return describe_rotary(c) | {"sliding_window": None}
+    return describe_rotary(c) | {"sliding_window": c.window or None}
 
 
 def describe_qwen2(c: LmConfig) -> dict[str, Any]:
     check_form(c, "qwen2")
-    return describe_rotary(c) | {"use_sliding_window": False}
+    window = {"sliding_window": c.window, "max_window_layers": 0} if c.window else {}
+    return describe_rotary(c) | {"use_sliding_window": bool(c.window)} | window
 
 
 def gpt2_entries(c: LmConfig) -> list[Entry]:

@@ -10,6 +10,7 @@ import numpy as np
 from rag_jax.errors import InputError
 from rag_jax.models.hf.settings import Table
 from rag_jax.models.layers import ACTIVATIONS
+from rag_jax.models.special import NONE, SpecialTokens
 
 HfConfig = Mapping[str, Any]
 Form = Literal["same", "transposed", "row"]
@@ -117,15 +118,42 @@ def activation(config: HfConfig, key: str, default: str, where: str) -> Any:
     return name
 
 
-def token_ids(config: HfConfig, bos: int, pad: int, eos: int) -> tuple[int, int, int]:
-    """Ids of the first token, of padding and of the end; the defaults where one is missing or null."""
+def special_tokens(config: HfConfig, where: str, bos: int, pad: int, eos: int, start: int) -> dict[str, Any]:
+    """The fields of `SpecialTokens`; bos, pad, eos and start stand for what is missing or null."""
 
-    def first(key: str, default: int) -> int:
+    def one(key: str, default: int) -> int:
         value: Any = config.get(key)
-        value = value[0] if isinstance(value, list) and value else value
-        return default if value is None else int(value)
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(value, list) and value:
+            raise InputError(f"{where}: {key}={value!r} has several tokens; give one of them")
+        return default if value is None or value == [] else need({key: value}, key, where)
 
-    return first("bos_token_id", bos), first("pad_token_id", pad), first("eos_token_id", eos)
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) and ends else [one("eos_token_id", eos)]
+    bos_id = one("bos_token_id", bos)
+    again = bos_id if config.get("force_bos_token_to_be_generated") else NONE  # as older BARTs say it
+    return {
+        "bos_id": bos_id,
+        "pad_id": one("pad_token_id", pad),
+        "eos_id": ends[0],
+        "end_ids": tuple(need({"eos_token_id": end}, "eos_token_id", where) for end in ends),
+        "start_id": one("decoder_start_token_id", start),
+        "forced_bos_id": one("forced_bos_token_id", again),
+        "forced_eos_id": one("forced_eos_token_id", NONE),
+        "tokens_from": "checkpoint",
+    }
+
+
+def describe_tokens(c: SpecialTokens) -> dict[str, Any]:
+    """The same as config.json has them."""
+    return {
+        "bos_token_id": c.bos_id,
+        "pad_token_id": c.pad_id,
+        "eos_token_id": list(c.ends) if len(c.ends) > 1 else c.ends[0],
+        "decoder_start_token_id": c.start_id,
+        "forced_bos_token_id": None if c.forced_bos_id == NONE else c.forced_bos_id,
+        "forced_eos_token_id": None if c.forced_eos_id == NONE else c.forced_eos_id,
+    }
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ class Fate(NamedTuple):
     values: tuple[Any, ...] = ()
 
 
-Table = Mapping[str, Fate]
+Table = dict[str, Fate]
 
 
 def into(setting: str) -> Fate:

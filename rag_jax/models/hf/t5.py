@@ -6,7 +6,19 @@ from typing import Any
 
 from rag_jax.errors import InputError
 from rag_jax.models.hf.generation import LEGACY
-from rag_jax.models.hf.naming import Entry, Family, HfConfig, activation, dense, need, norm, refuse, table, token_ids
+from rag_jax.models.hf.naming import (
+    Entry,
+    Family,
+    HfConfig,
+    activation,
+    dense,
+    describe_tokens,
+    need,
+    norm,
+    refuse,
+    special_tokens,
+    table,
+)
 from rag_jax.models.hf.settings import COMMON, Table, fates, idle, into, only
 from rag_jax.models.t5 import T5Config
 
@@ -48,7 +60,6 @@ def t5_config(config: HfConfig, where: str) -> T5Config:
         "relative_attention_num_buckets": 32,
         "relative_attention_max_distance": 128,
         "is_gated_act": name.startswith("gated-"),
-        "decoder_start_token_id": config.get("pad_token_id", 0),
         **{key: value for key, value in config.items() if value is not None},
     }
     buckets = need(config, "relative_attention_num_buckets", where)
@@ -59,7 +70,8 @@ def t5_config(config: HfConfig, where: str) -> T5Config:
             "it must be at least 4 and less than twice the distance"
         )
     width = need(config, "d_model", where)
-    bos_id, pad_id, eos_id = token_ids(config | {"bos_token_id": config["decoder_start_token_id"]}, 0, 0, 1)
+    start = config.get("decoder_start_token_id", config.get("pad_token_id", 0))
+    tokens = special_tokens(config, where, start, 0, 1, start)
     return T5Config(
         vocab_size=need(config, "vocab_size", where),
         width=width,
@@ -76,9 +88,7 @@ def t5_config(config: HfConfig, where: str) -> T5Config:
         eps=float(config.get("layer_norm_epsilon", 1e-6)),
         tied=config.get("tie_word_embeddings") is not False,
         logit_scale=width**-0.5 if scaled else 1.0,
-        bos_id=bos_id,
-        pad_id=pad_id,
-        eos_id=eos_id,
+        **tokens,
     )
 
 
@@ -108,10 +118,7 @@ def describe_t5(c: T5Config) -> dict[str, Any]:
         "is_gated_act": c.gated,
         "tie_word_embeddings": c.tied,
         "scale_decoder_outputs": c.logit_scale != 1.0,
-        "bos_token_id": c.bos_id,  # T5 has none, but transformers' RAG asks for one
-        "pad_token_id": c.pad_id,
-        "eos_token_id": c.eos_id,
-        "decoder_start_token_id": c.bos_id,
+        **describe_tokens(c),  # T5 has no bos, but transformers' RAG asks for one
         "is_encoder_decoder": True,
     }
 
