@@ -391,9 +391,9 @@ def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: boo
             write_json(folder / CONFIG, without(came, left_out))
         beside = {side: sentence_files(home) for side, home in source.directories.items() if side in SIDES[:2]}
         if any(kept.values()):
-            write_json(folder / TOKENIZER_SETTINGS, kept)
+            write_json(folder / TOKENIZER_SETTINGS, without(kept, left_out))
         if any(beside.values()):
-            write_json(folder / SENTENCE, beside)
+            write_json(folder / SENTENCE, without(beside, left_out))
         settings = (whole or source.directories.get("generator", out)) / GENERATION
         if settings.is_file():
             write_json(folder / GENERATION, without(read_json(settings), left_out))
