@@ -48,7 +48,8 @@ class StageConfig:
     buckets, target_buckets: widths in tokens, ascending. A batch has questions (targets) of one bucket alone and is as
     wide as that; what is longer than the last one is as wide as model.question_length (target_length).
 
-    accumulate: the batch goes through the model in so many parts, one after another; the update is the same.
+    accumulate: the batch goes through the model in so many parts, one after another; the update is the same (but that
+    normaliser=`corpus` with a context encoder that trains measures in each part how far passages have moved).
     doc_chunk: so many of the n_docs are read at a time, 0 for all. logit_chunk: so much of the vocabulary has logits at
     a time, and the gradient makes them anew; 0: all of them are made once and kept, 4 bytes each of batch * n_docs *
     target length * vocabulary, for a quarter less work in the output layer.

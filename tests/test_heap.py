@@ -39,6 +39,35 @@ def test_not_against_the_users_word_and_not_in_vain(started, monkeypatch):
     assert started == []
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
+def test_large_pieces_go_back_and_small_ones_stay():
+    """MiB resident: of one of 256 nothing once it is free, however small pieces lie around it; of 128 of 1 all."""
+    code = """
+import numpy as np
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+def filled(mib):
+    x = np.empty(mib * 2**20, np.uint8)
+    x[::4096] = 1
+    return x
+start, most, kept = resident(), 0, []
+for _ in range(5):
+    step = filled(256)
+    kept.append(filled(4))
+    most = max(most, resident() - start)
+    del step
+print(most, resident() - start)
+start, small = resident(), [filled(1) for _ in range(128)]
+del small
+print(resident() - start)
+"""
+    settings = ":".join(f"{name}={value}" for name, value in heap.TUNABLES.items())
+    environment = {**os.environ, "GLIBC_TUNABLES": settings}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    most, left, small = map(float, done.stdout.split())
+    assert 256 <= most < 300 and left < 40
+    assert small > 100
+
+
 def test_one_process_with_its_output_and_exit_status():
     """What it says first, and again after it began once more, under the same number."""
     code = (
