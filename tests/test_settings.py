@@ -178,6 +178,7 @@ def test_an_export_changes_what_the_user_changed_and_no_more(tmp_path):
     run["answering"]["num_beams"], run["answering"]["max_length"] = 5, 21
     run["model"]["generator"] |= {"forced_bos_id": 6, "dropout": 0.25}
     file.write_text(json.dumps(run))
+    (tmp_path / "ours/manifest.json").unlink()  # which has the checksum of what convert wrote
     assert main(["export", str(tmp_path / "ours"), "--part", "generator", "--out", str(tmp_path / "back")]) == 0
     for name, changes in (
         ("config.json", {"forced_bos_token_id": 6, "dropout": 0.25}),
