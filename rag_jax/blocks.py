@@ -36,7 +36,11 @@ def of_file(path: Path) -> Entry:
             view = memoryview(part)
             sums += [zlib.crc32(view[at : at + SIZE]) for at in range(0, len(part), SIZE)]
             size += len(part)
-    return {"bytes": size, "sha256": digest.hexdigest(), FIELD: base64.b64encode(np.array(sums, "<u4").tobytes()).decode()}
+    return {
+        "bytes": size,
+        "sha256": digest.hexdigest(),
+        FIELD: base64.b64encode(np.array(sums, "<u4").tobytes()).decode(),
+    }
 
 
 class Blocks:
