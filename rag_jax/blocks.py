@@ -36,7 +36,11 @@ def of_file(path: Path) -> Entry:
             view = memoryview(part)
             sums += [zlib.crc32(view[at : at + SIZE]) for at in range(0, len(part), SIZE)]
             size += len(part)
-    return {"bytes": size, "sha256": digest.hexdigest(), FIELD: base64.b64encode(np.array(sums, "<u4")).decode()}
+    return {
+        "bytes": size,
+        "sha256": digest.hexdigest(),
+        FIELD: base64.b64encode(np.array(sums, "<u4").tobytes()).decode(),
+    }
 
 
 class Blocks:
@@ -91,7 +95,7 @@ class Blocks:
 
     def _one(self, data: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         assert self.wanted is not None
-        view, wanted = memoryview(data), self.wanted[numbers].tolist()
+        view, wanted = data.data, self.wanted[numbers].tolist()
         for number, sum_of in zip(numbers.tolist(), wanted, strict=True):
             at = number * SIZE
             if zlib.crc32(view[at : at + SIZE]) != sum_of:
@@ -112,6 +116,6 @@ def whole(path: Path, entry: Mapping[str, Any], mend: str) -> np.ndarray:
     known = Blocks(path, entry, mend)
     data = known.map()
     known.verify(data)
-    if known.wanted is None and hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    if known.wanted is None and hashlib.sha256(data.data).hexdigest() != entry["sha256"]:
         raise InputError(f"{path}: damaged: its content is not what the manifest says; {mend}")
     return data

@@ -309,10 +309,8 @@ def _verify(directory: Path, manifest: Mapping[str, Any], arrays: Mapping[str, j
     known = manifest.get("checksums")
     if known is None:  # of an older format
         return
-    # of_tree names them ['name'] of a flat dictionary
-    found = checksums.of_tree(dict(arrays))
     with files.described(directory / files.MANIFEST, AGAIN):
-        changed = [name for name in arrays if found[f"[{name!r}]"] != known[name]]
+        changed = [name for name, array in arrays.items() if checksums.of_array(array) != known[name]]
     if changed:
         raise InputError(f"{directory}: damaged: {changed[0]} is not what was saved; {AGAIN}")
 

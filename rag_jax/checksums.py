@@ -27,6 +27,11 @@ def of_tree(tree: Any) -> dict[str, int]:
     return {name: int(sums[name]) if name in sums else on_host(np.asarray(leaf)) for name, leaf in named.items()}
 
 
+def of_array(array: jax.Array) -> int:
+    """The checksum of one array; arrays of one shape share a program, so that a model that is read compiles few."""
+    return int(_one(array))
+
+
 def on_device(array: jax.Array) -> jax.Array:
     """The checksum as a uint32 scalar, for a program on devices; elements of at most 32 bits."""
     if array.dtype == jnp.bool_:
@@ -57,3 +62,8 @@ def _odd(place: Any) -> Any:
 @jax.jit
 def _program(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: on_device(array) for name, array in arrays.items()}
+
+
+@jax.jit
+def _one(array: jax.Array) -> jax.Array:
+    return on_device(array)

@@ -37,8 +37,10 @@ def test_on_every_place_the_sum_by_hand(dtype, monkeypatch):
     expected = by_hand(array)
     assert checksums.on_host(array) == expected
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    assert checksums.of_array(jax.device_put(array)) == expected
     for spec in ((), ("data",), (("data", "fsdp", "tensor"),), ("tensor", None)):
         placed = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+        assert checksums.of_array(placed) == expected
         assert checksums.of_tree({"a": placed, "b": array}) == {"['a']": expected, "['b']": expected}
 
 

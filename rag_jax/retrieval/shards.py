@@ -123,7 +123,7 @@ class Shard:
         is not.
         """
         data = self.blocks.map()
-        found = hashlib.sha256(data[self.start :]).hexdigest()
+        found = hashlib.sha256(data[self.start :].data).hexdigest()
         if found != self.sha256:
             raise InputError(f"{self.path}: damaged: its content has sha256 {found[:16]}, it was {self.sha256[:16]}")
         return blocks.of_file(self.path)
