@@ -161,7 +161,7 @@ def encoder_part(directory: Path, side: str, account: Account | None = None, ask
     pooling = encoder_files.pooling_of(layout, config, where, asked) if kind == "bert" else asked.pooling or "cls"
     encoder = dataclasses.replace(
         family.config(config, where),
-        pooling=pooling,  # type: ignore[arg-type]
+        pooling=pooling,
         vector_norm=1.0 if layout.normalise else 0.0,
     )
     return Part(side, family, encoder, tensors, "", layout=layout)

@@ -125,7 +125,7 @@ def read_pooling(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     named = settings.get("pooling_mode")
     if named is None:
         flags = {"pooling_mode_mean_tokens": True} | dict(settings)  # its default there
-        chosen = [way for flag, way in FLAGS.items() if flags.get(flag) is True]
+        chosen: list[Any] = [way for flag, way in FLAGS.items() if flags.get(flag) is True]
     else:
         chosen = list(named) if isinstance(named, list | tuple) else str(named).lower().split("+")
     if len(chosen) != 1 or chosen[0] not in get_args(Pooling):
