@@ -79,7 +79,7 @@ class Blocks:
             self._verify(data, first + np.flatnonzero(~self.good[first:last]))
 
     def verify_at(self, data: np.ndarray, starts_X: np.ndarray, width: int) -> None:
-        """The same of `width` bytes at each of the starts."""
+        """Verifies `width` bytes of `data` from each of the starts on."""
         if self.wanted is None or not len(starts_X) or not width:
             return
         first_X, spans = starts_X // SIZE, (width - 1) // SIZE + 2

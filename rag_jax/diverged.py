@@ -49,7 +49,7 @@ def check(cfg: TrainConfig, data: preparing.Data, number: int, before: int, rows
 
 
 def go_on(cfg: TrainConfig, number: int, kept: int | None) -> str:
-    """What a user can do about it."""
+    """Advice: the checkpoint to go on from, and the settings that help."""
     stage = cfg.stages[number]
     where = f"The checkpoint of step {kept} is whole" if kept else "No checkpoint was written yet"
     rate = stage.optimizer.learning_rate

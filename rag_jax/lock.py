@@ -78,7 +78,7 @@ def held(directory: Path) -> Iterator[Lock]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What the holder wrote; {} where nobody did."""
+    """The words of the holder in the lock file; {} where there are none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -164,7 +164,7 @@ def _age(path: Path) -> float:
 
 
 def _boot() -> str:
-    """Of this machine since it was started."""
+    """Identity of this boot of the machine, "" where the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

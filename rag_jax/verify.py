@@ -32,7 +32,7 @@ MEND = files.MEND | {
 
 @dataclass
 class Found:
-    """What was read so far, and what is wrong, as the messages of InputErrors."""
+    """Bytes read so far, and the messages of the damage found."""
 
     progress: logs.Progress
     read: int = 0  # bytes
@@ -206,7 +206,7 @@ CHECKS: dict[str, Callable[[Path, Found], object]] = {
 
 
 def kind_of(directory: Path) -> str:
-    """What an artifact is; InputError where it is none, or nothing tells."""
+    """The kind of artifact in a directory; InputError where it holds none."""
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory; name a corpus, an index, an encode job, a run or an export")
     kind = files.kind_of(directory)
@@ -222,7 +222,7 @@ def kind_of(directory: Path) -> str:
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """What is damaged, as lines that say what to do; how much was read."""
+    """Reads an artifact: its kind, the bytes read, and a line for each damaged file that says what to do."""
     kind = kind_of(directory)
     with logs.Progress(None, f"verifying {kind}", "file") as progress:
         found = Found(progress)

@@ -1,4 +1,4 @@
-"""What checksums by block cost where rows are read for the first time.
+"""Cost of checksums by block in a first pass over rows.
 
     python scripts/checksum_speed.py --out DIR --gigabytes 1
 
@@ -73,7 +73,7 @@ def at_random(table: Checked) -> None:
 def seconds(
     path: Path, rows: int, entry: blocks.Entry, read: Callable[[Checked], None], cold: bool, repeats: int
 ) -> np.ndarray:
-    """Of a first pass, by the clock and by the processor: nothing is verified before."""
+    """Wall-clock and processor seconds of a first pass, with nothing verified before."""
     found = []
     for _ in range(repeats):
         if cold:

@@ -46,7 +46,7 @@ class Kind(NamedTuple):
 
 
 def digest(*values: Any) -> str:
-    """Of arrays, and of anything that says all about itself."""
+    """Hash of arrays by their bytes, and of other values by their repr."""
     found = hashlib.sha256()
     for value in values:
         array = isinstance(value, np.ndarray | jax.Array)
@@ -96,7 +96,7 @@ def read_examples(run: Path) -> str:
 
 
 def read_export(directory: Path) -> str:
-    """What `rag-jax convert --generator` reads."""
+    """Tensors, configuration and tokenizer, as `rag-jax convert --generator` reads them."""
     part = pretrained.generator_part(pretrained.find(directory))
     tensors = [part.tensors.read(name) for name in sorted(part.tensors.shapes)]
     return digest(*tensors, part.config, sorted(part.tensors.shapes), tokenizers.load(directory).hash)
@@ -107,7 +107,7 @@ def below(directory: Path, *patterns: str) -> list[Path]:
 
 
 def kinds(work: Path) -> dict[str, Kind]:
-    """What is flipped, and who reads it."""
+    """Kinds of files by name, each with its reader."""
     corpus, run = work / "corpus", work / "run"
     tables = below(corpus, "encoder_*.npy", "generator_*.npy")
     manifests = [corpus / files.MANIFEST, run / "index" / files.MANIFEST, run / "params" / files.MANIFEST]
@@ -148,7 +148,7 @@ def flip(path: Path, rng: np.random.Generator) -> None:
 
 
 def judge(kind: Kind, path: Path, rng: np.random.Generator, before: str) -> tuple[str, str]:
-    """What became of one flip, and what was said; the file is whole again afterwards."""
+    """Outcome and message of one flip; the file is restored afterwards."""
     whole = path.read_bytes()
     flip(path, rng)
     try:
