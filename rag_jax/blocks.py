@@ -1,30 +1,30 @@
 """Checksums of a file by blocks of 64 KiB, each verified where it is first read.
 
-A manifest holds, beside the sha256 of a whole file, the CRC-32 of each of its blocks. Why CRC-32: it is in the standard
-library, runs at over 2 GB/s on one core and outside of Python's lock, and sees every change of up to three bits and
-every burst of up to 32. It is no defence against intent; that is what the sha256 is for. Why 64 KiB: one random read
-pays for a whole block, and that is about what the system reads ahead for it anyway.
+A manifest holds, beside the sha256 of a whole file, the XXH3 (64 bits) of each of its blocks. Why XXH3: it runs at over
+10 GB/s on one core, five times as fast as zlib's CRC-32, so that a first pass over rows is not held up, and misses one
+damaged block in 2^64. It is no defence against intent; that is what the sha256 is for. Why 64 KiB: one random read pays
+for a whole block, and that is about what the system reads ahead for it anyway.
 """
 
 import base64
 import functools
 import hashlib
 import os
-import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from rag_jax.errors import InputError
 
 SIZE = 1 << 16
 AT_ONCE = 64  # blocks that one thread verifies in one go
-FIELD = "crc32"  # of a file's entry in a manifest: base64 of little-endian uint32, one a block
+FIELD, DTYPE = "xxh3", "<u8"  # of a file's entry in a manifest: base64 of its sums, one a block
 
-Entry = dict[str, Any]  # {"bytes", "sha256", "crc32"} of a file
+Entry = dict[str, Any]  # {"bytes", "sha256", "xxh3"} of a file
 
 
 def of_file(path: Path) -> Entry:
@@ -34,12 +34,12 @@ def of_file(path: Path) -> Entry:
         while part := stream.read(SIZE * AT_ONCE):
             digest.update(part)
             view = memoryview(part)
-            sums += [zlib.crc32(view[at : at + SIZE]) for at in range(0, len(part), SIZE)]
+            sums += [xxh3_64_intdigest(view[at : at + SIZE]) for at in range(0, len(part), SIZE)]
             size += len(part)
     return {
         "bytes": size,
         "sha256": digest.hexdigest(),
-        FIELD: base64.b64encode(np.array(sums, "<u4").tobytes()).decode(),
+        FIELD: base64.b64encode(np.array(sums, DTYPE).tobytes()).decode(),
     }
 
 
@@ -54,7 +54,7 @@ class Blocks:
         self.path, self.mend, self.size = path, mend, int(entry["bytes"])
         self.wanted: np.ndarray | None = None
         if FIELD in entry:
-            self.wanted = np.frombuffer(base64.b64decode(entry[FIELD]), "<u4")
+            self.wanted = np.frombuffer(base64.b64decode(entry[FIELD]), DTYPE)
             if len(self.wanted) != -(-self.size // SIZE):
                 raise InputError(f"{path}: {len(self.wanted)} block sums for {self.size} bytes in the manifest; {mend}")
             # one byte a block: two threads that verify the same block at once do the same work twice, and no harm
@@ -98,7 +98,7 @@ class Blocks:
         view, wanted = data.data, self.wanted[numbers].tolist()
         for number, sum_of in zip(numbers.tolist(), wanted, strict=True):
             at = number * SIZE
-            if zlib.crc32(view[at : at + SIZE]) != sum_of:
+            if xxh3_64_intdigest(view[at : at + SIZE]) != sum_of:
                 end = min(at + SIZE, self.size)
                 raise InputError(
                     f"{self.path}: damaged: bytes {at:,} to {end - 1:,} are not what the manifest says; {self.mend}"

@@ -12,11 +12,11 @@ import argparse
 import base64
 import os
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from rag_jax import blocks
 from rag_jax.blocks import Blocks
@@ -43,8 +43,8 @@ def entry_of(path: Path) -> blocks.Entry:
     sums = []
     with path.open("rb") as stream:
         while part := stream.read(blocks.SIZE):
-            sums.append(zlib.crc32(part))
-    return {"bytes": path.stat().st_size, blocks.FIELD: base64.b64encode(np.array(sums, "<u4")).decode()}
+            sums.append(xxh3_64_intdigest(part))
+    return {"bytes": path.stat().st_size, blocks.FIELD: base64.b64encode(np.array(sums, blocks.DTYPE)).decode()}
 
 
 def forget(path: Path) -> None:
