@@ -120,7 +120,7 @@ def special_tokens(config: HfConfig, where: str, bos: int, pad: int, eos: int, s
             raise InputError(f"{where}: {key}={value!r} has several tokens; give one of them")
         return default if value is None or value == [] else need({key: value}, key, where)
 
-    ends = config.get("eos_token_id")
+    ends: Any = config.get("eos_token_id")
     several = isinstance(ends, list) and len(ends) > 1
     ends = [need({"eos_token_id": end}, "eos_token_id", where) for end in ends] if several else []
     bos_id = one("bos_token_id", bos)
