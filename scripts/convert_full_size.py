@@ -74,7 +74,7 @@ def make(out: Path) -> None:
 
     out.mkdir(parents=True)
     encoder = ENCODERS["dpr"].describe(BertConfig()) | {"model_type": "dpr"}
-    generator = GENERATORS["bart"].describe(BartConfig(generate_from_eos=True)) | {"model_type": "bart"}
+    generator = GENERATORS["bart"].describe(BartConfig(start_id=2)) | {"model_type": "bart"}
     config = {"model_type": "rag", "architectures": ["RagTokenForGeneration"]}
     text = json.dumps(config | {"question_encoder": encoder, "generator": generator})
     (out / "config.json").write_text(text)

@@ -227,7 +227,7 @@ def test_a_list_of_stages_and_a_section_must_be_that(tmp_path):
         (["stages.read.name=joint"], "stages need different names: retriever, joint, denoise, joint"),
         (["stages.read.steps=0"], "stage read: steps=0 must be at least 1"),
         (["stages.read.batch=0"], "stage read: batch=0 must be at least 1"),
-        (["stages.joint.n_docs=0"], "stage joint: n_docs=0 must be at least 1"),
+        (["stages.joint.n_docs=-1"], "stage joint: n_docs=-1 must be at least 1"),
         (["stages.joint.refresh=-1"], "stage joint: refresh='-1': expected steps (250, epoch"),
         (["stages.joint.n_retrieved=3"], "stage joint: n_retrieved=3 must be more than n_docs=3, or 0"),
         (["stages.joint.drift_every=-1"], "stage joint: drift_every=-1 must be at least 0"),

@@ -131,7 +131,7 @@ def test_beams_are_those_of_a_search_in_lists_that_never_stops(beams, penalty, e
                 found.sequences[row], [oracles.pad(tokens, length, PAD) for tokens, *_ in expected]
             )
             np.testing.assert_allclose(found.scores[row], [score for _, score, _ in expected], rtol=1e-5)
-            logp = found.scores[row] * decoding.lengths(found.sequences[row], EOS) ** penalty
+            logp = found.scores[row] * decoding.lengths(found.sequences[row], (EOS,)) ** penalty
             np.testing.assert_allclose(logp, [logp for *_, logp in expected], rtol=1e-5)
 
 
@@ -180,7 +180,7 @@ def test_what_is_kept_goes_with_its_tokens(beams):
     for row in range(ROWS):
         look_up = next_logp(table, row)
         for n in range(beams):
-            tokens, count = found.sequences[row, n].tolist(), int(decoding.lengths(found.sequences, EOS)[row, n])
+            tokens, count = found.sequences[row, n].tolist(), int(decoding.lengths(found.sequences, (EOS,))[row, n])
             logp = [look_up(tuple(tokens[:t]))[tokens[t]] for t in range(1, count + 1)]
             np.testing.assert_allclose(found.kept[row, n, :count], logp, rtol=1e-6)
             np.testing.assert_allclose(found.scores[row, n], sum(logp) / count**0.5, rtol=1e-5)
@@ -224,7 +224,7 @@ def test_rules_leave_what_they_allow(rule):
         np.testing.assert_allclose(found.scores[row, 0], best[0][0], rtol=1e-5)
         assert found.sequences[row, 0].tolist() == best[0][1]
         assert forced or obeys(
-            tuple(found.sequences[row, 0].tolist()[: int(decoding.lengths(found.sequences, EOS)[row, 0]) + 1])
+            tuple(found.sequences[row, 0].tolist()[: int(decoding.lengths(found.sequences, (EOS,))[row, 0]) + 1])
         )
 
 
@@ -351,7 +351,7 @@ def test_allowed_outputs_must_make_sense():
 
 def test_lengths_count_to_the_first_eos():
     sequences = jnp.array([[EOS, 3, EOS, PAD], [BOS, 3, PAD, 3], [BOS, EOS, PAD, PAD], [BOS, 3, 3, EOS]])
-    assert decoding.lengths(sequences, EOS).tolist() == [2, 3, 1, 3]
+    assert decoding.lengths(sequences, (EOS,)).tolist() == [2, 3, 1, 3]
 
 
 @pytest.mark.parametrize(("beams", "vocabulary"), [(4, 1000), (4, 128 * 9), (1, 700), (4, 20), (3, 5000)])

@@ -131,7 +131,7 @@ def test_every_token_has_a_posterior():
     found = answers(model, params)
     logp = np.log(oracles.softmax(jax.jit(model.logits)(params, IDS, MASK, found.sequences)))
     prior = oracles.softmax(SCORES)
-    ends = decoding.lengths(found.sequences, EOS)
+    ends = decoding.lengths(found.sequences, (EOS,))
     assert ends.min() < T - 1
     for b in range(B):
         for t in range(T - 1):
@@ -274,7 +274,7 @@ def test_what_cannot_be_is_refused():
 @pytest.mark.parametrize(("start", "returned"), [("bos", 2), ("eos", 1)])
 def test_candidates_that_cannot_win_are_not_scored(start, returned, monkeypatch):
     """The answers are the same as when all are scored; with sure readers few are, and with unsure ones all."""
-    model = rag(generate_from_eos=start == "eos")
+    model = rag(start_id=EOS if start == "eos" else BOS)
     asked = []
 
     def watched(reader, source, sequences, counted, need, wave):

@@ -41,7 +41,7 @@ CHECKPOINTS = {
              "bos_token_id": 1, "eos_token_id": [2, 3], "embd_pdrop": 0.1, "attn_pdrop": 0.3}, {}),
     "llama": ("Llama", "Llama", ROTARY | {"eos_token_id": [2, 3, 4]}, {}),
     "mistral": ("Mistral", "Mistral", ROTARY | {"sliding_window": 400}, {}),
-    "qwen2": ("Qwen2", "Qwen2", ROTARY | {"bos_token_id": None}, {"repetition_penalty": 1.1, "do_sample": True}),
+    "qwen2": ("Qwen2", "Qwen2", ROTARY | {"bos_token_id": None}, {"temperature": 0.7, "do_sample": True}),
     "many": ("Bart", "Bart", SMALL, MANY),
 }  # fmt: skip
 ENDINGS = {"GPT2": "LMHeadModel", "Llama": "ForCausalLM", "Mistral": "ForCausalLM", "Qwen2": "ForCausalLM"}
@@ -167,6 +167,23 @@ def test_generation_settings_are_a_runs_defaults(tmp_path):
     assert cfg.early_stopping is True and cfg.no_repeat_ngram_size == 2 and cfg.repetition_penalty == 1.2
     assert (cfg.suppress_ids, cfg.begin_suppress_ids) == ((8, 9), (10,)) and cfg.bad_word_ids == ((11,), (12, 13))
     assert (reader.start_id, reader.forced_bos_id, reader.forced_eos_id) == (7, 5, -1) and reader.ends == (2, 6)
+
+
+def test_what_is_drawn_is_drawn_as_transformers_does():
+    """Where nothing is said of top_k it is 50 there; a temperature of 0 says that nothing is drawn."""
+    assert generation.answering({"do_sample": True}, False) == {"do_sample": True, "top_k": 50}
+    assert generation.answering({"do_sample": False, "temperature": 0.0}, False) == {"do_sample": False}
+    assert generation.answering({"min_new_tokens": 3, "min_length": 9}, True) == {"min_length": 4}
+    with pytest.raises(InputError, match=r"repetition_penalty=1\.1 is not supported.*counts the prompt"):
+        settings.Account().read({"repetition_penalty": 1.1}, generation.GENERATION_LM, "file")
+
+
+@pytest.mark.parity
+def test_a_window_that_inputs_do_not_fit_is_refused(tmp_path, capsys):
+    source = checkpoint(tmp_path / "theirs", "mistral")
+    words = ["convert", *encoders(tmp_path), "--generator", str(source), "--source-length", "500"]
+    assert main([*words, "--out", str(tmp_path / "ours")]) == 2
+    assert "window of 400 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parity

@@ -70,7 +70,9 @@ THEIRS = {
 def configuration(family, settings, names=("lm_head.weight",)):
     """Of a config.json beside a checkpoint that has these tensors, a head of its own if not said otherwise."""
     table = GENERATORS[family]
-    return table.adapt(table.config(settings, "config.json"), names)
+    made = table.adapt(table.config(settings, "config.json"), names)
+    assert made.tokens_from == "checkpoint" and made.ends == (made.eos_id,)
+    return dataclasses.replace(made, tokens_from="tokenizer")
 
 
 def randomised_torch(model):
@@ -175,7 +177,9 @@ def test_configurations_as_published():
     """Older ones leave out what transformers 5 writes."""
     without = {"decoder_start_token_id": None, "pad_token_id": 7, "num_decoder_layers": None}
     for names in ([], ["lm_head.weight"]):  # old ones have the head too, a copy
-        assert configuration("t5", THEIRS | without, names) == dataclasses.replace(PLAIN, bos_id=7, pad_id=7)
+        assert configuration("t5", THEIRS | without, names) == dataclasses.replace(
+            PLAIN, bos_id=7, pad_id=7, start_id=7
+        )
     flan = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     assert configuration("t5", THEIRS | flan) == GATED
     assert configuration("mt5", THEIRS) == GATED

@@ -61,6 +61,8 @@ GENERATION_LM: Table = GENERATION | fates({
     "decoder_start_token_id": idle("of encoder-decoders; here generator.bos_id stands before the answer"),
     "max_length": idle("counts the prompt there; answering.max_length counts the answer"),
     "min_length": only(0, why="counts the prompt there; answering.min_length counts the answer"),
+    "repetition_penalty": only(1.0, why="counts the prompt there; answering.repetition_penalty counts the answer"),
+    "no_repeat_ngram_size": only(0, why="counts the prompt there; answering.no_repeat_ngram_size counts the answer"),
     "forced_bos_token_id": idle("forced at the first position, which is in the prompt"),
 })  # fmt: skip
 

@@ -128,15 +128,16 @@ def special_tokens(config: HfConfig, where: str, bos: int, pad: int, eos: int, s
             raise InputError(f"{where}: {key}={value!r} has several tokens; give one of them")
         return default if value is None or value == [] else need({key: value}, key, where)
 
-    ends = config.get("eos_token_id")
-    ends = ends if isinstance(ends, list) and ends else [one("eos_token_id", eos)]
+    ends: Any = config.get("eos_token_id")
+    several = isinstance(ends, list) and len(ends) > 1
+    ends = [need({"eos_token_id": end}, "eos_token_id", where) for end in ends] if several else []
     bos_id = one("bos_token_id", bos)
     again = bos_id if config.get("force_bos_token_to_be_generated") else NONE  # as older BARTs say it
     return {
         "bos_id": bos_id,
         "pad_id": one("pad_token_id", pad),
-        "eos_id": ends[0],
-        "end_ids": tuple(need({"eos_token_id": end}, "eos_token_id", where) for end in ends),
+        "eos_id": ends[0] if ends else one("eos_token_id", eos),
+        "end_ids": tuple(ends),
         "start_id": one("decoder_start_token_id", start),
         "forced_bos_id": one("forced_bos_token_id", again),
         "forced_eos_id": one("forced_eos_token_id", NONE),
