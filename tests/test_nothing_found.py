@@ -64,8 +64,8 @@ TEXTS = ["a! Who founded the guild?", "ab! Where does it lie?", "abc! Who?", "ab
     pytest.param("token", {"num_beams": 2}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_answers_are_those_of_what_was_found(opened, name, options):
-    """Of three asked for, each question is answered as if as many had been asked for as were found; of none, as closed
-    book.
+    """A question for which two of three passages are found is answered as with n_docs=2, and one for which none is
+    found as closed book.
     """
     mine = variant(opened, name)
     cfg = mine.answer_config(n_docs=3, n_retrieved=5, batch=8, **options)
@@ -129,7 +129,7 @@ def test_an_evaluation_says_so(tiny_data, tiny_run, tmp_path, capsys):
 
 
 def test_the_step_is_given_empty_passages(opened):
-    """What the host gathers for a batch whose search found 4, 3, 2, 1 and none."""
+    """The host gathers passages for a batch whose search found 4, 3, 2, 1 and none."""
     corpus, mesh = opened.loaded.corpus, opened.loaded.mesh
     stage = StageConfig("joint", n_docs=3, batch=8)
     setting = Setting(opened.loaded.rag, stage, mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)
