@@ -96,6 +96,7 @@ def test_as_many_documents_as_there_are(opened, tmp_path):
     assert np.isneginf(known.scores_BK[right.ids_BK < 0]).all()
 
 
+@pytest.mark.slow
 def test_an_evaluation_says_so(tiny_data, tiny_run, tmp_path, capsys):
     pytest.importorskip("bm25s")
     rows = [{"id": str(i), "question": NOTHING, "answers": ["x"], "positive_passage_ids": ["world-person-1"]}
