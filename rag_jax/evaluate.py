@@ -163,7 +163,7 @@ def right_passages(asked: Sequence[Question], corpus: Corpus, file: Path) -> np.
 
 
 def how_judged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of how many questions the ranking is judged by passage and by document, and for how many nothing was found."""
+    """Counts for report.json: questions judged by passage and by document, and those for which nothing was found."""
     levels = Counter(row["level"] for row in rows if row["level"] and row["depth"])
     nothing = sum(not row["retrieved"] for row in rows if row["depth"])
     if nothing:

@@ -108,7 +108,7 @@ def row(question: Question, found: Answer, units: Units, level: gold.Level, dept
 
 
 def has_answer(question: Question, found: Answer, units: Units, depth: int, match: str) -> list[bool]:
-    """Of every passage retrieved, whether its text has an answer; the title does not count (DPR)."""
+    """Whether the text of each retrieved passage has an answer; the title does not count (DPR)."""
     finder, golds = matching.FINDERS[match], answers_of(question)
     return [finder(units.of(one)[0].text, golds) for one in kept(question, found, units)[:depth]]
 
@@ -125,7 +125,7 @@ def excluded(question: Question) -> list[str]:
 
 
 def kept(question: Question, found: Answer, units: Units) -> list[str]:
-    """What was retrieved, without what is excluded."""
+    """The retrieved ids without the excluded ones."""
     out = set(excluded(question))
     return [one for one in found.retrieved if one not in out and not (out and units.of(one)[1] in out)]
 

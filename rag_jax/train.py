@@ -253,7 +253,8 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
     every_batch = all_batches(cfg, data, mesh)
     dev = formats.read_questions(cfg.dev)[: cfg.evaluate_questions] if cfg.evaluate_every else []
     dev = tasks.posed(dev, cfg.task, corpus) if dev else []
-    evaluate.gold_ids(dev, corpus, Path(cfg.dev), config.answering(cfg))
+    if not cfg.live:  # else what the corpus lacks may still come
+        evaluate.gold_ids(dev, corpus, Path(cfg.dev), config.answering(cfg))
     if cfg.init and not (directory / "config.json").exists():
         runs.check_init(Path(cfg.init), cfg.model, corpus, mesh)
     with lock.held(directory) if distributed.first() else contextlib.nullcontext() as held:

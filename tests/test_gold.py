@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def from_ids(corpus: Corpus) -> dict[str, str]:
-    """What every live passage was cut from, of those that were cut."""
+    """{passage id: document id} of the live passages that were cut from a document."""
     live = range(len(corpus)) if corpus.live_N is None else np.flatnonzero(corpus.live_N)
     found = {corpus[row].id: corpus.cut_from(int(row)) for row in live}
     return {one: document for one, document in found.items() if document is not None}

@@ -64,8 +64,8 @@ TEXTS = ["a! Who founded the guild?", "ab! Where does it lie?", "abc! Who?", "ab
     pytest.param("token", {"num_beams": 2}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_answers_are_those_of_what_was_found(opened, name, options):
-    """Of three asked for, each question is answered as if as many had been asked for as were found; of none, as closed
-    book.
+    """A question for which two of three passages are found is answered as with n_docs=2, and one for which none is
+    found as closed book.
     """
     mine = variant(opened, name)
     cfg = mine.answer_config(n_docs=3, n_retrieved=5, batch=8, **options)
@@ -96,6 +96,7 @@ def test_as_many_documents_as_there_are(opened, tmp_path):
     assert np.isneginf(known.scores_BK[right.ids_BK < 0]).all()
 
 
+@pytest.mark.slow
 def test_an_evaluation_says_so(tiny_data, tiny_run, tmp_path, capsys):
     pytest.importorskip("bm25s")
     rows = [{"id": str(i), "question": NOTHING, "answers": ["x"], "positive_passage_ids": ["world-person-1"]}
@@ -129,7 +130,7 @@ def test_an_evaluation_says_so(tiny_data, tiny_run, tmp_path, capsys):
 
 
 def test_the_step_is_given_empty_passages(opened):
-    """What the host gathers for a batch whose search found 4, 3, 2, 1 and none."""
+    """The host gathers passages for a batch whose search found 4, 3, 2, 1 and none."""
     corpus, mesh = opened.loaded.corpus, opened.loaded.mesh
     stage = StageConfig("joint", n_docs=3, batch=8)
     setting = Setting(opened.loaded.rag, stage, mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)

@@ -5,7 +5,7 @@ real samples (where they are there) and on made ones. The search is BM25; no mod
 import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from rag_jax import metrics, predictions
 from rag_jax.answer import Answer
-from rag_jax.data.formats import Question, read_questions
+from rag_jax.data.formats import Question, read_passages, read_questions
 from rag_jax.errors import InputError
 from rag_jax.retrieval import corpus as corpora
 from rag_jax.retrieval.corpus import Corpus
@@ -66,16 +66,16 @@ def assert_as(summary: dict[str, float], reference: dict[str, float]) -> None:
             assert summary[name] == pytest.approx(value, abs=1e-9), name
 
 
-def by_document(corpus: Corpus, questions: Sequence[Question], found: Sequence[Answer]) -> Run:
-    """Rankings of the ids of the file: a cut document at its first passage, by the texts of the corpus alone."""
-    document = {}
-    for name in dict.fromkeys(name for one in found for name in one.retrieved):
-        start, _, number = name.rpartition("-")
-        parts = corpus.rows([f"{start}-{i}" for i in range(int(number) + 1)], missing=-1) if number.isdigit() else [-1]
-        cut = min(parts) >= 0 and int(corpus.rows([start], missing=-1)[0]) < 0 and bool(corpus.pieces(start))
-        document[name] = start if cut else name
-    return {q.id: list(dict.fromkeys(document[name] for name in one.retrieved))
-            for q, one in zip(questions, found, strict=True)}  # fmt: skip
+def by_document(names: Collection[str], questions: Sequence[Question], found: Sequence[Answer]) -> Run:
+    """Rankings of the ids `names` that the file of passages has: a document that was cut at its first passage."""
+    return {
+        q.id: list(dict.fromkeys(one if one in names else one.rpartition("-")[0] for one in answer.retrieved))
+        for q, answer in zip(questions, found, strict=True)
+    }
+
+
+def ids_of(source: Path) -> set[str]:
+    return {passage.id for passage in read_passages([source])}
 
 
 def figures(corpus: Corpus, questions: Sequence[Question], found: Sequence[Answer], depth: int = 100) -> Any:
@@ -99,7 +99,7 @@ def test_squad(
     found = searched(corpus, questions)
     summary, rows = figures(corpus, questions, found)
     assert {row["level"] for row in rows} == {level}
-    run = by_document(corpus, questions, found)
+    run = by_document(ids_of(path), questions, found)
     assert_as(summary, trec_eval(run, {q.id: dict.fromkeys(q.positive_passage_ids, 1) for q in questions}))
     assert summary["recall_at_20"] == pytest.approx(recall, abs=1e-3)
     assert summary["ndcg_at_10"] == pytest.approx(ndcg, abs=1e-3)
@@ -115,7 +115,7 @@ def test_cacm(shared_data: Callable[[str], Path], tmp_path: Path, words: int, nd
     found = searched(corpus, questions)
     summary, _ = figures(corpus, questions, found)
     qrels = {q.id: {one: int(grade) for one, grade in q.extra["relevance"].items()} for q in questions}
-    assert_as(summary, trec_eval(by_document(corpus, questions, found), qrels))
+    assert_as(summary, trec_eval(by_document(ids_of(folder / "passages.jsonl"), questions, found), qrels))
     assert summary["ndcg_at_10"] == pytest.approx(ndcg, abs=5e-4)
 
 
@@ -127,7 +127,7 @@ def test_beir(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     qrels: dict[str, dict[str, int]] = {}
     for query, passage, grade in lines:
         qrels.setdefault(query, {})[passage] = int(grade)
-    assert_as(figures(corpus, questions, found)[0], trec_eval(by_document(corpus, questions, found), qrels))
+    assert_as(figures(corpus, questions, found)[0], trec_eval(by_document(ids_of(folder), questions, found), qrels))
 
 
 def kilt_r_precision(pages: Sequence[str], item: dict[str, Any]) -> float:
@@ -204,7 +204,7 @@ def test_any_judgements_as_beir_and_trec_eval_have_them(made: Corpus, cases: lis
         questions.append(Question(name, "?", (), right, extra=extra))
         found.append([names[at % len(names)] for at in ranking])
         qrels[name] = grades
-    run = by_document(made, questions, answers(found))
+    run = by_document([str(i) for i in range(40)], questions, answers(found))
     for name, ranking in run.items():  # BEIR: ignore_identical_ids
         run[name] = [one for one in ranking if one != name]
     summary, _ = figures(made, questions, answers(found))

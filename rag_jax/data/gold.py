@@ -24,7 +24,7 @@ SHOWN = 3  # unknown ids that are named
 
 
 class Passages(Protocol):
-    """What is needed of a corpus."""
+    """The part of a corpus that is used here."""
 
     directory: Path
 
@@ -65,7 +65,7 @@ def right_rows(questions: Sequence[Question], corpus: Passages, tally: "Tally | 
 
 
 def holders(rows: Sequence[int], answers: Sequence[str], corpus: Passages) -> list[int]:
-    """Those of the rows whose text has one of the answers."""
+    """The rows whose text has one of the answers."""
     return [row for row in rows if matching.has_answer(corpus[row].text, answers)]
 
 
@@ -91,7 +91,7 @@ class Tally:
                 self.first_missing.append(one)
 
     def words(self, where: object) -> str:
-        """What is wrong, "" where nothing is; where: the corpus."""
+        """A sentence on the unknown and the deleted ids, "" where there are none; where: the corpus."""
         parts = []
         if self.missing:
             more = ", ..." if self.missing > len(self.first_missing) else ""

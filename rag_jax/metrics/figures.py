@@ -81,7 +81,7 @@ def judged(row: Row) -> bool:
 
 
 def unit(row: Row, passage_id: str) -> str:
-    """What stands for a passage where gold is looked for: itself, or its document."""
+    """The id that is compared with gold ids: the passage's own, or that of its document."""
     return (row.get("documents") or {}).get(passage_id, passage_id)
 
 

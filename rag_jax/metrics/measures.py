@@ -180,6 +180,6 @@ def _classes(rows: Sequence[Row], setting: Setting) -> tuple[np.ndarray, np.ndar
 
 
 def usable(ks: Sequence[int], rows: Sequence[Row]) -> list[int]:
-    """Those k to which some question's search went; where it found fewer, there is no more to find."""
+    """The k that are no more than the passages looked for; a search that found fewer has found all that it can."""
     most = max(map(depth, rows), default=0)
     return [k for k in ks if k <= most]
