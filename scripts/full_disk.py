@@ -8,8 +8,8 @@ time and with no file beside it. After that with a read-only disk, without permi
 should be, and below a file. Prints a table, writes OUT/report.json; the exit status is 1 where anything is wrong.
 
 Needs Linux and the right to mount a tmpfs: as root, or in a user namespace (unshare), which it makes by itself; it says
-so and ends with status 0 where neither is allowed. Takes about half an hour on two cores; --commands and --sizes make
-it shorter. Every run is a process of its own, forked from one that has loaded the libraries.
+so and ends with status 0 where neither is allowed. Some 700 runs take hours on two cores, most of them in train and
+evaluate; --commands and --sizes make it shorter. Every run is a process of its own, forked from one that has loaded the libraries.
 """
 
 import argparse
