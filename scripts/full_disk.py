@@ -103,8 +103,8 @@ COMMANDS = {
     ),
     "export": Command("export {ready}/run --part generator --out {out}", contents),
     "bench": Command(
-        "bench train --load small --questions 1 --docs 1 --question 8 --source 32 --target 8 --passages 64 --vocabulary 100 "
-        "--encoder-layers 1 --decoder-layers 1 --bert-layers 1 --repeats 1 --alone --profile {out}",
+        "bench train --load small --questions 1 --docs 1 --question 8 --source 32 --target 8 --passages 64 "
+        "--vocabulary 100 --encoder-layers 1 --decoder-layers 1 --bert-layers 1 --repeats 1 --alone --profile {out}",
         lambda out: sorted(path.suffix for path in out.rglob("*") if path.is_file()),
         True,
     ),
