@@ -117,10 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except Exception as error:
-        found = str(error) if isinstance(error, InputError) else disk.words(error)
-        if found is None:
+        words = str(error) if isinstance(error, InputError) else disk.words(error)
+        if words is None:
             raise
-        said, status = found, 2
+        said, status = words, 2
     say(said)  # after what progress says of its end, when the frames of the error have gone
     return status
 

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from types import TracebackType
+from typing import Any
 
 # errno -> what the user can do about it
 CURES = {
@@ -89,12 +89,12 @@ def without_echoes() -> None:
     and tensorstore, which then tells of the others, complains that the loop is closed.
     """
     logging.getLogger("absl").addFilter(_is_news)
-    sys.excepthook = _without_closed_loops
+    sys.unraisablehook = _without_closed_loops
 
 
-def _without_closed_loops(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+def _without_closed_loops(one: Any) -> None:
+    if not (one.exc_type is RuntimeError and str(one.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(one)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -154,3 +154,18 @@ def test_every_command_on_a_full_disk(tmp_path: Path) -> None:
     from scripts.full_disk import COMMANDS
 
     full_disk(tmp_path / "out", 3, ",".join(COMMANDS))
+
+
+def test_the_echo_of_a_failed_save_is_silent(tmp_path: Path) -> None:
+    """An error that nobody can catch, as tensorstore's callbacks raise it, and another one, which is told."""
+    code = (
+        "from rag_jax import disk\n"
+        "disk.without_echoes()\n"
+        "class Late:\n"
+        "    def __init__(self, words): self.words = words\n"
+        "    def __del__(self): raise RuntimeError(self.words)\n"
+        "Late('Event loop is closed')\n"
+        "Late('a bug')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Event loop" not in done.stderr and "a bug" in done.stderr
