@@ -385,7 +385,11 @@ def denoise_loss(s: Setting, params: Params, batch: Batch, key: jax.Array) -> tu
         s.rag.config.reader.pad_id,
     )
     one = jnp.zeros((len(ids), 1), jnp.float32)  # the score of the only passage there is
-    how = {"label_smoothing": s.stage.label_smoothing, "dropout": key, "logit_chunk": s.stage.logit_chunk}
+    how: dict[str, Any] = {
+        "label_smoothing": s.stage.label_smoothing,
+        "dropout": key,
+        "logit_chunk": s.stage.logit_chunk,
+    }
     nll_B = s.rag.nll(params, ids[:, None], mask[:, None], one, batch["labels"], **how)
     counted = shift_left(batch["labels"], s.rag.config.reader)[1].sum()
     nll = nll_B.sum() / counted
