@@ -108,7 +108,7 @@ def batches(
 
 
 def units_of(stage: StageConfig, cfg: TrainConfig, data: Data) -> pipeline.Units:
-    """What the stage goes through once an epoch; InputError where there is nothing."""
+    """Units of one epoch of the stage; InputError where there are none."""
     pairs = usable_pairs(stage, data.examples)
     return pipeline.units_of(data.examples, pairs, cfg.answers == "sample", stage.questions)
 
