@@ -207,7 +207,7 @@ def retrieve(
         d_BKE = embed_rows(s, params, passages, rows_BK, passage_key)
         if fresh is None:
             fresh = Fresh(rows_BK.reshape(-1), jax.lax.stop_gradient(d_BKE).reshape(-1, d_BKE.shape[-1]))
-    scores_BK = jnp.einsum("be,bke->bk", q_BE, d_BKE)
+    scores_BK = objectives.inner_products("be,bke->bk", q_BE, d_BKE)
     gap_BK = jnp.abs(jax.lax.stop_gradient(scores_BK - jnp.einsum("be,bke->bk", q_BE, stored_BKE)))
     age_BK = now - index.step_N[rows_BK]
     metrics = {"row_age": age_BK.mean(), "row_age_max": age_BK.max()}
