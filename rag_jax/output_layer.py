@@ -41,10 +41,10 @@ class Head(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """What is known of logits [..., V]: logsumexp over V [...], the target's [...], and their sum over V [...]."""
+    """What is known of logits [..., V]: logsumexp over V [...], the target's [...] (0 without), and their sum [...]."""
 
     norm: jax.Array
-    target: jax.Array | None
+    target: jax.Array
     total: jax.Array
 
 
@@ -168,7 +168,7 @@ def _logits_forward(
     else:
         kept_PVSX = chunks.products(hidden.reshape(shards, -1, hidden.shape[-1]), 0)
         norm = logsumexp(chunks.biased(kept_PVSX, 0), axis=(0, 1)).reshape(hidden.shape[:-1])
-    target = None
+    target = jnp.zeros_like(norm)
     if targets_BT is not None:
         target = _at_targets(hidden, used_VD, targets_BT) * scale + bias_V[targets_BT][:, None]
     total = jnp.einsum("...d,d->...", hidden.astype(jnp.float32), used_VD.astype(jnp.float32).sum(0))
@@ -224,9 +224,9 @@ def _logits_backward(scale: float, chunk: int, parts: int, shards: int, saved: t
     chunks = _Chunks.of(used_VD, bias_V, scale, chunk, parts)
     flat = functools.partial(jnp.reshape, shape=(shards, -1))  # a CPU makes vectors of one long axis alone
     norm_SX, d_norm_SX, d_total_SX = flat(norm), flat(d_found.norm), flat(d_found.total)
+    d_target_SX = flat(d_found.target)
     if targets_BT is not None:
         targets_SX = flat(jnp.broadcast_to(targets_BT[:, None], norm.shape))
-        d_target_SX = flat(d_found.target)
 
     def d_logits(logits_PVSX: jax.Array, number: jax.Array) -> jax.Array:
         tokens_PV11 = chunks.tokens(number)[..., None, None]
