@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from rag_jax import decoding, sharding
 from rag_jax.decoding import Options, PrefixTree
 from rag_jax.models.layers import KeyValues, Tree
-from rag_jax.objectives import absent, vocabulary_norm
+from rag_jax.objectives import absent
+from rag_jax.output_layer import vocabulary_norm
 
 Mode = Literal["thorough", "fast"]
 TOKENS_AT_ONCE = 1024  # of candidates that are scored in one call of the decoder, in all rows together

@@ -62,24 +62,3 @@ def dot_general(
 
 
 einsum = partial(jnp.einsum, _dot_general=dot_general)
-
-
-@jax.custom_vjp
-def matmul(x_RI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    """x @ kernel of one type, with gradients that are such products too."""
-    return dot_general(x_RI, kernel_IO, (((1,), (0,)), ((), ())))
-
-
-def _forward(x_RI: jax.Array, kernel_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return matmul(x_RI, kernel_IO), (x_RI, kernel_IO)
-
-
-def _backward(saved: tuple[jax.Array, jax.Array], d_RO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_RI, kernel_IO = saved
-    return (
-        dot_general(d_RO, kernel_IO, (((1,), (1,)), ((), ()))),
-        dot_general(x_RI, d_RO, (((0,), (0,)), ((), ()))),
-    )
-
-
-matmul.defvjp(_forward, _backward)

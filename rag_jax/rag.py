@@ -270,10 +270,9 @@ class Rag:
         return hidden_CBSTD.swapaxes(0, 1).reshape(B, K, *hidden_CBSTD.shape[3:])
 
     def head(self, params: Params, logit_chunk: int = 4096, questions: int = 1) -> objectives.Head:
-        """The output layer, whole over `fsdp`; logit_chunk: so much of the vocabulary has logits at a time."""
+        """The output layer; logit_chunk: so much of the vocabulary has logits at a time."""
         c, module = self.config.reader, self.generator
         kernel_VD, bias_V = module.apply({"params": params["generator"]}, method="head")
-        kernel_VD = sharding.gathered(kernel_VD, ("vocab", "embed"), jnp.dtype(c.dtype))
         pieces = sharding.pieces("vocab", len(kernel_VD)), sharding.pieces("batch", questions)
         return objectives.Head(kernel_VD, bias_V, c.logit_scale, logit_chunk, *pieces)
 

@@ -181,7 +181,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def gathered(parameter: jax.Array, names: tuple[str | None, ...], dtype: Any) -> jax.Array:
     """A parameter as it is used: whole over `fsdp`, in the type of the products (ZeRO-3, Rajbhandari et al. 2020).
 
-    What the devices send each other has that type; the gradient is summed in the parameter's own, right into shards.
+    What the devices send each other has that type. The gradient comes back sharded as the parameter is; it arrives in
+    `dtype`, so where that is narrower `sums` has products and lookups that sum it in the parameter's own type.
     """
     whole = [None if name and RULES[name] == "fsdp" else name for name in names]
     used = parameter.astype(dtype)

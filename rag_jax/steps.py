@@ -216,7 +216,7 @@ def retrieve(
         moved_E = mean_change(d_BKE, as_now_BKE if stage.n_retrieved else stored_BKE)
         if fresh is None:
             fresh = Fresh(rows_BK.reshape(-1), as_now_BKE.reshape(-1, d_BKE.shape[-1]))
-    scores_BK, stored_BK = (jnp.einsum("be,bke->bk", q_BE, x) for x in (d_BKE, stored_BKE))
+    scores_BK, stored_BK = (objectives.inner_products("be,bke->bk", q_BE, x) for x in (d_BKE, stored_BKE))
     there_BK = numbers_BK >= 0
     age_BK = now - index.step_N[rows_BK]
     metrics = {"row_age": age_BK.mean(where=there_BK), "row_age_max": age_BK.max(where=there_BK, initial=0)}

@@ -1,4 +1,4 @@
-"""The matrix products of a training step by themselves: as jax.numpy has them, as `rag_jax.products` has them, and in
+"""The matrix products of a training step by themselves: as jax.numpy has them, as `rag_jax.sums` has them, and in
 torch (oneDNN or MKL on a CPU), in turn.
 
     python scripts/product_speed.py [--load medium] [--dtype bfloat16] [--rounds 5]
@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from rag_jax import heap, products
+from rag_jax import heap, sums
 from rag_jax.bench_limits import in_turn
 from rag_jax.bench_load import DTYPES, LOADS, Load
 
 CALLS = 8  # in one turn
+AXES = ("embed", "mlp")
 
 
 def shapes(load: Load) -> dict[str, tuple[int, int, int]]:
@@ -45,9 +46,9 @@ def several(product: Callable[..., Any], given: list[Any], _round: int) -> None:
 
 PLAIN = (lambda x, w, g: x @ w), (lambda x, w, g: g @ w.T), (lambda x, w, g: x.T @ g)
 OURS = (
-    lambda x, w, g: products.matmul(x, w),
-    lambda x, w, g: jax.vjp(products.matmul, x, w)[1](g)[0],
-    lambda x, w, g: jax.vjp(products.matmul, x, w)[1](g)[1],
+    lambda x, w, g: sums.matmul(x, w, AXES),
+    lambda x, w, g: jax.vjp(lambda x: sums.matmul(x, w, AXES), x)[1](g)[0],
+    lambda x, w, g: jax.vjp(lambda w: sums.matmul(x, w, AXES), w)[1](g)[0],
 )
 
 

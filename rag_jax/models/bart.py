@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rag_jax import sharding
+from rag_jax import sharding, sums
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -135,7 +135,7 @@ class Stack(nn.Module):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         rows = c.positions + POSITION_OFFSET
         init = position_init(c.init, POSITION_OFFSET)
-        self.position = Embed(rows, c.width, ("position", "embed"), init, dtype)
+        self.position = Embed(rows, c.width, ("position", "embed"), init)
         self.embedding_norm = LayerNorm(c.eps, dtype)
         layer = remat(Layer, c.remat, 5)
         count = c.decoder_layers if self.decoder else c.encoder_layers
@@ -161,7 +161,7 @@ class Stack(nn.Module):
         if position_BT is None:
             check_length(tokens_BTD.shape[1], self.config)
             position_BT = jnp.arange(tokens_BTD.shape[1])[None]
-        x = tokens_BTD + self.position(position_BT + POSITION_OFFSET)
+        x = sums.add(tokens_BTD, self.position(position_BT + POSITION_OFFSET))
         x = self.drop(self.embedding_norm(x), deterministic=deterministic)
         x = sharding.constrain(x, "batch", "length", "width")
         new = KeyValues([], [])

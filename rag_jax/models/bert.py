@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rag_jax import sharding
+from rag_jax import sharding, sums
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -119,8 +119,8 @@ class Bert(nn.Module):
         c = self.config
         dtype: Dtype = jnp.dtype(c.dtype)
         self.word = Embed(c.vocab_size, c.width, ("vocab", "embed"), embedding_init(c.init), dtype)
-        self.position = Embed(c.positions, c.width, ("position", "embed"), position_init(c.init), dtype)
-        self.token_type = Embed(c.token_types, c.width, ("position", "embed"), nn.initializers.normal(0.02), dtype)
+        self.position = Embed(c.positions, c.width, ("position", "embed"), position_init(c.init))
+        self.token_type = Embed(c.token_types, c.width, ("position", "embed"), nn.initializers.normal(0.02))
         self.embedding_norm = LayerNorm(c.eps, dtype)
         layer = remat(BertLayer, c.remat, 3)
         self.layer = [layer(c) for _ in range(c.layers)]
@@ -135,7 +135,7 @@ class Bert(nn.Module):
         length = ids_BL.shape[1]
         if length > self.config.positions:
             raise ValueError(f"input of length {length}, but the encoder has {self.config.positions} positions")
-        x_BLD = self.word(ids_BL) + self.position(jnp.arange(length)) + self.token_type(jnp.zeros_like(ids_BL))
+        x_BLD = sums.add(self.word(ids_BL), self.position(jnp.arange(length)) + self.token_type(jnp.zeros(1, int)))
         x_BLD = self.drop(self.embedding_norm(x_BLD), deterministic=deterministic)
         x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
         mask_B11L = mask_BL.astype(bool)[:, None, None, :]

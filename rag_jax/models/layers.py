@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import places, products, sharding
+from rag_jax import places, products, sharding, sums
 
 Init = Literal["hf", "copy", "lexical"]
 NormPlacement = Literal["post", "pre"]
@@ -146,9 +146,16 @@ def attention(
     keys, values = [key for key, _ in sources], [value for _, value in sources]
     copies = query_BHTC.shape[1] // keys[0].shape[1]
     if copies > 1:
-        keys, values = ([jnp.repeat(x, copies, axis=1) for x in side] for side in (keys, values))
+        keys, values = ([_repeated(x, copies) for x in side] for side in (keys, values))
     words, rate = dropout or (None, 0.0)
     return _attend(query_BHTC, keys, values, mask_B1TL, bias_BHTL, words, rate)
+
+
+def _repeated(x_BGXY: jax.Array, copies: int) -> jax.Array:
+    """Every group [B, G, ...] for each of its heads [B, G * copies, ...]; the gradient is summed in float32."""
+    B, G, *rest = x_BGXY.shape
+    copied = jnp.broadcast_to(x_BGXY[:, :, None].astype(jnp.float32), (B, G, copies, *rest))
+    return copied.astype(x_BGXY.dtype).reshape(B, G * copies, *rest)
 
 
 def has_fused(query_BHTC: jax.Array, sources: Sequence[Source]) -> bool:
@@ -243,16 +250,20 @@ def _attend_backward(rate: float, saved: tuple, d_out: jax.Array) -> tuple:
     query, keys, values, mask, bias, words, weights, out = saved
     dropped = _dropped(weights, words, rate)
     d_values = [_each(part, d_out) for part in _parts(dropped, values)]
-    d_weights = _dropped(_products("bhtc,bhlc->bhtl", d_out, values), words, rate)
-    # the softmax's gradient needs sum_l w_l dw_l, which is out . d_out, with dropout too
-    inner = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1, keepdims=True)
-    d_scores = weights * (d_weights - inner)
+    d_weights = _dropped(_products("bhtc,bhlc->bhtl", d_out, values, preferred_element_type=jnp.float32), words, rate)
+    wide = weights.astype(jnp.float32)
+    if wide.dtype == weights.dtype and sharding.platform() == "cpu":  # products to 24 bits: out . d_out is the same
+        inner = (out * d_out).sum(-1, keepdims=True)
+    else:  # from the very numbers below, or what the values have in common would not cancel; rounded weights miss 1
+        inner = (wide * d_weights).sum(-1, keepdims=True) / wide.sum(-1, keepdims=True)
+    d_scores = wide * (d_weights - inner)
     # where all is masked the weights are even, but no score was used
-    d_scores = jnp.where(mask.any(-1, keepdims=True), d_scores, 0.0).astype(query.dtype)
+    d_scores = jnp.where(mask.any(-1, keepdims=True), d_scores, 0.0)
     d_bias = None
     if bias is not None:
-        d_bias = d_scores.astype(bias.dtype)
-        d_bias = d_bias.sum(0, keepdims=True) if len(bias) == 1 else d_bias
+        d_bias = d_scores.sum(0, keepdims=True) if len(bias) == 1 else d_scores
+        d_bias = d_bias.astype(bias.dtype)
+    d_scores = d_scores.astype(query.dtype)
     parts = _parts(d_scores, values)
     d_keys = [_each(part, query).swapaxes(2, 3) for part in parts]
     return _mix("bhtl,bhcl->bhtc", parts, keys), d_keys, d_values, None, d_bias, None
@@ -333,17 +344,13 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.with_logical_partitioning(kernel_init(self.init), self.names), shape)
-        kernel = sharding.gathered(kernel, self.names, self.dtype)
         # the kernel's gradient is a sum over one axis then: a CPU has a faster product for it, a TPU would copy x
         flat = x.reshape(-1, x.shape[-1]) if sharding.platform() == "cpu" else x
-        flat = flat.astype(self.dtype)
-        if self.out is None and products.narrow(flat):
-            y = products.matmul(flat, kernel)
-        else:
-            y = jnp.matmul(flat, kernel, preferred_element_type=self.out)
+        y = sums.matmul(flat.astype(self.dtype), kernel, self.names, self.out)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.names[1:])
-            y = y + sharding.gathered(self.param("bias", zeros, shape[1:]), self.names[1:], self.dtype)
+            bias = self.param("bias", zeros, shape[1:])
+            y = sums.add(y, sharding.gathered(bias, self.names[1:], bias.dtype))
         return y.reshape(*x.shape[:-1], -1)
 
 
@@ -391,16 +398,12 @@ class Embed(nn.Module):
         init = nn.with_logical_partitioning(self.initializer, self.names)
         self.embedding = self.param("embedding", init, (self.rows, self.features))
 
-    def table(self) -> jax.Array:
-        """[rows, D] as it is used."""
-        return sharding.gathered(self.embedding, self.names, self.dtype)
-
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.table()[ids]
+        return sums.lookup(self.embedding, ids, self.names, self.dtype)
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> [..., rows] in float32: logits rounded to bfloat16 would be off by several thousandths."""
-        return jnp.matmul(hidden, self.table().T, preferred_element_type=jnp.float32)
+        return sums.matmul(hidden.astype(self.dtype), self.embedding.T, self.names[::-1], jnp.float32)
 
 
 class Attention(nn.Module):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import sharding
+from rag_jax import sharding, sums
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -186,7 +186,7 @@ class Lm(Generator):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         self.token = Embed(c.vocab_size, c.width, ("vocab", "embed"), embedding_init(c.init), dtype)
         if c.position_kind == "learned":
-            self.position = Embed(c.positions, c.width, ("position", "embed"), position_init(c.init), dtype)
+            self.position = Embed(c.positions, c.width, ("position", "embed"), position_init(c.init))
         layer = remat(Layer, c.remat, 6)
         self.layer = [layer(c) for _ in range(c.layers)]
         self.final_norm = norm(c)
@@ -207,7 +207,7 @@ class Lm(Generator):
         """Tokens through all layers: hidden states [B, T, D] and the tokens' own keys and values, see `Layer`."""
         x = self.token(ids_BT)
         if self.config.position_kind == "learned":
-            x = x + self.position(position_BT)
+            x = sums.add(x, self.position(position_BT))
         x = sharding.constrain(self.drop(x, deterministic=deterministic), "batch", "length", "width")
         own = KeyValues([], [])
         for i, layer in enumerate(self.layer):
