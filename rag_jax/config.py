@@ -143,8 +143,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         build(AnswerConfig, self.answering, "config.answering")
-        stages = (dataclasses.replace(stage, n_docs=stage.n_docs or self.model.n_docs) for stage in self.stages)
-        object.__setattr__(self, "stages", tuple(stages))
+        object.__setattr__(self, "stages", tuple(self._with_n_docs(stage) for stage in self.stages))
+
+    def _with_n_docs(self, stage: StageConfig) -> StageConfig:
+        """The stage, with the n_docs of the model where it reads what is retrieved and names no number of its own."""
+        return stage if stage.n_docs or not retrieves(stage) else dataclasses.replace(stage, n_docs=self.model.n_docs)
 
 
 def answering(cfg: TrainConfig, **defaults: object) -> AnswerConfig:
@@ -213,7 +216,7 @@ def check(cfg: TrainConfig) -> None:
 def check_stage(cfg: TrainConfig, stage: StageConfig) -> None:
     """The same for one stage."""
     where = f"stage {stage.name}: "
-    for name in ("steps", "batch", "n_docs", "accumulate"):
+    for name in ("steps", "batch", "accumulate", *(("n_docs",) if retrieves(stage) else ())):
         at_least(1, where + name, getattr(stage, name))
     for name in (
         "hard_negatives", "window", "n_retrieved", "drift_every", "questions", "source_length", "doc_chunk",
@@ -556,6 +559,13 @@ def read(path: Path) -> TrainConfig:
 
 def renewed(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration of a run that an earlier version wrote, with the names of now."""
+    stages = values.get("stages")
+    if isinstance(stages, list):  # n_docs was 5 where a stage did not say it, also in stages that read nothing of it
+        unread = {"n_docs": 0}
+        stages = [
+            s | unread if isinstance(s, dict) and s.get("n_docs") == 5 and not _retrieves(s) else s for s in stages
+        ]
+        values = {**values, "stages": stages}
     model = values.get("model")
     generator = model.get("generator") if isinstance(model, Mapping) else None
     if isinstance(model, Mapping) and isinstance(generator, Mapping) and "generate_from_eos" in generator:
@@ -563,3 +573,10 @@ def renewed(values: Mapping[str, Any]) -> Mapping[str, Any]:
         now |= {"start_id": generator.get("eos_id", 2)} if generator["generate_from_eos"] else {}
         return {**values, "model": {**model, "generator": now}}
     return values
+
+
+def _unread(stage: Any) -> bool:
+    """Whether a stage, as it is stored, has the n_docs of no retrieval."""
+    if not isinstance(stage, dict) or stage.get("n_docs") != 5:
+        return False
+    return (stage.get("objective"), stage.get("documents")) != ("rag", "retrieved")

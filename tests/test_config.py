@@ -112,7 +112,7 @@ def test_run_directories_that_are_none(tmp_path):
     with pytest.raises(InputError, match=r"config\.json: not JSON"):
         config.read(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(InputError, match=r"config\.json: expected keys and values"):
+    with pytest.raises(InputError, match=r"config\.json: not a JSON object"):
         config.read(tmp_path / "config.json")
 
 

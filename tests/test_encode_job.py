@@ -51,7 +51,7 @@ def test_a_shard_is_a_safetensors_file_and_says_what_it_is(tmp_path, dtype):
     with (tmp_path / identity.name).open("wb", buffering=0) as stream:
         shards.write(stream, identity, embeddings)
     shard = shards.read(tmp_path / identity.name)
-    assert shard.identity == identity and shard.file_sha256() == files.file_sha256(shard.path)
+    assert shard.identity == identity and shard.entry()["sha256"] == files.file_sha256(shard.path)
     with safe_open(shard.path, "flax") as opened:
         stored = {name: np.asarray(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
         assert opened.metadata()["encoder_hash"] == "e" * 64
@@ -120,7 +120,7 @@ def test_damaged_and_foreign_shards_are_refused(whole):
         assert message in str(refused.value) and str(path) in str(refused.value)
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(InputError, match="content has sha256"):
-        shards.read(path).file_sha256()
+        shards.read(path).entry()
 
 
 def rewrite(path, identity):

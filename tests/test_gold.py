@@ -83,7 +83,7 @@ def test_a_corpus_that_does_not_say_where_a_document_ends(folder: Path, tmp_path
     hashes, rows = (np.load(tmp_path / f"out/id_{name}.npy") for name in ("hashes", "rows"))
     again = np.flatnonzero(np.append(False, hashes[1:] == hashes[:-1]))
     assert rows[again].tolist() == [2]  # the last piece, under the id of the document
-    vars(corpus._segments[0])["_id_table"] = tuple(np.delete(table, again) for table in (hashes, rows))
+    vars(corpus.segments[0])["_id_table"] = tuple(np.delete(table, again) for table in (hashes, rows))
     assert corpus.pieces("d1") == [0, 1, 2] and from_ids(corpus) == {f"d1-{i}": "d1" for i in range(3)}
 
 

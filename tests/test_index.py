@@ -253,7 +253,7 @@ def test_a_full_disk_leaves_nothing_half_written(job, corpus, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (whole.embeddings_NE[:].nbytes // 2, hard))
     try:
-        with pytest.raises(InputError, match=r"out: cannot be written \(.*File too large.*\); make room"):
+        with pytest.raises(InputError, match=r"out: cannot be written \(.*File too large.*\); allow larger files"):
             index.write(tmp_path / "out", whole.manifest, rows)
         begun = dataclasses.replace(encode_job.read_job(job), shard_rows=40)
         encode_job.begin(tmp_path / "job", begun)

@@ -209,8 +209,9 @@ def test_no_examples_have_the_fields_of_some(examples):
 
 
 def test_what_cannot_be_tokenised_is_named(corpus):
-    with pytest.raises(InputError, match=r"question '7'.*passage 'nowhere' is not in this corpus"):
-        tokenise([question(7, gold=["nowhere"])], corpus)
+    unknown = [question(7, gold=[f"nowhere-{i}"]) for i in range(21)]
+    with pytest.raises(InputError, match=r"21 of 21 gold ids are not in the corpus .*'nowhere-0'"):
+        tokenise(unknown, corpus)
     with pytest.raises(InputError, match="no question has an answer"):
         tokenise([question(0, []), question(1, ["  "])], corpus)
 

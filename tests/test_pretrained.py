@@ -285,6 +285,9 @@ def test_shards_are_read_and_written(tmp_path):
     assert all(file.stat().st_size < 30_000 for file in files)
     jax.tree.map(np.testing.assert_array_equal, rag_jax.from_pretrained(tmp_path / "back")[1], params)
     files[0].unlink()
+    with pytest.raises(InputError, match=r"model-00001.*unreadable.*No such file"):  # its manifest has it
+        rag_jax.from_pretrained(tmp_path / "back")
+    (tmp_path / "back/manifest.json").unlink()  # as of an export by another program
     with pytest.raises(InputError, match=r"names model-00001.*not beside it"):
         rag_jax.from_pretrained(tmp_path / "back")
 

@@ -67,7 +67,7 @@ THEIRS = {
 }  # fmt: skip
 
 
-def configuration(family, settings, names=("lm_head.weight",)):
+def configuration(family, settings, names=("shared.weight", "lm_head.weight")):
     """Of a config.json beside a checkpoint that has these tensors, a head of its own if not said otherwise."""
     table = GENERATORS[family]
     made = table.adapt(table.config(settings, "config.json"), names)
@@ -164,7 +164,7 @@ def test_transformers_reads_the_configuration_as_it_was(family):
         configs += [PLAIN, dataclasses.replace(PLAIN, activation="silu", dropout=0.2, eps=1e-5)]
     for config in configs:
         theirs = getattr(transformers, f"{family}Config")(**GENERATORS[family.lower()].describe(config))
-        names = [] if config.tied else ["lm_head.weight"]
+        names = ["shared.weight", *([] if config.tied else ["lm_head.weight"])]
         assert configuration(family.lower(), theirs.to_dict(), names) == config
         assert (theirs.dense_act_fn, theirs.is_gated_act) == (config.activation, config.gated)
         assert getattr(theirs, "scale_decoder_outputs", False) == (config.logit_scale != 1)
@@ -176,7 +176,7 @@ def test_transformers_reads_the_configuration_as_it_was(family):
 def test_configurations_as_published():
     """Older ones leave out what transformers 5 writes."""
     without = {"decoder_start_token_id": None, "pad_token_id": 7, "num_decoder_layers": None}
-    for names in ([], ["lm_head.weight"]):  # old ones have the head too, a copy
+    for names in (["shared.weight"], ["shared.weight", "lm_head.weight"]):  # old ones have the head too, a copy
         assert configuration("t5", THEIRS | without, names) == dataclasses.replace(
             PLAIN, bos_id=7, pad_id=7, start_id=7
         )

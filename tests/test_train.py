@@ -314,7 +314,7 @@ def test_questions_that_lack_what_a_stage_needs(tiny_data, tmp_path, capsys):
         ({"positive_passage_ids": []}, "stage retriever: no training question names a gold passage"),
         ({"answers": ["qqqq"]}, "stage read: no answer occurs in its gold passage, which window=16 needs"),
         ({"answers": []}, "no question has an answer"),
-        ({"positive_passage_ids": ["world-person-99"]}, "passage 'world-person-99' is not in this corpus"),
+        ({"positive_passage_ids": ["world-person-99"]}, "gold ids are not in the corpus"),
     ):
         file = questions_without(tiny_data, tmp_path / "questions.jsonl", **changes)
         assert message in refused(capsys, tiny_data, run, "--set", f"train={file}")
