@@ -561,11 +561,7 @@ def renewed(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration of a run that an earlier version wrote, with the names of now."""
     stages = values.get("stages")
     if isinstance(stages, list):  # n_docs was 5 where a stage did not say it, also in stages that read nothing of it
-        unread = {"n_docs": 0}
-        stages = [
-            s | unread if isinstance(s, dict) and s.get("n_docs") == 5 and not _retrieves(s) else s for s in stages
-        ]
-        values = {**values, "stages": stages}
+        values = {**values, "stages": [s | {"n_docs": 0} if _unread(s) else s for s in stages]}
     model = values.get("model")
     generator = model.get("generator") if isinstance(model, Mapping) else None
     if isinstance(model, Mapping) and isinstance(generator, Mapping) and "generate_from_eos" in generator:
