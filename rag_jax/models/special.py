@@ -6,7 +6,7 @@ from typing import Literal
 NONE = -1  # no such token
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)  # a generator's own fields come first
 class SpecialTokens:
     """Ids of the vocabulary; -1: none.
 
