@@ -21,6 +21,7 @@ from rag_jax.retrieval.segment import AGAIN, TEXTS
 
 ROWS = 1 << 16  # of an array that are looked at together
 RESTORE = "restore it from a copy"
+UNKNOWN = "artifact of an unknown kind"
 MEND = files.MEND | {
     index.KIND: shards.AGAIN,
     checkpoint.KIND: checkpoint.AGAIN,
@@ -195,6 +196,12 @@ def _index_of_run(directory: Path) -> None:
     _of_its_corpus(opened)
 
 
+def unreadable(directory: Path, found: Found) -> None:
+    """A manifest that says nothing of its kind any more."""
+    path = directory / files.MANIFEST
+    found.damaged.append(f"{path}: damaged: not a manifest; {RESTORE}, or make {directory} again")
+
+
 CHECKS: dict[str, Callable[[Path, Found], object]] = {
     CORPUS: corpus,
     index.KIND: snapshot,
@@ -202,11 +209,12 @@ CHECKS: dict[str, Callable[[Path, Found], object]] = {
     runs.KIND: run_directory,
     "converted model": run_directory,
     pretrained.EXPORTED: listed,
+    UNKNOWN: unreadable,
 }
 
 
 def kind_of(directory: Path) -> str:
-    """The kind of artifact in a directory; InputError where it holds none."""
+    """The kind of artifact in a directory, UNKNOWN where its manifest is unreadable; InputError where there is none."""
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory; name a corpus, an index, an encode job, a run or an export")
     kind = files.kind_of(directory)
@@ -217,7 +225,7 @@ def kind_of(directory: Path) -> str:
     if (directory / runs.IDENTITY).exists() and (directory / runs.CONFIG).exists():
         return runs.KIND
     if (directory / files.MANIFEST).exists():
-        raise InputError(f"{directory / files.MANIFEST}: damaged: not a manifest; {RESTORE}, or make {directory} again")
+        return UNKNOWN
     raise InputError(f"{directory}: nothing that rag-jax has finished: no {files.MANIFEST}, {encode_job.JOB} or run")
 
 

@@ -184,4 +184,4 @@ def test_no_artifact(tmp_path, capsys):
     assert "nothing that rag-jax has finished" in capsys.readouterr().err
     (tmp_path / files.MANIFEST).write_text("{")
     assert tiny.rag_jax("verify", tmp_path) == 2
-    assert "damaged: not a manifest" in capsys.readouterr().err
+    assert "damaged: not a manifest" in capsys.readouterr().out

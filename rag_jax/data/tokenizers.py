@@ -18,7 +18,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from rag_jax import files
-from rag_jax.data.plain_text import text_backend
+from rag_jax.data.literal_text import text_backend
 from rag_jax.errors import InputError
 
 WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
