@@ -92,7 +92,7 @@ def trainings(cfg: TrainConfig, out: Path) -> dict[str, TrainConfig]:
     alone, token = generator_alone(joint), replace(cfg.model, variant="token")
     return {
         **({"reader": made("start", reading)} if reading else {}),
-        "closed_book": made(reader, [generator_alone(joint, documents="none")]),
+        "closed_book": made(reader, [generator_alone(joint, documents="none", n_docs=0)]),
         "bm25": made(reader, [alone], search=replace(cfg.search, kind="bm25")),
         "frozen": made(reader, [alone]),
         **({"retriever": made(reader, finding)} if finding else {}),
