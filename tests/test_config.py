@@ -431,3 +431,12 @@ def test_a_retriever_alone_is_only_contrasted():
         config.TrainConfig, minimal() | {"model": {"generator": None}, "stages": [stage | {"objective": "contrastive"}]}
     )
     config.check(cfg)
+
+
+def test_stages_of_runs_that_named_no_number_of_documents():
+    """5 was the default of every stage; what a stage that retrieves was trained with stays."""
+    contrastive = {"name": "a", "objective": "contrastive", "documents": "retrieved", "n_docs": 5}
+    gold = {"name": "b", "objective": "rag", "documents": "gold", "n_docs": 1}
+    joint = {"name": "c", "objective": "rag", "documents": "retrieved", "n_docs": 5}
+    found = config.renewed({"stages": [contrastive, gold, joint]})["stages"]
+    assert [stage["n_docs"] for stage in found] == [0, 1, 5]
