@@ -7,9 +7,9 @@ __version__ = "0.1.0"
 
 # Imported when first asked for, so that the command line and `import rag_jax` start at once.
 _PUBLIC = {
-    "from_pretrained": "rag_jax.pretrained",
-    "save_pretrained": "rag_jax.saving",
-    "Pipeline": "rag_jax.answer",
+    "from_pretrained": "rag_jax.pretrained.load",
+    "save_pretrained": "rag_jax.pretrained.save",
+    "Pipeline": "rag_jax.inference.pipeline",
 }
 
 

@@ -14,29 +14,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rag_jax import __version__, disk, heap, paths, plain_text, program_cache
+from rag_jax import __version__
 from rag_jax.errors import InputError
+from rag_jax.system import disk_errors, malloc, paths, plain_text, program_cache
 
 COMMANDS = {
-    "world": ("rag_jax.data.world", "write the built-in fictional world: passages and questions as JSONL"),
-    "corpus": ("rag_jax.retrieval.corpus", "read passages and tokenise them once, into a corpus directory"),
-    "encode": ("rag_jax.encode_corpus", "embed every passage of a corpus shard by shard; killed, it goes on"),
+    "world": ("rag_jax.data.synthetic.world", "write the built-in fictional world: passages and questions as JSONL"),
+    "corpus": ("rag_jax.corpus.directory", "read passages and tokenise them once, into a corpus directory"),
+    "encode": ("rag_jax.cli.encode", "embed every passage of a corpus shard by shard; killed, it goes on"),
     "index": (
-        "rag_jax.build_index",
+        "rag_jax.cli.index",
         "make an index directory: of an encode job, of a corpus and a run, or by updating another",
     ),
-    "train": ("rag_jax.train", "train question encoder, context encoder and generator together"),
-    "evaluate": ("rag_jax.evaluate", "answer a file of questions and score the answers and the retrieval"),
-    "compare": ("rag_jax.compare", "put evaluations side by side, with paired bootstrap significance"),
-    "ask": ("rag_jax.ask", "answer one question and show the passages the answer came from"),
+    "train": ("rag_jax.training.train", "train question encoder, context encoder and generator together"),
+    "evaluate": ("rag_jax.evaluation.evaluate", "answer a file of questions and score the answers and the retrieval"),
+    "compare": ("rag_jax.evaluation.compare", "put evaluations side by side, with paired bootstrap significance"),
+    "ask": ("rag_jax.cli.ask", "answer one question and show the passages the answer came from"),
     "convert": (
-        "rag_jax.convert",
+        "rag_jax.cli.convert",
         "make a model from Hugging Face checkpoints: RAG, or DPR, BERT, BART, T5, GPT-2, Llama",
     ),
-    "export": ("rag_jax.export", "write a model as a directory that transformers loads"),
-    "compile": ("rag_jax.aot", "will it fit, how fast can it be: compile a configuration for a pod that is not here"),
-    "verify": ("rag_jax.verify", "read every file of a corpus, index, job, run or export, and name what is damaged"),
-    "bench": ("rag_jax.bench", "time the steps of training and search against the limits of the machine"),
+    "export": ("rag_jax.cli.export", "write a model as a directory that transformers loads"),
+    "compile": (
+        "rag_jax.aot.compile",
+        "will it fit, how fast can it be: compile a configuration for a pod that is not here",
+    ),
+    "verify": (
+        "rag_jax.cli.verify",
+        "read every file of a corpus, index, job, run or export, and name what is damaged",
+    ),
+    "bench": ("rag_jax.bench.stages", "time the steps of training and search against the limits of the machine"),
 }
 COMPUTES = ("train", "evaluate", "encode", "index", "bench")  # long enough to begin twice
 
@@ -90,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     reader of our output left.
     """
     if argv is None and sys.argv[1:2] and sys.argv[1] in COMPUTES:
-        heap.keep(os.environ)
+        malloc.keep(os.environ)
     argv = list(sys.argv[1:] if argv is None else argv)
-    disk.without_echoes()
+    disk_errors.without_echoes()
     status = 0
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -117,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except Exception as error:
-        words = str(error) if isinstance(error, InputError) else disk.words(error)
+        words = str(error) if isinstance(error, InputError) else disk_errors.words(error)
         if words is None:
             raise
         said, status = words, 2
@@ -139,7 +146,7 @@ def show(output: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         if isinstance(error, BrokenPipeError):
             raise
-        say(disk.words(error, "standard output: cannot be written") or f"standard output: {error}")
+        say(disk_errors.words(error, "standard output: cannot be written") or f"standard output: {error}")
         return 2
     return 0
 

@@ -15,15 +15,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rag_jax import decoding, objectives, sharding
-from rag_jax import generate as generating
+from rag_jax import losses
+from rag_jax.decoding import rag_decode as generating
+from rag_jax.decoding import search
 from rag_jax.errors import InputError
-from rag_jax.models import copying
+from rag_jax.models import init_copying
 from rag_jax.models.bart import POSITION_OFFSET, Bart, BartConfig
 from rag_jax.models.bert import Bert, BertConfig
-from rag_jax.models.lm import Lm, LmConfig
-from rag_jax.models.special import NONE
+from rag_jax.models.decoder_only import Lm, LmConfig
+from rag_jax.models.special_tokens import NONE
 from rag_jax.models.t5 import T5, T5Config
+from rag_jax.system import sharding
 
 Params = dict[str, Any]
 GeneratorConfig = BartConfig | T5Config | LmConfig
@@ -190,7 +192,7 @@ class Rag:
             params["generator"] = self.generator.init(keys[2], ids, mask, ids)["params"]
             if isinstance(self.config.generator, BartConfig) and self.config.generator.init == "copy":
                 heads = self.config.generator.heads
-                params["generator"] = copying.induction_start(params["generator"], heads, POSITION_OFFSET)
+                params["generator"] = init_copying.induction_start(params["generator"], heads, POSITION_OFFSET)
         if self.config.context_encoder and not self.config.tie_encoders:
             params["context_encoder"] = self.encoder.init(keys[1], ids, mask)["params"]
         return params
@@ -269,12 +271,12 @@ class Rag:
         hidden_CBSTD = jax.lax.map(read, (ids, mask, keys))
         return hidden_CBSTD.swapaxes(0, 1).reshape(B, K, *hidden_CBSTD.shape[3:])
 
-    def head(self, params: Params, logit_chunk: int = 4096, questions: int = 1) -> objectives.Head:
+    def head(self, params: Params, logit_chunk: int = 4096, questions: int = 1) -> losses.Head:
         """The output layer; logit_chunk: so much of the vocabulary has logits at a time."""
         c, module = self.config.reader, self.generator
         kernel_VD, bias_V = module.apply({"params": params["generator"]}, method="head")
         pieces = sharding.pieces("vocab", len(kernel_VD)), sharding.pieces("batch", questions)
-        return objectives.Head(kernel_VD, bias_V, c.logit_scale, logit_chunk, *pieces)
+        return losses.Head(kernel_VD, bias_V, c.logit_scale, logit_chunk, *pieces)
 
     def nll(
         self,
@@ -314,11 +316,11 @@ class Rag:
         check_contexts(context_ids_BKL, context_mask_BKL, scores_BK, labels_BT)
         targets_BT, mask_BT = shift_left(labels_BT, self.config.reader)
         hidden_BKTD = self.states(params, context_ids_BKL, context_mask_BKL, labels_BT, dropout, doc_chunk)
-        prior: objectives.Prior = "hf_compat" if hf_compat else "paper"
+        prior: losses.Prior = "hf_compat" if hf_compat else "paper"
         if exclude_bos_score and self.variant != "sequence":
             raise ValueError("exclude_bos_score is of RAG-Sequence; this model is RAG-Token")
         first_counts = ~(targets_BT[:, 0] == self.config.reader.bos_id).all() if exclude_bos_score else True
-        nll_B, token_logp_BKT = objectives.rag_nll(
+        nll_B, token_logp_BKT = losses.rag_nll(
             self.config.objective,
             hidden_BKTD,
             self.head(params, logit_chunk, len(hidden_BKTD)),
@@ -333,17 +335,17 @@ class Rag:
         # RAG-Token counts the prior at every token, whichever way; of a whole answer it counts once
         counted = prior if self.variant == "sequence" else "paper"
         scored_BT = mask_BT.at[:, 0].set(mask_BT[:, 0] & first_counts)
-        prior_BK = objectives.prior_logp(scores_BK)
+        prior_BK = losses.prior_logp(scores_BK)
         logp_BKT = jnp.where(scored_BT[:, None], token_logp_BKT, 0.0)
-        return nll_B, objectives.posterior_logp(logp_BKT, prior_BK, mask_BT, counted)
+        return nll_B, losses.posterior_logp(logp_BKT, prior_BK, mask_BT, counted)
 
-    def decoding_options(self, n_docs: int, candidates: int = 0, **options: Any) -> tuple[decoding.Options, int]:
+    def decoding_options(self, n_docs: int, candidates: int = 0, **options: Any) -> tuple[search.Options, int]:
         """The options of a search, with the generator's special tokens, and how many answers are returned.
 
         For RAG-Sequence the search is that of a document, which returns its candidates. TypeError for an unknown
         option, ValueError for one out of range.
         """
-        decoding.Options.check_names(list(options))
+        search.Options.check_names(list(options))
         c, returned, num_beams = self.config.reader, options.get("num_return_sequences", 1), options["num_beams"]
         if self.variant == "sequence":
             draws = options.get("do_sample", False) and num_beams == 1  # then a document may give more than its beams
@@ -360,7 +362,7 @@ class Rag:
         forced = {"forced_bos_id": c.forced_bos_id, "forced_eos_id": c.forced_eos_id}
         special |= {name: None if token == NONE else token for name, token in forced.items()}
         special |= {"end_ids": ()} if "eos_id" in options else {}
-        return decoding.Options(**(special | options)), returned
+        return search.Options(**(special | options)), returned
 
     def generate(
         self,
@@ -375,7 +377,7 @@ class Rag:
         candidates: int = 0,
         doc_chunk: int = 0,
         hf_compat: bool = False,
-        tree: decoding.PrefixTree | None = None,
+        tree: search.PrefixTree | None = None,
         key: jax.Array | None = None,
         **options: Any,
     ) -> generating.Generation:
@@ -401,7 +403,7 @@ class Rag:
         wanted, returned = self.decoding_options(K, candidates, **given_options)
         self.generator.check_room(L, max_length)
         reader = generating.Reader(self.generator, params["generator"], c.bos_id, hf_compat)
-        given = (reader, context_ids_BKL, context_mask_BKL, objectives.prior_logp(scores_BK), wanted)
+        given = (reader, context_ids_BKL, context_mask_BKL, losses.prior_logp(scores_BK), wanted)
         if self.variant == "token":
             found = generating.rag_token(*given, tree, key, doc_chunk)
         else:

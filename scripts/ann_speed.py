@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from rag_jax import sharding
-from rag_jax.logs import info
-from rag_jax.retrieval import ann, index
+from rag_jax.index import snapshot
+from rag_jax.retrieval import scann_index
 from rag_jax.retrieval.search import Exact, Queries, Searcher, Source
+from rag_jax.system import sharding
+from rag_jax.system.logs import info
 
 
 def synthetic(n: int, width: int, dims: int, rng: np.random.Generator, block: int = 65536) -> np.ndarray:
@@ -79,7 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     if args.index:
-        passages = index.open_snapshot(args.index).embeddings_NE
+        passages = snapshot.open_snapshot(args.index).embeddings_NE
     else:
         passages = synthetic(args.passages, args.width, args.dims, rng)
     queries = queries_near(passages, args.queries, rng)
@@ -88,13 +89,13 @@ def main() -> None:
     exact = Exact(passages, sharding.make_mesh(), Source("synthetic"))
     truth = exact.search(Queries(queries), args.k).ids_BK
     started = time.perf_counter()
-    built = ann.build(passages, Source("synthetic"), ann.AnnConfig(leaves=args.leaves, exact_below=0))
+    built = scann_index.build(passages, Source("synthetic"), scann_index.AnnConfig(leaves=args.leaves, exact_below=0))
     build_seconds = time.perf_counter() - started
     started = time.perf_counter()
     tuned = built.tune(queries[:half], truth[:half], args.recall)
     tune_seconds = time.perf_counter() - started
-    untuned = ann.recall_at(built.search(Queries(queries[half:]), args.k).ids_BK, truth[half:])
-    found = ann.recall_at(tuned.search(Queries(queries[half:]), args.k).ids_BK, truth[half:])
+    untuned = scann_index.recall_at(built.search(Queries(queries[half:]), args.k).ids_BK, truth[half:])
+    found = scann_index.recall_at(tuned.search(Queries(queries[half:]), args.k).ids_BK, truth[half:])
     times = in_turn({"exact": exact, "scann": tuned}, Queries(queries[: args.batch]), args.k, args.rounds)
     figures = {
         "passages": len(passages), "width": passages.shape[1], "batch": args.batch, "k": args.k,

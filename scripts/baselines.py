@@ -31,11 +31,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rag_jax import __main__ as cli
-from rag_jax import checkpoint, compare, config, evaluate, heap, logs, session, sharding, train
-from rag_jax import run as runs
-from rag_jax.config import StageConfig, TrainConfig
-from rag_jax.data import formats
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.corpus.directory import Corpus
+from rag_jax.data.readers import formats
+from rag_jax.evaluation import compare, evaluate
+from rag_jax.runs import checkpoint
+from rag_jax.runs import directory as runs
+from rag_jax.system import logs, malloc, sharding
+from rag_jax.training import config, session, train
+from rag_jax.training.config import StageConfig, TrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FROZEN = "frozen"
@@ -235,5 +238,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    heap.keep(os.environ)  # as the commands do
+    malloc.keep(os.environ)  # as the commands do
     main()

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from rag_jax import blocks
-from rag_jax.blocks import Blocks
-from rag_jax.retrieval import checked
-from rag_jax.retrieval.checked import Checked
+from rag_jax.corpus import verified_arrays
+from rag_jax.corpus.verified_arrays import Checked
+from rag_jax.system import block_checksums
+from rag_jax.system.block_checksums import Blocks
 
 WIDTH = 768
 PART = 1 << 14  # rows copied at a time, as to a device
@@ -38,13 +38,16 @@ def write(path: Path, rows: int) -> None:
         os.fsync(stream.fileno())
 
 
-def entry_of(path: Path) -> blocks.Entry:
+def entry_of(path: Path) -> block_checksums.Entry:
     """Sums of the block size that is set."""
     sums = []
     with path.open("rb") as stream:
-        while part := stream.read(blocks.SIZE):
+        while part := stream.read(block_checksums.SIZE):
             sums.append(xxh3_64_intdigest(part))
-    return {"bytes": path.stat().st_size, blocks.FIELD: base64.b64encode(np.array(sums, blocks.DTYPE)).decode()}
+    return {
+        "bytes": path.stat().st_size,
+        block_checksums.FIELD: base64.b64encode(np.array(sums, block_checksums.DTYPE)).decode(),
+    }
 
 
 def forget(path: Path) -> None:
@@ -71,7 +74,7 @@ def at_random(table: Checked) -> None:
 
 
 def seconds(
-    path: Path, rows: int, entry: blocks.Entry, read: Callable[[Checked], None], cold: bool, repeats: int
+    path: Path, rows: int, entry: block_checksums.Entry, read: Callable[[Checked], None], cold: bool, repeats: int
 ) -> np.ndarray:
     """Wall-clock and processor seconds of a first pass, with nothing verified before."""
     found = []
@@ -105,8 +108,8 @@ def main() -> None:
         for cold in (False, True):
             plain = seconds(path, rows, {"bytes": path.stat().st_size}, read, cold, args.repeats)
             for size in SIZES:
-                blocks.SIZE = checked.SIZE = size
-                blocks.AT_ONCE = max(1, (1 << 22) // size)
+                block_checksums.SIZE = verified_arrays.SIZE = size
+                block_checksums.AT_ONCE = max(1, (1 << 22) // size)
                 found = seconds(path, rows, entry_of(path), read, cold, args.repeats)
                 cells = [f"{value:.4f}" for pair in zip(plain, found, strict=True) for value in pair]
                 more = f"{found[1] - plain[1]:.3f} s, {100 * (found[1] / plain[1] - 1):+.0f}%"

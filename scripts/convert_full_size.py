@@ -70,7 +70,7 @@ def make(out: Path) -> None:
     from rag_jax.models.bart import BartConfig
     from rag_jax.models.bert import BertConfig
     from rag_jax.models.hf import ENCODERS, GENERATORS
-    from rag_jax.tensors import write_tensors
+    from rag_jax.pretrained.tensor_files import write_tensors
 
     out.mkdir(parents=True)
     encoder = ENCODERS["dpr"].describe(BertConfig()) | {"model_type": "dpr"}

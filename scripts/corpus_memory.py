@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rag_jax.data.world import World
-from rag_jax.logs import Progress
+from rag_jax.data.synthetic.world import World
+from rag_jax.system.logs import Progress
 
 
 def measured(command: list[str]) -> tuple[float, float, float]:

@@ -30,12 +30,15 @@ os.environ.setdefault("NPROC", "64")
 import jax
 import numpy as np
 
-from rag_jax import checkpoint, files, logs, pretrained, saving, sharding
-from rag_jax import run as runs
+from rag_jax.corpus.directory import Corpus
 from rag_jax.data import example_cache, tokenizers
 from rag_jax.errors import InputError
-from rag_jax.retrieval import encode_job, index
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.index import encode_job
+from rag_jax.index import snapshot as snapshots
+from rag_jax.pretrained import load, save
+from rag_jax.runs import checkpoint
+from rag_jax.runs import directory as runs
+from rag_jax.system import files, logs, sharding
 
 
 class Kind(NamedTuple):
@@ -65,20 +68,20 @@ def read_corpus(directory: Path) -> str:
 
 
 def read_index(directory: Path) -> str:
-    snapshot = index.open_snapshot(directory)
+    snapshot = snapshots.open_snapshot(directory)
     return digest(snapshot.embeddings_NE[:], snapshot.manifest, snapshot.hash)
 
 
 def read_job(directory: Path, corpus: Path, out: Path) -> str:
     """`rag-jax index JOB`, after the headers that `rag-jax encode` looks at when it goes on."""
     list(encode_job.finished(directory, encode_job.read_job(directory)))
-    made = index.from_job(directory, Corpus.open(corpus), out, overwrite=True)
+    made = snapshots.from_job(directory, Corpus.open(corpus), out, overwrite=True)
     return digest(made.embeddings_NE[:], made.manifest)
 
 
 def read_params(run: Path) -> str:
-    _, params = pretrained.from_pretrained(run, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
-    return digest(*jax.tree.leaves(params), runs.read_identity(run), saving.provenance(run))
+    _, params = load.from_pretrained(run, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+    return digest(*jax.tree.leaves(params), runs.read_identity(run), save.provenance(run))
 
 
 def read_checkpoints(run: Path) -> str:
@@ -97,7 +100,7 @@ def read_examples(run: Path) -> str:
 
 def read_export(directory: Path) -> str:
     """Tensors, configuration and tokenizer, as `rag-jax convert --generator` reads them."""
-    part = pretrained.generator_part(pretrained.find(directory))
+    part = load.generator_part(load.find(directory))
     tensors = [part.tensors.read(name) for name in sorted(part.tensors.shapes)]
     return digest(*tensors, part.config, sorted(part.tensors.shapes), tokenizers.load(directory).hash)
 
@@ -166,13 +169,13 @@ def prepare(data: Path, run: Path, work: Path) -> None:
     shutil.copytree(data / "corpus", work / "corpus")
     shutil.copytree(run, work / "run", ignore=shutil.ignore_patterns("tensorboard"))
     make_job(run, work)
-    rag, params = pretrained.open_pretrained(run)
-    saving.save_pretrained(work / "export", rag, params, part="generator", tokenizers_from=run / "tokenizers")
+    rag, params = load.open_pretrained(run)
+    save.save_pretrained(work / "export", rag, params, part="generator", tokenizers_from=run / "tokenizers")
 
 
 def make_job(run: Path, work: Path) -> None:
     """An encode job that has the embeddings of the run's index."""
-    opened = index.open_snapshot(run / "index")
+    opened = snapshots.open_snapshot(run / "index")
     found = opened.manifest
     job = encode_job.Job(
         run=str(run), corpus=str(work / "corpus"), corpus_hash=found.corpus_hash, encoder_hash=found.encoder_hash,

@@ -65,9 +65,10 @@ def parameters(directory: Path) -> Any:
     """The parameters of a run, and what is in its directory but for names that Orbax draws."""
     import jax
 
-    from rag_jax import checkpoint, pretrained
+    from rag_jax.pretrained import load
+    from rag_jax.runs import checkpoint
 
-    params = jax.device_get(pretrained.from_pretrained(directory)[1])
+    params = jax.device_get(load.from_pretrained(directory)[1])
     return checkpoint.tree_hash(params), sorted(path.name for path in directory.iterdir())
 
 

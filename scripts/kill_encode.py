@@ -21,11 +21,11 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 
-from rag_jax import checkpoint
-from rag_jax import run as runs
+from rag_jax.corpus.directory import Corpus
 from rag_jax.models.bert import BertConfig
 from rag_jax.rag import Rag, RagConfig
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.runs import checkpoint
+from rag_jax.runs import directory as runs
 
 SHARD_ROWS = 400
 

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from rag_jax import logs, pretrained
-from rag_jax.retrieval import index as snapshots
+from rag_jax.index import snapshot as snapshots
+from rag_jax.pretrained import load
+from rag_jax.system import logs
 
 TIMES = ("step_seconds", "tokens_per_second", "host_share")
 
@@ -115,7 +116,7 @@ def compare(a: Path, b: Path) -> dict[str, bool]:
     """What of two runs is the same, bit for bit."""
     import jax
 
-    params = [jax.device_get(pretrained.from_pretrained(run)[1]) for run in (a, b)]
+    params = [jax.device_get(load.from_pretrained(run)[1]) for run in (a, b)]
     equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and x.tobytes() == y.tobytes(), *params)
     embeddings = [np.asarray(snapshots.open_snapshot(run / "index").embeddings_NE).tobytes() for run in (a, b)]
     rows = [logs.read_rows(run / logs.METRICS_FILE) for run in (a, b)]

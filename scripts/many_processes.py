@@ -34,7 +34,7 @@ from typing import Any
 import launch_local
 from ml_collections import ConfigDict
 
-from rag_jax import logs
+from rag_jax.system import logs
 
 STEPS = {"retriever": 20, "joint": 30}
 TIMES = ("step_seconds", "tokens_per_second", "host_share")

@@ -43,16 +43,17 @@ def forget() -> None:
 
 
 def measure(load_name: str, changes: dict) -> dict[str, float]:
-    from rag_jax import bench_load, bench_train, sharding
+    from rag_jax.bench import synthetic_load, train
+    from rag_jax.system import sharding
 
-    load = dataclasses.replace(bench_load.LOADS[load_name], **changes)
-    bench_load.check(load)
+    load = dataclasses.replace(synthetic_load.LOADS[load_name], **changes)
+    synthetic_load.check(load)
     mesh = sharding.make_mesh()
-    ours, batch = bench_train.prepare(load, mesh), bench_load.batch(load, mesh, 0)
-    state = bench_train.first_state(ours)
+    ours, batch = train.prepare(load, mesh), synthetic_load.batch(load, mesh, 0)
+    state = train.first_state(ours)
     ours = ours._replace(params={})  # the state has a copy
-    program, said = bench_train.compiled_step(ours, state, batch)
-    step = bench_train.stepper(ours, program, state, [batch])
+    program, said = train.compiled_step(ours, state, batch)
+    step = train.stepper(ours, program, state, [batch])
     del state
     gc.collect()
     forget()

@@ -52,8 +52,8 @@ def prepare(args: argparse.Namespace) -> None:
 
 def config(args: argparse.Namespace, train: str = "") -> Any:
     """A run over the questions."""
-    from rag_jax.config import StageConfig, TrainConfig
     from rag_jax.rag import RagConfig
+    from rag_jax.training.config import StageConfig, TrainConfig
 
     model = RagConfig(question_length=QUESTION)
     stage = StageConfig("joint", batch=args.batch)
@@ -67,16 +67,16 @@ def peak_mb() -> float:
 
 def start(args: argparse.Namespace) -> dict[str, float]:
     """In a process of its own: seconds until there are batches; the questions are kept for the next one."""
-    from rag_jax import preparing
-    from rag_jax.retrieval.corpus import Corpus
+    from rag_jax.corpus.directory import Corpus
+    from rag_jax.training import setup
 
     cfg, corpus, run = config(args), Corpus.open(args.corpus), args.out / "run"
     corpus.encoder_tokenizer, corpus.generator_tokenizer  # noqa: B018  # not part of what is measured
     before, begun, worked = peak_mb(), time.perf_counter(), time.process_time()
-    data = preparing.prepare(cfg, corpus, run)
-    preparing.batches(cfg.stages[0], cfg, data, 0)[0]
+    data = setup.prepare(cfg, corpus, run)
+    setup.batches(cfg.stages[0], cfg, data, 0)[0]
     seconds, work, peak = time.perf_counter() - begun, time.process_time() - worked, peak_mb()
-    preparing.keep(run, data)
+    setup.keep(run, data)
     size = sum(path.stat().st_size for path in run.rglob("*.npy"))
     return {
         "questions": len(data.examples), "seconds": seconds, "work": work, "peak_mb": peak, "before_mb": before,
@@ -99,8 +99,8 @@ def starts(args: argparse.Namespace) -> list[str]:
 
 
 def passages(args: argparse.Namespace) -> list[str]:
+    from rag_jax.corpus import directory as corpora
     from rag_jax.data.joining import passage_text
-    from rag_jax.retrieval import corpus as corpora
 
     corpus = corpora.Corpus.open(args.corpus)
     begun = time.perf_counter()
@@ -122,21 +122,21 @@ def passages(args: argparse.Namespace) -> list[str]:
 
 def ours(args: argparse.Namespace) -> dict[str, Callable[[int], None]]:
     """call(i) makes --batches batches, from number i times that on."""
-    from rag_jax import preparing
-    from rag_jax.data import pipeline
-    from rag_jax.retrieval.corpus import Corpus
+    from rag_jax.corpus.directory import Corpus
+    from rag_jax.data import batching
+    from rag_jax.training import setup
 
     corpus = Corpus.open(args.corpus)
-    data = preparing.prepare(config(args), corpus)
-    two = preparing.prepare(config(args, f"3*{args.train} + 1*{args.dev or args.train.with_name('dev.jsonl')}"), corpus)
+    data = setup.prepare(config(args), corpus)
+    two = setup.prepare(config(args, f"3*{args.train} + 1*{args.dev or args.train.with_name('dev.jsonl')}"), corpus)
     lengths = np.maximum(data.examples.question.lengths(), data.examples.tail.lengths())
     widths = tuple(sorted({int(x) for x in np.quantile(lengths, (0.4, 0.8))} - {QUESTION}))
 
-    def of(found: preparing.Data, **changes: Any) -> Callable[[int], None]:
-        units = pipeline.units_of(found.examples, np.arange(len(found.examples.label)), False)
+    def of(found: setup.Data, **changes: Any) -> Callable[[int], None]:
+        units = batching.units_of(found.examples, np.arange(len(found.examples.label)), False)
         weights = tuple(found.weights.values())
-        wanted = pipeline.Wanted(args.batch, 0, (QUESTION, TARGET), weights=weights, **changes)
-        batches = pipeline.question_batches(found.examples, units, corpus, wanted)
+        wanted = batching.Wanted(args.batch, 0, (QUESTION, TARGET), weights=weights, **changes)
+        batches = batching.question_batches(found.examples, units, corpus, wanted)
 
         def make(i: int) -> None:
             for step in range(i * args.batches, (i + 1) * args.batches):
@@ -158,10 +158,10 @@ def rivals(args: argparse.Namespace) -> dict[str, Callable[[int], None]]:
         from torch.utils.data import DataLoader
     except ImportError:
         return {}
-    from rag_jax.data import formats
+    from rag_jax.corpus.directory import Corpus
     from rag_jax.data.joining import join_tail
+    from rag_jax.data.readers import formats
     from rag_jax.data.tokenizers import pad_rows, wrap
-    from rag_jax.retrieval.corpus import Corpus
 
     corpus = Corpus.open(args.corpus)
     encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer

@@ -1,5 +1,5 @@
-"""The matrix products of a training step by themselves: as jax.numpy has them, as `rag_jax.sums` has them, and in
-torch (oneDNN or MKL on a CPU), in turn.
+"""The matrix products of a training step by themselves: as jax.numpy has them, as `rag_jax.ops.float32_sums` has them,
+and in torch (oneDNN or MKL on a CPU), in turn.
 
     python scripts/product_speed.py [--load medium] [--dtype bfloat16] [--rounds 5]
 
@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from rag_jax import heap, sums
-from rag_jax.bench_limits import in_turn
-from rag_jax.bench_load import DTYPES, LOADS, Load
+from rag_jax.bench.machine_limits import in_turn
+from rag_jax.bench.synthetic_load import DTYPES, LOADS, Load
+from rag_jax.ops import float32_sums
+from rag_jax.system import malloc
 
 CALLS = 8  # in one turn
 AXES = ("embed", "mlp")
@@ -46,9 +47,9 @@ def several(product: Callable[..., Any], given: list[Any], _round: int) -> None:
 
 PLAIN = (lambda x, w, g: x @ w), (lambda x, w, g: g @ w.T), (lambda x, w, g: x.T @ g)
 OURS = (
-    lambda x, w, g: sums.matmul(x, w, AXES),
-    lambda x, w, g: jax.vjp(lambda x: sums.matmul(x, w, AXES), x)[1](g)[0],
-    lambda x, w, g: jax.vjp(lambda w: sums.matmul(x, w, AXES), w)[1](g)[0],
+    lambda x, w, g: float32_sums.matmul(x, w, AXES),
+    lambda x, w, g: jax.vjp(lambda x: float32_sums.matmul(x, w, AXES), x)[1](g)[0],
+    lambda x, w, g: jax.vjp(lambda w: float32_sums.matmul(x, w, AXES), w)[1](g)[0],
 )
 
 
@@ -87,5 +88,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    heap.keep(os.environ)
+    malloc.keep(os.environ)
     main()

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rag_jax import logs, report, reporting
-from rag_jax import run as runs
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.corpus.directory import Corpus
+from rag_jax.evaluation.report import markdown, write_report
+from rag_jax.runs import directory as runs
+from rag_jax.system import logs
 
 
 def read(path: Path) -> Any:
@@ -27,7 +28,7 @@ def examples(run: Path, count: int) -> list[dict[str, Any]]:
     """Predictions with the texts of the passages that were read."""
     corpus = Corpus.open(read(run / "unseen/report.json")["corpus"])
     lines = (run / "unseen/predictions.jsonl").read_text().splitlines()[:count]
-    return [reporting.example(corpus, json.loads(line)) for line in lines]
+    return [write_report.example(corpus, json.loads(line)) for line in lines]
 
 
 def stages(run: Path) -> list[dict[str, Any]]:
@@ -61,8 +62,8 @@ def write(run: Path, seconds: float) -> dict[str, Any]:
         "stages": stages(run),
         "commands": ["scripts/quickstart.sh"],
     }
-    reporting.write_json(run / "report.json", merged)
-    report.write(run, merged, examples(run, 5), reporting.training(run, run))
+    write_report.write_json(run / "report.json", merged)
+    markdown.write(run, merged, examples(run, 5), write_report.training(run, run))
     return merged
 
 

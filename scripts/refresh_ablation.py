@@ -19,10 +19,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from retrieval_gradient import recall_at_1, with_reader
 
-from rag_jax import evaluate, logs, train
-from rag_jax import run as runs
-from rag_jax.config import StageConfig
-from rag_jax.optimizer import OptimizerConfig
+from rag_jax.evaluation import evaluate
+from rag_jax.runs import directory as runs
+from rag_jax.system import logs
+from rag_jax.training import train
+from rag_jax.training.config import StageConfig
+from rag_jax.training.optimizer import OptimizerConfig
 
 TIMES = (1, 3, 10, 30)
 

@@ -21,14 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import run as runs
-from rag_jax import sharding
-from rag_jax.data.formats import Question, read_questions
-from rag_jax.data.pipeline import encode_questions
-from rag_jax.retrieval import index, search
+from rag_jax.corpus.directory import Corpus
+from rag_jax.data.batching import encode_questions
+from rag_jax.data.readers.formats import Question, read_questions
+from rag_jax.index import snapshot as snapshots
+from rag_jax.retrieval import search
 from rag_jax.retrieval.bm25 import Bm25, passage_texts
-from rag_jax.retrieval.corpus import Corpus
 from rag_jax.retrieval.search import Exact, Fusion, Hybrid, Queries, Source
+from rag_jax.runs import directory as runs
+from rag_jax.system import sharding
 
 AT = (1, 5, 20, 100)
 PASSAGE_LENGTH = {"squad": "256"}  # tokens; passages of the others are shorter
@@ -51,7 +52,7 @@ def rag_jax(*command: Any) -> None:
     subprocess.run([sys.executable, "-m", "rag_jax", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
 
 
-def prepare(data: Path, work: Path, name: str) -> tuple[Corpus, index.Snapshot, Bm25]:
+def prepare(data: Path, work: Path, name: str) -> tuple[Corpus, snapshots.Snapshot, Bm25]:
     """What is missing below `work` is made."""
     model, here = work / "minilm", work / name
     if not model.exists():
@@ -68,7 +69,7 @@ def prepare(data: Path, work: Path, name: str) -> tuple[Corpus, index.Snapshot, 
     corpus = Corpus.open(here / "corpus")
     if not (here / "bm25").exists():
         Bm25.build(passage_texts(corpus), corpus.hash, total=len(corpus)).save(here / "bm25")
-    return corpus, index.open_snapshot(here / "index"), Bm25.load(here / "bm25", corpus.hash)
+    return corpus, snapshots.open_snapshot(here / "index"), Bm25.load(here / "bm25", corpus.hash)
 
 
 def ask(model: Path, corpus: Corpus, questions: Sequence[Question], batch: int = 64) -> Asked:

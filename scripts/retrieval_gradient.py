@@ -19,13 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import checkpoint, config, sharding, steps, train
-from rag_jax import run as runs
-from rag_jax.answer import Pipeline
-from rag_jax.config import StageConfig
-from rag_jax.data import formats, pipeline
-from rag_jax.optimizer import OptimizerConfig
+from rag_jax.data import batching
+from rag_jax.data.readers import formats
+from rag_jax.inference.pipeline import Pipeline
 from rag_jax.retrieval import mips
+from rag_jax.runs import checkpoint
+from rag_jax.runs import directory as runs
+from rag_jax.system import sharding
+from rag_jax.training import config, train, train_step
+from rag_jax.training.config import StageConfig
+from rag_jax.training.optimizer import OptimizerConfig
 
 
 def recall_at_1(run: Path, questions: Path) -> float:
@@ -33,7 +36,7 @@ def recall_at_1(run: Path, questions: Path) -> float:
     opened = Pipeline.from_run(run)
     corpus = opened.loaded.corpus
     asked = formats.read_questions(questions)
-    tables = pipeline.encode_questions(
+    tables = batching.encode_questions(
         [q.question for q in asked],
         corpus.encoder_tokenizer,
         corpus.generator_tokenizer,
@@ -41,7 +44,7 @@ def recall_at_1(run: Path, questions: Path) -> float:
     )
     ids, length = jnp.asarray(tables["question_ids"]), jnp.asarray(tables["question_length"])
     embed = jax.jit(opened.loaded.rag.embed_questions)
-    q_NE = embed(opened.params, ids, steps.masked(length, ids.shape[1]))
+    q_NE = embed(opened.params, ids, train_step.masked(length, ids.shape[1]))
     _, rows = mips.search(q_NE, opened.index.embeddings_NE, 1, mesh=opened.loaded.mesh, n_valid=len(corpus))
     found = [
         corpus[int(row)].id in q.positive_passage_ids for row, q in zip(np.asarray(rows)[:, 0], asked, strict=True)

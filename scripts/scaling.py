@@ -26,12 +26,13 @@ def measure(devices: int, axis: str, steps: int) -> dict[str, object]:
     import jax
     import jax.numpy as jnp
 
-    from rag_jax import hlo, programs, sharding
-    from rag_jax.config import SearchConfig, StageConfig, TrainConfig
+    from rag_jax.aot import hlo, stage_programs
     from rag_jax.models.bart import BartConfig
     from rag_jax.models.bert import BertConfig
-    from rag_jax.optimizer import OptimizerConfig
     from rag_jax.rag import Rag, RagConfig
+    from rag_jax.system import sharding
+    from rag_jax.training.config import SearchConfig, StageConfig, TrainConfig
+    from rag_jax.training.optimizer import OptimizerConfig
 
     shape = {"vocab_size": 1024, "width": 64, "heads": 4, "hidden": 128}
     encoder = BertConfig(**shape, layers=2, positions=64)
@@ -41,8 +42,8 @@ def measure(devices: int, axis: str, steps: int) -> dict[str, object]:
     stage = StageConfig("joint", batch=4 * devices, n_docs=3, optimizer=optimizer)
     mesh = {axis: devices}
     cfg = TrainConfig("", "", "", (stage,), model, search=SearchConfig(), mesh=mesh, target_length=16)
-    size = programs.Sizes(4096, 64, 64, "uint16", "uint16", (0,))
-    program = programs.step(cfg, stage, Rag(model), size, sharding.make_mesh(mesh))
+    size = stage_programs.Sizes(4096, 64, 64, "uint16", "uint16", (0,))
+    program = stage_programs.step(cfg, stage, Rag(model), size, sharding.make_mesh(mesh))
     compiled = program.jitted.lower(*program.arguments).compile()
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:

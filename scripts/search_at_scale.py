@@ -23,8 +23,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from rag_jax import hlo, sharding
+from rag_jax.aot import hlo
 from rag_jax.retrieval import mips
+from rag_jax.system import sharding
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from rag_jax import report_html
+from rag_jax.evaluation.report import html
+from rag_jax.evaluation.report.html import Page
 from rag_jax.metrics import Setting
-from rag_jax.report_html import Page
 
 LONG = "w" * 100_000
 HOSTILE = (
@@ -71,6 +71,6 @@ def page(title: str = "Evaluation of a run") -> Page:
 
 
 def written(out: Any, rows: list[dict[str, Any]], **options: Any) -> Any:
-    return report_html.write(
+    return html.write(
         out / "report.html", options.pop("page", page()), rows, SETTING, options.pop("texts", texts), **options
     )

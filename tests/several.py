@@ -7,17 +7,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rag_jax import checkpoint, distributed, sharding
-from rag_jax import run as runs
-from rag_jax.config import StageConfig
-from rag_jax.hosted import HostIndex
+from rag_jax.corpus.directory import Corpus
+from rag_jax.index import encode_job
+from rag_jax.index.host_index import HostIndex
 from rag_jax.models.bert import BertConfig
 from rag_jax.rag import Rag, RagConfig
-from rag_jax.retrieval import encode_job
-from rag_jax.retrieval.corpus import Corpus
 from rag_jax.retrieval.search import SearchResult
-from rag_jax.steps import Setting
-from rag_jax.upkeep import OnHost
+from rag_jax.runs import checkpoint
+from rag_jax.runs import directory as runs
+from rag_jax.system import distributed, sharding
+from rag_jax.training.config import StageConfig
+from rag_jax.training.stage_index import OnHost
+from rag_jax.training.train_step import Setting
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8), (4, 1, 2))
 STAGES = {

@@ -16,19 +16,25 @@ import tiny
 from conftest import ROOT
 
 import rag_jax
-from rag_jax import answer, ask, checkpoint, pretrained, refresh, reporting
-from rag_jax import evaluate as evaluation
-from rag_jax import run as runs
-from rag_jax.answer import Pipeline
-from rag_jax.config import SearchConfig
-from rag_jax.data import formats, pipeline
+from rag_jax.cli import ask
+from rag_jax.corpus.directory import Corpus
+from rag_jax.data import batching
 from rag_jax.data.joining import join_tail
+from rag_jax.data.readers import formats
 from rag_jax.errors import InputError
+from rag_jax.evaluation import evaluate as evaluation
+from rag_jax.evaluation.report import write_report
+from rag_jax.index import device_index
+from rag_jax.index import snapshot as snapshots
+from rag_jax.inference import pipeline
+from rag_jax.inference.pipeline import Pipeline
 from rag_jax.metrics import matching
+from rag_jax.pretrained import load
 from rag_jax.rag import Rag
-from rag_jax.retrieval import index as snapshots
 from rag_jax.retrieval.bm25 import Bm25Config
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.runs import checkpoint
+from rag_jax.runs import directory as runs
+from rag_jax.training.config import SearchConfig
 
 
 def copied(run, out):
@@ -91,9 +97,9 @@ def reuse(monkeypatch, opened):
 
 @pytest.fixture(autouse=True)
 def undrawn(request, monkeypatch):
-    """No pictures: tests/test_plots_evaluation.py looks at them, and they take longer than the rest of a report."""
-    monkeypatch.setattr(reporting.plots_evaluation, "draw", lambda report, out: [])
-    monkeypatch.setattr(reporting, "training", lambda run, out: [])
+    """No pictures: tests/test_evaluation_plots.py looks at them, and they take longer than the rest of a report."""
+    monkeypatch.setattr(write_report.plots_evaluation, "draw", lambda report, out: [])
+    monkeypatch.setattr(write_report, "training", lambda run, out: [])
 
 
 def refused(capsys, *words):
@@ -109,7 +115,7 @@ def refused(capsys, *words):
 
 def test_passages_are_those_of_the_largest_inner_products(opened, questions, answers):
     corpus, rag = opened.loaded.corpus, opened.loaded.rag
-    tables = pipeline.encode_questions(
+    tables = batching.encode_questions(
         [q.question for q in questions],
         corpus.encoder_tokenizer,
         corpus.generator_tokenizer,
@@ -132,7 +138,7 @@ def test_passages_are_those_of_the_largest_inner_products(opened, questions, ans
 
 
 def test_the_index_on_disk_is_that_of_training(opened):
-    make = refresh.on_devices(opened.loaded.rag, opened.loaded.mesh, opened.loaded.passages, "float32")
+    make = device_index.on_devices(opened.loaded.rag, opened.loaded.mesh, opened.loaded.passages, "float32")
     fresh = make(opened.params, 7, None, True)
     np.testing.assert_allclose(fresh.embeddings_NE, opened.index.embeddings_NE, atol=1e-5)
     assert (np.asarray(fresh.step_N) == 7).all()
@@ -385,9 +391,9 @@ def test_an_oracle_reads_the_right_passages_first(tiny_data, run, opened, questi
 
     cfg = opened.answer_config(batch=8, oracle=True)
     asked = [dataclasses.replace(q, positive_passage_ids=tuple(g)) for q, g in zip(questions, golds, strict=True)]
-    found = opened.answer([q.question for q in asked], cfg, answer.right_rows(asked, corpus))
+    found = opened.answer([q.question for q in asked], cfg, pipeline.right_rows(asked, corpus))
     embeddings = np.asarray(snapshots.open_snapshot(opened.snapshot.directory).embeddings_NE, np.float64)
-    tables = pipeline.encode_questions(
+    tables = batching.encode_questions(
         [q.question for q in asked], corpus.encoder_tokenizer, corpus.generator_tokenizer, 32
     )
     mask = np.arange(32) < tables["question_length"][:, None]
@@ -408,8 +414,8 @@ def test_an_oracle_reads_the_right_passages_first(tiny_data, run, opened, questi
 def test_right_passages_come_first():
     gold = np.array([[4, -1], [7, 2], [-1, -1]])
     rows = np.array([[1, 4, 3], [2, 5, 7], [6, 0, 1]])
-    assert answer.gold_first(gold, rows, 3).tolist() == [[4, 1, 3], [7, 2, 5], [6, 0, 1]]
-    assert answer.gold_first(gold, rows, 1).tolist() == [[4], [7], [6]]
+    assert pipeline.gold_first(gold, rows, 3).tolist() == [[4, 1, 3], [7, 2, 5], [6, 0, 1]]
+    assert pipeline.gold_first(gold, rows, 1).tolist() == [[4], [7], [6]]
 
 
 @pytest.mark.slow
@@ -421,7 +427,7 @@ def test_an_oracle_with_the_search_on_the_host(opened, run, questions, answers):
     found = []
     for pipe in (opened, hosted):
         cfg = pipe.answer_config(batch=8, oracle=True, n_docs=1)
-        found.append(pipe.answer([q.question for q in asked], cfg, answer.right_rows(asked, pipe.loaded.corpus)))
+        found.append(pipe.answer([q.question for q in asked], cfg, pipeline.right_rows(asked, pipe.loaded.corpus)))
     for one, other, q in zip(*found, asked, strict=True):
         assert [p.id for p in one.passages] == [p.id for p in other.passages] == list(q.positive_passage_ids)
         assert one.text == other.text and one.score == pytest.approx(other.score, abs=1e-4)
@@ -616,7 +622,7 @@ def test_the_package_is_light_until_asked(run):
         "assert not hasattr(rag_jax, 'pipeline_of_dreams'); rag_jax.Pipeline; assert 'jax' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert rag_jax.Pipeline is Pipeline and rag_jax.from_pretrained is pretrained.from_pretrained
+    assert rag_jax.Pipeline is Pipeline and rag_jax.from_pretrained is load.from_pretrained
 
 
 # --- ask --------------------------------------------------------------------------------------------------------------
@@ -644,7 +650,7 @@ def test_ask_from_python(opened, questions, answers):
     found = opened.ask(questions[0].question)
     assert found.text == answers[0].text and [p.id for p in found.passages] == [p.id for p in answers[0].passages]
     np.testing.assert_allclose(found.score, answers[0].score, atol=1e-4)
-    assert {"id", "title", "text", "prior", "posterior"} == {f.name for f in dataclasses.fields(answer.Passage)}
+    assert {"id", "title", "text", "prior", "posterior"} == {f.name for f in dataclasses.fields(pipeline.Passage)}
 
 
 def test_bad_questions_and_settings_of_ask(run, capsys):
@@ -703,7 +709,7 @@ def test_a_run_answers_as_its_configuration_says(run, opened, questions, tmp_pat
 def test_allowed_answers_may_stand_in_the_middle_of_a_text(opened):
     """Labels are learned as they stand after a space; released checkpoints write them without one."""
     generator = opened.loaded.corpus.generator_tokenizer
-    found = answer.allowed_ids(opened.loaded, [" Bela ", "no"], 12)
+    found = pipeline.allowed_ids(opened.loaded, [" Bela ", "no"], 12)
     assert [generator.decode(ids) for ids in found] == ["Bela", " Bela", "no", " no"]
     assert found[1] == generator.label(generator.encode_batch([" Bela"])[0], 12)[1:]
 
@@ -732,16 +738,18 @@ def test_questions_of_like_length_need_no_compilation(opened, questions, cfg):
     finally:
         jax.monitoring.clear_event_listeners()
     assert [found.text for found in some] == [found.text for found in together[:5]]
-    assert [answer.bucket(n, 40) for n in (1, 16, 17, 33, 40, 50)] == [16, 16, 32, 40, 40, 40]
-    assert [answer.bucket(n, 16, 1) for n in (1, 2, 3, 9, 16, 99)] == [1, 2, 4, 16, 16, 16]
+    assert [pipeline.bucket(n, 40) for n in (1, 16, 17, 33, 40, 50)] == [16, 16, 32, 40, 40, 40]
+    assert [pipeline.bucket(n, 16, 1) for n in (1, 2, 3, 9, 16, 99)] == [1, 2, 4, 16, 16, 16]
 
 
 def test_the_posterior_of_every_token(opened, questions, cfg, monkeypatch):
     """RAG-Token, figure 2: p(z) p(y_t|z,y_<t) over its sum, each by teacher forcing; beside the tokens as texts."""
     config = dataclasses.replace(opened.loaded.rag.config, variant="token")
     token = dataclasses.replace(opened, programs={}, loaded=dataclasses.replace(opened.loaded, rag=Rag(config)))
-    collect, arrays = answer.collect, []
-    monkeypatch.setattr(answer, "collect", lambda corpus, out, *rest: arrays.append(out) or collect(corpus, out, *rest))
+    collect, arrays = pipeline.collect, []
+    monkeypatch.setattr(
+        pipeline, "collect", lambda corpus, out, *rest: arrays.append(out) or collect(corpus, out, *rest)
+    )
     answers = token.answer([q.question for q in questions[:8]], cfg)
     sequence_of = dict(zip(arrays[0].scores.tolist(), arrays[0].sequences, strict=True))
     labels = np.array([sequence_of[found.score] for found in answers])

@@ -14,16 +14,19 @@ import numpy as np
 import pytest
 
 from rag_jax import __main__ as cli
-from rag_jax import aot, config, depth, hardware, preparing, programs, refresh, session, sharding, steps
-from rag_jax import run as runs
-from rag_jax.config import SearchConfig, StageConfig, TrainConfig
+from rag_jax.aot import compile, hardware, layer_extrapolation, stage_programs
+from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
+from rag_jax.index import device_index
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
-from rag_jax.optimizer import OptimizerConfig
 from rag_jax.rag import RagConfig
-from rag_jax.retrieval.corpus import Corpus
-from rag_jax.upkeep import OnDevice
+from rag_jax.runs import directory as runs
+from rag_jax.system import sharding
+from rag_jax.training import config, session, setup, train_step
+from rag_jax.training.config import SearchConfig, StageConfig, TrainConfig
+from rag_jax.training.optimizer import OptimizerConfig
+from rag_jax.training.stage_index import OnDevice
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"vocab_size": 64, "width": 16, "heads": 2, "hidden": 32}
@@ -33,7 +36,7 @@ MODEL = RagConfig(
     n_docs=2, source_length=24, question_length=8,
 )  # fmt: skip
 JOINT = StageConfig("joint", batch=8, n_docs=2, optimizer=OptimizerConfig(groups={"generator": 1.0}))
-SIZE = programs.Sizes(100, 16, 12, "uint16", "uint16", (0,))
+SIZE = stage_programs.Sizes(100, 16, 12, "uint16", "uint16", (0,))
 
 
 def tiny_config(**changes: object) -> TrainConfig:
@@ -42,13 +45,13 @@ def tiny_config(**changes: object) -> TrainConfig:
     )
 
 
-def report(cfg: TrainConfig, where: str = "cpu:8", name: str = "joint") -> aot.Report:
+def report(cfg: TrainConfig, where: str = "cpu:8", name: str = "joint") -> compile.Report:
     place = hardware.topology(where)
-    mesh, compiles = aot.mesh_of(cfg, place)
-    rag = programs.sizes(cfg, SIZE.passages, 16, 12)[0]
-    program = programs.every(cfg, rag, SIZE, mesh, [name], 64, 5)[name]
-    made = aot.compiled(program, place, mesh, 0.0, None) if compiles else aot.counted(program, place, mesh)
-    aot.roofline(made, place)
+    mesh, compiles = compile.mesh_of(cfg, place)
+    rag = stage_programs.sizes(cfg, SIZE.passages, 16, 12)[0]
+    program = stage_programs.every(cfg, rag, SIZE, mesh, [name], 64, 5)[name]
+    made = compile.compiled(program, place, mesh, 0.0, None) if compiles else compile.counted(program, place, mesh)
+    compile.roofline(made, place)
     return made
 
 
@@ -58,7 +61,7 @@ def test_memory_of_arguments_by_hand() -> None:
     assert memory["index"] == 13 * (16 * 4 + 4) + 16 * 4  # rows and steps; drift_E on each
     assert memory["token table"] == 13 * (16 + 12 + 2) * 2
     assert memory["batch"] == 1 * (8 + 1 + 8 + 1 + 6 + 1) * 4 + 8
-    params = jax.eval_shape(lambda: programs.Rag(MODEL).init(jax.random.key(0)))
+    params = jax.eval_shape(lambda: stage_programs.Rag(MODEL).init(jax.random.key(0)))
     sizes = {
         side: [(x.names, x.value.size) for x in jax.tree.leaves(tree, is_leaf=boxed)] for side, tree in params.items()
     }
@@ -98,15 +101,15 @@ def test_arguments_are_those_of_training(tiny_data: Path, stage: str) -> None:
     cfg = config.load(f"{Path(__file__).parent / 'tiny.py'}:{tiny_data}", ['mesh={"data": 2, "fsdp": 4}'])
     number = [s.name for s in cfg.stages].index(stage)
     corpus, mesh = Corpus.open(cfg.corpus), sharding.make_mesh(cfg.mesh)
-    loaded, data = runs.load(cfg.model, corpus, mesh), preparing.prepare(cfg, corpus)
+    loaded, data = runs.load(cfg.model, corpus, mesh), setup.prepare(cfg, corpus)
     params = session.init_params(loaded, 0, "")
-    state = steps.first_state(loaded.rag, cfg.stages[number], mesh, params, 0)
+    state = train_step.first_state(loaded.rag, cfg.stages[number], mesh, params, 0)
     _, way = session.way_of(cfg, loaded, data, number)
     assert isinstance(way, OnDevice)
-    index = refresh.blank(mesh, loaded.table_rows(), loaded.rag.config.encoder.output_width)
-    fed = way.feed(params, preparing.batches(cfg.stages[number], cfg, data, number)[0], index)
-    rag, size = programs.sizes(cfg, 0, 0, 0)
-    program = programs.step(cfg, cfg.stages[number], rag, size, mesh)
+    index = device_index.blank(mesh, loaded.table_rows(), loaded.rag.config.encoder.output_width)
+    fed = way.feed(params, setup.batches(cfg.stages[number], cfg, data, number)[0], index)
+    rag, size = stage_programs.sizes(cfg, 0, 0, 0)
+    program = stage_programs.step(cfg, cfg.stages[number], rag, size, mesh)
     assert rag == loaded.rag and size.passages == len(corpus)
     given = (state, fed.batch, fed.table if config.searches(cfg.stages[number]) else None, fed.passages)
     for ours, theirs in zip(program.arguments[:-1], given, strict=True):
@@ -158,14 +161,14 @@ def test_user_errors(words: tuple[str, ...], says: str, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("where", ["v5e:4x8", "v5p:2x2x4", "tpu7x:2x2x2", "h100:8"])
 def test_meshes_of_devices_that_are_not_there(where: str) -> None:
     place = hardware.topology(where)
-    mesh = aot.stand_ins(tiny_config(mesh={"data": -1, "fsdp": 4}), place)
+    mesh = compile.stand_ins(tiny_config(mesh={"data": -1, "fsdp": 4}), place)
     assert dict(mesh.shape) == {"data": place.devices // 4, "fsdp": 4, "tensor": 1}
     assert {(d.id, d.platform) for d in mesh.devices.flat} == {(i, place.kind) for i in range(place.devices)}
 
 
 def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    mesh, compiles = aot.mesh_of(tiny_config(), hardware.topology("v5e:16x16"))
+    mesh, compiles = compile.mesh_of(tiny_config(), hardware.topology("v5e:16x16"))
     assert mesh.size == 256 and not compiles
 
 
@@ -176,10 +179,10 @@ def test_few_layers_tell_of_many() -> None:
     bart = dataclasses.replace(bart, encoder_layers=5, decoder_layers=4)
     cfg = tiny_config(model=dataclasses.replace(MODEL, encoder=bert, generator=bart))
     place = hardware.topology("cpu:8")
-    mesh, _ = aot.mesh_of(cfg, place)
+    mesh, _ = compile.mesh_of(cfg, place)
     args = argparse.Namespace(passages=100, encoder_length=16, generator_length=12, batch=64, k=5, effort=0.0, layers=2)
-    program = programs.every(cfg, *aot.sized(cfg, args), mesh, ["joint"], args.batch, args.k)["joint"]
-    line, whole = aot.few_layers(cfg, program, place, mesh, args), aot.compiled(program, place, mesh, 0.0, None)
+    program = stage_programs.every(cfg, *compile.sized(cfg, args), mesh, ["joint"], args.batch, args.k)["joint"]
+    line, whole = compile.few_layers(cfg, program, place, mesh, args), compile.compiled(program, place, mesh, 0.0, None)
     assert line.flops == whole.flops and line.layers == 2 and line.name == "joint"
     for name in ("parameters", "optimiser", "index", "token table"):
         assert line.memory[name] == whole.memory[name]
@@ -194,9 +197,11 @@ def test_which_layers_a_program_has() -> None:
     cfg = tiny_config()
     model = dataclasses.replace(MODEL, encoder=dataclasses.replace(MODEL.encoder, layers=12))
     cfg = dataclasses.replace(cfg, model=model)
-    assert depth.depths(cfg, "search") == {} and depth.depths(cfg, "encode") == {("encoder", "layers"): 12}
-    assert len(depth.depths(cfg, "joint")) == 3
-    base, more = depth.shallow(cfg, "joint", 2)  # the generator has one layer of each kind
+    assert layer_extrapolation.depths(cfg, "search") == {} and layer_extrapolation.depths(cfg, "encode") == {
+        ("encoder", "layers"): 12
+    }
+    assert len(layer_extrapolation.depths(cfg, "joint")) == 3
+    base, more = layer_extrapolation.shallow(cfg, "joint", 2)  # the generator has one layer of each kind
     assert (base[0].model.encoder.layers, more[0].model.encoder.layers) == (2, 3) and (base[1], more[1]) == (0, 10)
     assert base[0].model.generator == cfg.model.generator
 
@@ -204,22 +209,25 @@ def test_which_layers_a_program_has() -> None:
 def test_the_line() -> None:
     values = [{"a": 1.0, "b": {"x": 1.0}}, {"a": 3.0, "b": {"x": 1.0}, "c": 1.0}, {"a": 1.5, "b": {"x": 2.0, "y": 1.0}}]
     with_all = {"a": 1.0 + 4 * 2.0 + 2 * 0.5, "b": {"x": 3.0, "y": 2.0}}
-    assert depth.line([{k: v for k, v in value.items() if k != "c"} for value in values], [0, 4, 2]) == with_all
-    assert depth.line([None, 1.0], [0, 3]) is None and depth.line([2.0, 3.0], [0, 3]) == 5.0
+    assert (
+        layer_extrapolation.line([{k: v for k, v in value.items() if k != "c"} for value in values], [0, 4, 2])
+        == with_all
+    )
+    assert layer_extrapolation.line([None, 1.0], [0, 3]) is None and layer_extrapolation.line([2.0, 3.0], [0, 3]) == 5.0
 
 
 def test_what_libtpu_says_of_a_program_that_is_too_large() -> None:
     """In the words of libtpu 0.0.42."""
-    made = aot.Report("joint", False, {"index": 2.0**30, "activations and the like": 5.0}, 0.0, 16.0 * 2**30, {})
+    made = compile.Report("joint", False, {"index": 2.0**30, "activations and the like": 5.0}, 0.0, 16.0 * 2**30, {})
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (22.80G) exceeds "
         "available HBM (15.75G)."
     )
-    aot.too_large(made, message)
+    compile.too_large(made, message)
     assert made.fits is False and made.limit == 15.75 * 2**30
     assert made.memory == {"index": 2.0**30, "activations and temporaries": pytest.approx(21.8 * 2**30)}
     with pytest.raises(RuntimeError, match="joint: INTERNAL"):
-        aot.too_large(made, "INTERNAL: something else")
+        compile.too_large(made, "INTERNAL: something else")
 
 
 def test_topologies() -> None:
@@ -235,10 +243,10 @@ def test_padding_of_tiles() -> None:
     """A uint16 table of 160 columns lies in tiles of (8, 128): 256 columns."""
     layout = type("Layout", (), {"major_to_minor": (0, 1), "tiling": ((8, 128), (2, 1))})
     mesh = sharding.make_mesh({"data": 8})
-    leaf = programs.array(mesh, (8 * 1003, 160), "uint16", "rows")
-    assert aot.shape_bytes(leaf) == 1003 * 160 * 2
-    assert aot.padded_bytes(leaf, layout) == 1008 * 256 * 2
-    assert aot.padded_bytes(leaf, None) == 0
+    leaf = stage_programs.array(mesh, (8 * 1003, 160), "uint16", "rows")
+    assert compile.shape_bytes(leaf) == 1003 * 160 * 2
+    assert compile.padded_bytes(leaf, layout) == 1008 * 256 * 2
+    assert compile.padded_bytes(leaf, None) == 0
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import baselines  # noqa: E402
 
-from rag_jax import config  # noqa: E402
+from rag_jax.training import config  # noqa: E402
 
 
 def planned(name: str) -> dict[str, config.TrainConfig]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax import bench_decode
-from rag_jax.bench_decode import LOADS, Load
+from rag_jax.bench import decode
+from rag_jax.bench.decode import LOADS, Load
 
 TINY = {
     "questions": 2, "docs": 2, "source": 8, "length": 5, "beams": 2, "width": 16, "layers": 1, "hidden": 16, "heads": 2,
@@ -52,8 +52,8 @@ def test_the_work_is_that_of_the_products():
     tokens = 2 * 2 * (1 + M * (steps - 1))
     decoder = tokens * 2 * (6 * D * D + 2 * D * F + 2 * L * D + D * V)
     past = 2 * 2 * M * 2 * 2 * D * sum(range(1, steps + 1))
-    assert bench_decode.needed(load, "token", "thorough")["flops"] == encoder + cross + decoder + past
-    more = bench_decode.needed(load, "sequence", "thorough")["flops"] - (encoder + cross + decoder + past)
+    assert decode.needed(load, "token", "thorough")["flops"] == encoder + cross + decoder + past
+    more = decode.needed(load, "sequence", "thorough")["flops"] - (encoder + cross + decoder + past)
     scored = 2 * 2 * M * 1  # candidates under the one document that did not produce them
     assert more == scored * (steps * decoder / tokens + 2 * 2 * D * sum(range(1, steps + 1)))
 
@@ -68,5 +68,5 @@ def test_bad_loads_are_refused(capsys):
 
 
 def test_the_model_is_drawn_anew_for_every_seed():
-    a, b = (bench_decode.random_inputs(Load(**TINY), seed) for seed in (0, 1))
+    a, b = (decode.random_inputs(Load(**TINY), seed) for seed in (0, 1))
     assert (a[0] != b[0]).any() and a[0].shape == (2, 2, 8) and np.isfinite(a[2]).all()

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax import bench_encode, bench_limits, counting
-from rag_jax.bench_encode import Load
-from rag_jax.retrieval import encode
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.aot import operation_count
+from rag_jax.bench import encode as bench_encode
+from rag_jax.bench import machine_limits
+from rag_jax.bench.encode import Load
+from rag_jax.corpus.directory import Corpus
+from rag_jax.index import encode
 
 TINY = {
     "passages": 24, "shortest": 3, "length": 16, "batch": 8, "width": 16, "layers": 1, "hidden": 24, "heads": 2,
@@ -24,7 +26,7 @@ WORDS = [word for name, value in TINY.items() for word in (f"--{name}", value)]
 def limit(monkeypatch):
     """Measuring it takes seconds, and pauses are for figures that count."""
     monkeypatch.setattr(bench_encode, "matmul_limit", lambda dtype: {"float32": 1e9}[dtype])
-    monkeypatch.setattr(bench_limits, "PAUSE", 0)
+    monkeypatch.setattr(machine_limits, "PAUSE", 0)
 
 
 def run(capsys, *words):
@@ -56,7 +58,7 @@ def test_the_work_is_that_of_the_products_without_padding():
     rag, params = bench_encode.random_model(load)
     ids, mask = np.ones((8, 16), np.int32), np.ones((8, 16), bool)
     program = jax.make_jaxpr(lambda p: rag.encoder.apply({"params": p}, ids, mask))(params["question_encoder"])
-    assert bench_encode.flops(load, np.full(8, 16)) == counting.matmul_flops(program.jaxpr)
+    assert bench_encode.flops(load, np.full(8, 16)) == operation_count.matmul_flops(program.jaxpr)
     assert bench_encode.padded_tokens(load, np.full(24, 16)) == 24 * 16
     assert bench_encode.padded_tokens(load, np.full(17, 5)) == 24 * 6
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax import bench_search, counting
-from rag_jax.bench_search import Load
+from rag_jax.aot import operation_count
+from rag_jax.bench import search as bench_search
+from rag_jax.bench.search import Load
 from rag_jax.retrieval import mips
 
 WORDS = ["--passages", 3000, "--width", 32, "--batch", 8, "--k", 5, 40, "--repeats", 2]
@@ -64,7 +65,7 @@ def test_products_alone_are_those_of_the_search() -> None:
         np.testing.assert_allclose(alone.call(5, queries)[0][:, 0], search.call(5, queries)[0][:, 0], rtol=1e-6)
     index_NE = jax.numpy.asarray(index)
     programs = (functools.partial(f, k=5) for f in (bench_search.products_alone, mips.search))
-    work = [counting.matmul_flops(jax.make_jaxpr(program)(queries, index_NE).jaxpr) for program in programs]
+    work = [operation_count.matmul_flops(jax.make_jaxpr(program)(queries, index_NE).jaxpr) for program in programs]
     assert work[0] == work[1] >= 2 * load.passages * load.width * load.batch
 
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax import bench_largest, bench_limits, bench_load, bench_train, sharding, steps
-from rag_jax.bench_load import Load
-from rag_jax.counting import matmul_flops
+from rag_jax.aot.operation_count import matmul_flops
+from rag_jax.bench import largest_batch, machine_limits, synthetic_load, train
+from rag_jax.bench.synthetic_load import Load
+from rag_jax.system import sharding
+from rag_jax.training import train_step
 
 TINY = Load(
     questions=2, docs=2, source=24, target=6, question=8, passages=64, width=16, encoder_layers=1, decoder_layers=1,
@@ -35,9 +37,9 @@ def run(capsys, *more, load=TINY):
 
 
 def jaxpr_of(load):
-    ours = bench_train.prepare(load, ONE)
-    given = bench_train.first_state(ours), bench_load.batch(load, ONE, 0), ours.rows, ours.passages, ours.key
-    return jax.make_jaxpr(steps.make_step(ours.setting, 0))(*given).jaxpr
+    ours = train.prepare(load, ONE)
+    given = train.first_state(ours), synthetic_load.batch(load, ONE, 0), ours.rows, ours.passages, ours.key
+    return jax.make_jaxpr(train_step.make_step(ours.setting, 0))(*given).jaxpr
 
 
 @pytest.mark.slow
@@ -59,7 +61,7 @@ def test_one_line_says_everything(capsys):
 def test_the_work_is_that_of_the_program():
     """Counted in the jaxpr, which has besides: q.d and its gradient; and in chunks the logits once more in it."""
     load = dataclasses.replace(TINY, logit_chunk=TINY.vocabulary)
-    work = bench_load.model_flops(load)
+    work = synthetic_load.model_flops(load)
     asked = 2 * load.questions * load.docs * load.bert_width  # q.d over what was found
     gold = 2 * load.questions * load.docs * load.target * load.width * load.vocabulary
     counted = matmul_flops(jaxpr_of(load))
@@ -93,15 +95,15 @@ def test_an_update_of_transformers_is_an_update_of_ours(tmp_path):
     """
     replace = dataclasses.replace
     load = replace(TINY, dropout=0.0, passages=TINY.docs)
-    setting = bench_load.setting(load, ONE)
+    setting = synthetic_load.setting(load, ONE)
     changed = replace(setting.stage.optimizer, learning_rate=3e-3, clip_norm=1e9)
     stage = replace(setting.stage, optimizer=changed)
-    ours = bench_train.prepare(load, ONE)._replace(setting=setting._replace(stage=stage))
-    batch, state = bench_load.batch(load, ONE, 0), bench_train.first_state(ours)
-    program, _ = bench_train.compiled_step(ours, state, batch)
+    ours = train.prepare(load, ONE)._replace(setting=setting._replace(stage=stage))
+    batch, state = synthetic_load.batch(load, ONE, 0), train.first_state(ours)
+    program, _ = train.compiled_step(ours, state, batch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_load, "stage", lambda _: stage)
-        their_step, compared = bench_train.rival(load, ours, [batch], tmp_path)
+        patch.setattr(synthetic_load, "stage", lambda _: stage)
+        their_step, compared = train.rival(load, ours, [batch], tmp_path)
     their_losses, losses = [their_step(0) for _ in range(3)], []
     for _ in range(3):
         state, _, metrics = program(state, batch, ours.rows, ours.passages, ours.key)
@@ -127,28 +129,28 @@ def test_largest_by_a_limit_that_is_known(most):
         asked.append(n)
         return n <= most
 
-    assert bench_limits.largest(fits, most=100) == min(most, 100)
+    assert machine_limits.largest(fits, most=100) == min(most, 100)
     assert len(asked) == len(set(asked)) <= 14 and max(asked) <= 100
 
 
 def test_the_search_for_the_largest_batch_says_where_it_ran(monkeypatch):
     limits = {"ours": 37, "transformers": 12}
     monkeypatch.setattr(
-        bench_largest, "in_process", lambda side, load, shape: (load.questions <= limits[side], {"device": "fake"})
+        largest_batch, "in_process", lambda side, load, shape: (load.questions <= limits[side], {"device": "fake"})
     )
     load = dataclasses.replace(TINY, questions=4, accumulate=2)
-    assert bench_largest.search(load, "ours", {}) == (36, {"device": "fake"})  # a multiple of what is accumulated
-    assert bench_largest.search(load, "transformers", {})[0] == 12
+    assert largest_batch.search(load, "ours", {}) == (36, {"device": "fake"})  # a multiple of what is accumulated
+    assert largest_batch.search(load, "transformers", {})[0] == 12
 
 
 def test_errors_of_a_trial_are_not_taken_for_a_lack_of_memory(monkeypatch):
     def fails(load, shape):
         raise jax.errors.JaxRuntimeError(load)
 
-    monkeypatch.setattr(bench_largest, "try_ours", fails)
-    assert bench_largest.trial("ours", "RESOURCE_EXHAUSTED: Out of memory allocating", {}) == (False, {})
+    monkeypatch.setattr(largest_batch, "try_ours", fails)
+    assert largest_batch.trial("ours", "RESOURCE_EXHAUSTED: Out of memory allocating", {}) == (False, {})
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        bench_largest.trial("ours", "INTERNAL: something else", {})
+        largest_batch.trial("ours", "INTERNAL: something else", {})
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,7 @@ def test_a_decoder_only_load(capsys):
     assert found["load"]["generator"] == "lm" and "transformers" not in found
     assert found["xla_bytes"] > 0 and 0 < found["resident_bytes"] <= 1.01 * found["peak_process_bytes"]
     assert found["peak_compiling_bytes"] <= found["peak_process_bytes"]
-    counted, work = matmul_flops(jaxpr_of(load)), bench_load.model_flops(load)
+    counted, work = matmul_flops(jaxpr_of(load)), synthetic_load.model_flops(load)
     gold = 2 * load.questions * load.docs * load.target * load.width * load.vocabulary  # the logits once more
     assert counted - gold == pytest.approx(sum(work.values()), rel=0.05)
 
@@ -207,6 +209,6 @@ def test_bad_generators_are_refused(capsys, more, message):
 
 
 def test_smollm2_is_a_load_of_its_size():
-    rag = bench_load.model(bench_load.LOADS["smollm2-135m"])
+    rag = synthetic_load.model(synthetic_load.LOADS["smollm2-135m"])
     params = jax.eval_shape(lambda: rag.init(jax.random.key(0)))["generator"]
     assert sum(x.size for x in jax.tree.leaves(params)) == 134_515_008  # as its checkpoint has

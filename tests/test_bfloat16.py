@@ -17,15 +17,20 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from rag_jax import bench_load, counting, objectives, output_layer, programs, sharding, steps, sums
-from rag_jax.bench_load import Load
+from rag_jax import losses
+from rag_jax.aot import operation_count, stage_programs
+from rag_jax.bench import synthetic_load
+from rag_jax.bench.synthetic_load import Load
+from rag_jax.index.device_index import Index
 from rag_jax.models import layers
 from rag_jax.models.bart import BartConfig
+from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.hf import GENERATORS, naming
-from rag_jax.models.lm import LmConfig
 from rag_jax.models.t5 import T5Config
+from rag_jax.ops import float32_sums, vocab_loss
 from rag_jax.rag import Passages, Rag, RagConfig, shift_left
-from rag_jax.refresh import Index
+from rag_jax.system import sharding
+from rag_jax.training import train_step
 
 RNG = np.random.default_rng(0)
 
@@ -55,14 +60,14 @@ def test_rows_that_are_looked_up_often(rows: int) -> None:
     expected = np.zeros((rows, 8))
     np.add.at(expected, ids, d)
     table = jnp.zeros((rows, 8))
-    _, back = jax.vjp(lambda table: sums.lookup(table, ids, ("vocab", "embed"), jnp.bfloat16), table)
+    _, back = jax.vjp(lambda table: float32_sums.lookup(table, ids, ("vocab", "embed"), jnp.bfloat16), table)
     np.testing.assert_allclose(back(jnp.asarray(d, jnp.bfloat16))[0], expected, rtol=1e-4, atol=1e-3)
 
 
 def test_what_is_broadcast_in_an_addition() -> None:
     d = drawn(40, 100, 8, mean=1.0)
     for shape in ((8,), (100, 8), (1, 8)):
-        _, back = jax.vjp(sums.add, jnp.zeros(d.shape, jnp.bfloat16), jnp.zeros(shape))
+        _, back = jax.vjp(float32_sums.add, jnp.zeros(d.shape, jnp.bfloat16), jnp.zeros(shape))
         d_x, d_small = back(d.astype(jnp.bfloat16))
         axes = {1: (0, 1), 2: (0,) if shape[0] > 1 else (0, 1)}[len(shape)]
         np.testing.assert_allclose(d_small, np.asarray(d, np.float64).sum(axes).reshape(shape), rtol=1e-5, atol=1e-4)
@@ -73,7 +78,7 @@ def test_what_is_broadcast_in_an_addition() -> None:
 def test_the_kernel_of_a_product(out: Any) -> None:
     x, kernel, d = drawn(6, 50, 16), drawn(16, 12), drawn(6, 50, 12)
     narrow = x.astype(jnp.bfloat16)
-    y, back = jax.vjp(lambda x, kernel: sums.matmul(x, kernel, ("embed", "mlp"), out), narrow, kernel)
+    y, back = jax.vjp(lambda x, kernel: float32_sums.matmul(x, kernel, ("embed", "mlp"), out), narrow, kernel)
     d_x, d_kernel = back(d.astype(y.dtype))
     assert y.dtype == (out or jnp.bfloat16) and d_x.dtype == jnp.bfloat16 and d_kernel.dtype == jnp.float32
     np.testing.assert_allclose(d_kernel, jnp.einsum("bli,blo->io", x, d), rtol=1e-4, atol=1e-4)
@@ -82,7 +87,7 @@ def test_the_kernel_of_a_product(out: Any) -> None:
 
 @pytest.mark.parametrize("chunk", [0, 96])
 @pytest.mark.parametrize("sure", [0.0, 6.0, 9.0, 15.0, 18.0])
-@pytest.mark.parametrize("objective", list(objectives.OBJECTIVES))
+@pytest.mark.parametrize("objective", list(losses.OBJECTIVES))
 def test_output_layer_for_targets_of_every_probability(objective: str, sure: float, chunk: int) -> None:
     """Up to 0.9998, and under two documents that share the targets, the second less sure of them."""
     V, D, T, K = 500, 64, 16, 2
@@ -92,9 +97,9 @@ def test_output_layer_for_targets_of_every_probability(objective: str, sure: flo
     bias, mask, scores = jnp.zeros(V), jnp.ones((1, T), bool), jnp.zeros((1, K))
 
     def loss(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, smoothing: float) -> jax.Array:
-        head = output_layer.Head(kernel, bias, 1.0, chunk)
+        head = vocab_loss.Head(kernel, bias, 1.0, chunk)
         options = {"label_smoothing": smoothing}
-        return objectives.rag_nll(objective, hidden, head, targets, mask, scores, **options)[0].sum()
+        return losses.rag_nll(objective, hidden, head, targets, mask, scores, **options)[0].sum()
 
     for smoothing in (0.0, 0.1):
         gradient = jax.grad(loss, (0, 1, 2))
@@ -126,7 +131,7 @@ def test_contrastive_scores_are_not_rounded() -> None:
     queries, passages = drawn(16, 32, mean=1.0), drawn(24, 32, mean=3.0)
 
     def loss(queries: jax.Array, passages: jax.Array) -> jax.Array:
-        return objectives.in_batch_contrastive(queries, passages, jnp.eye(16, 24, dtype=bool)).sum()
+        return losses.in_batch_contrastive(queries, passages, jnp.eye(16, 24, dtype=bool)).sum()
 
     narrow = (queries.astype(jnp.bfloat16), passages.astype(jnp.bfloat16))
     np.testing.assert_allclose(loss(*narrow), loss(queries, passages), rtol=1e-6)
@@ -147,7 +152,7 @@ def narrow_sums(jaxpr: Any) -> Iterator[str]:
                 yield f"{name} {operand}"
             if name == "reduce_sum" and np.prod([operand.shape[i] for i in equation.params["axes"]]) > LONG:
                 yield f"{name} {operand} over {equation.params['axes']}"
-        for body in counting.inner(equation):
+        for body in operation_count.inner(equation):
             yield from narrow_sums(body)
 
 
@@ -175,7 +180,7 @@ READERS: dict[str, Any] = {
 
 
 def model(reader: Any, dtype: str) -> Rag:
-    encoder = bench_load.model(dataclasses.replace(TINY, dtype=dtype)).config.encoder
+    encoder = synthetic_load.model(dataclasses.replace(TINY, dtype=dtype)).config.encoder
     reader = dataclasses.replace(reader, dtype=dtype)
     return Rag(RagConfig("token", encoder, reader, tie_encoders=True, source_length=24, question_length=10))
 
@@ -183,16 +188,18 @@ def model(reader: Any, dtype: str) -> Rag:
 def step_program(rag: Rag, **changes: Any) -> Any:
     """The jaxpr of the training step, whose encoder trains on both sides."""
     mesh, B, N = sharding.make_mesh({"data": 1}, jax.devices()[:1]), TINY.questions, TINY.passages
-    stage = dataclasses.replace(bench_load.stage(TINY), **changes)
-    s = steps.Setting(rag, stage, mesh, N, (0,))
-    array = partial(programs.array, mesh)
+    stage = dataclasses.replace(synthetic_load.stage(TINY), **changes)
+    s = train_step.Setting(rag, stage, mesh, N, (0,))
+    array = partial(stage_programs.array, mesh)
     shapes = {"question_ids": (B, 10), "question_length": (B,), "tail_ids": (B, 10), "tail_length": (B,)}
     shapes |= {"labels": (B, 12), "gold": (B, 1)}
     batch = {name: array(shape, "int32", "batch") for name, shape in shapes.items()}
     index = Index(array((N, 32), "bfloat16", "rows"), array((N,), "int32", "rows"))
     tables = Passages(*(array(x, "uint16", "rows") for x in ((N, 16), (N,), (N, 16), (N,))))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.make_jaxpr(steps.make_step(s, 0))(programs.state(rag, stage, mesh), batch, index, tables, key).jaxpr
+    return jax.make_jaxpr(train_step.make_step(s, 0))(
+        stage_programs.state(rag, stage, mesh), batch, index, tables, key
+    ).jaxpr
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
-from rag_jax.retrieval import words
+from rag_jax.retrieval import bm25_words
 from rag_jax.retrieval.bm25 import Bm25, Bm25Config, passage_texts
-from rag_jax.retrieval.corpus import Corpus
 from rag_jax.retrieval.search import Queries
 
 pytest.importorskip("bm25s")
@@ -126,7 +126,7 @@ def test_english() -> None:
     ],
 )
 def test_languages(language: str, text: str, expected: list[str]) -> None:
-    assert words.splitter(language, words.stopwords(language, "short"))(text) == expected
+    assert bm25_words.splitter(language, bm25_words.stopwords(language, "short"))(text) == expected
 
 
 def test_bad_arguments() -> None:
@@ -183,7 +183,7 @@ def test_a_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
 
 def test_stop_words_are_those_of_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Bm25.build(["the house", "a home"], CORPUS).save(tmp_path / "bm25")
-    monkeypatch.setattr(words, "stopwords", lambda language, size: ("house",))  # as if bm25s had changed its list
+    monkeypatch.setattr(bm25_words, "stopwords", lambda language, size: ("house",))  # as if bm25s had changed its list
     assert Bm25.load(tmp_path / "bm25").split("the house") == ["hous"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pages
 import pytest
 
-from rag_jax import report_html
+from rag_jax.evaluation.report import html
 from rag_jax.metrics import matching
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -105,7 +105,7 @@ def test_hostile_texts_are_harmless(browser, tmp_path, width, scheme):
             opened.page.keyboard.press("j")
         opened.check()
         shown = row["question"].replace("\ud800", "\ufffd").replace("\udc00", "\ufffd")
-        assert opened.texts("#detail h2") == [report_html.cut(shown)[0]]
+        assert opened.texts("#detail h2") == [html.cut(shown)[0]]
         assert opened.texts(".heat tbody td") == ["0.90", "0.20", "0.10", "0.80"]
     assert opened.texts("script, img, textarea, mark script") == opened.texts(
         "body > script"
@@ -271,7 +271,7 @@ def test_answers_of_several_runs(browser, tmp_path):
         pages.row(i, prediction="Velor" if a else "no", runs=[["Velor" if a else "no", a, -0.5], ["", b, None]])
         for i, (a, b) in enumerate(verdicts)
     ]
-    page = report_html.Page("Two", [["", "A", "B"], ["f1", "50.0", "25.0"]], [], runs=["A: runs/a", "B: runs/b"])
+    page = html.Page("Two", [["", "A", "B"], ["f1", "50.0", "25.0"]], [], runs=["A: runs/a", "B: runs/b"])
     opened = Opened(browser, pages.written(tmp_path, rows, page=page), 390, at="#q1")
     assert opened.texts("#detail dt")[:2] == ["A: runs/a", "B: runs/b"]
     assert opened.texts("#detail dd")[:2] == ["✓ right Velor (log p = -0.50)", "✗ wrong (nothing)"]

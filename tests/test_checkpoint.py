@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax import checkpoint, sharding
-from rag_jax.checkpoint import Checkpoints, Damaged
 from rag_jax.errors import InputError
+from rag_jax.runs import checkpoint
+from rag_jax.runs.checkpoint import Checkpoints, Damaged
+from rag_jax.system import sharding
 
 
 def arrays(value, mesh=None):

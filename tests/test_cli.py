@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from rag_jax import __main__ as cli
-from rag_jax import __version__, program_cache
+from rag_jax import __version__
 from rag_jax.errors import InputError
+from rag_jax.system import program_cache
 
 SCRIPT = str(Path(sys.executable).with_name("rag-jax"))
 

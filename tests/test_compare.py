@@ -8,8 +8,9 @@ import pages
 import pytest
 import tiny
 
-from rag_jax import compare, metrics
+from rag_jax import metrics
 from rag_jax.errors import InputError
+from rag_jax.evaluation import compare
 
 N = 200
 

@@ -8,14 +8,14 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from rag_jax import config
-from rag_jax.answer import AnswerConfig
-from rag_jax.config import StageConfig, TrainConfig
 from rag_jax.errors import InputError
+from rag_jax.inference.pipeline import AnswerConfig
 from rag_jax.models.bart import BartConfig
-from rag_jax.models.lm import LmConfig
+from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.t5 import T5Config
 from rag_jax.rag import RagConfig
+from rag_jax.training import config
+from rag_jax.training.config import StageConfig, TrainConfig
 
 TINY = f"{ROOT}/tests/tiny.py:data"
 SHIPPED = sorted(file for file in (ROOT / "configs").glob("*.py") if file.stem != "decoding")

@@ -6,7 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from rag_jax import config, programs, sharding
+from rag_jax.aot import stage_programs
+from rag_jax.system import sharding
+from rag_jax.training import config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAMES = {
@@ -47,9 +49,9 @@ def test_steps_can_be_traced(name: str) -> None:
     """Every step on eight devices, with no array made: its results have the shapes of what it was given."""
     cfg = load(name)
     mesh = sharding.make_mesh(dict(cfg.mesh) or None)
-    rag, size = programs.sizes(cfg, 21_015_300, 160, 160)
+    rag, size = stage_programs.sizes(cfg, 21_015_300, 160, 160)
     for stage in cfg.stages:
-        program = programs.step(cfg, stage, rag, size, mesh)
+        program = stage_programs.step(cfg, stage, rag, size, mesh)
         state, index, metrics = jax.eval_shape(program.call, *program.arguments)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         assert parameters / 1e9 == pytest.approx(LARGE[name], abs=0.01)
@@ -67,9 +69,9 @@ def test_steps_of_tasks_can_be_traced(name: str) -> None:
     """Of a retriever on the corpus alone, of a generator without passages, and of all stages of a classifier."""
     sides = ("encoder",) if name == "ir_cacm" else ("encoder", "generator")
     cfg = load(f"tasks.py:{name}", **dict.fromkeys(sides, 8192))
-    rag, size = programs.sizes(cfg, 5_000, 96, 96)
+    rag, size = stage_programs.sizes(cfg, 5_000, 96, 96)
     for stage in cfg.stages:
-        program = programs.step(cfg, stage, rag, size, sharding.make_mesh())
+        program = stage_programs.step(cfg, stage, rag, size, sharding.make_mesh())
         state, _, metrics = jax.eval_shape(program.call, *program.arguments)
         assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, program.arguments[0])
         assert metrics["loss"].shape == () and program.tokens > 0

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tiny
 
+from rag_jax.corpus import directory as corpora
+from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
-from rag_jax.retrieval import corpus as corpora
-from rag_jax.retrieval import index
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.index import snapshot
 
 WORDS = ["river", "mountain", "city", "born", "wrote", "in", "of", "the", "new", "king", "museum", "year", "1950"]
 TABLES = ("encoder_ids", "encoder_length", "generator_ids", "generator_length")
@@ -177,35 +177,35 @@ def test_an_updated_snapshot_equals_embedding_everything_anew(data, tmp_path, dt
     whole = ["--corpus", data / "three", "--shard-rows", 43, "--out", tmp_path / "new-job", "--dtype", dtype]
     assert tiny.rag_jax("encode", data / "run", *whole) == 0
     assert tiny.rag_jax("index", tmp_path / "new-job", "--out", tmp_path / "anew") == 0
-    anew, three = index.open_snapshot(tmp_path / "anew"), index.open_snapshot(tmp_path / "three")
+    anew, three = snapshot.open_snapshot(tmp_path / "anew"), snapshot.open_snapshot(tmp_path / "three")
     assert three.manifest == anew.manifest and len(three.shards) == 6 and len(anew.shards) == 1
     tolerance = 1e-5 if dtype == "float32" else 1.1 * float(np.max(anew.scale_N))
     np.testing.assert_allclose(three.embeddings_NE, anew.embeddings_NE, atol=tolerance)
     np.testing.assert_allclose(
-        index.open_snapshot(tmp_path / "at-once").embeddings_NE, three.embeddings_NE, atol=tolerance
+        snapshot.open_snapshot(tmp_path / "at-once").embeddings_NE, three.embeddings_NE, atol=tolerance
     )
     for i in range(4):  # shared, not embedded again
         assert three.shards[i].path.stat().st_ino == (tmp_path / "job" / three.shards[i].path.name).stat().st_ino
     shutil.rmtree(tmp_path / "base")
     shutil.rmtree(tmp_path / "job")
-    assert np.isfinite(index.open_snapshot(tmp_path / "three").embeddings_NE[:]).all()
+    assert np.isfinite(snapshot.open_snapshot(tmp_path / "three").embeddings_NE[:]).all()
 
 
 def test_only_new_rows_are_embedded(data, tmp_path, monkeypatch):
-    from rag_jax import encode_corpus
+    from rag_jax.cli import encode
 
-    asked, rows = [], encode_corpus.Encoder.rows
+    asked, rows = [], encode.Encoder.rows
 
     def spy(self, corpus, *args):
         embed = rows(self, corpus, *args)
         return lambda first, last, done: (asked.append((first, last)), embed(first, last, done))[1]
 
-    monkeypatch.setattr(encode_corpus.Encoder, "rows", spy)
+    monkeypatch.setattr(encode.Encoder, "rows", spy)
     assert update_index(data, data / "index", "one", tmp_path / "one") == 0 and asked == [(33, 40)]
     assert update_index(data, tmp_path / "one", "three", tmp_path / "three") == 0 and asked == [(33, 40), (40, 43)]
     deleted = corpora.update(data / "base", tmp_path / "deleted", delete=["p0"])
     assert update_index(data, data / "index", tmp_path / "deleted", tmp_path / "four") == 0 and len(asked) == 2
-    assert index.open_snapshot(tmp_path / "four").manifest.corpus_hash == deleted.hash
+    assert snapshot.open_snapshot(tmp_path / "four").manifest.corpus_hash == deleted.hash
 
 
 def test_a_snapshot_of_another_corpus_or_encoder_is_not_updated(data, tmp_path, capsys):
@@ -214,7 +214,7 @@ def test_a_snapshot_of_another_corpus_or_encoder_is_not_updated(data, tmp_path, 
     assert tiny.rag_jax("index", *words) == 2
     said = capsys.readouterr().err
     assert "was made with encoder_hash" in said and "embed it all: rag-jax index RUN --corpus" in said
-    assert index.open_snapshot(data / "index").manifest.encoder_hash[:16] in said
+    assert snapshot.open_snapshot(data / "index").manifest.encoder_hash[:16] in said
     sibling = corpora.update(data / "base", tmp_path / "sibling", delete=["p1"])
     assert update_index(data, data / "index", "one", tmp_path / "one") == 0
     assert update_index(data, tmp_path / "one", tmp_path / "sibling", tmp_path / "out") == 2

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax import checkpoint, config, diverged, lock, preparing
+from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.runs import checkpoint, lock
+from rag_jax.training import config, diverged, setup
 
 
 def rows(*pairs):
@@ -37,7 +38,7 @@ def test_the_first_step_that_is_not_finite(pairs, position):
 def prepared(tiny_data):
     values = config.plain(tiny.get_config(str(tiny_data)))
     cfg = config.build(config.TrainConfig, values)
-    return cfg, preparing.prepare(cfg, Corpus.open(cfg.corpus))
+    return cfg, setup.prepare(cfg, Corpus.open(cfg.corpus))
 
 
 @pytest.mark.parametrize(("number", "kind"), [(0, "questions"), (1, "questions"), (2, "passages"), (3, "questions")])
@@ -53,7 +54,7 @@ def test_the_message_names_step_and_batch_and_how_to_go_on(number, kind, prepare
     assert "(the step before: 2.5 and 3)" in said and f"--set stages.{name}.optimizer.learning_rate=0.0003" in said
     assert (f"checkpoint of step {before} is whole" if before else "No checkpoint was written yet") in said
     listed = said.partition(f"its batch: {kind} ")[2].partition(". ")[0].split(", ")
-    batch = preparing.batches(cfg.stages[number], cfg, data, number)[6]  # the seventh of the stage
+    batch = setup.batches(cfg.stages[number], cfg, data, number)[6]  # the seventh of the stage
     if kind == "passages":
         assert listed == [data.corpus[row].id for row in batch["source"]]
     else:
@@ -133,10 +134,10 @@ def test_other_objectives(name, settings, tiny_data, tmp_path, capsys):
 def test_what_may_change_while_a_run_is_under_way():
     old = {"seed": 1, "stop_on_nonfinite": True, "stages": [{"optimizer": {"learning_rate": 1.0}}]}
     new = {"seed": 2, "stop_on_nonfinite": False, "stages": [{"optimizer": {"learning_rate": 0.5}}]}
-    changed = preparing.take_changes(old, new)
+    changed = setup.take_changes(old, new)
     assert changed == ["stages[0].optimizer.learning_rate: 1.0 before, 0.5 now",
                        "stop_on_nonfinite: True before, False now"]  # fmt: skip
-    assert preparing.differences(old, new) == "seed: 1 there, 2 now"
+    assert setup.differences(old, new) == "seed: 1 there, 2 now"
 
 
 def test_a_second_training_is_refused(tiny_data, tmp_path, capsys):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax import docs_curve, metrics
-from rag_jax.answer import Answer, AnswerConfig, Passage, Pipeline
-from rag_jax.config import SearchConfig
-from rag_jax.data import formats
+from rag_jax import metrics
+from rag_jax.data.readers import formats
 from rag_jax.errors import InputError
+from rag_jax.evaluation import docs_curve
+from rag_jax.inference.pipeline import Answer, AnswerConfig, Passage, Pipeline
+from rag_jax.training.config import SearchConfig
 
 TEXTS = ["who?", "where?"]
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax import sharding
 from rag_jax.models.layers import Drop, Dropout, gelu, kept
+from rag_jax.system import sharding
 
 
 def mask(seed, rate=0.5, shape=(256, 4096)):

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from rag_jax import files
 from rag_jax.errors import InputError
-from rag_jax.retrieval import encode_job, shards
-from rag_jax.retrieval.encode_job import Job
-from rag_jax.retrieval.shards import Identity
+from rag_jax.index import encode_job, shards
+from rag_jax.index.encode_job import Job
+from rag_jax.index.shards import Identity
+from rag_jax.system import files
 
 N, E = 50, 6
 EMBEDDINGS = np.random.default_rng(0).normal(0, 2, (N, E)).astype(np.float32)

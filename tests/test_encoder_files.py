@@ -11,15 +11,15 @@ import pytest
 from test_pretrained import golden, same_checkpoint, write
 
 import rag_jax
-from rag_jax import pretrained
 from rag_jax.__main__ import main
+from rag_jax.corpus.directory import Corpus
 from rag_jax.data import tokenizers
-from rag_jax.encoder_files import Asked
 from rag_jax.errors import InputError
+from rag_jax.index import snapshot
+from rag_jax.index.snapshot import same_form
 from rag_jax.models.bert import pool
-from rag_jax.retrieval import index
-from rag_jax.retrieval.corpus import Corpus
-from rag_jax.retrieval.index import same_form
+from rag_jax.pretrained import load
+from rag_jax.pretrained.encoder_files import Asked
 
 WORDS = [
     "river",
@@ -74,7 +74,7 @@ def modules(*kinds, base="sentence_transformers.models"):
 
 
 def model_of(directory: Path, **asked):
-    return pretrained.combine(directory, asked=Asked(**asked)).model
+    return load.combine(directory, asked=Asked(**asked)).model
 
 
 # --- pooling ----------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_dropout_of_attention_is_that_of_the_file(tmp_path, tokenizer):
         found = trained.embed_questions(params, ids, mask, jax.random.key(0))
         assert np.allclose(found, trained.embed_questions(params, ids, mask)) == same
     old = dataclasses.replace(model.config.encoder, dropout=0.2, attention_dropout=-1.0)
-    assert pretrained.ENCODERS["bert"].describe(old)["attention_probs_dropout_prob"] == 0.2
+    assert load.ENCODERS["bert"].describe(old)["attention_probs_dropout_prob"] == 0.2
 
 
 # --- prompts and lengths ----------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_settings_of_the_tokenizer(tmp_path, tokenizer, side):
         with pytest.raises(InputError, match="truncation_side='left' is not supported"):
             model_of(tmp_path)
         return
-    account = pretrained.combine(tmp_path).account
+    account = load.combine(tmp_path).account
     assert any("chat_template" in where for where, _, _ in account.idle)
     put(tmp_path, tokenizer_config=settings | {"secret_key": 1})
     with pytest.raises(InputError, match="secret_key=1 is not known"):
@@ -307,22 +307,22 @@ def test_settings_of_the_tokenizer(tmp_path, tokenizer, side):
 
 def test_a_tokenizer_of_its_own_is_refused_where_it_reads_otherwise(tmp_path, tokenizer):
     q, c = (encoder(tmp_path / n, tokenizer, n) for n in ("dpr_question", "dpr_context"))
-    assert pretrained.combine(q, c).model.context_encoder
+    assert load.combine(q, c).model.context_encoder
     other = tokenizers.train_wordpiece([" ".join(reversed(text.split())) + " zebra" for text in TEXTS], 300)
     other.save(c)
     with pytest.raises(InputError, match=r"a tokenizer of its own, which differs.*tokens of their vocabularies: '"):
-        pretrained.combine(q, c)
+        load.combine(q, c)
     tokenizer.save(c)
     saved = json.loads((c / "tokenizer.json").read_text())
     put(c, tokenizer=saved | {"normalizer": saved["normalizer"] | {"lowercase": False}})
     with pytest.raises(InputError, match=r"their normalizer: .*\"lowercase\": true.* and .*\"lowercase\": false"):
-        pretrained.combine(q, c)
+        load.combine(q, c)
     put(
         c,
         tokenizer=saved
         | {"truncation": {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0}},
     )
-    assert pretrained.combine(q, c).model.context_encoder  # the same ids
+    assert load.combine(q, c).model.context_encoder  # the same ids
 
 
 # --- an index is bound to the form of its vectors ---------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_an_index_cannot_lack_the_prefix_or_pool_otherwise(tmp_path, tokenizer, 
     for name in runs:
         words = ["index", str(tmp_path / name), "--corpus", str(tmp_path / "c"), "--out", str(tmp_path / f"i-{name}")]
         assert main(words) == 0
-        vectors[name] = np.asarray(index.open_snapshot(tmp_path / f"i-{name}").embeddings_NE[0:9])
+        vectors[name] = np.asarray(snapshot.open_snapshot(tmp_path / f"i-{name}").embeddings_NE[0:9])
     assert all(np.abs(vectors["plain"] - vectors[name]).max() > 0.01 for name in ("mean", "prefix"))
     (tmp_path / "q.jsonl").write_text(
         json.dumps({"id": "q", "question": "river", "answers": ["x"], "positive_passage_ids": ["p1"]}) + "\n"

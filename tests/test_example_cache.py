@@ -8,9 +8,9 @@ import pytest
 import tiny
 from test_checkpoint import flipped
 
-from rag_jax import config, preparing
+from rag_jax.corpus.directory import Corpus
 from rag_jax.data import example_cache, examples
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.training import config, setup
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def corpus(tiny_data):
 
 
 def kept(cfg, corpus, run):
-    found = preparing.prepare(cfg, corpus, run)
-    preparing.keep(run, found)
+    found = setup.prepare(cfg, corpus, run)
+    setup.keep(run, found)
     return found
 
 
@@ -45,19 +45,17 @@ def test_kept_and_read_again(settings, corpus, tmp_path, capsys):
     cfg = settings("answers=every")
     made = kept(cfg, corpus, tmp_path)
     capsys.readouterr()
-    again = preparing.prepare(cfg, corpus, tmp_path)
+    again = setup.prepare(cfg, corpus, tmp_path)
     assert capsys.readouterr().err == "" and again.unkept is None and again.weights == made.weights
     assert again.examples.fingerprint() == made.examples.fingerprint()
     for name, array in again.examples.arrays().items():
         assert isinstance(array, np.memmap) or not array.size
         np.testing.assert_array_equal(array, made.examples.arrays()[name])
-    for one, other in zip(
-        *(preparing.batches(cfg.stages[0], cfg, x, 0)[7].items() for x in (made, again)), strict=True
-    ):
+    for one, other in zip(*(setup.batches(cfg.stages[0], cfg, x, 0)[7].items() for x in (made, again)), strict=True):
         assert one[0] == other[0]
         np.testing.assert_array_equal(one[1], other[1])
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
-    preparing.keep(tmp_path, again)
+    setup.keep(tmp_path, again)
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
 
 
@@ -66,7 +64,7 @@ def test_kept_and_read_again(settings, corpus, tmp_path, capsys):
 )
 def test_other_settings_are_made_anew(settings, corpus, tmp_path, capsys, change):
     kept(settings(), corpus, tmp_path)
-    found = preparing.prepare(settings(change), corpus, tmp_path)
+    found = setup.prepare(settings(change), corpus, tmp_path)
     assert found.unkept is not None and "made of other questions, tokenizers" in capsys.readouterr().err
 
 
@@ -74,14 +72,14 @@ def test_other_data_are_made_anew(settings, corpus, tiny_data, data, tmp_path, c
     """Another corpus, another question in either file."""
     cfg = settings()
     kept(cfg, corpus, tmp_path)
-    assert preparing.prepare(cfg, Corpus.open(tiny_data / "edited-corpus"), tmp_path).unkept is not None
+    assert setup.prepare(cfg, Corpus.open(tiny_data / "edited-corpus"), tmp_path).unkept is not None
     file = data / "b.jsonl"
     text = file.read_text()
     file.write_text(text.replace("?", "??", 1))
     try:
         found = kept(cfg, corpus, tmp_path)
         assert found.unkept is not None and capsys.readouterr().err.count("made of other questions") == 2
-        assert preparing.prepare(cfg, corpus, tmp_path).unkept is None
+        assert setup.prepare(cfg, corpus, tmp_path).unkept is None
     finally:
         file.write_text(text)
 
@@ -90,7 +88,7 @@ def test_other_data_are_made_anew(settings, corpus, tiny_data, data, tmp_path, c
 def test_damaged_ones_are_made_anew(settings, corpus, tmp_path, capsys, how):
     cfg = settings()
     made = kept(cfg, corpus, tmp_path)
-    folder = tmp_path / preparing.EXAMPLES
+    folder = tmp_path / setup.EXAMPLES
     file, manifest = folder / "label.values.npy", folder / "manifest.json"
     if how == "flipped":
         flipped(file)
@@ -109,11 +107,11 @@ def test_damaged_ones_are_made_anew(settings, corpus, tmp_path, capsys, how):
     found = kept(cfg, corpus, tmp_path)
     assert found.unkept is not None and "the questions are read again" in capsys.readouterr().err
     assert found.examples.fingerprint() == made.examples.fingerprint()
-    assert preparing.prepare(cfg, corpus, tmp_path).unkept is None  # and written again
+    assert setup.prepare(cfg, corpus, tmp_path).unkept is None  # and written again
 
 
 def test_where_it_cannot_be_written_training_goes_on(settings, corpus, tmp_path, capsys):
-    (tmp_path / preparing.EXAMPLES).write_text("a file, no directory")
+    (tmp_path / setup.EXAMPLES).write_text("a file, no directory")
     found = kept(settings(), corpus, tmp_path)
     assert found.unkept is not None and "not kept" in capsys.readouterr().err
 
@@ -122,13 +120,13 @@ def test_an_older_version_is_made_anew(settings, corpus, tmp_path, monkeypatch, 
     cfg = settings()
     kept(cfg, corpus, tmp_path)
     monkeypatch.setattr(example_cache, "VERSION", example_cache.VERSION + 1)
-    assert preparing.prepare(cfg, corpus, tmp_path).unkept is not None
+    assert setup.prepare(cfg, corpus, tmp_path).unkept is not None
     assert "format version" in capsys.readouterr().err
 
 
 def test_what_it_is_made_of_is_written_down(settings, corpus, tmp_path):
     cfg = settings()
     made = kept(cfg, corpus, tmp_path)
-    said = json.loads((tmp_path / preparing.EXAMPLES / "manifest.json").read_text())["made_of"]
+    said = json.loads((tmp_path / setup.EXAMPLES / "manifest.json").read_text())["made_of"]
     assert said["corpus"] == corpus.hash and said["answers"] == "first" and len(said["inputs"]) == 2
     assert isinstance(made.examples, examples.Examples)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rag_jax.data.formats import (
+from rag_jax.data.readers.formats import (
     FORMATS,
     Passage,
     Question,
@@ -368,9 +368,9 @@ def test_every_format_says_what_it_is() -> None:
 
 def test_a_corpus_of_the_same_files_has_the_right_passages(shared_data: Find, tmp_path: Path) -> None:
     from rag_jax.__main__ import main
+    from rag_jax.corpus.directory import Corpus
     from rag_jax.data.examples import wrong_rows
     from rag_jax.data.gold import right_rows
-    from rag_jax.retrieval.corpus import Corpus
 
     raw = shared_data("raw")
     paths = [raw / "dpr_train.haystack_sample.json", raw / "fid.nq_oracle_sample.jsonl"]

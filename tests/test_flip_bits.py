@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax.checkpoint import Checkpoints
+from rag_jax.runs.checkpoint import Checkpoints
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "flip_bits.py"
 spec = importlib.util.spec_from_file_location("flip_bits", SCRIPT)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rag_jax.data.cutting import cut
-from rag_jax.data.formats import Passage, expand, read_passages, read_questions
+from rag_jax.data.readers.formats import Passage, expand, read_passages, read_questions
 from rag_jax.errors import InputError
 
 GOOD = {"id": "p1", "title": "Oslo", "text": "Oslo lies in Norway."}

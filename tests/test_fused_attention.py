@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from rag_jax import sharding
 from rag_jax.models import layers
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
-from rag_jax.models.lm import LmConfig
+from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.t5 import T5Config
 from rag_jax.rag import Rag, RagConfig
+from rag_jax.system import sharding
 
 V, B, K, L, T = 32, 2, 3, 16, 8
 SIZE = {"vocab_size": V, "width": 16, "heads": 2, "hidden": 32, "dropout": 0.0, "dtype": "bfloat16"}

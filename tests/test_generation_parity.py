@@ -8,9 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from rag_jax import answer, config, pretrained, sharding
-from rag_jax.answer_config import AnswerConfig
+from rag_jax.inference import pipeline
+from rag_jax.inference.config import AnswerConfig
+from rag_jax.pretrained import load
 from rag_jax.rag import Rag
+from rag_jax.system import sharding
+from rag_jax.training import config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 pytestmark = pytest.mark.parity
@@ -80,10 +83,10 @@ def answers_of_both(case: str, directory: Path, seed: int) -> tuple[np.ndarray, 
     mask = np.arange(L) < rng.integers(3, L + 1, (QUESTIONS, 1))
     ids = np.where(mask, rng.integers(15, VOCABULARY, mask.shape), 1).astype(np.int32)
 
-    source = pretrained.combine(directory / "encoder", generator=directory / "generator", variant="sequence")
-    params = dict(source.params(sharding.make_mesh(), pretrained.Report()).items())
+    source = load.combine(directory / "encoder", generator=directory / "generator", variant="sequence")
+    params = dict(source.params(sharding.make_mesh(), load.Report()).items())
     cfg = config.build(AnswerConfig, source.answering)
-    options = answer.options_of(cfg, None) | {"mode": "fast", "candidates": 1}  # of one document: its own search
+    options = pipeline.options_of(cfg, None) | {"mode": "fast", "candidates": 1}  # of one document: its own search
 
     def generate(params, ids, mask):
         scores = np.zeros((QUESTIONS, 1), np.float32)

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rag_jax.corpus import directory as corpora
+from rag_jax.corpus.directory import Corpus
 from rag_jax.data import gold
 from rag_jax.data.examples import tokenise, wrong_rows
-from rag_jax.data.formats import Question
+from rag_jax.data.readers.formats import Question
 from rag_jax.errors import InputError
-from rag_jax.retrieval import corpus as corpora
-from rag_jax.retrieval.corpus import Corpus
 
 WORDS = ["river", "stone", "lamp", "market", "garden", "winter", "captain", "silver", "bridge", "engine", "poet"]
 

@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rag_jax import counting, hlo, sharding
+from rag_jax.aot import hlo, operation_count
+from rag_jax.system import sharding
 
 # As libtpu 0.0.42 writes them: a loop of 21 trips known by its condition, a collective spread over two fusions (one
 # chain), two that jax gave one channel, asynchronous ones, an array in fast memory (S(1)), three ways to write groups.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 FileNames
-1 "/home/somebody/rag_jax/steps.py"
+1 "/home/somebody/rag_jax/training/train_step.py"
 2 "/home/somebody/rag_jax/models/layers.py"
 
 FunctionNames
@@ -146,10 +147,10 @@ def test_work_by_type() -> None:
         return y.sum() + (c @ c.T).sum() + (c.astype(jnp.int8) @ c.astype(jnp.int8).T).sum() + (a @ b).sum()
 
     a, b, c = jnp.zeros((3, 4)), jnp.zeros((4, 4)), jnp.zeros((6, 7), jnp.bfloat16)
-    work = counting.work(jax.make_jaxpr(program)(a, b, c).jaxpr)
+    work = operation_count.work(jax.make_jaxpr(program)(a, b, c).jaxpr)
     products = 2 * 6 * 7 * 6
     assert work == {"float32 highest": 5 * 2 * 3 * 4 * 4, "bfloat16": products, "int8": products, "float32": 96}
-    assert counting.matmul_flops(jax.make_jaxpr(program)(a, b, c).jaxpr) == sum(work.values())
+    assert operation_count.matmul_flops(jax.make_jaxpr(program)(a, b, c).jaxpr) == sum(work.values())
 
 
 @pytest.mark.parametrize("width", [10, 1000])
@@ -161,4 +162,4 @@ def test_peak_bytes(width: int) -> None:
 
     one = 4 * 10 * width
     jaxpr = jax.make_jaxpr(program)(jnp.zeros(10), jnp.zeros(width)).jaxpr
-    assert 2 * one <= counting.peak_bytes(jaxpr) <= 2 * one + 4 * (10 + width)
+    assert 2 * one <= operation_count.peak_bytes(jaxpr) <= 2 * one + 4 * (10 + width)

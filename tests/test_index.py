@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax import encode_corpus, sharding
-from rag_jax import run as runs
+from rag_jax.cli import encode as encode_command
+from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
-from rag_jax.retrieval import encode, encode_job, index
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.index import encode as embedding
+from rag_jax.index import encode_job
+from rag_jax.index import snapshot as snapshots
+from rag_jax.runs import directory as runs
+from rag_jax.system import sharding
 
 WORDS = ["river", "mountain", "city", "born", "wrote", "in", "of", "the", "new", "king", "museum", "year", "1950"]
 SMALL = ["--shard-rows", 12, "--batch", 8]
@@ -56,7 +59,7 @@ def corpus(data):
 
 @pytest.fixture(scope="module")
 def encoder(data, corpus):
-    return encode_corpus.read_encoder(data / "run", corpus)
+    return encode_command.read_encoder(data / "run", corpus)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,7 @@ def job(data, tmp_path_factory):
 
 def test_rows_are_embedded_alike_on_any_devices_and_in_any_batch(encoder, corpus, expected):
     for devices, batch in ((1, 7), (8, 16), (3, 256)):
-        rows = encode.row_embedder(
+        rows = embedding.row_embedder(
             encoder.embed, encoder.params, corpus.encoder_ids, corpus.encoder_length, batch, jax.devices()[:devices]
         )
         counts = []
@@ -99,15 +102,15 @@ def test_the_parameters_are_those_of_the_whole_run(data, corpus, encoder):
 
 def test_one_go_equals_a_job(data, job, corpus, expected, tmp_path):
     assert tiny.rag_jax("index", data / "run", "--corpus", data / "corpus", "--out", tmp_path / "index") == 0
-    one = index.open_snapshot(tmp_path / "index")
-    assert one.manifest == index.from_job(job, corpus, tmp_path / "other").manifest and len(one.shards) == 1
+    one = snapshots.open_snapshot(tmp_path / "index")
+    assert one.manifest == snapshots.from_job(job, corpus, tmp_path / "other").manifest and len(one.shards) == 1
     assert isinstance(one.embeddings_NE[:], np.memmap)
     np.testing.assert_allclose(one.embeddings_NE, expected, atol=1e-5)
 
 
 def test_a_snapshot_shares_the_files_of_its_job(job, corpus, expected, tmp_path):
     assert tiny.rag_jax("index", job, "--out", tmp_path / "index") == 0
-    snapshot = index.open_snapshot(tmp_path / "index")
+    snapshot = snapshots.open_snapshot(tmp_path / "index")
     assert [shard.path.name for shard in snapshot.shards] == [shard.name for shard in encode_job.read_job(job).shards]
     assert len(snapshot.shards) == 4
     assert all(shard.path.stat().st_ino == (job / shard.path.name).stat().st_ino for shard in snapshot.shards)
@@ -122,9 +125,9 @@ def test_where_links_are_impossible_the_files_are_copied(job, corpus, tmp_path, 
         raise OSError("Invalid cross-device link")
 
     monkeypatch.setattr("os.link", impossible)
-    copied = index.from_job(job, corpus, tmp_path / "index")
+    copied = snapshots.from_job(job, corpus, tmp_path / "index")
     monkeypatch.undo()
-    linked = index.from_job(job, corpus, tmp_path / "linked")
+    linked = snapshots.from_job(job, corpus, tmp_path / "linked")
     assert copied.shards[0].path.stat().st_ino != (job / copied.shards[0].path.name).stat().st_ino
     assert copied.hash == linked.hash
     np.testing.assert_array_equal(copied.embeddings_NE, linked.embeddings_NE)
@@ -135,7 +138,7 @@ def test_smaller_types(data, expected, tmp_path, dtype):
     words = ["--corpus", data / "corpus", *SMALL, "--dtype", dtype, "--out", tmp_path / "job"]
     assert tiny.rag_jax("encode", data / "run", *words) == 0
     assert tiny.rag_jax("index", tmp_path / "job", "--out", tmp_path / "index") == 0
-    found = index.open_snapshot(tmp_path / "index")
+    found = snapshots.open_snapshot(tmp_path / "index")
     if dtype == "bfloat16":
         assert found.embeddings_NE.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(found.embeddings_NE, np.float32), expected, rtol=2**-8, atol=1e-5)
@@ -166,7 +169,7 @@ def test_an_unfinished_or_damaged_job_is_no_snapshot(job, corpus, data, tmp_path
         said = capsys.readouterr().err
         assert f"{path}: " in said and f"remove that file and embed its rows again: {command}" in said
     with pytest.raises(InputError, match="embeds a corpus with hash") as refused:
-        index.from_job(mine, Corpus.open(data / "edited"), tmp_path / "index")
+        snapshots.from_job(mine, Corpus.open(data / "edited"), tmp_path / "index")
     assert corpus.hash[:16] in str(refused.value)
     assert not (tmp_path / "index").exists()
     path.unlink()
@@ -196,30 +199,30 @@ def test_a_run_is_embedded_in_any_type_and_verified(data, expected, tmp_path, ca
     out = tmp_path / "index"
     words = ["index", data / "run", "--corpus", data / "corpus", "--out", out]
     assert tiny.rag_jax(*words, "--dtype", "int8") == 0
-    found = np.asarray(index.open_snapshot(out).embeddings_NE[:])
+    found = np.asarray(snapshots.open_snapshot(out).embeddings_NE[:])
     np.testing.assert_allclose(found, expected, atol=np.abs(expected).max() / 200)
-    assert index.open_snapshot(out).manifest.dtype == "int8"
+    assert snapshots.open_snapshot(out).manifest.dtype == "int8"
     path = next(out.glob("*.safetensors"))
     bits = bytearray(path.read_bytes())
     bits[-3] ^= 1
     path.write_bytes(bits)
     capsys.readouterr()
     with pytest.raises(InputError, match=rf"{path.name}: damaged: bytes 0 to .* the index again"):
-        np.asarray(index.open_snapshot(out).embeddings_NE[-1:])
+        np.asarray(snapshots.open_snapshot(out).embeddings_NE[-1:])
     with pytest.raises(SystemExit):
         tiny.rag_jax("index", data / "run", "--corpus", data / "corpus")
     assert "--out" in capsys.readouterr().err
 
 
 def test_damaged_snapshots_are_refused(job, corpus, tmp_path):
-    whole = index.from_job(job, corpus, tmp_path / "whole")
+    whole = snapshots.from_job(job, corpus, tmp_path / "whole")
 
     def damaged(name, change):
         out = tmp_path / name
         shutil.copytree(whole.directory, out)
         change(out, out / whole.shards[2].path.name)
         with pytest.raises(InputError, match="build the index again") as refused:
-            np.asarray(index.open_snapshot(out).embeddings_NE)
+            np.asarray(snapshots.open_snapshot(out).embeddings_NE)
         return str(refused.value)
 
     def flip(out, path, place=-5):
@@ -248,13 +251,13 @@ def change_manifest(out, old, new):
 
 
 def test_a_full_disk_leaves_nothing_half_written(job, corpus, tmp_path):
-    whole = index.from_job(job, corpus, tmp_path / "whole")
+    whole = snapshots.from_job(job, corpus, tmp_path / "whole")
     rows = [(np.arange(len(corpus)), whole.embeddings_NE[:])]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (whole.embeddings_NE[:].nbytes // 2, hard))
     try:
         with pytest.raises(InputError, match=r"out: cannot be written \(.*File too large.*\); allow larger files"):
-            index.write(tmp_path / "out", whole.manifest, rows)
+            snapshots.write(tmp_path / "out", whole.manifest, rows)
         begun = dataclasses.replace(encode_job.read_job(job), shard_rows=40)
         encode_job.begin(tmp_path / "job", begun)
         with pytest.raises(InputError, match=r"File too large.*finished shards are kept: mend it and give the same"):
@@ -266,29 +269,29 @@ def test_a_full_disk_leaves_nothing_half_written(job, corpus, tmp_path):
 
 
 def test_a_snapshot_of_other_things_is_refused_with_both_hashes(job, corpus, encoder, tmp_path):
-    snapshot = index.from_job(job, corpus, tmp_path / "index")
+    snapshot = snapshots.from_job(job, corpus, tmp_path / "index")
     own = (corpus.hash, encoder.hash, corpus.encoder_tokenizer.hash)
-    index.check(snapshot, *own)
+    snapshots.check(snapshot, *own)
     for i, words in enumerate(("which is now", "an encoder other than", "a tokenizer other than")):
         other = ["0" * 64 if i == j else value for j, value in enumerate(own)]
         with pytest.raises(InputError, match=words) as refused:
-            index.check(snapshot, *other)
+            snapshots.check(snapshot, *other)
         assert own[i][:16] in str(refused.value) and "0" * 16 in str(refused.value)
         assert f"rag-jax index RUN --corpus {corpus.directory} --out DIR" in str(refused.value)
 
 
 def test_the_hash_is_of_the_content_not_of_the_place(job, corpus, tmp_path):
-    one, two = (index.from_job(job, corpus, tmp_path / name) for name in "ab")
+    one, two = (snapshots.from_job(job, corpus, tmp_path / name) for name in "ab")
     assert one.hash == two.hash
     manifest = dataclasses.replace(one.manifest, corpus="elsewhere")
     whole = [(np.arange(len(corpus)), one.embeddings_NE[:])]
-    moved = index.write(tmp_path / "c", manifest, whole)
+    moved = snapshots.write(tmp_path / "c", manifest, whole)
     changed = one.embeddings_NE[:].copy()
     changed[7, 1] += 1e-3
-    other = index.write(tmp_path / "d", manifest, [(np.arange(len(corpus)), changed)])
+    other = snapshots.write(tmp_path / "d", manifest, [(np.arange(len(corpus)), changed)])
     assert len({one.hash, moved.hash, other.hash}) == 3  # moved: the same values, but in one file
     assert json.loads((tmp_path / "c/manifest.json").read_text())["corpus"] == "elsewhere"
-    again = index.write(tmp_path / "e", one.manifest, whole)
+    again = snapshots.write(tmp_path / "e", one.manifest, whole)
     assert again.hash == moved.hash
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from rag_jax.data.formats import Passage
-from rag_jax.retrieval import inverse_cloze
-from rag_jax.retrieval.corpus import Corpus
-from rag_jax.retrieval.corpus_build import encoder_rows
+from rag_jax.corpus import inverse_cloze
+from rag_jax.corpus.build import encoder_rows
+from rag_jax.corpus.directory import Corpus
+from rag_jax.data.readers.formats import Passage
 
 
 @pytest.fixture(scope="module")

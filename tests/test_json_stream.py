@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rag_jax.data import json_stream
-from rag_jax.data.sources import Source
+from rag_jax.data.readers import json_stream
+from rag_jax.data.readers.sources import Source
 from rag_jax.errors import InputError
 
 

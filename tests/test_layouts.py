@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rag_jax.data.formats import read_passages, read_questions
+from rag_jax.corpus.directory import Corpus, build
+from rag_jax.data.readers.formats import read_passages, read_questions
 from rag_jax.errors import InputError
-from rag_jax.retrieval.corpus import Corpus, build
 
 OSLO, BERGEN = "Oslo is the capital of Norway.", "Bergen has a fish market."
 ASKED = "What is the capital of Norway?"

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from rag_jax import lock
 from rag_jax.errors import InputError
+from rag_jax.runs import lock
 
 HOLD = """
 import sys, time

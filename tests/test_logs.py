@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax import logs
 from rag_jax.errors import InputError
+from rag_jax.system import logs
 
 
 class Clock:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rag_jax.data.formats import read_passages, read_questions
+from rag_jax.data.readers.formats import read_passages, read_questions
 from rag_jax.errors import InputError
 
 Files = dict[str, bytes]

@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax import config, sharding, steps
-from rag_jax import run as runs
+from rag_jax.index.device_index import Index, no_drift
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
-from rag_jax.models.lm import LmConfig
+from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.t5 import T5Config
-from rag_jax.optimizer import OptimizerConfig
 from rag_jax.rag import Passages, Rag, RagConfig
-from rag_jax.refresh import Index, no_drift
-from rag_jax.steps import Setting
+from rag_jax.runs import directory as runs
+from rag_jax.system import sharding
+from rag_jax.training import config, train_step
+from rag_jax.training.optimizer import OptimizerConfig
+from rag_jax.training.train_step import Setting
 
 B, K, N, E, L, T = 8, 2, 40, 16, 20, 6
 ENCODER_V, V = 45, 48  # the first does not divide over a tensor axis, the second does
@@ -67,13 +68,13 @@ def updated(kind, loss, mesh, **changes):
     wanted = runs.param_places(rag, mesh)
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, wanted)
     before = jax.device_get(params)
-    state = steps.first_state(rag, stage, mesh, params, 0)
+    state = train_step.first_state(rag, stage, mesh, params, 0)
     rows = sharding.shard_rows(mesh, embeddings, 0)
     index = Index(rows, sharding.shard_rows(mesh, np.zeros(N, np.int32), 0), drift_E=no_drift(mesh, E))
     tables = Passages(*(sharding.shard_rows(mesh, table, 1) for table in passages))
     if loss == "contrastive":
         batch = {name: batch[name] for name in ("question_ids", "question_length", "gold")}
-    step = steps.jit_step(setting, 0, state, index)
+    step = train_step.jit_step(setting, 0, state, index)
     state, _, metrics = step(state, sharding.shard_batch(mesh, batch), index, tables, jax.random.key(1))
     return jax.device_get((metrics, before, state.params))
 

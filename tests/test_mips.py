@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rag_jax import sharding
 from rag_jax.errors import InputError
 from rag_jax.retrieval import mips
+from rag_jax.system import sharding
 
 
 def brute_force(queries: np.ndarray, index: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

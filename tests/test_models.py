@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax import sharding
 from rag_jax.models import bert, layers
 from rag_jax.models.bart import Bart, BartConfig
 from rag_jax.models.bert import Bert, BertConfig
+from rag_jax.system import sharding
 
 BERT = BertConfig(vocab_size=29, width=16, layers=2, heads=2, hidden=24, positions=12)
 BART = BartConfig(vocab_size=29, width=16, encoder_layers=2, decoder_layers=2, heads=2, hidden=24, positions=12)

@@ -12,13 +12,18 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax import ask, docs_curve, hosted, objectives, sharding, steps
-from rag_jax.answer import Pipeline
-from rag_jax.config import SearchConfig, StageConfig
-from rag_jax.refresh import Index
+from rag_jax import losses
+from rag_jax.cli import ask
+from rag_jax.evaluation import docs_curve
+from rag_jax.index import host_index
+from rag_jax.index.device_index import Index
+from rag_jax.inference.pipeline import Pipeline
 from rag_jax.retrieval.search import Queries, SearchResult
-from rag_jax.steps import Setting
-from rag_jax.upkeep import OnHost
+from rag_jax.system import sharding
+from rag_jax.training import train_step
+from rag_jax.training.config import SearchConfig, StageConfig
+from rag_jax.training.stage_index import OnHost
+from rag_jax.training.train_step import Setting
 
 NOTHING = "zzz qqq xxyyzz?"
 
@@ -150,7 +155,7 @@ def test_the_step_is_given_empty_passages(opened):
 
 
 def test_gather_of_nothing(opened):
-    tables, passages = hosted.gather(opened.loaded.corpus, opened.index, np.array([-1, 5, -1]))
+    tables, passages = host_index.gather(opened.loaded.corpus, opened.index, np.array([-1, 5, -1]))
     assert isinstance(tables, Index) and np.isfinite(tables.embeddings_NE).all()
     assert passages.generator_length_N.tolist() == [0, opened.loaded.corpus.generator_length[5], 0]
 
@@ -158,15 +163,15 @@ def test_gather_of_nothing(opened):
 def test_prior_and_gradient_of_what_was_found():
     scores = jnp.array([[3.0, 1.0, 2.0], [0.5, jnp.inf, -jnp.inf], [9.0, 9.0, 9.0]])
     found = jnp.array([[True, True, True], [True, False, False], [False, False, False]])
-    prior = jnp.exp(objectives.prior_logp(objectives.of_found(scores, found)))
+    prior = jnp.exp(losses.prior_logp(losses.of_found(scores, found)))
     np.testing.assert_allclose(prior[0], np.exp(scores[0]) / np.exp(scores[0]).sum(), rtol=1e-6)
     assert prior[1:].tolist() == [[1, 0, 0], [1, 0, 0]]
     assert (prior > 0).tolist() == [[True, True, True], [True, False, False], [True, False, False]]
 
     def loss(scores):
-        logp = objectives.prior_logp(objectives.of_found(scores, found))
+        logp = losses.prior_logp(losses.of_found(scores, found))
         mask, token_logp = jnp.ones((3, 2), bool), jnp.log(jnp.array([[0.1, 0.2]] * 3))[None].repeat(3, 0)
-        return -objectives.rag_sequence_logp(token_logp * jnp.arange(1, 4)[:, None], logp, mask).sum()
+        return -losses.rag_sequence_logp(token_logp * jnp.arange(1, 4)[:, None], logp, mask).sum()
 
     gradient = np.asarray(jax.grad(loss)(jnp.nan_to_num(scores)))
     assert np.isfinite(gradient).all() and (gradient[0] != 0).all() and (gradient[1:] == 0).all()
@@ -175,25 +180,25 @@ def test_prior_and_gradient_of_what_was_found():
 @pytest.mark.parametrize("prior", ["paper", "hf_compat"])
 def test_a_passage_that_was_not_found_explains_nothing(prior):
     """Also where transformers forgets the prior, for targets of one token."""
-    logp = objectives.prior_logp(objectives.of_found(jnp.zeros((2, 2)), jnp.array([[True, False], [True, True]])))
+    logp = losses.prior_logp(losses.of_found(jnp.zeros((2, 2)), jnp.array([[True, False], [True, True]])))
     token_logp = jnp.log(jnp.array([[[0.1, 0.5], [0.9, 0.9]]] * 2))
     for mask in ([[True, False]] * 2, [[True, True]] * 2):
-        joint = objectives.sequence_joint(token_logp, logp, jnp.array(mask), prior)
+        joint = losses.sequence_joint(token_logp, logp, jnp.array(mask), prior)
         assert np.exp(joint[0, 1]) == 0 and np.exp(joint[1, 1]) > 0.1
-        assert np.isfinite(objectives.posterior_logp(token_logp, logp, jnp.array(mask))).all()
+        assert np.isfinite(losses.posterior_logp(token_logp, logp, jnp.array(mask))).all()
 
 
 def test_it_is_counted_nowhere():
     rows = jnp.array([[4, -1, -1], [4, 7, -1], [-1, -1, -1]])
-    scores = objectives.of_found(jnp.array([[1.0, 5.0, 5.0], [1.0, 2.0, 5.0], [5.0, 5.0, 5.0]]), rows >= 0)
-    posterior = objectives.prior_logp(scores)
+    scores = losses.of_found(jnp.array([[1.0, 5.0, 5.0], [1.0, 2.0, 5.0], [5.0, 5.0, 5.0]]), rows >= 0)
+    posterior = losses.prior_logp(scores)
     gold = jnp.array([[4, -1], [4, -1], [0, -1]])
-    found = steps.retrieval_metrics(rows, scores, posterior, gold)
+    found = train_step.retrieval_metrics(rows, scores, posterior, gold)
     share = np.exp(1) / (np.exp(1) + np.exp(2))
     entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share))
     assert float(found["unique_documents"]) == pytest.approx(2 / 3)
     assert float(found["prior_entropy"]) == pytest.approx(entropy / 2, rel=1e-5)
     assert (float(found["recall_at_1"]), float(found["recall_at_3"])) == pytest.approx((1 / 3, 2 / 3))
     assert float(found["posterior_prior_gap"]) == 0
-    none = steps.retrieval_metrics(rows[2:], scores[2:], posterior[2:], gold[2:])
+    none = train_step.retrieval_metrics(rows[2:], scores[2:], posterior[2:], gold[2:])
     assert np.isnan(float(none["unique_documents"])) and float(none["recall_at_1"]) == 0

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax import optimizer
 from rag_jax.errors import InputError
-from rag_jax.optimizer import GROUPS, OptimizerConfig
+from rag_jax.training import optimizer
+from rag_jax.training.optimizer import GROUPS, OptimizerConfig
 
 STEPS = 8
 PLAIN = OptimizerConfig(learning_rate=0.1, schedule="constant", clip_norm=0.0)

@@ -10,11 +10,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import rag_jax
-from rag_jax import pretrained, sharding
 from rag_jax.__main__ import main
 from rag_jax.errors import InputError
 from rag_jax.models.hf.bart import bart_copies
+from rag_jax.pretrained import load
 from rag_jax.rag import Rag
+from rag_jax.system import sharding
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 pytestmark = pytest.mark.parity
@@ -99,14 +100,14 @@ def test_generators(tmp_path, family, seed):
     rng = np.random.default_rng(seed)
     theirs = model_of(config_of(family, rng), seed)
     theirs.save_pretrained(tmp_path / "theirs")
-    part = pretrained.generator_part(tmp_path / "theirs")
+    part = load.generator_part(tmp_path / "theirs")
     encoder = hf.BertConfig(
         vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
     )
     hf.BertModel(encoder, add_pooling_layer=False).save_pretrained(tmp_path / "encoder")
-    source = pretrained.combine(tmp_path / "encoder", generator=tmp_path / "theirs")
+    source = load.combine(tmp_path / "encoder", generator=tmp_path / "theirs")
     rag = Rag(source.model)
-    report = pretrained.Report()
+    report = load.Report()
     params = dict(source.params(sharding.make_mesh(), report).items())
     assert len(report.loaded) == len(load_file(tmp_path / "theirs/model.safetensors")) + len(
         load_file(tmp_path / "encoder/model.safetensors")
@@ -184,15 +185,15 @@ def test_weights_in_a_bin_are_read_with_torch(tmp_path):
 
     model = randomised(hf.BartForConditionalGeneration(hf.BartConfig(**BART)))
     model.save_pretrained(tmp_path)
-    whole = pretrained.generator_part(tmp_path).tensors
+    whole = load.generator_part(tmp_path).tensors
     expected = {name: whole.read(name) for name in whole.shapes}
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")  # as before safetensors: copies are there too
-    old = pretrained.generator_part(tmp_path).tensors
+    old = load.generator_part(tmp_path).tensors
     assert set(old.shapes) - set(whole.shapes) == set(bart_copies(None))
     for name in whole.shapes:
         assert old.shapes[name] == whole.shapes[name]
         np.testing.assert_array_equal(old.read(name), expected[name])
     (tmp_path / "pytorch_model.bin").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match=r"pytorch_model.bin: not a checkpoint of plain weights"):
-        pretrained.generator_part(tmp_path)
+        load.generator_part(tmp_path)

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rag_jax import __main__ as cli
-from rag_jax import ask, logs, report, report_html
-from rag_jax.answer import Answer, Passage
-from rag_jax.plain_text import one_line, visible
+from rag_jax.cli import ask
+from rag_jax.evaluation.report import html, markdown
+from rag_jax.inference.pipeline import Answer, Passage
+from rag_jax.system import logs
+from rag_jax.system.plain_text import one_line, visible
 
 BAD = "\x1b[2J\x1b]0;owned\x07\x1b]52;c;ZXZpbA==\x1b\\\x9b31m\x1bc\x08\x7f\u202egnol\u202c\u2066x\u2069\x00"
 
@@ -83,6 +85,8 @@ def test_output_errors_and_lines_on_the_way(capsys: pytest.CaptureFixture[str]) 
 def test_reports(tmp_path: Path) -> None:
     passage = {"id": "p", "title": f"T{BAD}", "text": f"x{BAD}", "prior": 0.5, "posterior": 0.5}
     example = {"question": f"Q{BAD}", "prediction": f"A{BAD}", "answers": [BAD], "passages": [passage]}
-    page = report.write(tmp_path, {"title": BAD, "commands": [f"rag-jax {BAD}"]}, [example]).read_text(encoding="utf-8")
+    page = markdown.write(tmp_path, {"title": BAD, "commands": [f"rag-jax {BAD}"]}, [example]).read_text(
+        encoding="utf-8"
+    )
     assert safe(page) and "Tgnolx" in page
-    assert report_html.cut(f"a{BAD}") == ("agnolx", 0)
+    assert html.cut(f"a{BAD}") == ("agnolx", 0)

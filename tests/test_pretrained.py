@@ -15,15 +15,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 import rag_jax
-from rag_jax import checkpoint, pretrained, sharding
 from rag_jax.__main__ import main
+from rag_jax.corpus.directory import Corpus
 from rag_jax.data import tokenizers
 from rag_jax.errors import InputError
 from rag_jax.models.bert import Bert
 from rag_jax.models.hf import naming
+from rag_jax.pretrained import load
+from rag_jax.pretrained.tensor_files import open_tensors, write_tensors
 from rag_jax.rag import GENERATORS, Rag
-from rag_jax.retrieval.corpus import Corpus
-from rag_jax.tensors import open_tensors, write_tensors
+from rag_jax.runs import checkpoint
+from rag_jax.system import sharding
 
 GOLDENS = Path(__file__).parent / "goldens"
 ENCODERS = {"bert": "question_encoder", "dpr_question": "question_encoder", "dpr_context": "context_encoder"}
@@ -56,8 +58,8 @@ def read(part, dtype="float32"):
         places,
         is_leaf=lambda x: hasattr(x, "names"),
     )
-    pretrained.check_names([part], part.tensors, {part.side: unboxed})
-    return unflatten_dict(dict(pretrained.read_part(part, unboxed, pretrained.Report())), sep="/")
+    load.check_names([part], part.tensors, {part.side: unboxed})
+    return unflatten_dict(dict(load.read_part(part, unboxed, load.Report())), sep="/")
 
 
 def init(part):
@@ -82,7 +84,7 @@ def close(found, expected, half: bool) -> None:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_give_the_numbers_of_torch(tmp_path, name, dtype):
     arrays = golden(name)
-    part = pretrained.encoder_part(write(tmp_path, arrays), ENCODERS[name])
+    part = load.encoder_part(write(tmp_path, arrays), ENCODERS[name])
     module = Bert(dataclasses.replace(part.config, dtype=dtype))
     params, mask = {"params": read(part)}, arrays["in/mask"]
     hidden = jax.jit(partial(module.apply, method="hidden"))(params, arrays["in/ids"], mask)
@@ -94,7 +96,7 @@ def test_encoders_give_the_numbers_of_torch(tmp_path, name, dtype):
 @pytest.mark.parametrize("name", READERS)
 def test_generators_give_the_numbers_of_torch(tmp_path, name, dtype):
     arrays = golden(name)
-    part = pretrained.generator_part(write(tmp_path, arrays))
+    part = load.generator_part(write(tmp_path, arrays))
     module = GENERATORS[part.config.kind](dataclasses.replace(part.config, dtype=dtype))
     params, mask = {"params": read(part)}, arrays["in/mask"]
     logits = jax.jit(module.apply)(params, arrays["in/ids"], mask, arrays["in/target"])
@@ -148,7 +150,7 @@ def test_gradients_are_those_of_torch(composite):
     # the names of gradients are those of the tensors, so they are read as a checkpoint is
     theirs = {k.removeprefix("out/grad/"): v for k, v in arrays.items() if k.startswith("out/grad/")}
     config = json.loads(str(arrays["config"]))
-    _, parts = pretrained.rag_parts_of(Path("golden"), config, of_arrays(arrays), None, False)
+    _, parts = load.rag_parts_of(Path("golden"), config, of_arrays(arrays), None, False)
     assert {part.side for part in parts} == {"question_encoder", "context_encoder", "generator"}
     for part in parts:
         leaves = flatten_dict(gradient[part.side], sep="/")
@@ -164,7 +166,7 @@ def test_gradients_are_those_of_torch(composite):
 def of_arrays(arrays):
     tensors = {k.removeprefix("tensor/"): v for k, v in arrays.items() if k.startswith("tensor/")}
     shapes = {name: (tensor.shape, str(tensor.dtype)) for name, tensor in tensors.items()}
-    return pretrained.Tensors(Path("golden"), shapes, tensors.__getitem__)
+    return load.Tensors(Path("golden"), shapes, tensors.__getitem__)
 
 
 def same_direction(found, expected) -> None:
@@ -311,7 +313,7 @@ def test_shard_gb_holds_for_every_folder(tmp_path):
         for tensor in whole.shapes:
             np.testing.assert_array_equal(whole.read(tensor), shards.read(tensor))
     jax.tree.map(np.testing.assert_array_equal, rag_jax.from_pretrained(tmp_path / "back")[1], params)
-    folders = [tmp_path / name for name in (*pretrained.SIDES, "back", "back/context_encoder")]
+    folders = [tmp_path / name for name in (*load.SIDES, "back", "back/context_encoder")]
     for folder in folders:
         files = list(folder.glob("*.safetensors"))
         assert len(files) > 1, folder
@@ -419,9 +421,7 @@ def test_a_body_without_its_head_is_read(tmp_path):
             write(tmp_path / name, arrays),
             write(tmp_path / f"{name}-bare", {**tensors, "config": arrays["config"]}),
         )
-        open_part = (
-            pretrained.generator_part if name != "bert" else partial(pretrained.encoder_part, side="question_encoder")
-        )
+        open_part = load.generator_part if name != "bert" else partial(load.encoder_part, side="question_encoder")
         a, b = read(open_part(whole)), read(open_part(bare))
         if name == "bart":
             assert not b.pop("logits_bias").any() and a.pop("logits_bias").any()
@@ -456,7 +456,7 @@ def test_a_generator_trained_here_is_an_mbart(tmp_path, tiny_run):
     config = json.loads((tmp_path / "x/config.json").read_text())
     assert config["model_type"] == "mbart" and (tmp_path / "x/tokenizer.json").is_file()
     model, params = rag_jax.from_pretrained(tiny_run)
-    part = pretrained.generator_part(tmp_path / "x")
+    part = load.generator_part(tmp_path / "x")
     assert model.config.generator.logit_scale != part.config.logit_scale == 1.0
     ids = np.random.default_rng(0).integers(5, 300, (2, 9))
     a = model.generator.apply({"params": params["generator"]}, ids, np.ones((2, 9), bool), ids)

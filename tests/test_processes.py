@@ -15,10 +15,11 @@ from conftest import ROOT
 from test_checkpoint import flipped, largest
 from test_train import command, parameters, rows
 
-from rag_jax import checkpoint, logs, sharding
-from rag_jax.answer import Pipeline
-from rag_jax.retrieval import index as snapshots
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.corpus.directory import Corpus
+from rag_jax.index import snapshot as snapshots
+from rag_jax.inference.pipeline import Pipeline
+from rag_jax.runs import checkpoint
+from rag_jax.system import logs, sharding
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import launch_local

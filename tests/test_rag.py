@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rag_jax.data import joining
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
-from rag_jax.models.lm import LmConfig
+from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.t5 import T5Config
 from rag_jax.rag import Rag, RagConfig, join, shift_left
 

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rag_jax import metrics, predictions
-from rag_jax.answer import Answer
-from rag_jax.data.formats import Question, read_passages, read_questions
+from rag_jax import metrics
+from rag_jax.corpus import directory as corpora
+from rag_jax.corpus.directory import Corpus
+from rag_jax.data.readers.formats import Question, read_passages, read_questions
 from rag_jax.errors import InputError
-from rag_jax.retrieval import corpus as corpora
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.evaluation import predictions
+from rag_jax.inference.pipeline import Answer
 
 Run = dict[str, list[str]]  # what was found for each question, best first
 
@@ -265,7 +266,7 @@ def test_blank_answers_are_nothing_to_say(made: Corpus) -> None:
 
 
 def test_one_more_is_looked_for_where_the_question_itself_is_left_out(made: Corpus) -> None:
-    from rag_jax.answer_config import AnswerConfig
+    from rag_jax.inference.config import AnswerConfig
 
     own, other = (Question(name, "?", (), extra={"excluded_passage_ids": [name]}) for name in ("1", "1000"))
     cut = Question("3", "?", (), extra={"excluded_passage_ids": ["3"]})

@@ -11,9 +11,9 @@ from pathlib import Path
 import pages
 import pytest
 
-from rag_jax import report_html
+from rag_jax.evaluation.report import html
+from rag_jax.evaluation.report.evaluation_plots import Picture
 from rag_jax.metrics import Setting
-from rag_jax.plots_evaluation import Picture
 
 
 class Elements(HTMLParser):
@@ -94,7 +94,7 @@ def test_nothing_in_the_data_is_markup(tmp_path):
     )
     assert found["passages"][-1][0]
     left = {passage[0]: passage[3] for passage in found["passages"]}
-    assert left["h3"] == 2 * len(pages.LONG) + len(" Velor ") - report_html.LETTERS
+    assert left["h3"] == 2 * len(pages.LONG) + len(" Velor ") - html.LETTERS
 
 
 def test_the_policy_lets_our_script_and_style_run_and_nothing_else(tmp_path):
@@ -112,7 +112,7 @@ def test_the_policy_lets_our_script_and_style_run_and_nothing_else(tmp_path):
 
 def test_pictures_are_in_the_file(tmp_path):
     (tmp_path / "recall.png").write_bytes(b"\x89PNG picture")
-    page = report_html.Page("t", [], [], [Picture("recall.png", "Recall", "what it is")])
+    page = html.Page("t", [], [], [Picture("recall.png", "Recall", "what it is")])
     (plot,) = data(pages.written(tmp_path, [pages.row(0)], page=page))["plots"]
     assert plot["title"] == "Recall" and plot["about"] == "what it is"
     assert base64.b64decode(plot["src"].removeprefix("data:image/png;base64,")) == b"\x89PNG picture"
@@ -124,7 +124,7 @@ def test_as_many_questions_as_asked_for_or_as_there_is_room_for(tmp_path, monkey
     few = data(pages.written(tmp_path, rows, texts=texts, limit=7))
     assert len(few["questions"]) == 7 and "the first 7 of 40" in few["shown"]
     assert {passage[0] for passage in few["passages"]} == {"p0", "p1", *(f"x{i}" for i in range(7))}
-    monkeypatch.setattr(report_html, "BUDGET", 30_000)
+    monkeypatch.setattr(html, "BUDGET", 30_000)
     path = pages.written(tmp_path, rows, texts=texts)
     some = data(path)
     assert 10 < len(some["questions"]) < 30 and f"the first {len(some['questions'])} of 40" in some["shown"]
@@ -136,7 +136,7 @@ def test_as_many_questions_as_asked_for_or_as_there_is_room_for(tmp_path, monkey
 
 def test_regular_expressions_are_judged_as_such(tmp_path):
     rows = [pages.row(0, answers=["Ve.*r"]), pages.row(1, answers=["x+"])]
-    path = report_html.write(tmp_path / "report.html", pages.page(), rows, Setting(match="regex"), pages.texts)
+    path = html.write(tmp_path / "report.html", pages.page(), rows, Setting(match="regex"), pages.texts)
     assert [(q["right"], q["f1"]) for q in data(path)["questions"]] == [(True, None), (False, None)]
 
 

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from rag_jax import sharding
 from rag_jax.errors import InputError
-from rag_jax.retrieval import ann, mips, search
+from rag_jax.retrieval import mips, scann_index, search
 from rag_jax.retrieval.bm25 import Bm25, Bm25Config
 from rag_jax.retrieval.search import Exact, Fusion, Hybrid, Queries, Searcher, Source
+from rag_jax.system import sharding
 
 N, E, B = 203, 12, 9
 SOURCE = Source("a" * 64, "e" * 64, 3)
@@ -50,8 +50,8 @@ def exact(gone: tuple[int, ...] = ()) -> Searcher:
 
 
 def scann(gone: tuple[int, ...] = ()) -> Searcher:
-    tree = ann.AnnConfig(leaves=10, leaves_to_search=10, reorder=N, reorder_dtype="float32")
-    index = ann.build(passages()[0], SOURCE, tree)
+    tree = scann_index.AnnConfig(leaves=10, leaves_to_search=10, reorder=N, reorder_dtype="float32")
+    index = scann_index.build(passages()[0], SOURCE, tree)
     return index.delete(gone) if gone else index
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 import rag_jax
-from rag_jax import config, pretrained
 from rag_jax.__main__ import main
 from rag_jax.errors import InputError
 from rag_jax.models.hf import SETTINGS, generation, settings
+from rag_jax.pretrained import load
+from rag_jax.training import config
 
 SMALL = {
     "vocab_size": 41, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
@@ -219,5 +220,5 @@ def test_a_refused_setting_can_be_left_out(tmp_path, capsys):
     assert list(printed["ignored_settings"].values()) == [9]
     assert printed["settings"]["model.generator.width"].endswith("config.json: d_model")
     with pytest.raises(InputError, match="warp_factor"):
-        pretrained.generator_part(source)
+        load.generator_part(source)
     assert rag_jax.from_pretrained(tmp_path / "ours")[0].config.reader.width == 8

@@ -9,9 +9,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from rag_jax import sharding
 from rag_jax.errors import InputError
 from rag_jax.models.layers import Dense, attention
+from rag_jax.system import sharding
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from rag_jax import sharding
 from rag_jax.errors import InputError
 from rag_jax.models import layers
 from rag_jax.models.hf import GENERATORS, naming
 from rag_jax.models.t5 import T5, T5Config, bucket
+from rag_jax.system import sharding
 
 # Heads are not width / heads wide, and the inputs are longer than max_distance, so that the last buckets are used.
 GATED = T5Config(

@@ -2,12 +2,12 @@
 
 import pytest
 
+from rag_jax.corpus.directory import Corpus
 from rag_jax.data import examples as tokenised
 from rag_jax.data import tasks
-from rag_jax.data.formats import Question
+from rag_jax.data.readers.formats import Question
 from rag_jax.data.tasks import TaskConfig
 from rag_jax.errors import InputError
-from rag_jax.retrieval.corpus import Corpus
 
 
 @pytest.fixture(scope="module")

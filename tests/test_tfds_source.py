@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rag_jax.data.formats import digest, expand, read_passages, read_questions
-from rag_jax.data.tfds_source import MAPPINGS, spec
+from rag_jax.data.readers.formats import digest, expand, read_passages, read_questions
+from rag_jax.data.readers.tfds_source import MAPPINGS, spec
 from rag_jax.errors import InputError
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -202,8 +202,8 @@ def test_specs() -> None:
 
 def test_the_world_and_passages_of_our_own(tmp_path: Path) -> None:
     from rag_jax.data.passages_tfds import PassagesBuilder, PassagesConfig
-    from rag_jax.data.world import World
-    from rag_jax.data.world_tfds import WorldBuilder, WorldConfig
+    from rag_jax.data.synthetic.world import World
+    from rag_jax.data.synthetic.world_tfds import WorldBuilder, WorldConfig
 
     config = WorldConfig(entities=40, seed=3)
     WorldBuilder(data_dir=tmp_path, config=config).download_and_prepare()

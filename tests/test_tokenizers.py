@@ -16,9 +16,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from rag_jax.data import tokenizers
-from rag_jax.data.formats import read_passages, read_questions
 from rag_jax.data.joining import check_join, join_tail, joined_text, passage_text
 from rag_jax.data.literal_text import text_backend
+from rag_jax.data.readers.formats import read_passages, read_questions
 from rag_jax.errors import InputError
 
 TEXTS = [

@@ -15,12 +15,14 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from rag_jax import config, logs, preparing, pretrained, session, sharding, train
-from rag_jax import run as runs
+from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
-from rag_jax.models.lexical import inverse_document_frequency, lexical_start
-from rag_jax.retrieval import index as snapshots
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.index import snapshot as snapshots
+from rag_jax.models.init_lexical import inverse_document_frequency, lexical_start
+from rag_jax.pretrained import load
+from rag_jax.runs import directory as runs
+from rag_jax.system import logs, sharding
+from rag_jax.training import config, session, setup, train
 
 TIMES = {"step_seconds", "tokens_per_second", "host_share"}
 
@@ -39,7 +41,7 @@ def last_step(run):
 
 
 def parameters(run):
-    return jax.device_get(pretrained.from_pretrained(run)[1])
+    return jax.device_get(load.from_pretrained(run)[1])
 
 
 def assert_same_run(a, b):
@@ -268,16 +270,16 @@ def test_another_configuration_is_refused(tiny_data, tiny_run, capsys, words, me
 def test_other_data_is_refused(tiny_data, tmp_path):
     cfg = tiny_config(tiny_data)
     corpus = Corpus.open(cfg.corpus)
-    data = preparing.prepare(cfg, corpus)
-    preparing.open_run(cfg, tmp_path / "run", data)
-    preparing.open_run(cfg, tmp_path / "run", data)
+    data = setup.prepare(cfg, corpus)
+    setup.open_run(cfg, tmp_path / "run", data)
+    setup.open_run(cfg, tmp_path / "run", data)
     other = dataclasses.replace(data, examples=dataclasses.replace(data.examples, tail=data.examples.question))
     with pytest.raises(InputError, match=r"other data \(questions: '\w{64}' there, '\w{64}' now\); put back"):
-        preparing.open_run(cfg, tmp_path / "run", other)
+        setup.open_run(cfg, tmp_path / "run", other)
     edited = dataclasses.replace(data, corpus=Corpus.open(tiny_data / "edited-corpus"))
     expected = f"corpus_hash: '{corpus.hash}' there, '{edited.corpus.hash}' now"
     with pytest.raises(InputError, match=expected):
-        preparing.open_run(cfg, tmp_path / "run", edited)
+        setup.open_run(cfg, tmp_path / "run", edited)
 
 
 def questions_without(tiny_data, out, **changes):
@@ -325,10 +327,10 @@ def test_questions_that_lack_what_a_stage_needs(tiny_data, tmp_path, capsys):
 
 def test_differences():
     old = {"a": 1, "b": [{"c": 1}, {"c": 2}], "d": {}}
-    assert preparing.differences(old, old) == ""
-    assert preparing.differences(old, {**old, "b": [{"c": 1}, {"c": 3}]}) == "b[1].c: 2 there, 3 now"
-    assert preparing.differences(old, {**old, "d": {"e": 1}}) == "d.e: None there, 1 now"
-    assert preparing.differences(old, {"a": 1, "b": [{"c": 1}], "d": {}}).startswith("b: [")
+    assert setup.differences(old, old) == ""
+    assert setup.differences(old, {**old, "b": [{"c": 1}, {"c": 3}]}) == "b[1].c: 2 there, 3 now"
+    assert setup.differences(old, {**old, "d": {"e": 1}}) == "d.e: None there, 1 now"
+    assert setup.differences(old, {"a": 1, "b": [{"c": 1}], "d": {}}).startswith("b: [")
 
 
 def test_average_passes_over_what_could_not_be_measured():

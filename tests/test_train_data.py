@@ -9,11 +9,12 @@ import pytest
 import tiny
 from test_train import assert_same_run, command, last_step, rows
 
-from rag_jax import config, preparing, session, sharding
+from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
 from rag_jax.rag import Rag
-from rag_jax.retrieval.corpus import Corpus
-from rag_jax.run import Loaded
+from rag_jax.runs.directory import Loaded
+from rag_jax.system import sharding
+from rag_jax.training import config, session, setup
 
 SETTINGS = {
     "answers": "sample",
@@ -84,7 +85,7 @@ def test_an_epoch_is_of_what_the_stage_trains_on(tiny_data, words, answers, name
     sets = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in change.items()]
     cfg = config.load(f"{tiny.__file__}:{tiny_data}", [*words[5::2], *sets])
     number = [stage.name for stage in cfg.stages].index(name)
-    data = preparing.prepare(cfg, Corpus.open(cfg.corpus))
+    data = setup.prepare(cfg, Corpus.open(cfg.corpus))
     everything = len(data.examples) * (2 if answers == "every" else 1)  # every question has two answers
     epoch = (2 * most or everything) // 4
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -92,7 +93,7 @@ def test_an_epoch_is_of_what_the_stage_trains_on(tiny_data, words, answers, name
     assert setting.epoch == epoch > 1
     if name == "joint":
         assert [step for step in range(3 * epoch) if setting.when.due(step)] == [0, epoch, 2 * epoch]
-    batches = preparing.batches(cfg.stages[number], cfg, data, number)
+    batches = setup.batches(cfg.stages[number], cfg, data, number)
     seen = np.concatenate([batches[step]["source"] for step in range(6 * epoch)])
     assert len(np.unique(seen)) <= (2 * most or everything)
 
@@ -102,9 +103,9 @@ def test_a_lag_longer_than_an_epoch_is_refused_before_the_first_step(tiny_data):
     late = ["stages.joint.refresh=background+9:epoch", "stages.joint.questions=16"]
     cfg = config.load(f"{tiny.__file__}:{tiny_data}", late)
     config.check(cfg)
-    data = preparing.prepare(cfg, Corpus.open(cfg.corpus))
+    data = setup.prepare(cfg, Corpus.open(cfg.corpus))
     with pytest.raises(InputError, match="a build takes 9 steps, and the next begins after 2"):
-        preparing.batches(cfg.stages[-1], cfg, data, len(cfg.stages) - 1)
+        setup.batches(cfg.stages[-1], cfg, data, len(cfg.stages) - 1)
 
 
 def test_refused(tiny_data, words, tmp_path, capsys):

@@ -10,13 +10,13 @@ import pytest
 import tiny
 from test_train import assert_same_run, last_step, rows
 
-from rag_jax import checkpoint
-from rag_jax.answer import Pipeline
-from rag_jax.config import SearchConfig
-from rag_jax.hosted import HostIndex
-from rag_jax.retrieval import index as snapshots
+from rag_jax.index import snapshot as snapshots
+from rag_jax.index.host_index import HostIndex
+from rag_jax.inference.pipeline import Pipeline
 from rag_jax.retrieval.search import Queries
-from rag_jax.upkeep import kept_fields
+from rag_jax.runs import checkpoint
+from rag_jax.training.config import SearchConfig
+from rag_jax.training.stage_index import kept_fields
 
 STEPS = 12
 MODES = {
@@ -42,7 +42,7 @@ def words(mode, run):
     return ["--stage", "joint", "--init", run, "--set", "evaluate_every=0", "--set", "checkpoint_every=5", *assignments]
 
 
-QUICK = ("small",)  # the others are as long, and their parts are tested in test_steps.py, test_refresh.py, test_live.py
+QUICK = ("small",)  # the others are as long, and their parts are tested in test_train_step.py and others
 
 
 @pytest.mark.parametrize("mode", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in MODES])

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax import checkpoint, files, sharding
-from rag_jax.checkpoint import Checkpoints
-from rag_jax.retrieval import encode_job, index
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.corpus.directory import Corpus
+from rag_jax.index import encode_job, snapshot
+from rag_jax.runs import checkpoint
+from rag_jax.runs.checkpoint import Checkpoints
+from rag_jax.system import files, sharding
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def made(tiny_data, tmp_path_factory):
         keeper.save(step, {"state": {"x": jnp.arange(600.0) + step}, "host": np.arange(5)}, {"seconds": 1.0})
     keeper.close()
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
-    about = index.open_snapshot(out / "index").manifest
+    about = snapshot.open_snapshot(out / "index").manifest
     job = encode_job.Job(
         run=str(run), corpus=str(out / "corpus"), corpus_hash=about.corpus_hash, encoder_hash=about.encoder_hash,
         tokenizer_hash=about.tokenizer_hash, step=0, n_passages=40, width=8, dtype="int8", shard_rows=13, batch=4,
@@ -105,12 +106,12 @@ def test_everything_damaged_is_named(made, tmp_path, capsys):
 
 def test_parts_that_do_not_fit_each_other(made, tiny_data, tmp_path, capsys):
     shutil.copytree(made / "run", tmp_path / "run")
-    about = index.open_snapshot(made / "index").manifest
+    about = snapshot.open_snapshot(made / "index").manifest
     manifest = tmp_path / "run" / "index" / files.MANIFEST
     fields = json.loads(manifest.read_text())
     for name in ("kind", "format_version", "manifest_hash"):
         del fields[name]
-    files.write_sealed(manifest, index.KIND, index.VERSION, fields | {"corpus": str(tiny_data / "edited-corpus")})
+    files.write_sealed(manifest, snapshot.KIND, snapshot.VERSION, fields | {"corpus": str(tiny_data / "edited-corpus")})
     status, found = verified(tmp_path / "run", capsys)
     assert status == 2 and about.corpus_hash[:16] in found["damaged"][0]
     shutil.copytree(made / "run", tmp_path / "other")

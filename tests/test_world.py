@@ -12,9 +12,19 @@ from string import Formatter
 
 import pytest
 
-from rag_jax.data import world
-from rag_jax.data.world import FILES, MAX_ENTITIES, MAX_WORDS, MIN_WORDS, SPLITS, SYLLABLES, World, permute, write
-from rag_jax.data.world_text import DISTRACTORS, KINDS, ORGANISATION_NOUNS, RELATIONS, WORK_NOUNS
+from rag_jax.data.synthetic import world
+from rag_jax.data.synthetic.world import (
+    FILES,
+    MAX_ENTITIES,
+    MAX_WORDS,
+    MIN_WORDS,
+    SPLITS,
+    SYLLABLES,
+    World,
+    permute,
+    write,
+)
+from rag_jax.data.synthetic.world_text import DISTRACTORS, KINDS, ORGANISATION_NOUNS, RELATIONS, WORK_NOUNS
 from rag_jax.errors import InputError
 
 N = 1000
@@ -317,7 +327,7 @@ def test_import_needs_no_tensorflow_datasets() -> None:
 def test_tensorflow_datasets_builder(tmp_path: Path) -> None:
     pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("importlib_resources")
-    from rag_jax.data.world_tfds import WorldBuilder, WorldConfig
+    from rag_jax.data.synthetic.world_tfds import WorldBuilder, WorldConfig
 
     builder = WorldBuilder(data_dir=tmp_path, config=WorldConfig(entities=60, seed=2, edit=True))
     builder.download_and_prepare()

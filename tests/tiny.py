@@ -14,11 +14,11 @@ import jax
 from ml_collections import ConfigDict
 
 from rag_jax import __main__ as cli
-from rag_jax import checkpoint
-from rag_jax import run as runs
+from rag_jax.corpus.directory import Corpus
 from rag_jax.models.bert import BertConfig
 from rag_jax.rag import Rag, RagConfig
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.runs import checkpoint
+from rag_jax.runs import directory as runs
 
 ENTITIES = 40
 STEPS = 110  # of the whole run

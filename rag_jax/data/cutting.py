@@ -5,7 +5,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import replace
 from itertools import accumulate
 
-from rag_jax.data.formats import Passage
+from rag_jax.data.readers.formats import Passage
 
 # Scripts written without spaces: each character is a word of its own here and counts half.
 _CJK = (

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from rag_jax import files
-from rag_jax.data import formats
 from rag_jax.data.examples import Examples, PassageTable
+from rag_jax.data.readers import formats
 from rag_jax.errors import InputError
-from rag_jax.logs import info
+from rag_jax.system import files
+from rag_jax.system.logs import info
 
 KIND, VERSION = "tokenised questions", 2
 

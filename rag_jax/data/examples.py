@@ -12,10 +12,10 @@ from rag_jax.data import gold as right
 from rag_jax.data import ragged
 from rag_jax.data.joining import QUESTION_SEPARATOR, join_tail
 from rag_jax.data.ragged import Growing, Ragged
-from rag_jax.data.rows import Question
+from rag_jax.data.readers.rows import Question
 from rag_jax.data.tokenizers import Tokenizer, wrap
 from rag_jax.errors import InputError
-from rag_jax.logs import Progress
+from rag_jax.system.logs import Progress
 
 Answers = Literal["first", "sample", "every"]
 

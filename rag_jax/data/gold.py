@@ -11,10 +11,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from rag_jax.data.rows import Passage, Question
+from rag_jax.data.readers.rows import Passage, Question
 from rag_jax.errors import InputError
-from rag_jax.logs import info
 from rag_jax.metrics import matching
+from rag_jax.system.logs import info
 
 Level = Literal["passage", "document"]
 

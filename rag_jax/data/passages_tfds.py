@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from rag_jax.data.formats import read_passages
+from rag_jax.data.readers.formats import read_passages
 from rag_jax.errors import InputError
 
 _FIELDS = ("id", "title", "text", "document")

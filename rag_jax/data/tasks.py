@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rag_jax.data import gold
-from rag_jax.data.rows import Question
+from rag_jax.data.readers.rows import Question
 from rag_jax.errors import InputError
 
 

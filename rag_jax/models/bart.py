@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rag_jax import sharding, sums
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -29,7 +28,9 @@ from rag_jax.models.layers import (
     residual,
     write_cache,
 )
-from rag_jax.models.special import SpecialTokens
+from rag_jax.models.special_tokens import SpecialTokens
+from rag_jax.ops import float32_sums
+from rag_jax.system import sharding
 
 POSITION_OFFSET = 2  # rows 0 and 1 of the position tables are unused, a leftover of fairseq that checkpoints keep
 
@@ -161,7 +162,7 @@ class Stack(nn.Module):
         if position_BT is None:
             check_length(tokens_BTD.shape[1], self.config)
             position_BT = jnp.arange(tokens_BTD.shape[1])[None]
-        x = sums.add(tokens_BTD, self.position(position_BT + POSITION_OFFSET))
+        x = float32_sums.add(tokens_BTD, self.position(position_BT + POSITION_OFFSET))
         x = self.drop(self.embedding_norm(x), deterministic=deterministic)
         x = sharding.constrain(x, "batch", "length", "width")
         new = KeyValues([], [])

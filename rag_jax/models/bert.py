@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rag_jax import sharding, sums
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -25,6 +24,8 @@ from rag_jax.models.layers import (
     remat,
     residual,
 )
+from rag_jax.ops import float32_sums
+from rag_jax.system import sharding
 
 Pooling = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 
@@ -135,7 +136,9 @@ class Bert(nn.Module):
         length = ids_BL.shape[1]
         if length > self.config.positions:
             raise ValueError(f"input of length {length}, but the encoder has {self.config.positions} positions")
-        x_BLD = sums.add(self.word(ids_BL), self.position(jnp.arange(length)) + self.token_type(jnp.zeros(1, int)))
+        x_BLD = float32_sums.add(
+            self.word(ids_BL), self.position(jnp.arange(length)) + self.token_type(jnp.zeros(1, int))
+        )
         x_BLD = self.drop(self.embedding_norm(x_BLD), deterministic=deterministic)
         x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
         mask_B11L = mask_BL.astype(bool)[:, None, None, :]

@@ -1,7 +1,7 @@
 """Building blocks shared by every Transformer here: attention as a plain function, modules that only own parameters.
 
-Parameters are float32 and carry logical axis names (`rag_jax.sharding.RULES` maps them to mesh axes); matrix products
-run in `dtype`, LayerNorm and softmax in float32.
+Parameters are float32 and carry logical axis names (`rag_jax.system.sharding.RULES` maps them to mesh axes); matrix
+products run in `dtype`, LayerNorm and softmax in float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import places, products, sharding, sums
+from rag_jax.ops import float32_sums, matmul, position_hash
+from rag_jax.system import sharding
 
 Init = Literal["hf", "copy", "lexical"]
 NormPlacement = Literal["post", "pre"]
@@ -192,14 +193,14 @@ def _parts(x_BHTL: jax.Array, values: list[jax.Array]) -> list[jax.Array]:
 
 def _products(equation: str, x_BHTC: jax.Array, sources: list[jax.Array], **kind: Any) -> jax.Array:
     """What `equation` (of einsum) makes of x and every source [B, H, T, L]."""
-    found = [products.einsum(equation, x_BHTC, source, **kind) for source in sources]
+    found = [matmul.einsum(equation, x_BHTC, source, **kind) for source in sources]
     return jnp.concatenate(found, axis=-1) if len(found) > 1 else found[0]
 
 
 def _mix(sums: str, weights: list[jax.Array], sources: list[jax.Array]) -> jax.Array:
     """Weighted sums of the sources [B, H, T, C]."""
     pairs = zip(weights, sources, strict=True)
-    return reduce(jnp.add, [products.einsum(sums, weight, source) for weight, source in pairs])
+    return reduce(jnp.add, [matmul.einsum(sums, weight, source) for weight, source in pairs])
 
 
 def _weights(
@@ -243,7 +244,7 @@ def _each(weights_BHTL: jax.Array, x_BHTC: jax.Array) -> jax.Array:
     """The sums over T [B, H, L, C]. On a CPU the weights are turned over first: XLA's fast products there do not take
     them as they stand, and the others need twice as long.
     """
-    return products.einsum("bhlt,bhtc->bhlc", products.in_rows(weights_BHTL.swapaxes(2, 3)), x_BHTC)
+    return matmul.einsum("bhlt,bhtc->bhlc", matmul.in_rows(weights_BHTL.swapaxes(2, 3)), x_BHTC)
 
 
 def _attend_backward(rate: float, saved: tuple, d_out: jax.Array) -> tuple:
@@ -315,7 +316,7 @@ def kept(drop: Drop, shape: Sequence[int]) -> jax.Array:
     of a small step on a CPU; a mask needs no such strength. Arrays of more than 2^32 repeat.
     """
     before, between = drop.words
-    bits = places.mixed(places.mixed(places.numbers(shape) ^ before) + between)
+    bits = position_hash.mixed(position_hash.mixed(position_hash.numbers(shape) ^ before) + between)
     return bits >= np.uint32(min(round(drop.rate * 2**32), 2**32 - 1))
 
 
@@ -346,11 +347,11 @@ class Dense(nn.Module):
         kernel = self.param("kernel", nn.with_logical_partitioning(kernel_init(self.init), self.names), shape)
         # the kernel's gradient is a sum over one axis then: a CPU has a faster product for it, a TPU would copy x
         flat = x.reshape(-1, x.shape[-1]) if sharding.platform() == "cpu" else x
-        y = sums.matmul(flat.astype(self.dtype), kernel, self.names, self.out)
+        y = float32_sums.matmul(flat.astype(self.dtype), kernel, self.names, self.out)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.names[1:])
             bias = self.param("bias", zeros, shape[1:])
-            y = sums.add(y, sharding.gathered(bias, self.names[1:], bias.dtype))
+            y = float32_sums.add(y, sharding.gathered(bias, self.names[1:], bias.dtype))
         return y.reshape(*x.shape[:-1], -1)
 
 
@@ -399,11 +400,11 @@ class Embed(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.features))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return sums.lookup(self.embedding, ids, self.names, self.dtype)
+        return float32_sums.lookup(self.embedding, ids, self.names, self.dtype)
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> [..., rows] in float32: logits rounded to bfloat16 would be off by several thousandths."""
-        return sums.matmul(hidden.astype(self.dtype), self.embedding.T, self.names[::-1], jnp.float32)
+        return float32_sums.matmul(hidden.astype(self.dtype), self.embedding.T, self.names[::-1], jnp.float32)
 
 
 class Attention(nn.Module):

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import sharding
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -33,7 +32,8 @@ from rag_jax.models.layers import (
     remat,
     write_cache,
 )
-from rag_jax.models.special import SpecialTokens
+from rag_jax.models.special_tokens import SpecialTokens
+from rag_jax.system import sharding
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from rag_jax import files
+from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
-from rag_jax.logs import Progress, info
-from rag_jax.retrieval import search, words
-from rag_jax.retrieval.corpus import Corpus
+from rag_jax.retrieval import bm25_words, search
 from rag_jax.retrieval.search import Queries, SearchResult, Source
+from rag_jax.system import files
+from rag_jax.system.logs import Progress, info
 
 KIND, VERSION = "bm25", 1
 BLOCK = 256  # scores of which the maximum is looked at first
@@ -54,7 +54,7 @@ class Bm25:
     corpus_hash: str
     config: Bm25Config
     stopwords: tuple[str, ...]
-    split: words.Split
+    split: bm25_words.Split
     deleted: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @classmethod
@@ -66,8 +66,8 @@ class Bm25:
         Takes about 25 bytes of memory a word. InputError where no text has a word.
         """
         config = config or Bm25Config()
-        bm25s, stopwords = words.library(), words.stopwords(config.language, config.stopwords)
-        split = words.splitter(config.language, stopwords)
+        bm25s, stopwords = bm25_words.library(), bm25_words.stopwords(config.language, config.stopwords)
+        split = bm25_words.splitter(config.language, stopwords)
         vocabulary: dict[str, int] = {}
         ids_NX: list[list[int]] = []
         with Progress(total, "BM25: words of passages", "passage") as progress:
@@ -104,11 +104,11 @@ class Bm25:
         with files.described(directory / files.MANIFEST, "build the BM25 index again"):
             config, stopwords = Bm25Config(**found["settings"]), tuple(found["stopwords"])
         try:
-            index = words.library().BM25.load(directory / "index", mmap=True, show_progress=False)
+            index = bm25_words.library().BM25.load(directory / "index", mmap=True, show_progress=False)
             deleted = np.load(directory / "deleted.npy", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{directory}: unreadable ({error}); build the BM25 index again") from error
-        split = words.splitter(config.language, stopwords)
+        split = bm25_words.splitter(config.language, stopwords)
         return cls(index, found["corpus_hash"], config, stopwords, split, deleted)
 
     def without(self, rows: Sequence[int] | np.ndarray) -> Self:

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from rag_jax import sharding
 from rag_jax.errors import InputError
 from rag_jax.retrieval import mips_device
 from rag_jax.retrieval.mips_device import LOWEST, Best, Mass, Pass, Rows, decoded, quantise
+from rag_jax.system import sharding
 
 __all__ = ["OVERSAMPLE", "log_normaliser", "quantise", "rows_at", "search", "search_with_normaliser"]
 

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rag_jax import sharding
 from rag_jax.errors import InputError
 from rag_jax.retrieval import mips
+from rag_jax.system import sharding
 
 BATCH = 256  # questions searched at once on the devices
 

@@ -5,19 +5,19 @@ copies of another tensor (tied), which may be left out, and what becomes of ever
 or writes files.
 """
 
-from rag_jax.models.hf import bart, bert, composite, generation, lm, sentence, t5, tokenizer
+from rag_jax.models.hf import bart, bert, composite, decoder_only, generation, sentence, t5, tokenizer
 from rag_jax.models.hf.naming import Family
 from rag_jax.models.hf.settings import Table
 
 # by model_type, as config.json has it; dpr_context is the other half of dpr
 ENCODERS: dict[str, Family] = bert.FAMILIES
-GENERATORS: dict[str, Family] = {**bart.FAMILIES, **lm.FAMILIES, **t5.FAMILIES}
+GENERATORS: dict[str, Family] = {**bart.FAMILIES, **decoder_only.FAMILIES, **t5.FAMILIES}
 
 # what becomes of the keys of each kind of file, by the name that docs/settings.md gives it
 SETTINGS: dict[str, Table] = {
     **{f"config.json of {name}": family.settings for name, family in (ENCODERS | GENERATORS).items()},
     "config.json of rag": composite.RAG,
-    "rope_parameters": lm.ROPE,
+    "rope_parameters": decoder_only.ROPE,
     "generation_config.json": generation.GENERATION,
     "generation_config.json of a decoder-only model": generation.GENERATION_LM,
     **sentence.TABLES,

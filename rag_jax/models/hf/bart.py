@@ -20,7 +20,7 @@ from rag_jax.models.hf.naming import (
     table,
 )
 from rag_jax.models.hf.settings import COMMON, Table, fates, idle, into, only
-from rag_jax.models.special import NONE
+from rag_jax.models.special_tokens import NONE
 
 BART: Table = COMMON | LEGACY | fates({
     "vocab_size": into("vocab_size"),

@@ -10,7 +10,7 @@ import numpy as np
 from rag_jax.errors import InputError
 from rag_jax.models.hf.settings import Table
 from rag_jax.models.layers import ACTIVATIONS
-from rag_jax.models.special import NONE, SpecialTokens
+from rag_jax.models.special_tokens import NONE, SpecialTokens
 
 HfConfig = Mapping[str, Any]
 Form = Literal["same", "transposed", "row"]

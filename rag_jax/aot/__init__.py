@@ -1,0 +1,5 @@
+"""Whether a configuration fits on chips that are not here, and how fast it can be there.
+
+`compile` compiles `stage_programs` ahead of time for a topology; `layer_extrapolation` reckons many layers from few;
+`hlo` and `operation_count` read work and memory from programs; `hardware` has what chips can do by data sheet.
+"""

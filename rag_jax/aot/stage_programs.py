@@ -1,0 +1,264 @@
+"""The programs of a configuration with arguments that are shapes alone: the step of each stage, the search, and the
+embedding of passages, as training and evaluation make them. Nothing is allocated; the corpus need not be there.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rag_jax.corpus.directory import Corpus
+from rag_jax.errors import InputError
+from rag_jax.index import device_index
+from rag_jax.index.device_index import Index
+from rag_jax.rag import Passages, Rag
+from rag_jax.runs import directory as runs
+from rag_jax.system import sharding
+from rag_jax.training import config, train_step
+from rag_jax.training.config import StageConfig, TrainConfig
+from rag_jax.training.train_step import Setting, TrainState
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the corpus and the questions are like, in numbers. Lengths in tokens of a passage for each side."""
+
+    passages: int
+    encoder_length: int
+    generator_length: int
+    encoder_dtype: str
+    generator_dtype: str
+    prefix_ids: tuple[int, ...]
+    live: bool = False  # an index that says which rows are deleted
+
+
+class Program(NamedTuple):
+    """A function with its arguments as ShapeDtypeStructs with shardings, in groups with a name each. call(*arguments)
+    is traced, jitted(*arguments) is compiled; questions and tokens (as if none were padding) of one run.
+    """
+
+    name: str
+    call: Any
+    jitted: Any
+    arguments: tuple[Any, ...]
+    groups: dict[str, Any]
+    questions: int
+    tokens: int
+    passages: int = 0  # that one run embeds
+
+
+def sizes(cfg: TrainConfig, passages: int, encoder_length: int, generator_length: int) -> tuple[Rag, Sizes]:
+    """The model with its vocabularies, and sizes: of the corpus where it is there, else those given; InputError where
+    neither says it.
+    """
+    if Path(cfg.corpus).is_dir():
+        corpus = Corpus.open(cfg.corpus)
+        rag = Rag(runs.resolve(cfg.model, corpus.encoder_tokenizer, corpus.generator_tokenizer))
+        runs.check_length(rag, corpus)
+        prefix_ids = corpus.generator_tokenizer.prefix_ids
+        n = passages or len(corpus)
+        n = runs.capacity(n) if cfg.live else n
+        lengths = (int(corpus.encoder_ids.shape[1]), int(corpus.generator_ids.shape[1]))
+        dtypes = (str(corpus.encoder_ids.dtype), str(corpus.generator_ids.dtype))
+        return rag, Sizes(n, *lengths, *dtypes, prefix_ids, cfg.live or corpus.live_N is not None)
+    if passages < 1:
+        raise InputError(f"{cfg.corpus}: no such corpus; build it, or say how large it will be: --passages 21015300")
+    sides = {"encoder": cfg.model.encoder, "generator": cfg.model.generator}
+    for side, model in sides.items():
+        if model is not None and not model.vocab_size:
+            raise InputError(
+                f"model.{side}.vocab_size is that of a corpus that is not there ({cfg.corpus}); "
+                f"give it: --set model.{side}.vocab_size=30522"
+            )
+    wide = [model is not None and model.vocab_size > 2**16 for model in sides.values()]
+    dtypes = ("uint32" if wide[0] else "uint16", "uint32" if wide[1] else "uint16")
+    n = runs.capacity(passages) if cfg.live else passages
+    prefix_ids = (cfg.model.generator.bos_id,) if cfg.model.generator is not None else ()
+    return Rag(cfg.model), Sizes(n, encoder_length, generator_length, *dtypes, prefix_ids, cfg.live)
+
+
+def array(mesh: Mesh, shape: tuple[int, ...], dtype: str, *names: str | None) -> Any:
+    """A ShapeDtypeStruct of an array whose axes have these logical names; those not named are not cut."""
+    names = (*names, *[None] * (len(shape) - len(names)))
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding.sharding(mesh, names))
+
+
+def state(rag: Rag, stage: StageConfig, mesh: Mesh) -> TrainState:
+    """As `steps.first_state` makes it."""
+    opt_state = sharding.described(mesh, jax.eval_shape(lambda: train_step.first_optimizer_state(rag, stage)))
+    return TrainState(array(mesh, (), "int32"), runs.param_places(rag, mesh), opt_state)
+
+
+def batch(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> dict[str, Any]:
+    """As `pipeline.question_batches`, `denoise_batches` and `inverse_cloze.batches` make it, with one gold passage a
+    question.
+    """
+    B, Q, T = stage.batch, cfg.model.question_length, cfg.target_length
+    shapes: dict[str, tuple[int, ...]] = {
+        "tail_ids": (B, min(Q, cfg.model.tail_length)),
+        "tail_length": (B,),
+        "labels": (B, T),
+    }
+    if stage.objective == "inverse_cloze":
+        shapes = {"passage_ids": (B, size.encoder_length), "passage_length": (B,)}
+        shapes |= {"question_ids": (B, Q), "question_length": (B,), "gold": (B, 1)}
+    elif stage.objective == "denoise":
+        length = stage.source_length or cfg.model.source_length
+        shapes |= {"tail_ids": (B, length - len(size.prefix_ids)), "labels": (B, length)}
+    else:
+        shapes |= {"question_ids": (B, Q), "question_length": (B,), "gold": (B, 1)}
+        shapes |= {"window": (B, 2)} if stage.window else {}
+        if stage.negatives == "given" and cfg.search.kind == "exact":
+            shapes["negatives"] = (B, stage.hard_negatives)
+        if cfg.search.kind != "exact":  # found between steps
+            found = hosted_rows(stage)
+            contrasts = stage.objective == "contrastive"
+            rows = (B * found,) if contrasts else (B, found)
+            shapes |= {"documents": rows, "document_rows": rows}
+    return {name: array(mesh, shape, "int32", "batch") for name, shape in shapes.items()}
+
+
+def hosted_rows(stage: StageConfig) -> int:
+    """Passages a question that the host gathers for a step."""
+    if stage.objective == "contrastive":
+        return 1 + stage.hard_negatives
+    return max(stage.n_docs, stage.n_retrieved) if config.searches(stage) else 1
+
+
+def tables(size: Sizes, mesh: Mesh, rows: int, name: str = "rows") -> Passages:
+    """The token table."""
+    return Passages(
+        array(mesh, (rows, size.encoder_length), size.encoder_dtype, name),
+        array(mesh, (rows,), "uint16", name),
+        array(mesh, (rows, size.generator_length), size.generator_dtype, name),
+        array(mesh, (rows,), "uint16", name),
+    )
+
+
+def index(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Index:
+    """An index on the devices, as `refresh.blank` makes it."""
+    rows, width, dtype = padded(size, mesh), rag.config.encoder.output_width, cfg.search.dtype
+    return Index(
+        array(mesh, (rows, width), dtype, "rows"),
+        array(mesh, (rows,), "int32", "rows"),
+        array(mesh, (rows,), "float32", "rows") if dtype == "int8" else None,
+        array(mesh, (rows,), "bool", "rows") if size.live else None,
+        array(mesh, (width,), "float32"),
+    )
+
+
+def padded(size: Sizes, mesh: Mesh) -> int:
+    """Rows of the tables: a multiple of the devices."""
+    return -(-size.passages // mesh.size) * mesh.size
+
+
+def setting(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Setting:
+    """What the step of a stage closes over; an epoch is that of Natural Questions, for the words of `refresh`."""
+    rows = padded(size, mesh) if cfg.live else size.passages
+    questions = min(stage.questions or 79_168, 79_168)
+    return Setting(rag, stage, mesh, rows, size.prefix_ids, cfg.search, max(1, questions // stage.batch))
+
+
+def step(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Program:
+    """The training step of a stage."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if stage.batch % shards:
+        raise InputError(
+            f"stage {stage.name}: batch={stage.batch} does not divide over {shards} devices; make it a multiple: "
+            f"--set stages.{stage.name}.batch={-(-stage.batch // shards) * shards}"
+        )
+    s = setting(cfg, stage, rag, size, mesh)
+    train_state, questions = state(rag, stage, mesh), batch(cfg, stage, rag, size, mesh)
+    table: Index | None = index(cfg, rag, size, mesh) if config.searches(stage) else None
+    passages = tables(size, mesh, padded(size, mesh))
+    if cfg.search.kind != "exact":
+        rows, width = hosted_rows(stage) * stage.batch, rag.config.encoder.output_width
+        passages = tables(size, mesh, rows, "batch")
+        kept = array(mesh, (rows, width), "float32", "batch"), array(mesh, (rows,), "int32", "batch")
+        table = Index(*kept) if config.searches(stage) else None
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+    groups = {
+        "parameters": train_state.params, "optimiser": (train_state.step, train_state.opt_state), "index": table,
+        "token table": passages, "batch": (questions, key),
+    }  # fmt: skip
+    return Program(
+        stage.name,
+        train_step.make_step(s, 0),
+        train_step.jit_step(s, 0, train_state, table),
+        (train_state, questions, table, passages, key),
+        groups,
+        stage.batch,
+        tokens(cfg, stage, size),
+    )
+
+
+def tokens(cfg: TrainConfig, stage: StageConfig, size: Sizes) -> int:
+    """Of one batch, read and written, if none were padding; those of re-embedded passages do not count."""
+    B, Q, T = stage.batch, cfg.model.question_length, cfg.target_length
+    length = stage.source_length or cfg.model.source_length
+    if config.contrasts(stage):
+        return B * (Q + (1 + stage.hard_negatives) * size.encoder_length)
+    if stage.objective == "denoise":
+        return 2 * B * length
+    return B * (stage.n_docs if stage.documents == "retrieved" else 1) * (length + T - 1)
+
+
+def search(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh, questions: int, k: int) -> Program:
+    """The search for that many questions at once, as in evaluation."""
+    stage = dataclasses.replace(cfg.stages[-1], n_docs=k)
+    s, table = setting(cfg, stage, rag, size, mesh), index(cfg, rag, size, mesh)
+    q_BE = array(mesh, (questions, rag.config.encoder.output_width), "float32", "batch")
+
+    def find(q_BE: jax.Array, index: Index) -> Any:
+        return train_step.find(s, q_BE, index, k)
+
+    return Program("search", find, jax.jit(find), (q_BE, table), {"index": table, "batch": q_BE}, questions, 0)
+
+
+def encode(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Program:
+    """One block of making the index anew on the devices; its encoder is on every one of them."""
+    side = "question_encoder" if rag.config.tie_encoders else "context_encoder"
+    whole = sharding.replicated(mesh)
+    encoder = {
+        side: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), runs.param_places(rag, mesh)[side]
+        )
+    }
+    table, passages = (
+        index(cfg, rag, size, mesh)._replace(live_N=None, drift_E=None),
+        tables(size, mesh, padded(size, mesh)),
+    )
+    number = array(mesh, (), "int32")
+
+    def block(params: Any, index: Index, passages: Passages, number: Any, step: Any) -> Index:
+        return device_index.embed_block(rag, mesh, params, index, passages, number, step, device_index.BLOCK)
+
+    n = min(device_index.BLOCK * mesh.size, padded(size, mesh))
+    groups = {"parameters": encoder, "index": table, "token table": passages, "batch": (number, number)}
+    arguments = (encoder, table, passages, number, number)
+    return Program("encode", block, jax.jit(block, donate_argnums=1), arguments, groups, 0, n * size.encoder_length, n)
+
+
+def every(
+    cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh, stages: list[str], questions: int, k: int
+) -> dict[str, Program]:
+    """The programs named in `stages` (all where it is empty) by their names; InputError for one that is not there."""
+    known = [stage.name for stage in cfg.stages]
+    graph = cfg.search.kind == "exact"
+    embeds = graph and (rag.config.context_encoder or rag.config.tie_encoders)
+    known += ["search"] * graph + ["encode"] * embeds
+    unknown = [name for name in stages if name not in known]
+    if unknown:
+        raise InputError(f"--stage {unknown[0]}: no such program; there are {', '.join(known)}")
+    wanted = stages or known
+    found = {s.name: step(cfg, s, rag, size, mesh) for s in cfg.stages if s.name in wanted}
+    if "search" in wanted and "search" not in found:
+        found["search"] = search(cfg, rag, size, mesh, questions, k)
+    if "encode" in wanted and "encode" not in found:
+        found["encode"] = encode(cfg, rag, size, mesh)
+    return found

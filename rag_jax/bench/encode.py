@@ -1,0 +1,220 @@
+"""`rag-jax bench encode`: how fast passages are embedded, beside transformers and beside what the machine allows.
+
+Weights are random and the same on both sides. The rival is what sentence-transformers does: passages sorted by length,
+batches padded to their longest, the mean over the tokens of transformers' BertModel. The work counted is that of the
+real tokens alone, so padding shows as a lower fraction of the measured rate of matrix multiplication.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from rag_jax.bench.machine_limits import in_turn, matmul_limit, spread
+from rag_jax.corpus.directory import Corpus
+from rag_jax.errors import InputError
+from rag_jax.index import encode
+from rag_jax.models.bert import BertConfig
+from rag_jax.pretrained import save
+from rag_jax.rag import Params, Rag, RagConfig
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Load:
+    """`passages` passages of `shortest` to `length` tokens, evenly spread, `batch` at once, by a BERT of this shape."""
+
+    passages: int = 1024
+    shortest: int = 16
+    length: int = 160
+    batch: int = 64
+    width: int = 128
+    layers: int = 2
+    hidden: int = 512
+    heads: int = 4
+    vocabulary: int = 8192
+    dtype: str = "float32"
+
+    @property
+    def model(self) -> BertConfig:
+        return BertConfig(
+            vocab_size=self.vocabulary, width=self.width, layers=self.layers, heads=self.heads, hidden=self.hidden,
+            positions=max(512, self.length), dropout=0.0, pooling="mean", dtype=self.dtype,
+        )  # fmt: skip
+
+
+LOADS = {
+    "small": Load(),
+    "minilm": Load(passages=512, width=384, layers=6, hidden=1536, heads=12, vocabulary=30522),
+    "bert-base": Load(
+        passages=16384, batch=512, width=768, layers=12, hidden=3072, heads=12, vocabulary=30522, dtype="bfloat16"
+    ),
+}  # fmt: skip
+
+
+def drawn(load: Load, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [N, L] and lengths [N] of random passages."""
+    rng = np.random.default_rng(seed)
+    length_N = rng.integers(load.shortest, load.length + 1, load.passages).astype(np.uint16)
+    return rng.integers(1, load.vocabulary, (load.passages, load.length)).astype(np.uint16), length_N
+
+
+def read(load: Load, corpus: Corpus) -> tuple[Load, np.ndarray, np.ndarray]:
+    """The first passages of a corpus, and the load with what they are."""
+    ids_NL, length_N = (
+        np.asarray(corpus.encoder_ids[: load.passages]),
+        np.asarray(corpus.encoder_length[: load.passages]),
+    )
+    vocabulary = max(load.vocabulary, corpus.encoder_tokenizer.vocab_size)
+    shape = {"passages": len(ids_NL), "shortest": int(length_N.min()), "length": ids_NL.shape[1]}
+    return dataclasses.replace(load, vocabulary=vocabulary, **shape), ids_NL, length_N
+
+
+def flops(load: Load, length_N: np.ndarray) -> float:
+    """Of the matrix products for passages of these lengths, without padding; 2 per multiply-add."""
+    D, tokens = load.width, np.asarray(length_N, np.float64)
+    return float(load.layers * 2 * ((4 * D * D + 2 * D * load.hidden) * tokens + 2 * D * tokens**2).sum())
+
+
+def padded_tokens(load: Load, length_N: np.ndarray) -> int:
+    """Tokens that our programs run, with those of padding."""
+    size = -(-load.batch // jax.local_device_count()) * jax.local_device_count()
+    return sum(size * wide for _, wide in encode.plan(length_N, size, load.length))
+
+
+def random_model(load: Load) -> tuple[Rag, Params]:
+    """A model with an encoder alone."""
+    rag = Rag(RagConfig(encoder=load.model, generator=None, tie_encoders=True))
+    return rag, nn.unbox(jax.jit(rag.init)(jax.random.key(0)))
+
+
+def ours(load: Load, rag: Rag, params: Params, ids_NL: np.ndarray, length_N: np.ndarray) -> Callable[[int], np.ndarray]:
+    encoder = rag.encoder
+    embed_rows = encode.row_embedder(
+        lambda p, ids, mask: encoder.apply({"params": p}, ids, mask),
+        params["question_encoder"], ids_NL, length_N, load.batch,
+    )  # fmt: skip
+    return lambda i: embed_rows(0, len(length_N), lambda more: None)
+
+
+def theirs(
+    load: Load, rag: Rag, params: Params, ids_NL: np.ndarray, length_N: np.ndarray, directory: Path
+) -> Callable[[int], np.ndarray]:
+    """The same model in transformers, by way of an export."""
+    import torch
+    import transformers
+
+    save.save_pretrained(directory, rag, params, part="question_encoder")
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    model = transformers.BertModel.from_pretrained(directory, add_pooling_layer=False).eval()
+    model = model.to(device, getattr(torch, load.dtype))
+    order = np.argsort(-length_N.astype(int), kind="stable")
+    ids_all, lengths_all = (torch.tensor(x.astype(np.int64)) for x in (ids_NL, length_N))
+
+    def call(i: int) -> np.ndarray:
+        out = np.empty((len(order), load.width), np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(order), load.batch):
+                here = order[start : start + load.batch]
+                length = lengths_all[here].to(device)
+                ids = ids_all[here, : int(length.max())].to(device)
+                mask = torch.arange(ids.shape[1], device=device)[None] < length[:, None]
+                hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
+                out[here] = ((hidden * mask[..., None]).sum(1) / length[:, None]).cpu().numpy()
+        return out
+
+    return call
+
+
+def bench(load: Load, ids_NL: np.ndarray, length_N: np.ndarray, repeats: int, rival: bool) -> dict[str, Any]:
+    rag, params = random_model(load)
+    calls = {"ours": ours(load, rag, params, ids_NL, length_N)}
+    with tempfile.TemporaryDirectory() as directory:
+        if rival:
+            calls["transformers"] = theirs(load, rag, params, ids_NL, length_N, Path(directory) / "model")
+        seconds, found = in_turn(calls, repeats, "bench encode")
+    limit = matmul_limit(dtype=load.dtype) * jax.local_device_count()
+    times = seconds["ours"][1:]
+    median, tokens, work = statistics.median(times), int(length_N.sum(dtype=np.int64)), flops(load, length_N)
+    result: dict[str, Any] = {
+        **dataclasses.asdict(load),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.local_device_count(),
+        "jax": jax.__version__,
+        "seconds": spread(times),
+        "passages_per_second": load.passages / median,
+        "tokens_per_second": tokens / median,
+        "warm_up_seconds": round(seconds["ours"][0] - median, 2),
+        "padding_share": 1 - tokens / padded_tokens(load, length_N),
+        "flops": work,
+        "flops_per_second": work / median,
+        "matmul_limit_flops_per_second": limit,
+        "fraction_of_limit": work / median / limit,
+    }
+    if rival:
+        their = seconds["transformers"][1:]
+        one, other = found["ours"][-1], found["transformers"][-1]
+        difference = np.abs(one - other).max() / np.abs(other).max()
+        result["transformers"] = spread(their)
+        result["times_faster"] = statistics.median(their) / median
+        result["largest_difference"] = float(difference)
+    return result
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--load", choices=tuple(LOADS), default="small", help="shapes to begin with (default: small)")
+    for field in dataclasses.fields(Load):
+        kind = str if field.name == "dtype" else int
+        parser.add_argument(f"--{field.name}", type=kind, help=f"instead of the load's {field.name}")
+    parser.add_argument("--corpus", type=Path, help="its first passages instead of random ones")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument("--alone", action="store_true", help="without transformers, even if torch is there")
+    parser.epilog = "example: rag-jax bench encode --load minilm --corpus data/corpus --json"
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    changes = {f.name: value for f in dataclasses.fields(Load) if (value := getattr(args, f.name)) is not None}
+    for name, value in (*changes.items(), ("repeats", args.repeats)):
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"--{name} {value}: at least 1")
+    load = dataclasses.replace(LOADS[args.load], **changes)
+    if load.width % load.heads or load.dtype not in DTYPES or load.shortest > load.length or load.vocabulary > 2**16:
+        raise InputError(
+            f"--width {load.width} --heads {load.heads} --dtype {load.dtype} --shortest {load.shortest} --length "
+            f"{load.length} --vocabulary {load.vocabulary}: the width must be a multiple of the heads, the type "
+            f"{' or '.join(DTYPES)}, the shortest no longer than the length, the vocabulary at most 65536"
+        )
+    if args.corpus is not None:
+        load, ids_NL, length_N = read(load, Corpus.open(args.corpus))
+    else:
+        ids_NL, length_N = drawn(load)
+    rival = not args.alone and importlib.util.find_spec("torch") is not None
+    return {"text": table(result := bench(load, ids_NL, length_N, args.repeats, rival)), **result}
+
+
+def table(r: dict[str, Any]) -> str:
+    """For people."""
+    lines = [
+        f"{r['passages']:,} passages of {r['shortest']} to {r['length']} tokens, {r['batch']} at once; "
+        f"D={r['width']} layers={r['layers']} {r['dtype']}, {r['devices']} x {r['device']}",
+        f"{r['seconds']['median_ms']:,.0f} ms ({r['seconds']['min_ms']:,.0f} to {r['seconds']['max_ms']:,.0f}); "
+        f"{r['passages_per_second']:,.0f} passages/s, {r['tokens_per_second']:,.0f} tokens/s",
+        f"{r['flops_per_second'] / 1e9:,.1f} GFLOP/s, {r['fraction_of_limit']:.0%} of the matmul limit; "
+        f"padding {r['padding_share']:.1%}; compiling and the like {r['warm_up_seconds']:.1f} s",
+    ]
+    if "times_faster" in r:
+        lines.append(
+            f"transformers {r['transformers']['median_ms']:,.0f} ms, {r['times_faster']:.2f} times as long; "
+            f"largest difference {r['largest_difference']:.1e} of the largest value"
+        )
+    return "\n".join(lines)

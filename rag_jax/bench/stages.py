@@ -1,0 +1,182 @@
+"""`rag-jax bench`: how long the steps of a configuration take, against what the machine's matrix multiplication allows.
+
+The limit is measured in the same run: the best rate of a product among a few sizes, in the type the model computes in.
+The work is counted from the shapes in the program (every matrix product of forward and backward pass): what is done,
+and what the model needs, which is that of the same step with nothing computed a second time to save memory.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rag_jax.aot.operation_count import matmul_flops
+from rag_jax.bench import decode, encode, largest_batch, search, train
+from rag_jax.bench.machine_limits import machine, matmul_limit, peak_memory, spread, timed
+from rag_jax.corpus.directory import Corpus
+from rag_jax.data import batching
+from rag_jax.errors import InputError
+from rag_jax.index.host_index import Searchers
+from rag_jax.runs import directory as runs
+from rag_jax.system import sharding
+from rag_jax.system.logs import Progress
+from rag_jax.training import config, session, setup
+from rag_jax.training.config import StageConfig, TrainConfig
+from rag_jax.training.train_step import Setting, first_state, jit_step, make_step
+
+
+def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, Any]:
+    """One stage's real step on its real batches: compile time, host input work, step time, fraction of the limit."""
+    corpus = Corpus.open(cfg.corpus)
+    mesh = sharding.make_mesh(cfg.mesh or None)
+    setup.check(cfg, corpus, mesh)
+    data = setup.prepare(cfg, corpus)
+    loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact")
+    params = session.init_params(loaded, cfg.seed, cfg.init)
+    state = first_state(loaded.rag, stage, mesh, params, 0)
+    number = cfg.stages.index(stage)
+    refresher = session.make_refresher(cfg, loaded, Searchers(cfg.search, corpus, mesh))
+    upkeep = session.upkeep_of(cfg, loaded, data, refresher, number, None)
+    batches = setup.batches(stage, cfg, data, number)
+    key = jax.random.key(cfg.seed)
+    upkeep.before(params, 0, 0, batches[0])
+    jitted = jit_step(upkeep.setting, 0, state, upkeep.feed(params, batches[0]).table)
+    programs: dict[tuple[int, ...], Any] = {}  # by the widths of their batches
+    work: dict[tuple[int, ...], list[float]] = {}
+    compile_seconds = 0.0
+    prepare_seconds: list[float] = []
+    for i in range(steps):  # the work itself, in this thread; in training it runs ahead in another
+        prepare_seconds += timed(lambda i=i: upkeep.feed(state.params, batches[i]), 1)
+    iterator = batching.iterate(batches, 0)
+    step_seconds, wait_seconds, tokens, flops = [], [], [], []
+    warmup = 3
+    with Progress(steps + warmup, f"bench {stage.name}", "step") as progress:
+        for i in range(steps + warmup):
+            begun = time.perf_counter()
+            fed = upkeep.feed(state.params, drawn := next(iterator))
+            ready = time.perf_counter()
+            if (widths := batching.widths_of(drawn)) not in programs:
+                work[widths] = [
+                    matmul_flops(jax.make_jaxpr(make_step(setting, 0))(state, *fed, key).jaxpr)
+                    for setting in (upkeep.setting, without_savings(upkeep.setting))
+                ]
+                compiling = time.perf_counter()
+                programs[widths] = jitted.lower(state, *fed, key).compile()
+                compile_seconds += time.perf_counter() - compiling
+                begun += time.perf_counter() - ready
+                ready = time.perf_counter()
+            state, index, metrics = programs[widths](state, *fed, key)
+            upkeep.after(index)
+            jax.block_until_ready(state)
+            if i >= warmup:
+                wait_seconds.append(ready - begun)
+                step_seconds.append(time.perf_counter() - begun)
+                tokens.append(float(metrics["tokens"]))
+                flops.append(work[widths])
+            progress.update(1)
+    part = loaded.rag.config.generator or loaded.rag.config.encoder
+    limit = matmul_limit(dtype=part.dtype) * loaded.mesh.size
+    median = statistics.median(step_seconds)
+    needed, done = np.asarray(flops, float).T[::-1]
+    return {
+        "stage": stage.name,
+        **machine(),
+        "mesh": dict(loaded.mesh.shape),
+        "batch": stage.batch,
+        "steps": steps,
+        "compile_seconds": round(compile_seconds, 2),
+        "step": spread(step_seconds),
+        "host_wait": spread(wait_seconds),
+        "host_share": sum(wait_seconds) / sum(step_seconds),
+        "host_work_share": statistics.median(prepare_seconds) / median,
+        "tokens_per_second": round(rate(tokens, step_seconds)),
+        "questions_per_second": stage.batch / median,
+        "model_flops": float(needed.mean()),
+        "hardware_flops": float(done.mean()),
+        "flops_per_second": rate(needed, step_seconds),
+        "matmul_limit_flops_per_second": limit,
+        "fraction_of_limit": rate(needed, step_seconds) / limit,
+        **peak_memory(),
+    }
+
+
+def rate(amounts: Sequence[float], seconds: Sequence[float]) -> float:
+    """Median over the steps of what was done in a second; steps of several buckets differ."""
+    return float(np.median(np.asarray(amounts) / np.asarray(seconds)))
+
+
+def without_savings(setting: Setting) -> Setting:
+    """The same step with nothing in parts and nothing computed again (but for the logits in the gradient)."""
+
+    def kept(part: Any) -> Any:
+        return part and dataclasses.replace(part, remat="none")
+
+    model, stage = setting.rag.config, setting.stage
+    model = dataclasses.replace(model, encoder=kept(model.encoder), generator=kept(model.generator))
+    return setting._replace(
+        rag=dataclasses.replace(setting.rag, config=model), stage=dataclasses.replace(stage, accumulate=1, doc_chunk=0)
+    )
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, configure_kind, text in (
+        ("train", configure_train, "the training step: of a configuration's stages, or of a load beside transformers"),
+        ("decode", decode.configure, "writing answers, beside transformers and beside the limit"),
+        ("search", search.configure, "exact search by types of the index, beside faiss, NumPy and ScaNN"),
+        ("encode", encode.configure, "embedding passages, beside transformers and beside the limit"),
+    ):
+        kind = kinds.add_parser(name, help=text, description=text)
+        kind.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object")
+        configure_kind(kind)
+    parser.epilog = "example: rag-jax bench decode --load medium"
+
+
+def configure_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", help="configs/NAME.py or configs/NAME.py:ARGUMENT, with its own data")
+    parser.add_argument("--stage", action="append", default=[], help="only this stage (may be repeated)")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps a stage")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a configuration value")
+    train.configure(parser)
+    parser.epilog = (
+        "examples: rag-jax bench train --config configs/world.py --stage joint --json\n"
+        "          rag-jax bench train --load medium --variant sequence"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    jax.config.update("jax_enable_compilation_cache", False)  # or compile times would be those of reading it
+    benches = {"train": run_train, "decode": decode.run, "search": search.run, "encode": encode.run}
+    return benches[args.what](args)
+
+
+def run_train(args: argparse.Namespace) -> dict[str, Any]:
+    if (args.config is None) == (args.load is None):
+        raise InputError("give --config, for the stages of a configuration, or --load, for a synthetic load")
+    if args.load is not None:
+        return largest_batch.run(args) if args.largest else train.run(args)
+    return run_config(args)
+
+
+def run_config(args: argparse.Namespace) -> dict[str, Any]:
+    if args.steps < 1:
+        raise InputError(f"--steps {args.steps}: at least 1")
+    cfg = config.load(args.config, args.set)
+    if not Path(cfg.corpus).is_dir():
+        raise InputError(f"{cfg.corpus}: no such corpus; make it as the docstring of {args.config} says")
+    stages = [stage for stage in cfg.stages if not args.stage or stage.name in args.stage]
+    if not stages:
+        raise InputError(f"--stage {args.stage[0]}: {args.config} has {', '.join(stage.name for stage in cfg.stages)}")
+    results = [bench_stage(cfg, stage, args.steps) for stage in stages]
+    lines = ["stage        step (median)   host waits   host works   tokens/s   GFLOP/s   of the matmul limit"]
+    for r in results:
+        rates = f"{r['tokens_per_second']:>10,} {r['flops_per_second'] / 1e9:>9.1f} {r['fraction_of_limit']:>15.0%}"
+        host = f"{r['host_share']:>11.1%} {r['host_work_share']:>12.1%}"
+        lines.append(f"{r['stage']:<12} {r['step']['median_ms']:>10.1f} ms {host} {rates}")
+    return {"text": "\n".join(lines), "stages": results}

@@ -1,0 +1,81 @@
+"""`rag-jax convert`: Hugging Face checkpoints -> a model here, in the form of a run directory."""
+
+import argparse
+from pathlib import Path
+from typing import Any, get_args
+
+from rag_jax.errors import InputError
+from rag_jax.models.bert import Pooling
+from rag_jax.pretrained import load, save
+from rag_jax.pretrained.encoder_files import Asked
+from rag_jax.system import sharding
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a RAG checkpoint: a directory or a hub name")
+    parser.add_argument("--question-encoder", metavar="A", help="instead of SOURCE: DPR, BERT, sentence-transformers")
+    parser.add_argument("--context-encoder", metavar="B", help="likewise; a BERT given once encodes both")
+    parser.add_argument("--generator", metavar="C", help="likewise: BART, mBART, T5, GPT-2, Llama; none: a retriever")
+    parser.add_argument("--out", type=Path, required=True, help="the directory to make")
+    parser.add_argument(
+        "--variant", choices=("sequence", "token"), help="RAG-Sequence or RAG-Token, as stored if known"
+    )
+    parser.add_argument("--change-variant", action="store_true", help="take --variant though another one is stored")
+    parser.add_argument("--n-docs", type=int, default=0, help="passages read per question (default: as stored, else 5)")
+    parser.add_argument(
+        "--source-length", type=int, default=0, help="longest generator input (default: as stored, 300)"
+    )
+    parser.add_argument("--pooling", choices=get_args(Pooling), help="of the encoder's states (default: as stored)")
+    parser.add_argument("--question-length", type=int, default=0, help="tokens of a question read (default: as stored)")
+    parser.add_argument(
+        "--passage-length", type=int, default=0, help="tokens of a passage, for corpora of it (default: as stored)"
+    )
+    parser.add_argument(
+        "--query-prefix", metavar="TEXT", help='before every question, as "query: " (default: as stored)'
+    )
+    parser.add_argument("--passage-prefix", metavar="TEXT", help="likewise before every passage")
+    parser.add_argument(
+        "--ignore-setting", action="append", default=[], metavar="KEY", help="leave this key of the files out"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a converted model that is there")
+    parser.epilog = (
+        "example: rag-jax convert facebook/rag-token-nq --out models/rag-token-nq\n"
+        "         rag-jax convert --question-encoder facebook/dpr-question_encoder-single-nq-base \\\n"
+        "             --context-encoder facebook/dpr-ctx_encoder-single-nq-base --generator facebook/bart-large "
+        "--out models/rag"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if (args.source is None) == (args.question_encoder is None):
+        raise InputError("give either SOURCE, a whole model, or --question-encoder and the other parts")
+    ignore = tuple(args.ignore_setting)
+    names = ("question_length", "passage_length", "query_prefix", "passage_prefix")
+    asked = Asked(args.pooling or "", *(getattr(args, name) for name in names))
+    for name in names[:2]:
+        if getattr(args, name) < 0 or 0 < getattr(args, name) < 8:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 8 tokens")
+    if args.source is not None:
+        if args.generator:
+            raise InputError("--generator is for --question-encoder; SOURCE has its own")
+        context = args.context_encoder and load.find(args.context_encoder)
+        source = load.open_source(load.find(args.source), args.variant, args.change_variant, context, ignore, asked)
+    else:
+        context, generator = (value and load.find(value) for value in (args.context_encoder, args.generator))
+        question = load.find(args.question_encoder)
+        source = load.combine(question, context, generator, args.variant or "sequence", ignore, asked)
+    source = source.resized(args.n_docs, args.source_length)
+    made = save.write_run(source, args.out, sharding.make_mesh(), args.overwrite)
+    return made if args.json else {"text": text(made)}
+
+
+def text(made: dict[str, Any]) -> str:
+    """What a reader sees: the counts, then each setting and where it came from."""
+    lines = [f"{name}: {value}" for name, value in made.items() if not isinstance(value, dict)]
+    lines += [f"{setting} <- {where}" for setting, where in made["settings"].items()]
+    idle: dict[str, list[str]] = {}
+    for name in made["without_effect"]:
+        where, _, key = name.rpartition(": ")
+        idle.setdefault(where, []).append(key)
+    lines += [f"without effect here: {where}: {', '.join(keys)}" for where, keys in idle.items()]
+    return "\n".join(lines + [f"left out: {where}={value!r}" for where, value in made["ignored_settings"].items()])

@@ -1,0 +1,379 @@
+"""Greedy search, beam search and sampling over `step(tokens, cache) -> (logits, cache, read)`; knows no model.
+
+X rows are searched side by side, each with M beams that stand in one cache. A search is one while_loop of static
+shapes, and stops as soon as every row is finished. Sequences begin with the start token; after eos they are padded.
+The tokens found are those of transformers 5 (`generation/utils.py`), whose bounds and order of choices these are.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rag_jax.decoding.rules import (
+    Options,
+    PrefixTree,
+    child,
+    constrain,
+    has_rules,
+    is_one_of,
+    prefix_tree,
+    warp,
+)
+
+__all__ = ["NEVER", "Found", "Mixture", "Options", "PrefixTree", "lengths", "prefix_tree", "score_sequences", "search"]
+
+Cache = Any  # a pytree: a model's state after the tokens of every beam
+# (beam_XJ, token_XJ, their log p by the step's scores [X, J]) -> what to keep of these choices, leaves [X, J, ...]
+Read = Callable[[jax.Array, jax.Array, jax.Array], Any]
+
+
+class Mixture(NamedTuple):
+    """Next-token probabilities [X, N, V], perhaps with padding of probability 0 after the vocabulary, and all of a row
+    NaN where they are not known so; and a function that gives their logs [X, N, V] without padding, however small they
+    are. Where only the best matter, only those are logged.
+    """
+
+    p_XNV: jax.Array
+    logs: Callable[[], jax.Array]
+
+
+Scores = jax.Array | Mixture
+# tokens_XM, each beam's last ones -> next-token scores [X, M, V], before softmax or after. The first call has the start
+# token alone, [X, 1], since all beams begin as one.
+Step = Callable[[jax.Array, Cache], tuple[Scores, Cache, Read | None]]
+Reorder = Callable[[Cache, jax.Array], Cache]  # (cache, beam_XM): beam m goes on where beam_XM[:, m] was
+
+NEVER = -1e9  # log-probability of what cannot be
+
+
+class Found(NamedTuple):
+    """sequences [X, N, T], best first, their scores [X, N], and what `read` gave of every token after the start
+    [X, N, T - 1, ...] (anything after eos). Where there are fewer than N sequences at all, the rest have score NEVER.
+
+    The score is the sum of the log-probabilities, as the rules left them, / length ** length_penalty.
+    """
+
+    sequences: jax.Array
+    scores: jax.Array
+    kept: Any
+
+
+def lengths(sequences: jax.Array, ends: tuple[int, ...]) -> jax.Array:
+    """Number of tokens after the start, the end included, of sequences [..., T] as they are found here."""
+    ended = is_one_of(sequences[..., 1:], ends)
+    return jnp.where(ended.any(-1), ended.argmax(-1) + 1, ended.shape[-1])
+
+
+def every(scores: Scores) -> jax.Array:
+    """All scores [X, N, V], float32; of a Mixture the logs."""
+    return (scores.logs() if isinstance(scores, Mixture) else scores).astype(jnp.float32)
+
+
+def take(x: jax.Array, beam_XN: jax.Array) -> jax.Array:
+    """x [X, M, ...] of these beams [X, N, ...]."""
+    return jax.vmap(lambda one, beams: one[beams])(x, beam_XN)
+
+
+def picked(x_XMV: jax.Array, beam_XN: jax.Array, token_XN: jax.Array) -> jax.Array:
+    """x of these beams and tokens [X, N]."""
+    return jax.vmap(lambda one, beams, tokens: one[beams, tokens])(x_XMV, beam_XN, token_XN)
+
+
+def take_beams(cache: Cache, beam_XM: jax.Array) -> Cache:
+    """The plain reordering, of a cache whose leaves are [X, M, ...]."""
+    return jax.tree.map(lambda x: take(x, beam_XM), cache)
+
+
+BLOCK = 128  # of the vocabulary
+FAINT = 1e-24  # a sum of probabilities below this may have lost terms that float32 does not hold
+
+
+def _highest(scores_XNV: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The `count` highest of every beam, their tokens [X, N, count], and the maxima of blocks of the vocabulary, where
+    the highest stand.
+    """
+    X, N, V = scores_XNV.shape
+    size = BLOCK if 2 * count * BLOCK < V else V
+    padding = ((0, 0), (0, 0), (0, -V % size))
+    blocks_XNYW = jnp.pad(scores_XNV, padding, constant_values=-jnp.inf).reshape(X, N, -1, size)
+    most_XNY = blocks_XNYW.max(-1)
+    if size == V:
+        return *jax.lax.top_k(scores_XNV, count), most_XNY
+    chosen_XNC = jnp.sort(jax.lax.top_k(most_XNY, count)[1], axis=-1)  # in order, so that of equals the first remain
+    some_XNCW = jnp.take_along_axis(blocks_XNYW, chosen_XNC[..., None], 2)
+    scores, at = jax.lax.top_k(some_XNCW.reshape(X, N, count * size), count)
+    return scores, jnp.take_along_axis(chosen_XNC, at // size, -1) * size + at % size, most_XNY
+
+
+def best_of(
+    scores_XNV: Scores, live_XM: jax.Array, count: int, normalised: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The `count` best of scores - norm + live: scores, beams, tokens and the same without live [X, count]; of equals
+    (of a Mixture, of equal probabilities) the first. The norm is the logsumexp of the scores or, where they are
+    `normalised`, 0. N: M or 1.
+
+    First each beam's best, for which neither norm nor live matters, then the best of those. (One top_k over [X, M * V]
+    is slower on a CPU, where the reshape keeps XLA from making vectors of what stands before it.)
+    """
+    if isinstance(scores_XNV, Mixture):
+        p_XNV, logs = scores_XNV
+        p, tokens, _ = _highest(p_XNV, min(count, p_XNV.shape[-1]))
+        return jax.lax.cond(
+            (p >= FAINT).all(),
+            lambda: _best_of_beams(jnp.log(p), tokens, live_XM, count),
+            lambda: best_of(logs(), live_XM, count, True),
+        )
+    scores_XNV = every(scores_XNV)
+    scores, tokens, most_XNY = _highest(scores_XNV, min(count, scores_XNV.shape[-1]))
+    if not normalised:
+        most_XN1 = most_XNY.max(-1, keepdims=True)
+        scores = scores - most_XN1 - jnp.log(jnp.exp(scores_XNV - most_XN1).sum(-1, keepdims=True))
+    return _best_of_beams(scores, tokens, live_XM, count)
+
+
+def _best_of_beams(
+    logp_XNC: jax.Array, token_XNC: jax.Array, live_XM: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    (X, M), each = live_XM.shape, logp_XNC.shape[-1]
+    logp, tokens = (jnp.broadcast_to(x, (X, M, each)) for x in (logp_XNC, token_XNC))
+    best, at = jax.lax.top_k((logp + live_XM[..., None]).reshape(X, M * each), count)
+    tokens, logp = (jnp.take_along_axis(x.reshape(X, M * each), at, 1) for x in (tokens, logp))
+    return best, at // each, tokens.astype(jnp.int32), logp
+
+
+class _Beams(NamedTuple):
+    """Unfinished beams (live) and hypotheses (done); `open`: those of a row may still change."""
+
+    t: jax.Array
+    cache: Cache
+    live: jax.Array
+    live_scores: jax.Array
+    live_kept: Any
+    node: jax.Array
+    done: jax.Array
+    done_scores: jax.Array
+    done_kept: Any
+    is_done: jax.Array
+    open: jax.Array
+    ended: jax.Array
+    key: jax.Array
+
+
+def search(
+    step: Step,
+    cache: Cache,
+    rows: int,
+    options: Options,
+    reorder: Reorder = take_beams,
+    normalised: bool = False,
+    tree: PrefixTree | None = None,
+    key: jax.Array | None = None,
+) -> Found:
+    """What `options` asks for: N = num_return_sequences of every row.
+
+    reorder: how the cache follows its beams. normalised: the step's scores are log-probabilities already. tree: the
+    only sequences allowed. key: for do_sample (ValueError without).
+    """
+    if options.do_sample and key is None:
+        raise ValueError("do_sample needs a key: pass key=jax.random.key(seed)")
+    key = jax.random.key(0) if key is None else key
+    if options.num_beams == 1:
+        return _sample(step, cache, rows, options, normalised, tree, key)
+    return _beam_search(step, cache, rows, options, reorder, normalised, tree, key)
+
+
+def _begin(options: Options, rows: int, beams: int) -> jax.Array:
+    empty = jnp.full((rows, beams, options.max_length), options.pad_id, jnp.int32)
+    return empty.at[:, :, 0].set(options.start_id)
+
+
+def _empty(read: Read | None, rows: int, beams: int, length: int) -> Any:
+    """Room for what is kept of all tokens [X, N, T - 1, ...]."""
+    if read is None:
+        return None
+    one = jnp.zeros((rows, beams), jnp.int32)
+    shapes = jax.eval_shape(read, one, one, jnp.zeros((rows, beams)))
+    return jax.tree.map(lambda x: jnp.zeros((rows, beams, length - 1, *x.shape[2:]), x.dtype), shapes)
+
+
+def _keep(kept: Any, t: jax.Array, new: Any) -> Any:
+    return jax.tree.map(lambda old, x: old.at[:, :, t - 1].set(x), kept, new)
+
+
+def _walk(tree: PrefixTree | None, options: Options, node: jax.Array, token: jax.Array, t: jax.Array) -> jax.Array:
+    """The tree begins after a forced bos."""
+    if tree is None:
+        return node
+    return jnp.where((t == 1) & (options.forced_bos_id is not None), node, child(tree, node, token))
+
+
+def _sample(
+    step: Step, cache: Cache, rows: int, o: Options, normalised: bool, tree: PrefixTree | None, key: jax.Array
+) -> Found:
+    """The likeliest token at every step, or one drawn: then num_return_sequences go side by side. The rules see the
+    step's scores as they are.
+    """
+    X, M, T = rows, o.num_return_sequences, o.max_length
+    lane = jnp.broadcast_to(jnp.arange(M), (X, M))
+    rules = has_rules(o) or tree is not None
+
+    def choose(state: tuple, logits: Scores, read: Read | None, only: bool) -> tuple:
+        t, sequences, scores, kept, done, node, key = state
+        key, now = jax.random.split(key)
+        if not rules:  # one lane
+            logp, _, choice, own = best_of(logits, jnp.zeros((X, 1)), 1, normalised)
+            token = jnp.where(done, o.pad_id, choice)
+        else:
+            logits = every(logits)
+            logits = jnp.broadcast_to(logits, (X, M, logits.shape[-1]))
+            ruled = constrain(o, logits, sequences, t, tree, node)
+            choice = jax.random.categorical(now, warp(o, ruled, 1), axis=-1) if o.do_sample else ruled.argmax(-1)
+            token = jnp.where(done, o.pad_id, choice.astype(jnp.int32))
+            said = jnp.take_along_axis(ruled, choice[..., None], -1)[..., 0]
+            logp = said if normalised else said - jax.nn.logsumexp(ruled, axis=-1)
+            own = picked(logits if normalised else jax.nn.log_softmax(logits), lane, token)
+        scores = scores + jnp.where(done, 0.0, logp)
+        if read is not None:
+            kept = _keep(kept, t, read(jnp.zeros_like(lane) if only else lane, token, own))
+        node = _walk(tree, o, node, token, t)
+        return t + 1, sequences.at[:, :, t].set(token), scores, kept, done | is_one_of(token, o.ends), node, key
+
+    start = _begin(o, X, M)
+    logits, cache, read = step(start[:, :1, 0], cache)
+    nothing = jnp.zeros((X, M), jnp.int32)
+    state = (jnp.int32(1), start, jnp.zeros((X, M)), _empty(read, X, M, T), jnp.zeros((X, M), bool), nothing, key)
+    state = choose(state, logits, read, True)
+
+    def one(carry: tuple) -> tuple:
+        state, cache = carry
+        logits, cache, read = step(state[1][:, :, state[0] - 1], cache)
+        return choose(state, logits, read, False), cache
+
+    state, _ = jax.lax.while_loop(lambda carry: (carry[0][0] < T) & ~carry[0][4].all(), one, (state, cache))
+    _, sequences, scores, kept, *_ = state
+    return Found(sequences, scores / lengths(sequences, o.ends) ** o.length_penalty, kept)
+
+
+def _beam_search(
+    step: Step,
+    cache: Cache,
+    rows: int,
+    o: Options,
+    reorder: Reorder,
+    normalised: bool,
+    tree: PrefixTree | None,
+    key: jax.Array,
+) -> Found:
+    """Of the 2M best continuations at every step (one M more for every further token that ends), the M best unfinished
+    go on; a finished one counts if it is among the M best. What is unfinished at max_length counts as it is.
+    """
+    X, M, T = rows, o.num_beams, o.max_length
+    J = M * (1 + len(o.ends))
+    rules = has_rules(o) or tree is not None
+    penalty = jnp.asarray(np.maximum(np.arange(T), 1.0) ** o.length_penalty, jnp.float32)  # by tokens after the start
+
+    def less(scores: jax.Array, where: jax.Array) -> jax.Array:
+        return scores + jnp.where(where, NEVER, 0.0)
+
+    def choose(s: _Beams, logits: Scores, cache: Cache, read: Read | None, only: bool) -> _Beams:
+        t, (key, now) = s.t, jax.random.split(s.key)
+        if not rules:
+            scores, beam, token, said = best_of(logits, s.live_scores, J, normalised)
+        else:
+            logits = every(logits)
+            own = jnp.broadcast_to(logits if normalised else jax.nn.log_softmax(logits), (X, M, logits.shape[-1]))
+            logp = constrain(o, own, s.live, t, tree, s.node)
+            if o.do_sample:  # without replacement (Kool et al. 2019)
+                total = warp(o, logp, 1 + len(o.ends)) + s.live_scores[..., None]
+                drawn = total + jax.random.gumbel(now, total.shape)
+                _, beam, token, _ = best_of(drawn, jnp.zeros((X, M)), J, True)
+                scores = picked(total, beam, token)
+            else:
+                scores, beam, token, _ = best_of(logp, s.live_scores, J, True)
+            said = picked(own, beam, token)
+        grown = take(s.live, beam).at[:, :, t].set(token)
+        kept = None
+        if read is not None:
+            new = read(jnp.zeros_like(beam) if only else beam, token, said)
+            kept = _keep(take_beams(s.live_kept, beam), t, new)
+        ended = is_one_of(token, o.ends) | (t + 1 == T)
+
+        # hypotheses: the M best of the old and the new, unless the row is closed
+        counts = ended & (jnp.arange(J) < M)
+        closed = ~s.open | (s.is_done.all(-1) & (o.early_stopping is True))
+        new_done = less(less(scores / penalty[t], closed[:, None]), ~counts)
+        done_scores, best_done = jax.lax.top_k(jnp.concatenate([s.done_scores, new_done], 1), M)
+
+        def merged(old: jax.Array, new: jax.Array) -> jax.Array:
+            return take(jnp.concatenate([old, new], 1), best_done)
+
+        is_done = merged(s.is_done, counts)
+        live_scores, going_on = jax.lax.top_k(less(scores, ended), M)
+        source = jnp.take_along_axis(beam, going_on, 1)
+
+        longest = T - 1 if o.early_stopping == "never" and o.length_penalty > 0 else t
+        worst_done = jnp.where(is_done, done_scores.min(1, keepdims=True), NEVER)
+        better = (live_scores[:, :1] / penalty[longest] > worst_done).any(-1)
+        return _Beams(
+            t + 1,
+            reorder(cache, source),
+            take(grown, going_on),
+            live_scores,
+            take_beams(kept, going_on),
+            _walk(tree, o, jnp.take_along_axis(s.node, source, 1), jnp.take_along_axis(token, going_on, 1), t),
+            merged(s.done, grown),
+            done_scores,
+            jax.tree.map(merged, s.done_kept, kept),
+            is_done,
+            s.open & better,
+            ended.all(),
+            key,
+        )
+
+    def go_on(s: _Beams) -> jax.Array:
+        return s.open.any() & ~(s.is_done.all() & (o.early_stopping is True)) & ~s.ended
+
+    def one(s: _Beams) -> _Beams:
+        logits, cache, read = step(s.live[:, :, s.t - 1], s.cache)
+        return choose(s, logits, cache, read, False)
+
+    start = _begin(o, X, M)
+    logits, cache, read = step(start[:, :1, 0], cache)
+    scores, kept = jnp.full((X, M), NEVER), _empty(read, X, M, T)
+    state = _Beams(
+        t=jnp.int32(1),
+        cache=cache,
+        live=start,
+        live_scores=scores.at[:, 0].set(0.0),
+        live_kept=kept,
+        node=jnp.zeros((X, M), jnp.int32),
+        done=start,
+        done_scores=scores,
+        done_kept=kept,
+        is_done=jnp.zeros((X, M), bool),
+        open=jnp.ones(X, bool),
+        ended=jnp.zeros((), bool),
+        key=key,
+    )
+    s = jax.lax.while_loop(go_on, one, choose(state, logits, cache, read, True))
+    real = s.done_scores > NEVER / 2 / jnp.maximum(penalty.max(), 1.0)
+    found = Found(s.done, jnp.where(real, s.done_scores, NEVER), s.done_kept)
+    return jax.tree.map(lambda x: x[:, : o.num_return_sequences], found)
+
+
+def score_sequences(step: Step, cache: Cache, sequences_XMT: jax.Array) -> jax.Array:
+    """log p of every token after the start of given sequences [X, M, T - 1], by the same step; its scores are
+    normalised here. The beams of a row must be as many as the cache has room for.
+    """
+    T = sequences_XMT.shape[-1]
+
+    def one(cache: Cache, t: jax.Array) -> tuple[Cache, jax.Array]:
+        logits, cache, _ = step(sequences_XMT[:, :, t], cache)
+        logp = jax.nn.log_softmax(every(logits), axis=-1)
+        return cache, jnp.take_along_axis(logp, sequences_XMT[:, :, t + 1, None], -1)[..., 0]
+
+    _, logp = jax.lax.scan(one, cache, jnp.arange(T - 1))
+    return jnp.moveaxis(logp, 0, -1)

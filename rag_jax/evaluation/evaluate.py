@@ -1,0 +1,313 @@
+"""`rag-jax evaluate`: answer a file of questions; score answers and retrieval; write predictions and reports."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rag_jax import metrics
+from rag_jax.corpus.directory import Corpus
+from rag_jax.data import gold, tasks
+from rag_jax.data.readers import formats
+from rag_jax.data.readers.formats import Question
+from rag_jax.errors import InputError
+from rag_jax.evaluation import docs_curve, predictions
+from rag_jax.evaluation.report import write_report
+from rag_jax.inference import pipeline as pipelines
+from rag_jax.inference.pipeline import AnswerConfig, Pipeline
+from rag_jax.metrics import abstention, matching
+from rag_jax.metrics.calibration import calibration
+from rag_jax.metrics.curves import recall_curves
+from rag_jax.runs import directory as runs
+from rag_jax.system import distributed, files, logs
+from rag_jax.training import config
+from rag_jax.training.config import SearchConfig
+
+
+def predict(
+    loaded: runs.Loaded,
+    params: Any,
+    index: Any,
+    questions: Sequence[Question],
+    cfg: AnswerConfig,
+    program: Any = None,
+    match: str = "string",
+) -> list[dict[str, Any]]:
+    """Prediction rows of the questions. match: as in metrics.Setting."""
+    texts = [question.question for question in questions]
+    gold_NG = pipelines.right_rows(questions, loaded.corpus) if cfg.oracle else None
+    answers = pipelines.answer_questions(loaded, params, index, texts, cfg, program, gold_NG)
+    depth = pipelines.depth(loaded, cfg)
+    return predictions.rows(questions, answers, loaded.corpus, depth, cfg.retrieval_only, match)
+
+
+def select(questions: Sequence[Question], where: str, limit: int) -> list[Question]:
+    """The first `limit` questions (0: all) whose field equals the value in `where`, such as changed=true."""
+    if limit < 0:
+        raise InputError(f"--limit {limit} must be at least 0 (all)")
+    chosen = list(questions)
+    if where:
+        name, separator, value = where.partition("=")
+        if not separator:
+            raise InputError(f"--where {where}: expected FIELD=VALUE, such as changed=true")
+        chosen = [q for q in chosen if json.dumps(q.extra.get(name)) == value or q.extra.get(name) == value]
+        if not chosen:
+            raise InputError(f"--where {where}: no question has this; write values as in the file (true, 3, text)")
+    return chosen[:limit] if limit else chosen
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is evaluated, and what is to be seen of it.
+
+    questions: None for the run's own dev questions. search: as of Pipeline.from_run. configure: what to change of how
+    the run answers by default. labels, match: how answers are judged (metrics.Setting), by default the allowed answers,
+    and as the run's task says. names: of metrics.METRICS, by default what fits. docs: numbers of documents for the
+    curve of docs_curve. shown: questions in report.html, None for as many as it has room for. command: how to do it
+    again.
+    """
+
+    questions: Path | None = None
+    skip_bad_lines: bool = False
+    index: Path | None = None
+    where: str = ""
+    limit: int = 0
+    configure: Callable[[AnswerConfig], AnswerConfig] = lambda cfg: cfg
+    search: SearchConfig | None = None
+    labels: Sequence[str] = ()
+    match: str = ""
+    names: Sequence[str] = ()
+    docs: Sequence[int] = ()
+    shown: int | None = None
+    command: str = ""
+
+
+def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
+    """Score a run on a question file, and write what `reporting` says into `out`; the content of report.json.
+
+    With several processes all answer together, and the first one writes.
+    """
+    begun = time.perf_counter()
+    metrics.check_names(wanted.names)
+    if wanted.shown is not None and wanted.shown < 0:
+        raise InputError(f"--report-questions {wanted.shown} must be at least 0")
+    if distributed.first():
+        files.check_writable(out)
+    pipeline = Pipeline.from_run(directory, wanted.index, wanted.search)
+    if wanted.questions is None and not pipeline.config.dev:
+        raise InputError(f"{directory}: a converted model names no questions; pass --questions FILE")
+    file = wanted.questions or Path(pipeline.config.dev)
+    corpus, task = pipeline.loaded.corpus, pipeline.config.task
+    found = formats.read_questions(file, skip_bad_lines=wanted.skip_bad_lines)
+    asked = tasks.posed(select(found, wanted.where, wanted.limit), task, corpus)
+    cfg = wanted.configure(pipeline.answer_config())
+    setting = metrics.Setting(tuple(wanted.labels) or cfg.allowed_answers, wanted.match or task.match)
+    docs_curve.check(pipeline, cfg, wanted.docs)
+    tally = gold_ids(asked, corpus, file, cfg, wanted.names)
+    gold_NG = right_passages(asked, corpus, file) if cfg.oracle else None
+    answers = pipeline.answer([q.question for q in asked], predictions.deeper(cfg, asked, corpus), gold_NG)
+    depth = pipelines.depth(pipeline.loaded, cfg)
+    rows = predictions.rows(asked, answers, corpus, depth, cfg.retrieval_only, setting.match)
+    figures = scored(rows, setting, wanted.names)
+    curves: dict[str, Any] = {"recall": recall_curves(rows, setting), "calibration": calibration(rows, setting)}
+    if wanted.docs:
+        curves["n_docs"] = docs_curve.curve(pipeline, cfg, wanted.docs, rows, setting, out)
+    report = {
+        **figures,
+        **dataclasses.asdict(setting),
+        **what(pipeline),
+        "questions": str(file),
+        "where": wanted.where,
+        **config.plain(cfg),
+        **({} if gold_NG is None else {"without_gold": int((gold_NG < 0).all(1).sum())}),
+        **({"gold_ids": dataclasses.asdict(tally)} if tally.named else {}),
+        **how_judged(rows),
+        "task": config.plain(task),
+        "curves": curves,
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+    if distributed.first():
+        made = write_report.Evaluation(directory, pipeline.loaded.corpus, rows, report, setting, wanted.command)
+        write_report.write(out, made, wanted.shown)
+    distributed.barrier("report written")
+    return report
+
+
+def gold_ids(
+    asked: Sequence[Question], corpus: Corpus, file: Path, cfg: AnswerConfig, names: Sequence[str] = ()
+) -> gold.Tally:
+    """Counts the right passages that the questions name, and says which of them the corpus lacks. InputError where it
+    lacks most, and they are needed: for the figures `names`, none for all, or for an oracle.
+    """
+    if cfg.closed_book:
+        return gold.Tally()
+    needed = cfg.oracle or not names or bool(set(names) & set(metrics.OF_GOLD))
+    mend = (
+        "name the index of its corpus with --index, correct positive_passage_ids, or ask for other figures alone "
+        "(--metrics exact_match,f1)"
+    )
+    found = gold.tally(asked, corpus)
+    found.settle(file, corpus.directory, "they count as not found", mend, refuse=needed)
+    return found
+
+
+def right_passages(asked: Sequence[Question], corpus: Corpus, file: Path) -> np.ndarray:
+    """`answer.right_rows`, for an oracle; InputError where there is none at all, as in training on gold documents."""
+    gold_NG = pipelines.right_rows(asked, corpus)
+    if (gold_NG < 0).all():
+        raise InputError(f"{file}: no question names a right passage that the corpus has, which --oracle reads")
+    return gold_NG
+
+
+def how_judged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts for report.json: questions judged by passage and by document, and those for which nothing was found."""
+    levels = Counter(row["level"] for row in rows if row["level"] and row["depth"])
+    nothing = sum(not row["retrieved"] for row in rows if row["depth"])
+    if nothing:
+        logs.info(f"nothing was found for {nothing:,} of {len(rows):,} questions: none of them reads a passage")
+    return {**({"judged_by": dict(levels)} if levels else {}), **({"nothing_found": nothing} if nothing else {})}
+
+
+def what(pipeline: Pipeline) -> dict[str, Any]:
+    """Which run, corpus and index, for report.json."""
+    manifest = pipeline.snapshot.manifest
+    return {
+        "run": str(pipeline.directory),
+        "corpus": manifest.corpus,
+        "index": str(pipeline.snapshot.directory),
+        "index_hash": pipeline.snapshot.hash,
+        "index_step": manifest.step,
+        "encoder_hash": manifest.encoder_hash,
+        "search": pipeline.search_manifest(),
+        "corpus_hash": manifest.corpus_hash,
+        "variant": pipeline.loaded.rag.variant,
+    }
+
+
+def scored(rows: Sequence[dict[str, Any]], setting: metrics.Setting, names: Sequence[str] = ()) -> dict[str, Any]:
+    """The figures with their intervals, and the risk-coverage curve where its area is one; tells what is left out."""
+    found: dict[str, Any] = metrics.summarize(rows, setting, names, intervals=True)
+    for reason in metrics.missing(rows, setting, names, found):
+        logs.info(reason)
+    if "risk_coverage_area" in found:
+        found["risk_coverage"] = abstention.risk_coverage(rows, setting)
+    return found
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of rag-jax train")
+    parser.add_argument(
+        "--questions", type=Path, help="question file (default: the dev questions of the configuration)"
+    )
+    parser.add_argument(
+        "--format", choices=formats.FORMATS, default="", help="of the question file (default: as its content tells)"
+    )
+    parser.add_argument("--skip-bad-lines", action="store_true", help="report bad lines instead of stopping")
+    parser.add_argument("--out", type=Path, help="directory for predictions.jsonl and the reports (default: RUN)")
+    parser.add_argument("--index", type=Path, help="another index, made by rag-jax index: hot swap, no retraining")
+    pipelines.add_arguments(parser)
+    for name, text in (
+        ("--closed-book", "no passages: what the generator knows by itself"),
+        ("--oracle", "the right passages are read first: what the generator could do with a perfect retriever"),
+        ("--retrieval-only", "recall alone; no answers are written"),
+    ):
+        parser.add_argument(name, action="store_true", default=None, help=text)  # None: as --decoding says
+    parser.add_argument("--n-retrieved", type=int, help="passages retrieved, for recall@k (default: 100)")
+    parser.add_argument("--batch", type=int, help="questions answered at once (default: 16)")
+    parser.add_argument("--where", default="", metavar="FIELD=VALUE", help="only questions with this, as changed=true")
+    parser.add_argument("--limit", type=int, default=0, help="only the first questions of the file")
+    parser.add_argument(
+        "--metrics",
+        type=listed,
+        default=(),
+        metavar="A,B",
+        help=f"of {', '.join(metrics.METRICS)} (default: what fits)",
+    )
+    parser.add_argument(
+        "--labels", type=listed, default=(), metavar="A,B", help="the classes (default: allowed_answers)"
+    )
+    parser.add_argument(
+        "--match",
+        choices=tuple(matching.MATCHERS),
+        default="",
+        help="regex: the answers of the file are patterns; mlqa_zh: MLQA's rules (default: as trained)",
+    )
+    parser.add_argument(
+        "--n-docs-curve", type=numbers, default=(), metavar="A,B",
+        help="answer again with so many documents each, as 1,2,5,10,20: figure 3; killed, it goes on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--report-questions", type=int, metavar="N", help="questions in report.html (default: what 18 MB hold)"
+    )
+    distributed.add_arguments(parser)
+    parser.epilog = "example: rag-jax evaluate runs/world --questions data/world/test.jsonl"
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The parts between commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The whole numbers between commas."""
+    return tuple(map(int, listed(text)))
+
+
+NOT_REPEATED = ("run", "json", "coordinator", "processes", "process", "distributed")
+USUAL = {"limit": 0}
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command line that does the same again."""
+    words = ["rag-jax", "evaluate", str(args.run)]
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        if name in NOT_REPEATED or value is None or value is False or value in ("", [], (), USUAL.get(name)):
+            continue
+        if value is True:
+            words.append(option)
+        elif isinstance(value, list):
+            words += [word for one in value for word in (option, str(one))]
+        else:
+            words += [option, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    with distributed.together(args):
+        wanted = Wanted(
+            questions=Path(*formats.named([args.questions], args.format)) if args.questions else None,
+            skip_bad_lines=args.skip_bad_lines,
+            index=args.index,
+            where=args.where,
+            limit=args.limit,
+            configure=partial(pipelines.from_arguments, args),
+            search=pipelines.search_from_argument(args.search),
+            labels=args.labels,
+            match=args.match,
+            names=args.metrics,
+            docs=args.n_docs_curve,
+            shown=args.report_questions,
+            command=command(args),
+        )
+        out = args.out or args.run
+        report = evaluate(args.run, out, wanted)
+        if not distributed.first():
+            return None
+        return report if args.json else {"text": text(report, out)}
+
+
+def text(report: dict[str, Any], out: Path) -> str:
+    """What a reader sees: all of report.json but the curves, and where they are drawn."""
+    shown = {name: value for name, value in report.items() if name not in ("curves", "risk_coverage")}
+    lines = [f"{name}: {value}" for name, value in shown.items()]
+    return "\n".join([*lines, f"see {out / 'report.html'}, {out / 'report.md'} and {out / 'predictions.jsonl'}"])

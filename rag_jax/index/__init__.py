@@ -1,0 +1,6 @@
+"""The vectors of a corpus: how they are computed, kept, searched and refreshed.
+
+`encode` embeds passages, `encode_job` does so for a whole corpus in `shards` that survive a kill, `snapshot` binds
+them to a corpus and an encoder. While training, `device_index` (rows on the devices) or `host_index` (ScaNN, BM25) is
+what questions are searched in, rebuilt when `refresh_schedule` says so.
+"""

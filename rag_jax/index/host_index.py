@@ -1,0 +1,164 @@
+"""Search on the host: ScaNN, BM25 or both find passages between steps, and what a step needs of them is gathered here.
+
+The step is the same as in graph: its tables are small ones, of the passages of its batch alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rag_jax.corpus.directory import Corpus
+from rag_jax.errors import InputError
+from rag_jax.index import encode, encode_job
+from rag_jax.index.device_index import Index, Make
+from rag_jax.rag import Params, Passages, Rag
+from rag_jax.retrieval import scann_index
+from rag_jax.retrieval.bm25 import Bm25, passage_texts
+from rag_jax.retrieval.search import Exact, Hybrid, Searcher, Source
+from rag_jax.system import files, sharding
+from rag_jax.system.logs import info
+from rag_jax.training.config import SearchConfig, plain
+
+STALE = 0.1  # share of ScaNN's rows that came or went since it was built: time to build it anew
+
+
+class HostIndex(NamedTuple):
+    """Embeddings, rows in memory or in files (float32, or what those of a given index have), the step of each row's
+    encoder, what searches them, and False for deleted rows, or None.
+    """
+
+    embeddings_NE: Any
+    step_N: np.ndarray
+    searcher: Searcher
+    live_N: np.ndarray | None = None
+
+
+def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple[Index | None, Passages]:
+    """Tables of these rows alone, from the memory-mapped ones of the corpus.
+
+    A row of -1, where a search found nothing, is an empty passage to the generator, and to the encoder, whose
+    embeddings have to be finite, some passage; what scores it has to leave it out (objectives.of_found).
+    """
+    tables: Any = (corpus.encoder_ids, corpus.encoder_length, corpus.generator_ids, corpus.generator_length)
+    there_X, rows_X = rows_X >= 0, np.maximum(rows_X, 0)
+    kept: Any = index and (np.asarray(index.embeddings_NE[rows_X], np.float32), index.step_N[rows_X])
+    found: list[Any] = [table[rows_X] for table in tables]
+    found[-1] = np.where(there_X, found[-1], 0).astype(found[-1].dtype)
+    return kept and Index(*kept), Passages(*found)
+
+
+def places(mesh: jax.sharding.Mesh, rows: np.ndarray) -> np.ndarray:
+    """Where rows [b, ...] for this process's part of a batch stand in tables that `gather` and `shard_batch` make of
+    them: int32 [b, ...].
+    """
+    cuts = mesh.shape["data"] * mesh.shape["fsdp"]
+    total = rows.size // len(sharding.own_rows(mesh, cuts)) * cuts
+    return sharding.own_rows(mesh, total).reshape(rows.shape).astype(np.int32)
+
+
+class Searchers:
+    """Makes the searches of a configuration. `cache`: a directory that keeps what takes long, or None."""
+
+    def __init__(self, cfg: SearchConfig, corpus: Corpus, mesh: jax.sharding.Mesh, cache: Path | None = None) -> None:
+        self.cfg, self.corpus, self.mesh, self.cache = cfg, corpus, mesh, cache
+        self._bm25: Bm25 | None = None
+
+    def make(self, embeddings_NE: Any, encoder_hash: str | None, step: int, keep: bool = False) -> Searcher:
+        """The search over these embeddings; keep: look for it in the cache, and put it there."""
+        kind = self.cfg.kind
+        if kind == "bm25":
+            return self.bm25()
+        source = Source(self.corpus.hash, encoder_hash, step)
+        if kind == "scann" or (kind == "hybrid" and self.cfg.dense == "scann"):
+            return self._whole(self.scann(embeddings_NE, source, keep), embeddings_NE)
+        mesh = sharding.own_mesh(self.mesh)  # each process searches for its own questions
+        return self._whole(Exact(embeddings_NE, mesh, source, live_N=self.corpus.live_N), embeddings_NE)
+
+    def update(self, searcher: Searcher, old: Corpus, embeddings_NE: Any, step: int) -> Searcher:
+        """The search over an update of the corpus of `searcher`: ScaNN's own index stays as it is, until STALE of it is
+        no longer right; the others are made anew.
+        """
+        dense = searcher.dense if isinstance(searcher, Hybrid) else searcher
+        if not isinstance(dense, scann_index.Scann):
+            return self.make(embeddings_NE, None, step)
+        now_N = np.ones(len(self.corpus), bool) if self.corpus.live_N is None else self.corpus.live_N
+        was_N = np.ones(len(old), bool) if old.live_N is None else old.live_N
+        came = len(old) + np.flatnonzero(now_N[len(old) :])
+        dense = dense.upsert(came, embeddings_NE[came]).delete(np.flatnonzero(was_N & ~now_N[: len(old)]))
+        if dense.stale > STALE:
+            return self.make(embeddings_NE, None, step)
+        return self._whole(replace(dense, source=Source(self.corpus.hash, None, step)), embeddings_NE)
+
+    def _whole(self, dense: Searcher, embeddings_NE: Any) -> Searcher:
+        """The dense search, with BM25 where both are wanted."""
+        return Hybrid(dense, self.bm25(), embeddings_NE, self.cfg.fusion) if self.cfg.kind == "hybrid" else dense
+
+    def bm25(self) -> Bm25:
+        """That of the corpus, built once."""
+        if self._bm25 is None:
+
+            def build() -> Bm25:
+                texts, total, live_N = passage_texts(self.corpus), len(self.corpus), self.corpus.live_N
+                made = Bm25.build(texts, self.corpus.hash, self.cfg.bm25, total)
+                return made if live_N is None else made.without(np.flatnonzero(~live_N))
+
+            path = self._path("bm25", [self.corpus.hash, plain(self.cfg.bm25)])
+            self._bm25 = self._kept(path, lambda p: Bm25.load(p, self.corpus.hash), build)
+        return self._bm25
+
+    def scann(self, embeddings_NE: Any, source: Source, keep: bool) -> scann_index.Scann:
+        def build() -> scann_index.Scann:
+            if self.corpus.live_N is None:
+                return scann_index.build(embeddings_NE, source, self.cfg.scann)
+            rows = np.flatnonzero(self.corpus.live_N)
+            return scann_index.build(embeddings_NE[rows], source, self.cfg.scann, rows)
+
+        path = self._path("scann", [*source, plain(self.cfg.scann)]) if keep else None
+        return self._kept(path, lambda p: scann_index.Scann.load(p, source), build)
+
+    def _path(self, kind: str, made_of: list[Any]) -> Path | None:
+        return self.cache and self.cache / f"{kind}-{files.canonical_sha256(made_of)[:12]}"
+
+    def _kept(self, path: Path | None, load: Callable[[Path], Any], build: Callable[[], Any]) -> Any:
+        if path is not None and path.is_dir():
+            try:
+                return load(path)
+            except InputError as error:
+                info(f"{error}; it is built anew")
+        made = build()
+        if path is not None and jax.process_index() == 0:
+            try:
+                made.save(path, overwrite=True)
+            except (OSError, InputError) as error:  # a run on a medium that cannot be written to still answers
+                info(f"{path}: not kept ({error})")
+        return made
+
+
+def on_host(rag: Rag, searchers: Searchers) -> Make:
+    """Embeds all passages into memory and makes the search over them."""
+    corpus = searchers.corpus
+
+    def make(encoder: Params, step: int, old: Any, quiet: bool) -> HostIndex:
+        # beside training (quiet) processes must not wait for each other: each embeds everything
+        embeddings_NE = embedded(rag, encoder, corpus, 0, alone=quiet)
+        step_N = np.full(len(corpus), step, np.int32)
+        return HostIndex(embeddings_NE, step_N, searchers.make(embeddings_NE, None, step), corpus.live_N)
+
+    return make
+
+
+def embedded(rag: Rag, encoder: Params, corpus: Corpus, first: int, alone: bool = False) -> np.ndarray:
+    """Embeddings [N - first, E] float32 of the corpus' rows from `first` on; encoder: the part that embeds passages.
+
+    alone: see `encode_job.blocks`.
+    """
+    params = jax.tree.map(np.asarray, encoder)
+    embed_rows = encode.row_embedder(rag.embed_passages, params, corpus.encoder_ids, corpus.encoder_length)
+    embeddings_ME = np.empty((len(corpus) - first, rag.config.encoder.output_width), np.float32)
+    for rows, some in encode_job.blocks(embed_rows, range(first, len(corpus)), alone=alone):
+        embeddings_ME[rows - first] = some
+    return embeddings_ME

@@ -1,0 +1,197 @@
+"""A shard: the embeddings of consecutive passages in one file, which says what it is.
+
+The file is in the safetensors format. Its tensors are `embeddings` [X, E] (F32, BF16 or I8) and, for I8, `scale` [X]
+F32; its metadata is the shard's identity and the sha256 of all that comes after the header.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+from rag_jax.corpus.verified_arrays import Checked
+from rag_jax.errors import InputError
+from rag_jax.system import block_checksums, files
+from rag_jax.system.block_checksums import Blocks, Entry
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
+AGAIN = "restore the file, or build the index again"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Rows first ... last - 1 of a corpus under an encoder; corpus_hash is that of the corpus that they were read from,
+    which a later one may extend.
+    """
+
+    corpus_hash: str
+    encoder_hash: str
+    first: int
+    last: int
+    width: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """The file's; names are in the order of the rows."""
+        return f"rows-{self.first:012d}-{self.last:012d}.safetensors"
+
+    @property
+    def rows(self) -> int:
+        return self.last - self.first
+
+
+def cut(corpus_hash: str, encoder_hash: str, rows: range, shard_rows: int, width: int, dtype: str) -> list[Identity]:
+    """The shards that `rows` make, each of `shard_rows` but the last."""
+    return [
+        Identity(corpus_hash, encoder_hash, first, min(first + shard_rows, rows.stop), width, dtype)
+        for first in range(rows.start, rows.stop, shard_rows)
+    ]
+
+
+def tensors(embeddings_XE: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    """What is stored for float32 embeddings; int8: row / scale rounded, with scale = max |row| / 127."""
+    if dtype == "float32":
+        return {"embeddings": np.ascontiguousarray(embeddings_XE, np.float32)}
+    if dtype == "bfloat16":
+        return {"embeddings": embeddings_XE.astype(jnp.bfloat16)}
+    scale_X = np.abs(embeddings_XE).max(1, initial=0).astype(np.float32) / np.float32(127)
+    steps_XE = embeddings_XE / np.where(scale_X > 0, scale_X, 1)[:, None]
+    # the scale first: it wants to begin at a multiple of 4 bytes
+    return {"scale": scale_X, "embeddings": np.rint(steps_XE).clip(-127, 127).astype(np.int8)}
+
+
+def write(stream: BinaryIO, identity: Identity, embeddings_XE: np.ndarray) -> None:
+    """Fills an empty unbuffered file; InputError for an embedding that is not finite."""
+    if embeddings_XE.shape != (identity.rows, identity.width):
+        raise ValueError(f"embeddings {embeddings_XE.shape} for rows [{identity.rows}, {identity.width}]")
+    finite_X = np.isfinite(embeddings_XE).all(1)
+    if not finite_X.all():
+        bad = identity.first + int(np.flatnonzero(~finite_X)[0])
+        raise InputError(f"passage row {bad}: its embedding is not finite; the encoder has diverged")
+    stored = tensors(embeddings_XE, identity.dtype)
+    data = [np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data for tensor in stored.values()]
+    digest = hashlib.sha256()
+    for part in data:
+        digest.update(part)
+    text = header_of(identity, digest.hexdigest())
+    files.write_all(stream, [struct.pack("<Q", len(text)) + text, *data])
+
+
+def header_of(identity: Identity, sha256: str) -> bytes:
+    """The only header that a shard may have: any other one is damaged."""
+    about = {**{name: str(value) for name, value in asdict(identity).items()}, "sha256": sha256}
+    header: dict[str, Any] = {"__metadata__": about}
+    for name, (begin, end) in _spans(identity).items():
+        scale = name == "scale"
+        shape = (identity.rows,) if scale else (identity.rows, identity.width)
+        kind = "F32" if scale else DTYPES[identity.dtype]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An opened shard file: its header alone was read."""
+
+    path: Path
+    identity: Identity
+    sha256: str
+    start: int  # of the data in the file
+    offsets: dict[str, int]  # of each tensor, from there
+    blocks: Blocks  # its sums, where the manifest of an index has them
+
+    def embeddings_XE(self) -> Checked:
+        """Memory-mapped, as stored."""
+        identity = self.identity
+        kind = jnp.dtype(identity.dtype)
+        return self._map("embeddings", kind, (identity.rows, identity.width))
+
+    def scale_X(self) -> Checked:
+        """Memory-mapped; of int8 alone."""
+        return self._map("scale", np.dtype(np.float32), (self.identity.rows,))
+
+    def entry(self) -> Entry:
+        """Size, hash and sums of the whole file, after the checksum that it carries was found right; InputError if it
+        is not.
+        """
+        data = self.blocks.map()
+        found = hashlib.sha256(data[self.start :].data).hexdigest()
+        if found != self.sha256:
+            raise InputError(f"{self.path}: damaged: its content has sha256 {found[:16]}, it was {self.sha256[:16]}")
+        return block_checksums.of_file(self.path)
+
+    def _map(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Checked:
+        return Checked(self.blocks, self.blocks.map(), self.start + self.offsets[name], dtype, shape)
+
+
+def read(path: Path, entry: Entry | None = None) -> Shard:
+    """Opens a shard by its header; InputError where that is none, or the file has not the size that it says.
+
+    entry: of the manifest of an index, to verify what is read.
+    """
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > 2**20:
+                raise ValueError("no header")
+            text = stream.read(length)
+        header = json.loads(text)
+        about = header["__metadata__"]
+        identity = Identity(**{f.name: f.type(about[f.name]) for f in fields(Identity)})  # type: ignore[operator]
+        sha256, wanted = str(about["sha256"]), _spans(identity)
+        if text != header_of(identity, sha256):
+            raise ValueError(f"its header is not that of {identity.rows} rows of {identity.width} {identity.dtype}")
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise InputError(f"{path}: the shard is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise InputError(f"{path}: not a shard of embeddings ({error!r})") from error
+    expected = 8 + length + max(end for _, end in wanted.values())
+    if size != expected:
+        raise InputError(f"{path}: {size} bytes, its header says {expected}")
+    known = Blocks(path, entry or {"bytes": size}, AGAIN)
+    return Shard(path, identity, sha256, 8 + length, {name: span[0] for name, span in wanted.items()}, known)
+
+
+def _spans(identity: Identity) -> dict[str, tuple[int, int]]:
+    """Begin and end of each tensor after the header."""
+    cells = identity.rows * identity.width
+    if identity.dtype == "int8":
+        scales = 4 * identity.rows
+        return {"scale": (0, scales), "embeddings": (scales, scales + cells)}
+    return {"embeddings": (0, cells * {"float32": 4, "bfloat16": 2}[identity.dtype])}
+
+
+def check(shard: Shard, wanted: Identity) -> None:
+    """InputError with both values where a shard is not the one that was wanted."""
+    for name, have in asdict(shard.identity).items():
+        want = getattr(wanted, name)
+        if have != want:
+            raise InputError(f"{shard.path}: has {name} {_short(have)}, and {_short(want)} was wanted")
+
+
+def _short(value: Any) -> str:
+    return value[:16] if isinstance(value, str) else str(value)
+
+
+def read_all(
+    directory: Path, wanted: list[Identity], mend: str, entries: Mapping[str, Entry] | None = None
+) -> Iterator[Shard]:
+    """The shards of a directory, each checked; an InputError ends in the words `mend`. entries: of an index' manifest,
+    by file.
+    """
+    for identity in wanted:
+        try:
+            shard = read(directory / identity.name, entries.get(identity.name) if entries is not None else None)
+            check(shard, identity)
+        except InputError as error:
+            raise InputError(f"{error}; {mend}") from None
+        yield shard

@@ -1,0 +1,541 @@
+"""Questions -> answers with the passages they came from: question encoder, search, join, generate, as one jitted
+program.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from rag_jax import losses
+from rag_jax.corpus.directory import Corpus
+from rag_jax.data import batching, gold
+from rag_jax.data.readers.formats import Question
+from rag_jax.data.tokenizers import Tokenizer, pad_rows
+from rag_jax.decoding import search as decoding_search
+from rag_jax.errors import InputError
+from rag_jax.index import device_index
+from rag_jax.index import snapshot as snapshots
+from rag_jax.index.device_index import Index
+from rag_jax.index.host_index import HostIndex, Searchers, gather, places
+from rag_jax.inference.config import AnswerConfig
+from rag_jax.models.decoder_only import LmConfig, check_window
+from rag_jax.rag import Params, Passages
+from rag_jax.retrieval.search import Queries, SearchResult
+from rag_jax.runs import checkpoint, live_corpus
+from rag_jax.runs import directory as runs
+from rag_jax.system import sharding
+from rag_jax.system.logs import Progress
+from rag_jax.training import config, train_step
+from rag_jax.training.config import SearchConfig, StageConfig, TrainConfig
+from rag_jax.training.train_step import Batch
+
+
+class Answers(NamedTuple):
+    """Arrays of a batch: sequences [B,T], scores [B], rows of what was retrieved [B,R] and of what was read [B,K], the
+    prior and posterior of that [B,K]; of RAG-Token also the posterior of every token [B,T-1,K].
+    """
+
+    sequences: jax.Array
+    scores: jax.Array
+    rows: jax.Array
+    read: jax.Array
+    prior: jax.Array
+    posterior: jax.Array
+    token_posterior: jax.Array | None = None
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage that an answer came from; prior and posterior are probabilities over the passages read."""
+
+    id: str
+    title: str
+    text: str
+    prior: float
+    posterior: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer, its log p(y|x), the passages read (best prior first) and the ids of all that were retrieved.
+
+    Where the search found nothing there are none, and the generator answered from the question alone.
+
+    tokens: the answer's parts, without special tokens; of RAG-Token token_posterior has p(z|x,y_t,y_<t) for each of
+    them, over the passages as they stand in `passages` (the paper's figure 2).
+    """
+
+    text: str
+    score: float
+    passages: tuple[Passage, ...]
+    retrieved: tuple[str, ...]
+    tokens: tuple[str, ...] = ()
+    token_posterior: tuple[tuple[float, ...], ...] | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of answering that commands share."""
+    parser.add_argument("--decoding", default="", metavar="FILE[:NAME]", help="as configs/decoding.py:paper_sequence")
+    parser.add_argument(
+        "--search", metavar="KIND|JSON", help="exact, scann, bm25, hybrid (default: as trained), or all of SearchConfig"
+    )
+    parser.add_argument("--n-docs", type=int, help="passages read per question (default: as trained)")
+    parser.add_argument("--num-beams", type=int, help="1: greedy (the default)")
+    parser.add_argument("--mode", choices=("thorough", "fast"), help="decoding of RAG-Sequence (default: thorough)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any field of rag_jax.answer.AnswerConfig"
+    )
+
+
+def search_from_argument(text: str | None) -> SearchConfig | None:
+    """What --search says: a kind, or the keys of SearchConfig as JSON; None where it is not given."""
+    if not text:
+        return None
+    try:
+        values = json.loads(text) if text.startswith("{") else {"kind": text}
+    except ValueError as error:
+        raise InputError(f"--search {text}: not JSON ({error})") from error
+    search = config.build(SearchConfig, values, "--search")
+    config.check_search_config(search)
+    return search
+
+
+def from_arguments(args: argparse.Namespace, base: AnswerConfig) -> AnswerConfig:
+    """`base`, changed by --decoding, then by the options that were given, then by --set."""
+    values = config.plain(base) | (config.evaluated(args.decoding) if args.decoding else {})
+    names = {field.name for field in dataclasses.fields(AnswerConfig)}
+    values |= {name: value for name, value in vars(args).items() if name in names and value is not None}
+    changes = ml_collections.ConfigDict()
+    config.override(changes, args.set)
+    return config.build(AnswerConfig, values | config.plain(changes), "decoding")
+
+
+class AnswerFn(Protocol):
+    """A jitted program; `number` is that of the batch, which what is drawn (do_sample) depends on."""
+
+    def __call__(
+        self, params: Params, index: Index | None, passages: Passages, batch: Batch, number: int = 0
+    ) -> Answers: ...
+
+
+# what decoding.Options and AnswerConfig have in common; bad_words are texts in one and ids in the other
+OPTIONS = tuple(
+    {f.name for f in dataclasses.fields(decoding_search.Options)}
+    & {f.name for f in dataclasses.fields(AnswerConfig)} - {"bad_words"}
+)
+MODELS, NOTHING = -1, -2  # of a special token in AnswerConfig: the model's, none
+
+
+def options_of(cfg: AnswerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The fields of decoding.Options that a configuration sets; what it leaves to the model is not among them."""
+    options: dict[str, Any] = {name: getattr(cfg, name) for name in OPTIONS}
+    for name in ("start_id", "forced_bos_id", "forced_eos_id", "end_ids"):
+        if options[name] in (MODELS, ()):
+            del options[name]
+        elif options[name] == NOTHING:
+            options[name] = None
+    words = word_ids(tokenizer, cfg.bad_words) if cfg.bad_words else ()
+    return options | {"bad_words": (*words, *cfg.bad_word_ids)}
+
+
+def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The token sequences of words, at the beginning of a text and inside of one."""
+    both = [text for word in words for text in (word.strip(), f" {word.strip()}")]
+    return tuple(dict.fromkeys(tuple(ids) for ids in tokenizer.encode_batch(both) if ids))
+
+
+def allowed_ids(loaded: runs.Loaded, answers: Sequence[str], max_length: int) -> list[list[int]]:
+    """The token sequences of the allowed answers, without the start; InputError for one that is empty or too long.
+
+    Each as it stands at the beginning of a text, as released checkpoints write it, and inside of one, as training here
+    does; the model knows which of the two it learned.
+    """
+    tokenizer, start_id = loaded.corpus.generator_tokenizer, loaded.rag.config.reader.start_id
+    made = []
+    both = [form for answer in answers for form in (answer.strip(), f" {answer.strip()}")]
+    for text, ids in zip(both, tokenizer.encode_batch(both), strict=True):
+        label = tokenizer.label(ids, len(ids) + 4)
+        label = label[1:] if label[0] == start_id else label
+        if not ids or len(label) >= max_length:
+            raise InputError(
+                f"allowed answer {text.strip()!r} has {len(label)} tokens; there must be some, and at most "
+                f"max_length - 1 = {max_length - 1} with the end"
+            )
+        made.append(label)
+    return made
+
+
+def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
+    """The program, jitted; compiled anew only where a batch has other shapes. Without passages (closed book) the
+    generator sees an empty passage before the question. InputError for what cannot be.
+    """
+    model, n_rows = loaded.rag.config, loaded.n_rows
+    n_docs = cfg.n_docs or model.n_docs
+    for name, value, least in (
+        ("n_docs", n_docs, 1),
+        ("n_retrieved", cfg.n_retrieved, 1),
+        ("num_beams", cfg.num_beams, 1),
+        ("max_length", cfg.max_length, 2),
+        ("batch", cfg.batch, 1),
+    ):
+        if value < least:
+            raise InputError(f"{name}={value} must be at least {least}")
+    check_docs(loaded, cfg)
+    if cfg.closed_book + cfg.retrieval_only + cfg.oracle > 1:
+        raise InputError("closed book, retrieval alone and oracle exclude each other; ask for one of them")
+    if cfg.oracle and cfg.prior == "search":
+        raise InputError("oracle: the search has no scores of passages that it did not find; use prior='dense'")
+    how, tree = {}, None
+    if not cfg.retrieval_only:
+        reader = model.reader  # InputError for a retriever alone
+        options = options_of(cfg, loaded.corpus.generator_tokenizer)
+        how = options | {"mode": cfg.mode, "candidates": cfg.candidates, "doc_chunk": cfg.doc_chunk}
+        if cfg.allowed_answers:
+            tree = decoding_search.prefix_tree(allowed_ids(loaded, cfg.allowed_answers, cfg.max_length), reader.eos_id)
+        try:
+            loaded.rag.decoding_options(n_docs, cfg.candidates, **options)
+            if isinstance(reader, LmConfig):
+                check_window(model.source_length + cfg.max_length, reader)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    stage = StageConfig("answer", n_docs=n_docs)
+    prefix_ids = loaded.corpus.generator_tokenizer.prefix_ids
+    setting = train_step.Setting(loaded.rag, stage, loaded.mesh, n_rows, prefix_ids)
+    wanted = min(max(cfg.n_retrieved, n_docs), n_rows)
+
+    def answer(
+        params: Params,
+        index: Index,
+        passages: Passages,
+        batch: dict[str, jax.Array],
+        tree: decoding_search.PrefixTree | None,
+        number: jax.Array,
+    ) -> Answers:
+        if cfg.closed_book:
+            rows_BR = jnp.zeros((len(batch["question_ids"]), 1), jnp.int32)
+            scores_BR = jnp.zeros(rows_BR.shape)
+            nothing = jnp.zeros((len(rows_BR), 2), jnp.int32)
+            ids, mask = train_step.contexts(setting, passages, rows_BR, batch | {"window": nothing})
+        else:
+            q_BE = train_step.embed_questions(setting, params, batch, None)
+            if "documents" in batch:
+                rows_BR, scores_BR = batch["documents"], batch["scores"]
+                if cfg.prior == "dense":
+                    scores_BR = jnp.einsum("be,bre->br", q_BE, device_index.stored(index, rows_BR))
+                if "found" in batch:
+                    scores_BR = losses.of_found(scores_BR, batch["found"])
+            else:
+                scores_BR, rows_BR = train_step.find(setting, q_BE, index, wanted)
+        read_BK, scores_BK = rows_BR[:, :n_docs], scores_BR[:, :n_docs]
+        if cfg.retrieval_only:
+            prior_BK = jnp.exp(losses.prior_logp(scores_BK))
+            nothing = jnp.zeros((len(read_BK), 0), int)
+            return Answers(nothing, nothing.sum(-1), rows_BR, read_BK, prior_BK, prior_BK)
+        if cfg.oracle and "documents" not in batch:  # found on the host, they come in this order
+            read_BK = gold_first(batch["gold"], rows_BR, n_docs)
+            scores_BK = jnp.einsum("be,bke->bk", q_BE, device_index.stored(index, read_BK))
+        if not cfg.closed_book:
+            ids, mask = train_step.contexts(setting, passages, read_BK, batch)
+        try:
+            loaded.rag.generator.check_room(ids.shape[-1], cfg.max_length)
+        except ValueError as error:
+            raise InputError(f"max_length={cfg.max_length}: {error}; ask for a smaller one") from error
+        key = jax.random.fold_in(jax.random.key(cfg.seed), number)
+        found = loaded.rag.generate(params, ids, mask, scores_BK, tree=tree, key=key, **how)
+        prior_BK = jnp.exp(losses.prior_logp(scores_BK))
+        by_token = None if cfg.closed_book else found.token_posterior
+        return Answers(found.sequences, found.scores, rows_BR, read_BK, prior_BK, found.doc_posterior, by_token)
+
+    program = jax.jit(answer)
+
+    def call(
+        params: Params, index: Index | None, passages: Passages, batch: dict[str, jax.Array], number: int = 0
+    ) -> Answers:
+        return program(params, index, passages, batch, tree, np.int32(number))
+
+    return call
+
+
+def gold_first(gold_BG: jax.Array, rows_BR: jax.Array, n_docs: int) -> jax.Array:
+    """Rows [B, K]: the right passages (-1 is none), then those retrieved that are not among them, in their order."""
+    gold_BG = gold_BG.astype(rows_BR.dtype)
+    repeated_BR = (rows_BR[:, :, None] == gold_BG[:, None, :]).any(-1)
+    both_BX = jnp.concatenate([gold_BG, jnp.where(repeated_BR, -1, rows_BR)], axis=1)
+    return jnp.take_along_axis(both_BX, jnp.argsort(both_BX < 0, axis=1, stable=True)[:, :n_docs], axis=1)
+
+
+def right_rows(questions: Sequence[Question], corpus: Corpus) -> np.ndarray:
+    """Rows [N, G] of the right passages of the questions (gold.right_rows), -1 where there are fewer; those that the
+    corpus lacks are left out.
+    """
+    found = gold.right_rows(questions, corpus)
+    return pad_rows(found, max(1, *map(len, found)) if found else 1, -1, np.int32)[0]
+
+
+def check_docs(loaded: runs.Loaded, cfg: AnswerConfig) -> None:
+    """InputError where more passages are to be read than there are."""
+    n_docs, n = cfg.n_docs or loaded.rag.config.n_docs, loaded.corpus.n_live
+    if n_docs > n:
+        raise InputError(f"n_docs={n_docs}, but the corpus has {n} passages; ask for at most {n}")
+
+
+def depth(loaded: runs.Loaded, cfg: AnswerConfig) -> int:
+    """How many passages are looked for, of which a search may find fewer; 0 for closed book."""
+    wanted = max(cfg.n_retrieved, cfg.n_docs or loaded.rag.config.n_docs)
+    return 0 if cfg.closed_book else min(wanted, loaded.corpus.n_live)
+
+
+class Hosted(NamedTuple):
+    """What was found on the host: rows_BR of the corpus, best first, and rows read_BK that are read, -1 where there are
+    fewer; and what the program is given of them.
+    """
+
+    rows_BR: np.ndarray
+    read_BK: np.ndarray
+    table: Index | None
+    passages: Passages
+    batch: Batch
+
+
+def found_on_host(
+    loaded: runs.Loaded,
+    params: Params,
+    index: HostIndex,
+    cfg: AnswerConfig,
+    texts: Sequence[str],
+    batch: Batch,
+    known: SearchResult | None = None,
+) -> Hosted:
+    """Searches for this process's part of a batch, where what it finds is not `known`; gathers the passages read."""
+    n_docs, n = cfg.n_docs or loaded.rag.config.n_docs, loaded.corpus.n_live
+    own = sharding.own_rows(loaded.mesh, len(texts))
+    if cfg.closed_book:
+        rows_BR = np.zeros((len(texts), 1), np.int32)
+        tables = gather(loaded.corpus, index, np.zeros(len(own), np.int32))
+        table, passages = sharding.shard_batch(loaded.mesh, tables)
+        return Hosted(rows_BR, rows_BR, table, passages, batch)
+    if known is None:
+        q_BE = sharding.fetched(train_step.question_program(loaded.rag)(params, batch)).astype(np.float32)
+        queries = Queries(q_BE[own], [texts[row] for row in own])
+        found = index.searcher.search(queries, min(max(cfg.n_retrieved, n_docs), n))
+    else:
+        found = SearchResult(known.ids_BK[own], known.scores_BK[own])
+    rows_BR, read_BK, scores_BK = found.ids_BK, found.ids_BK[:, :n_docs], found.scores_BK[:, :n_docs]
+    if cfg.oracle:
+        gold_BG = sharding.fetched(batch["gold"])[own]
+        read_BK = np.asarray(gold_first(jnp.asarray(gold_BG), jnp.asarray(rows_BR), n_docs))
+    given = {
+        "documents": places(loaded.mesh, read_BK),
+        "scores": np.where(np.isfinite(scores_BK), scores_BK, 0).astype(np.float32),
+        "found": read_BK >= 0,
+    }
+    tables = gather(loaded.corpus, index, read_BK.reshape(-1))
+    given, table, passages = sharding.shard_batch(loaded.mesh, (given, *tables))
+    rows_BR, read_BK = (sharding.fetched(sharding.shard_batch(loaded.mesh, rows)) for rows in (rows_BR, read_BK))
+    return Hosted(rows_BR, read_BK, table, passages, {**batch, **given})
+
+
+def bucket(length: int, longest: int, least: int = 16) -> int:
+    """The next of 16, 32, 64, ..., longest: shapes that are few need few programs."""
+    size = min(least, longest)
+    while size < min(length, longest):
+        size *= 2
+    return min(size, longest)
+
+
+def answer_questions(
+    loaded: runs.Loaded,
+    params: Params,
+    index: Index | HostIndex,
+    questions: Sequence[str],
+    cfg: AnswerConfig,
+    program: AnswerFn | None = None,
+    gold_NG: np.ndarray | None = None,
+    known: SearchResult | None = None,
+) -> list[Answer]:
+    """Answers in the order of the questions. gold_NG: their `right_rows`, which an oracle reads first. known: what a
+    search found for them, [N, n_docs or more], with nothing missing where the index is on the devices; then none is
+    made.
+
+    Questions of like length go together, and lengths and the number of questions are padded to a few sizes (`bucket`),
+    so that other questions of the same sizes need no compilation. With several processes all ask the same, and all get
+    the answers.
+    """
+    check_docs(loaded, cfg)
+    if cfg.oracle and gold_NG is None:
+        raise InputError("oracle needs the right passages of the questions, which rag-jax evaluate reads of their file")
+    program = program or make_answer(loaded, cfg)
+    corpus, model = loaded.corpus, loaded.rag.config
+    sides = corpus.encoder_tokenizer, corpus.generator_tokenizer
+    tables = batching.encode_questions(
+        questions, *sides, model.question_length, model.question_keeps, model.tail_length
+    )
+    shards = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
+    size = -(-bucket(len(questions), cfg.batch, 1) // shards) * shards
+    length_N = np.maximum(tables["question_length"], tables["tail_length"])
+    order = np.argsort(-length_N, kind="stable")  # the longest first: what does not fit in memory fails at once
+    answers: list[Answer | None] = [None] * len(questions)
+    with Progress(len(questions), "answering", "question") as progress:
+        for number, start in enumerate(range(0, len(questions), size)):
+            rows = order[np.minimum(np.arange(start, start + size), len(questions) - 1)]
+            width = bucket(int(length_N[rows].max()), model.question_length)
+            own = rows[sharding.own_rows(loaded.mesh, size)]
+            batch = {name: table[own][:, :width] if table.ndim == 2 else table[own] for name, table in tables.items()}
+            found_B = None if known is None else SearchResult(known.ids_BK[rows], known.scores_BK[rows])
+            if known is not None and isinstance(index, Index):
+                batch |= {"documents": known.ids_BK[own], "scores": known.scores_BK[own]}
+            if cfg.oracle and gold_NG is not None:
+                batch["gold"] = gold_NG[own]
+            on_devices = sharding.shard_batch(loaded.mesh, batch)
+            if isinstance(index, HostIndex):
+                texts = [questions[row] for row in rows]
+                here = found_on_host(loaded, params, index, cfg, texts, on_devices, found_B)
+                out = sharding.fetched(program(params, here.table, here.passages, here.batch, number))
+                out = out._replace(rows=here.rows_BR, read=here.read_BK)
+            else:
+                assert loaded.passages is not None
+                out = sharding.fetched(program(params, index, loaded.passages, on_devices, number))
+            count = min(size, len(questions) - start)
+            found = collect(corpus, out, count, cfg.closed_book)
+            for row, one in zip(rows, found, strict=False):
+                answers[row] = one
+            progress.update(count)
+    return [one for one in answers if one is not None]
+
+
+def collect(corpus: Corpus, out: Any, count: int, closed_book: bool) -> list[Answer]:
+    """Arrays of one batch -> answers with texts."""
+    answers, tokenizer = [], corpus.generator_tokenizer
+    for i in range(count):
+        read = []
+        order = np.argsort(-out.prior[i], kind="stable")  # a search on the host may rank by something else
+        order = order[out.read[i][order] >= 0]
+        for place in order:
+            p = corpus[int(out.read[i][place])]
+            read.append(Passage(p.id, p.title, p.text, float(out.prior[i][place]), float(out.posterior[i][place])))
+        text = tokenizer.decode([int(token) for token in out.sequences[i]]).strip()
+        retrieved = () if closed_book else tuple(corpus[int(row)].id for row in out.rows[i] if row >= 0)
+        ids_S, by_token = out.sequences[i][1:], None
+        said_S = np.array([int(token) not in tokenizer.special_ids for token in ids_S], bool)
+        tokens = tuple(tokenizer.pieces([int(token) for token in ids_S[said_S]]))
+        if out.token_posterior is not None and len(order):
+            by_token = tuple(tuple(map(float, shares_K)) for shares_K in out.token_posterior[i][said_S][:, order])
+        passages = () if closed_book else tuple(read)
+        answers.append(Answer(text, float(out.scores[i]), passages, retrieved, tokens, by_token))
+    return answers
+
+
+def host_index(directory: Path, loaded: runs.Loaded, snapshot: snapshots.Snapshot, search: SearchConfig) -> HostIndex:
+    """A snapshot with the search over it on the host, which the run's directory keeps."""
+    manifest, embeddings_NE = snapshot.manifest, snapshot.embeddings_NE
+    searchers = Searchers(search, loaded.corpus, loaded.mesh, directory / "search")
+    searcher = searchers.make(embeddings_NE, manifest.encoder_hash, manifest.step, keep=True)
+    step_N = np.full(len(loaded.corpus), manifest.step, np.int32)
+    return HostIndex(embeddings_NE, step_N, searcher, loaded.corpus.live_N)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A trained run, ready to answer: `Pipeline.from_run(path).ask("Who ...?")`. Programs are compiled once each.
+
+    `with_index` gives one with other passages, which shares parameters and programs; a server changes over by one
+    assignment, and questions under way are answered from the old one.
+    """
+
+    directory: Path
+    config: TrainConfig
+    loaded: runs.Loaded
+    params: Params
+    index: Index | HostIndex
+    snapshot: snapshots.Snapshot
+    search: SearchConfig = field(default_factory=SearchConfig)
+    programs: dict[AnswerConfig, AnswerFn] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_run(
+        cls, path: str | Path, index: str | Path | None = None, search: SearchConfig | None = None, live: bool = False
+    ) -> "Pipeline":
+        """Open a run with its own index, or with another made by `rag-jax index` (hot swap: other passages, no
+        retraining). search: how passages are searched, if not as the run was trained. live: tables with spare rows
+        (`run.capacity`), so that `with_index` to an update of the corpus that fits in them compiles nothing.
+
+        InputError where the index was made by another encoder, or its corpus with other tokenizers or passages.
+        """
+        directory = Path(path)
+        config = runs.read_config(directory)
+        checkpoint.check_params(directory / "params")
+        snapshot = snapshots.open_snapshot(index or directory / "index")
+        corpus = Corpus.open(snapshot.manifest.corpus)
+        runs.check_tokenizers(directory, corpus)
+        search = search or config.search
+        mesh = sharding.mesh_here(config.mesh)
+        loaded = runs.load(config.model, corpus, mesh, search.kind == "exact", live)
+        params = runs.read_params(directory, loaded.rag, loaded.mesh)
+        runs.check_snapshot(loaded, params, snapshot)
+        if search.kind == "exact":
+            made: Index | HostIndex = runs.index_on_device(loaded, snapshot, search.dtype)
+        else:
+            made = host_index(directory, loaded, snapshot, search)
+        return cls(directory, config, loaded, params, made, snapshot, search)
+
+    def with_index(self, path: str | Path) -> "Pipeline":
+        """The same with another snapshot, usually of an update of the corpus; this one stays as it is, and both share
+        what is the same in both. Answers are those of the run opened with that snapshot.
+
+        Compiled programs stay of use where the tables have as many rows as before (see `live` of from_run), and always
+        where the search is on the host. InputError as in from_run.
+        """
+        snapshot = snapshots.open_snapshot(path)
+        corpus = Corpus.open(snapshot.manifest.corpus)
+        runs.check_tokenizers(self.directory, corpus)
+        snapshots.check(snapshot, corpus.hash, self.snapshot.manifest.encoder_hash, corpus.encoder_tokenizer.hash)
+        loaded = live_corpus.updated(self.loaded, corpus)
+        if isinstance(self.index, Index):
+            index: Index | HostIndex = live_corpus.swapped(self.index, loaded, self.snapshot, snapshot)
+        else:
+            index = host_index(self.directory, loaded, snapshot, self.search)
+        same = loaded.passages is None or loaded.n_rows == self.loaded.n_rows
+        programs = self.programs if same else {}
+        return dataclasses.replace(self, loaded=loaded, index=index, snapshot=snapshot, programs=programs)
+
+    def search_manifest(self) -> dict[str, Any]:
+        """What the search is made of, for reports."""
+        if isinstance(self.index, HostIndex):
+            return dict(self.index.searcher.manifest)
+        return {"kind": "exact", "dtype": self.search.dtype, "recall_target": self.search.recall_target}
+
+    def answer_config(self, **changes: Any) -> AnswerConfig:
+        """How the run answers by default, with changes."""
+        return dataclasses.replace(config.answering(self.config), **changes)
+
+    def answer(
+        self,
+        questions: Sequence[str],
+        cfg: AnswerConfig,
+        gold_NG: np.ndarray | None = None,
+        known: SearchResult | None = None,
+    ) -> list[Answer]:
+        """Answers in the order of the questions. gold_NG: their `right_rows`, for an oracle. known: see
+        answer_questions. InputError for an empty question.
+        """
+        if not all(question.strip() for question in questions):
+            raise InputError("a question is empty; give some words")
+        if cfg not in self.programs:
+            self.programs[cfg] = make_answer(self.loaded, cfg)
+        program = self.programs[cfg]
+        return answer_questions(self.loaded, self.params, self.index, questions, cfg, program, gold_NG, known)
+
+    def ask(self, question: str, n_docs: int = 0, num_beams: int = 0) -> Answer:
+        """One answer, with the passages it came from; 0: as the run answers by default."""
+        given = {"n_docs": n_docs, "num_beams": num_beams}
+        changes = {name: value for name, value in given.items() if value}
+        return self.answer([question], self.answer_config(batch=1, n_retrieved=1, **changes))[0]

@@ -1,0 +1,174 @@
+"""Arrays -> scalars: the marginal likelihoods of RAG (Lewis et al. 2020, section 2) and the losses of the retriever.
+
+Knows no model. Letters: B questions, K documents per question, T target length, V vocabulary, E retrieval width,
+P passages of a batch. `mask_BT` is True where a target token counts. Everything is natural-log, float32.
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_softmax, logsumexp
+
+from rag_jax.ops.vocab_loss import Head, Logits, summed_marginal
+
+Prior = Literal["paper", "hf_compat"]
+ABSENT = -1e9  # score of a passage that was not found: its prior, exp of this, is exactly 0, and products with 0 are 0
+
+
+# q . d in whole float32, in the gradient too: a TPU would multiply in bfloat16, and what all embeddings have in common,
+# most of them, must cancel in sums over passages of (prior - posterior) d.
+inner_products = partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+
+
+def prior_logp(scores_BK: jax.Array, log_normaliser_B: jax.Array | None = None) -> jax.Array:
+    """log p(z_k|x): softmax of the raw inner products over the K retrieved documents only (section 2.2).
+
+    With a log_normaliser_B, that of all passages, p(z|x) is over the whole corpus, and the K sum to less than 1.
+    """
+    scores_BK = scores_BK.astype(jnp.float32)
+    return log_softmax(scores_BK, axis=-1) if log_normaliser_B is None else scores_BK - log_normaliser_B[:, None]
+
+
+def of_found(scores_BK: jax.Array, found_BK: jax.Array) -> jax.Array:
+    """Scores in which passages that were not found have no share of the prior, and no gradient.
+
+    Where a question has none at all, its first slot has all of the prior: the reader is given an empty passage there.
+    """
+    first_K = jnp.arange(scores_BK.shape[1]) == 0
+    nothing_B1 = ~found_BK.any(-1, keepdims=True)
+    return jnp.where(found_BK, scores_BK, jnp.where(nothing_B1 & first_K, 0.0, ABSENT))
+
+
+def absent(prior_logp_BK: jax.Array) -> jax.Array:
+    """Which passages were not found, by their log prior."""
+    return prior_logp_BK < ABSENT / 2
+
+
+def _check(token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array) -> None:
+    shape = token_logp_BKT.shape
+    if len(shape) != 3 or prior_BK.shape != shape[:2] or mask_BT.shape != (shape[0], shape[2]):
+        raise ValueError(
+            "token log-probabilities [B, K, T], prior [B, K] and mask [B, T] do not fit together: "
+            f"{shape}, {prior_BK.shape} and {mask_BT.shape}"
+        )
+
+
+def sequence_joint(
+    token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior = "paper"
+) -> jax.Array:
+    """log p(z_k|x) + log p(y|x,z_k) [B, K].
+
+    `hf_compat` counts the prior at the second scored token alone, as transformers does: it vanishes when that token is
+    padding.
+    """
+    _check(token_logp_BKT, prior_BK, mask_BT)
+    logp_BK = jnp.where(mask_BT[:, None], token_logp_BKT, 0.0).sum(-1)
+    if prior == "paper":
+        return logp_BK + prior_BK
+    counted_B = mask_BT[:, 1] if mask_BT.shape[1] > 1 else jnp.zeros(len(mask_BT), bool)
+    return logp_BK + jnp.where(counted_B[:, None] | absent(prior_BK), prior_BK, 0.0)
+
+
+def rag_sequence_logp(
+    token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior = "paper"
+) -> jax.Array:
+    """log p(y|x) [B] = logsumexp_k(log p(z_k|x) + sum_t log p(y_t|x,z_k,y_<t)), RAG-Sequence."""
+    return logsumexp(sequence_joint(token_logp_BKT, prior_BK, mask_BT, prior), axis=-1)
+
+
+def rag_token_logp(
+    token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior = "paper"
+) -> jax.Array:
+    """log p(y|x) [B] = sum_t logsumexp_k(log p(z_k|x) + log p(y_t|x,z_k,y_<t)), RAG-Token. Both priors agree here."""
+    _check(token_logp_BKT, prior_BK, mask_BT)
+    marginal_BT = logsumexp(token_logp_BKT + prior_BK[..., None], axis=1)
+    return jnp.where(mask_BT, marginal_BT, 0.0).sum(-1)
+
+
+def posterior_logp(
+    token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior = "paper"
+) -> jax.Array:
+    """log p(z_k|x,y) [B, K]: which document explains the whole answer, by the joint as `sequence_joint` counts it."""
+    return log_softmax(sequence_joint(token_logp_BKT, prior_BK, mask_BT, prior), axis=-1)
+
+
+def _sequence_smooth(
+    hidden_BKTD: jax.Array, head: Head, read: Logits, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior
+) -> jax.Array:
+    """logsumexp_k of the sum over t and V of log p, the smoothing term of RAG-Sequence [B].
+
+    transformers adds the prior to all V log-probabilities of the second token, so there it counts V times.
+    """
+    V = len(head.kernel_VD)
+    return logsumexp(sequence_joint(read.total - V * read.norm, prior_BK * V, mask_BT, prior), axis=-1)
+
+
+def _token_smooth(
+    hidden_BKTD: jax.Array, head: Head, read: Logits, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior
+) -> jax.Array:
+    """Sum over t and V of the marginal log-probabilities [B]."""
+    kernel_VD, bias_V, *how = head
+    marginal_BT = summed_marginal(hidden_BKTD, kernel_VD, bias_V, read.norm, prior_BK, *how)
+    return jnp.where(mask_BT, marginal_BT, 0.0).sum(-1)
+
+
+OBJECTIVES = {"rag_sequence": (rag_sequence_logp, _sequence_smooth), "rag_token": (rag_token_logp, _token_smooth)}
+
+
+def rag_nll(
+    objective: str,
+    hidden_BKTD: jax.Array,
+    head: Head,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    scores_BK: jax.Array,
+    *,
+    prior: Prior = "paper",
+    label_smoothing: float = 0.0,
+    first_counts: jax.Array | bool = True,
+    log_normaliser_B: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Negative log marginal likelihood nll_B, summed over tokens (no mean), and token_logp_BKT.
+
+    From the decoder's last states and the output layer: the logits [B, K, T, V] never exist. With label smoothing e:
+    (1-e) * nll - (e/V) * smooth, as in transformers. `first_counts`, a scalar: whether the first target token is part
+    of the likelihood (of the smoothing term it always is). log_normaliser_B: see prior_logp.
+    Raises KeyError for an unknown objective and ValueError for shapes that do not fit together.
+    """
+    logp, smooth = OBJECTIVES[objective]
+    B, K, T, _ = hidden_BKTD.shape
+    if targets_BT.shape != (B, T) or scores_BK.shape != (B, K):
+        raise ValueError(
+            f"states [B, K, T, D] {hidden_BKTD.shape} need targets [B, T] = {(B, T)} and scores [B, K] = {(B, K)}; "
+            f"got {targets_BT.shape} and {scores_BK.shape}"
+        )
+    read = head.read(hidden_BKTD, targets_BT)
+    token_logp_BKT = read.target - read.norm
+    prior_BK = prior_logp(scores_BK, log_normaliser_B)
+    counted_BKT = token_logp_BKT
+    if first_counts is not True:
+        counted_BKT = token_logp_BKT.at[..., 0].set(jnp.where(first_counts, token_logp_BKT[..., 0], 0.0))
+    nll_B = -logp(counted_BKT, prior_BK, mask_BT, prior)
+    if label_smoothing:
+        smooth_B = smooth(hidden_BKTD, head, read, prior_BK, mask_BT, prior)
+        nll_B = (1 - label_smoothing) * nll_B - label_smoothing / len(head.kernel_VD) * smooth_B
+    return nll_B, token_logp_BKT
+
+
+def in_batch_contrastive(
+    queries_BE: jax.Array, passages_PE: jax.Array, positive_BP: jax.Array, ignore_BP: jax.Array | None = None
+) -> jax.Array:
+    """DPR's loss [B] (Karpukhin et al. 2020, equation 2): -log softmax of the positive among all passages of the batch.
+
+    `positive_BP` is one-hot, the passage that counts; `ignore_BP` is True for passages left out of the softmax of that
+    question: its other right passages, which are no negatives, and padding. ValueError for shapes that do not fit.
+    """
+    scores_BP = inner_products("be,pe->bp", queries_BE, passages_PE)
+    for name, mask in (("positive", positive_BP), ("ignore", ignore_BP)):
+        if mask is not None and mask.shape != scores_BP.shape:
+            raise ValueError(f"{name} passages {mask.shape} must be [B, P] = {scores_BP.shape}")
+    if ignore_BP is not None:
+        scores_BP = jnp.where(ignore_BP & ~positive_BP, -jnp.inf, scores_BP)
+    return logsumexp(scores_BP, axis=-1) - jnp.where(positive_BP, scores_BP, 0.0).sum(-1)

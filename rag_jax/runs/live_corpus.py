@@ -1,0 +1,169 @@
+"""A corpus that changes while a program runs: which version is the newest, and that one in place of the one in use.
+
+Rows keep their numbers from version to version, so most of every table stays. Tables of the same size share the shards
+without a new row, and no program is compiled again; nothing that is in use is changed.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rag_jax.system import files, sharding
+from rag_jax.runs import directory as runs
+from rag_jax.errors import InputError
+from rag_jax.index.host_index import HostIndex, Searchers, embedded
+from rag_jax.system.logs import info
+from rag_jax.rag import Params, Passages
+from rag_jax.index.device_index import Index, extended
+from rag_jax.index import snapshot as snapshots
+from rag_jax.index import shards
+from rag_jax.corpus.directory import Corpus
+from rag_jax.runs.directory import Loaded
+
+
+class Versions:
+    """Looks whether a path, usually a symbolic link, leads to another version of a corpus than before."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._seen: tuple[Path, int, int] | None = None
+
+    def look(self, corpus: Corpus) -> Corpus | None:
+        """The corpus that the path leads to, every file opened, if it is an update of this one; None where it is this
+        one. A line in the log says why another one is not taken, once.
+        """
+        mark = self._mark()
+        if mark is None or mark == self._seen:
+            return None
+        self._seen = mark
+        try:
+            found = open_version(self.path)
+            if found.hash == corpus.hash:
+                return None
+            check_update(corpus, found)
+        except InputError as error:
+            info(f"{error}; the corpus {corpus.directory} ({corpus.hash[:16]}) stays in use")
+            return None
+        if self._mark() != mark:  # replaced between two files
+            self._seen = None
+            return None
+        return found
+
+    def _mark(self) -> tuple[Path, int, int] | None:
+        """What changes with the version; None where nothing is there, as between the renames of two directories."""
+        directory = self.path.resolve()
+        try:
+            about = os.stat(directory / files.MANIFEST)
+        except OSError:
+            return None
+        return directory, about.st_ino, about.st_mtime_ns
+
+
+def open_version(path: str | Path) -> Corpus:
+    """The corpus that a path leads to now, under its own name, every file opened: it may be replaced."""
+    corpus = Corpus.open(Path(path).resolve())
+    try:
+        corpus.hold()
+    except OSError as error:
+        raise InputError(f"{path}: unreadable ({error}); it must be replaced as a whole, by a rename") from error
+    return corpus
+
+
+def check_update(old: Corpus, new: Corpus) -> None:
+    """InputError with both hashes where the new corpus was not made of the old one by updates."""
+    if not new.is_update_of(old.hash, len(old)):
+        raise InputError(
+            f"{new.directory}: the corpus with hash {new.hash[:16]} is no update of {old.hash[:16]}; make it with: "
+            f"rag-jax corpus --update {old.directory} --out DIR"
+        )
+
+
+def position(corpus: Corpus) -> dict[str, Any]:
+    """Which version this is, for a checkpoint."""
+    return {"directory": str(corpus.directory), "hash": corpus.hash, "n_passages": len(corpus)}
+
+
+def reopen(position: dict[str, Any], path: str | Path) -> Corpus:
+    """The version that a checkpoint names; where that is gone, the one at `path`, which must be an update of it.
+
+    InputError with both hashes where it is not.
+    """
+    try:
+        corpus = open_version(position["directory"])
+    except InputError:
+        corpus = open_version(path)
+    if corpus.hash == position["hash"]:
+        return corpus
+    corpus = open_version(path)
+    if not corpus.is_update_of(position["hash"], position["n_passages"]):
+        raise InputError(
+            f"{position['directory']}: the checkpoint is of the corpus with hash {position['hash'][:16]}, which is no "
+            f"longer there, and {path}, {corpus.hash[:16]}, is no update of it; put one of the two back"
+        )
+    return corpus
+
+
+def updated(loaded: Loaded, corpus: Corpus) -> Loaded:
+    """The same model with another corpus of the same tokenizers."""
+    runs.check_length(loaded.rag, corpus)
+    corpus = runs.answered(loaded.rag.config, corpus)
+    new = dataclasses.replace(loaded, corpus=corpus, passages=None)
+    old = loaded.passages
+    if old is None:
+        return new
+    first, tables = corpus.shared_rows(loaded.corpus), runs.token_columns(corpus)
+    if first and new.table_rows() == len(old.encoder_length_N):
+        made = [sharding.with_rows(was, first, table[first:]) for was, (table, _) in zip(old, tables, strict=True)]
+        return dataclasses.replace(new, passages=Passages(*made))
+    return dataclasses.replace(new, passages=runs.token_tables(new))
+
+
+def swapped(index: Index, loaded: Loaded, old: snapshots.Snapshot, new: snapshots.Snapshot) -> Index:
+    """The index of another snapshot, of the corpus of `loaded`, as the type of this one, which is of `old`."""
+    dtype, first = str(index.embeddings_NE.dtype), snapshots.shared_rows(old, new)
+    if not first or loaded.table_rows() != len(index.step_N):
+        return runs.index_on_device(loaded, new, dtype)
+    if dtype == "int8" and new.scale_N is not None:
+        stored = {"embeddings": new.rows_NE[first:], "scale": new.scale_N[first:]}
+    else:
+        stored = shards.tensors(np.asarray(new.embeddings_NE[first:], np.float32), dtype)
+    step_N = np.full(len(loaded.corpus), new.manifest.step, np.int32)
+    return Index(
+        sharding.with_rows(index.embeddings_NE, first, stored["embeddings"]),
+        sharding.shard_rows(loaded.mesh, step_N, 0, loaded.n_rows),
+        None if index.scale_N is None else sharding.with_rows(index.scale_N, first, stored["scale"]),
+        runs.live_on_device(loaded),
+    )
+
+
+def followed(
+    index: Index | HostIndex, loaded: Loaded, old: Corpus, searchers: Searchers, encoder: Params, step: int
+) -> Index | HostIndex:
+    """The index after an update of its corpus `old` to that of `loaded`: new rows are embedded by the part `encoder` of
+    the parameters of now, `step`; the others stay as they are.
+    """
+    if isinstance(index, Index):
+        return longer_index(index, loaded, len(old), encoder, step)
+    embeddings_NE, step_N = longer_rows(index.embeddings_NE, index.step_N, loaded, encoder, step)
+    searcher = searchers.update(index.searcher, old, embeddings_NE, step)
+    return HostIndex(embeddings_NE, step_N, searcher, loaded.corpus.live_N)
+
+
+def longer_index(index: Index, loaded: Loaded, first: int, encoder: Params, step: int) -> Index:
+    """The index of the first rows, with those of the corpus of `loaded` that follow."""
+    live_N = runs.live_on_device(loaded)
+    assert live_N is not None  # tables with spare rows
+    new_ME = embedded(loaded.rag, encoder, loaded.corpus, first)
+    return extended(index, first, new_ME, step, loaded.table_rows(), live_N)
+
+
+def longer_rows(
+    embeddings_NE: Any, step_N: np.ndarray, loaded: Loaded, encoder: Params, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same on the host: embeddings and their steps."""
+    new_ME = embedded(loaded.rag, encoder, loaded.corpus, len(step_N))
+    steps_M = np.full(len(new_ME), step, np.int32)
+    return np.concatenate([np.asarray(embeddings_NE, np.float32), new_ME]), np.concatenate([step_N, steps_M])

@@ -1,0 +1,176 @@
+"""Several processes of one command: where they meet, what they tell each other, and how they end when one is lost."""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rag_jax.errors import InputError
+from rag_jax.system import disk_errors, logs, plain_text
+
+HEARTBEAT_SECONDS = 30  # after so long without a word, a process counts as dead, and the others stop
+GRACE_SECONDS = 3.0  # the others hear of an error by themselves; when the first process ends, JAX aborts them
+# what errors say when another process has gone
+LOST = ("gloo", "connection", "unavailable", "deadline", "heartbeat", "coordination", "barrier", "nccl", "timed out")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--coordinator, --processes, --process; --distributed auto."""
+    group = parser.add_argument_group("several processes (the same command on each)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, the same on all of them")
+    group.add_argument("--processes", type=int, metavar="P", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which this one is: 0 to P - 1")
+    group.add_argument(
+        "--distributed", choices=["auto"], help="auto: as JAX finds by itself on TPU pods, Slurm, Open MPI, Kubernetes"
+    )
+
+
+def initialize(args: argparse.Namespace, heartbeat_seconds: int = HEARTBEAT_SECONDS, preemption: bool = False) -> None:
+    """Joins the other processes; nothing where no argument asks for it. Call it before anything else touches JAX.
+
+    preemption: SIGTERM does not end the process; `multihost_utils.reached_preemption_sync_point` tells of it.
+    InputError for arguments that do not go together, and where the others cannot be reached.
+    """
+    named = {name: getattr(args, name) for name in ("coordinator", "processes", "process")}
+    given = {name: value for name, value in named.items() if value is not None}
+    if args.distributed and given:
+        raise InputError(f"--distributed auto finds out by itself: leave out --{next(iter(given))}")
+    if not args.distributed and not given:
+        return
+    if not args.distributed:
+        absent = [name for name in named if name not in given]
+        if absent:
+            raise InputError(f"--{next(iter(given))} needs --{absent[0]}, too: --coordinator HOST:PORT --processes P "
+                             "--process I")  # fmt: skip
+        if not 0 <= args.process < args.processes:
+            raise InputError(f"--process {args.process} of --processes {args.processes}: a number from 0 to P - 1")
+        host, _, port = args.coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise InputError(f"--coordinator {args.coordinator}: HOST:PORT is needed, such as 10.0.0.1:9876")
+    jax.config.update("jax_enable_preemption_service", preemption)
+    try:
+        jax.distributed.initialize(
+            args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=heartbeat_seconds
+        )
+    except (RuntimeError, ValueError) as error:
+        where = args.coordinator or "--distributed auto"
+        raise InputError(f"{where}: the processes did not meet ({error}); start all of them together") from error
+
+
+def first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def from_first(value: Any) -> Any:
+    """What the first process gives (JSON), in all of them."""
+    if jax.process_count() == 1:
+        return value
+    text = json.dumps(value).encode() if first() else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.frombuffer(text.ljust(size, b" ")[:size], np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)))
+
+
+def everywhere(true: bool) -> bool:
+    """Whether it is true in all processes."""
+    return true if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(true)).all())
+
+
+@contextlib.contextmanager
+def together(args: argparse.Namespace, checkpoints: Path | None = None, preemption: bool = False) -> Iterator[None]:
+    """`initialize`; only the first process shows progress; an error inside ends the process at once if it is one of
+    several, and says why.
+
+    Python's own end would wait for the others, who may wait for this one. checkpoints: from which the command goes on,
+    for the message.
+    """
+    initialize(args, preemption=preemption)
+    if not first():
+        logs.silence()
+    try:
+        with _standard_output_apart(), _last_words(checkpoints):
+            yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        leave(error, checkpoints)
+
+
+AGAIN = "another process died, or the network failed, or this one was killed: start all again with the same command"
+SPEAKER = """trap '' TERM INT
+read word && exit
+step=$([ -n "$2" ] && ls "$2" 2>/dev/null | grep -Ex '[0-9]+' | sort -n | tail -n 1)
+echo "$1${2:+; training goes on from step ${step:-0}}" >&2"""
+
+
+@contextlib.contextmanager
+def _last_words(checkpoints: Path | None) -> Iterator[None]:
+    """What this process says if it ends inside without a chance to: JAX aborts it when it misses another one.
+
+    A shell waits for a word, and speaks when none comes before the end of its input.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    said, where = f"rag-jax: process {jax.process_index()} has ended: {AGAIN}", str(checkpoints or "")
+    with subprocess.Popen(["sh", "-c", SPEAKER, "sh", said, where], stdin=subprocess.PIPE) as speaker:
+        try:
+            yield
+        finally:
+            speaker.communicate(b"well\n")
+
+
+@contextlib.contextmanager
+def _standard_output_apart() -> Iterator[None]:
+    """What libraries print to standard output goes to standard error: Gloo tells there of its connections."""
+    if jax.process_count() == 1:
+        yield
+        return
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def leave(error: BaseException, checkpoints: Path | None = None) -> None:
+    """Says what happened and ends this process: status 2 for an InputError, 130 when interrupted, 1 for the rest."""
+    said, status = plain_text.one_line(str(error)), 1
+    if isinstance(error, InputError):
+        status = 2
+    elif found := disk_errors.words(error):
+        said, status = found, 2
+    elif isinstance(error, KeyboardInterrupt):
+        said, status = "interrupted", 130
+    elif any(word in said.lower() for word in LOST):
+        steps = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()] if checkpoints else []
+        goes_on = f"; training goes on from step {max(steps, default=0)}" if checkpoints else ""
+        said = f"{AGAIN}{goes_on} ({said[:300]})"
+    else:
+        traceback.print_exception(error)
+    print(f"rag-jax: process {jax.process_index()}: {said}", file=sys.stderr)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    if first():
+        time.sleep(GRACE_SECONDS)
+    os._exit(status)

@@ -1,0 +1,6 @@
+"""Training, from a configuration to checkpoints.
+
+`train` is the loop, top to bottom; `config` the stages it goes through; `setup` and `session` what stands ready
+before the first step and between steps; `train_step` is the jitted step; `stage_index` keeps the index of a stage
+fresh; `optimizer` and `diverged` are what their names say.
+"""

@@ -1,0 +1,266 @@
+"""What a training run has to have before its first step: data in batches, a directory, and nothing that fails late."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from rag_jax.corpus import inverse_cloze
+from rag_jax.corpus.directory import Corpus
+from rag_jax.data import batching, example_cache, examples, tasks
+from rag_jax.data.examples import Examples
+from rag_jax.data.readers import formats, sources
+from rag_jax.errors import InputError
+from rag_jax.index import refresh_schedule
+from rag_jax.runs import checkpoint, live_corpus
+from rag_jax.runs import directory as runs
+from rag_jax.system import distributed, files, sharding
+from rag_jax.system.logs import info
+from rag_jax.training import config
+from rag_jax.training.config import StageConfig, TrainConfig
+
+MAY_CHANGE = ("learning_rate", "stop_on_nonfinite")  # of a configuration, while its run is under way
+EXAMPLES = "examples"  # of a run directory: the tokenised questions
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training examples of a corpus; `weights` of their inputs; what they were made of, where that is not kept yet."""
+
+    examples: Examples
+    corpus: Corpus
+    weights: Mapping[str, float]
+    unkept: Mapping[str, Any] | None = None
+
+
+def prepare(cfg: TrainConfig, corpus: Corpus, directory: Path | None = None) -> Data:
+    """Examples of the configuration: those that a run directory keeps, if they are of the same, else made anew."""
+    corpus = runs.answered(cfg.model, corpus)
+    if not cfg.train:
+        return Data(examples.none(), corpus, {})
+    weights = sources.weighted(cfg.train)
+    settings: dict[str, Any] = {
+        "question_length": cfg.model.question_length,
+        "target_length": cfg.target_length,
+        "answers": cfg.answers,
+        "negatives": any(stage.negatives == "given" for stage in cfg.stages),
+        "live": cfg.live,
+        "keeps": cfg.model.question_keeps,
+        "tail_length": cfg.model.tail_length,
+    }
+    task = config.plain(cfg.task)
+    wrapping = corpus.generator_tokenizer.wrapping
+    said = {} if wrapping is None else {"labels": [list(wrapping.opening), list(wrapping.closing), wrapping.pad_id]}
+    wanted = example_cache.made_of(list(weights), corpus, corpus.hash, task=task, **settings, **said)
+    kept = None if directory is None else example_cache.read(directory / EXAMPLES, wanted)
+    if kept is not None:
+        return Data(kept, corpus, weights)
+    inputs = [tasks.each(formats.iterate_questions(one), cfg.task, corpus) for one in weights]
+    parts = [examples.tokenise(some, corpus, name=one, **settings) for one, some in zip(weights, inputs, strict=True)]
+    return Data(examples.joined(parts), corpus, weights, wanted)
+
+
+def keep(directory: Path, data: Data) -> None:
+    """Keeps examples that were made anew in the run directory; the first process writes."""
+    if data.unkept is not None and distributed.first():
+        example_cache.write(directory / EXAMPLES, data.examples, dict(data.unkept))
+
+
+def same_questions(a: Data, b: Data) -> bool:
+    """Whether the questions are the same, whatever the corpus of each."""
+    return a.examples.fingerprint(questions_only=True) == b.examples.fingerprint(questions_only=True)
+
+
+def batches(
+    stage: StageConfig, cfg: TrainConfig, data: Data, number: int, mesh: jax.sharding.Mesh | None = None
+) -> grain.MapDataset:
+    """The batches of stage `number`; InputError where the questions lack what the stage needs. mesh: only the rows that
+    this process feeds to it.
+    """
+    own = None if mesh is None else sharding.own_rows(mesh, stage.batch)
+    seed = cfg.seed * len(cfg.stages) + number
+    if stage.objective == "inverse_cloze":
+        return inverse_cloze.batches(data.corpus, stage.batch, seed, cfg.model.question_length, own)
+    if stage.objective == "denoise":
+        length = stage.source_length or cfg.model.source_length
+        return batching.denoise_batches(data.corpus, batch=stage.batch, seed=seed, length=length, own=own)
+    units = units_of(stage, cfg, data)
+    refresh_schedule.parse(stage.refresh, epoch(stage, cfg, data))  # now that an epoch is known
+    wanted = batching.Wanted(
+        batch=stage.batch,
+        seed=seed,
+        lengths=(cfg.model.question_length, cfg.target_length),
+        tail_length=cfg.model.tail_length,
+        question_widths=stage.buckets,
+        target_widths=stage.target_buckets,
+        window=stage.window,
+        negatives=stage.hard_negatives if stage.negatives == "given" else 0,
+        weights=tuple(data.weights.values()),
+        own=own,
+    )
+    absent = set(range(len(data.weights))) - set(data.examples.input_N[units.question_U].tolist())
+    if absent and len(units):
+        name = list(data.weights)[min(absent)]
+        raise InputError(f"stage {stage.name}: {name} has no question that the stage can use; leave it out of train")
+    return batching.question_batches(data.examples, units, data.corpus, wanted)
+
+
+def units_of(stage: StageConfig, cfg: TrainConfig, data: Data) -> batching.Units:
+    """Units of one epoch of the stage; InputError where there are none."""
+    pairs = usable_pairs(stage, data.examples)
+    return batching.units_of(data.examples, pairs, cfg.answers == "sample", stage.questions)
+
+
+def epoch(stage: StageConfig, cfg: TrainConfig, data: Data) -> int:
+    """Steps in which as many questions come as the stage trains on (pairs, where each answer is one of its own)."""
+    return max(1, len(units_of(stage, cfg, data)) // stage.batch) if config.asks(stage) else 1
+
+
+def usable_pairs(stage: StageConfig, found: Examples) -> np.ndarray:
+    """The pairs that a stage can train on; InputError where there are none."""
+    pairs = np.arange(len(found.label))
+    if stage.objective == "contrastive" or stage.documents == "gold":
+        pairs = pairs[found.gold.lengths(found.question_of(pairs)) > 0]
+        if not len(pairs):
+            raise InputError(f"stage {stage.name}: no training question names a gold passage (positive_passage_ids)")
+    if stage.negatives == "given":
+        questions = found.question_of(pairs)
+        if not (found.hard.lengths(questions) + found.other.lengths(questions)).any():
+            raise InputError(
+                f"stage {stage.name}: no training question names a wrong passage (hard_negative_passage_ids, "
+                "negative_passage_ids) that the corpus has, which negatives='given' needs"
+            )
+    if stage.window:
+        pairs = pairs[found.answer_P2[pairs, 1] > 0]
+        if not len(pairs):
+            raise InputError(
+                f"stage {stage.name}: no answer occurs in its gold passage, which window={stage.window} needs"
+            )
+    return pairs
+
+
+def check(cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
+    """What would fail late, said early."""
+    config.check(cfg)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if cfg.live and jax.process_count() > 1:
+        raise InputError(f"live=True with {jax.process_count()} processes, which may see different versions; use one")
+    if cfg.model.n_docs > corpus.n_live:
+        raise InputError(f"model.n_docs={cfg.model.n_docs}, but the corpus has {corpus.n_live} passages")
+    for stage in cfg.stages:
+        for wanted in ("n_docs", "n_retrieved", "hard_negatives") if config.searches(stage) else ():
+            if wanted == "n_docs" and stage.objective != "rag":
+                continue
+            if getattr(stage, wanted) > corpus.n_live:
+                asked = f"{wanted}={getattr(stage, wanted)}"
+                raise InputError(f"stage {stage.name}: {asked}, but the corpus has {corpus.n_live} passages")
+        if stage.batch % (shards * stage.accumulate):
+            parts = f" in {stage.accumulate} parts" if stage.accumulate > 1 else ""
+            raise InputError(
+                f"stage {stage.name}: batch={stage.batch}{parts} does not divide over {shards} devices; make it a "
+                "multiple"
+            )
+
+
+def open_run(cfg: TrainConfig, directory: Path, data: Data) -> None:
+    """Make the run directory, or agree to go on in it; InputError where it was started with something else.
+
+    The first process writes; each of them looks for itself.
+    """
+    known = directory / "config.json"
+    identity = runs.identity(data.corpus) | {"questions": data.examples.fingerprint(questions_only=cfg.live)}
+    changed = []
+    if known.exists():
+        old, new = config.plain(runs.read_config(directory)), config.plain(cfg)
+        changed = take_changes(old, new)
+        differing = differences(old, new)
+        if differing:
+            raise InputError(
+                f"{directory} was started with another configuration ({differing}); name another --run directory"
+            )
+        begun = runs.read_identity(directory)
+        if cfg.live and begun["corpus_hash"] in dict(data.corpus.chain):
+            identity["corpus_hash"] = begun["corpus_hash"]  # an update of what the run began with
+        differing = differences(begun, identity)
+        if differing:
+            raise InputError(
+                f"{directory} was started with other data ({differing}); put back what {cfg.corpus} and {cfg.train} "
+                "were, or name another --run directory"
+            )
+    elif distributed.first():
+        _begin(cfg, directory, data, identity)
+    distributed.barrier("run directory")
+    if changed and distributed.first():
+        info(f"{directory}: its configuration is changed: {'; '.join(changed)}")
+        _write_config(cfg, directory)
+
+
+def _begin(cfg: TrainConfig, directory: Path, data: Data, identity: dict[str, Any]) -> None:
+    """Makes the run directory; config.json comes last."""
+    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (directory / runs.IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
+    corpus = data.corpus
+    shutil.copytree(corpus.directory / "tokenizers", directory / "tokenizers", dirs_exist_ok=True)
+    provenance = Path(cfg.init) / runs.PROVENANCE
+    if cfg.init and provenance.is_dir():
+        shutil.copytree(provenance, directory / runs.PROVENANCE, dirs_exist_ok=True)
+    _write_config(cfg, directory)
+
+
+def _write_config(cfg: TrainConfig, directory: Path) -> None:
+    with files.renamed(directory / runs.CONFIG) as temporary:
+        config.save(cfg, temporary)
+        runs.write_manifest(directory, {runs.CONFIG: temporary})
+
+
+def take_changes(old: Any, new: Any, path: str = "") -> list[str]:
+    """Puts the values of MAY_CHANGE of one plain configuration into another; what was changed, in words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in old.keys() & new.keys():
+            where = f"{path}.{name}".strip(".")
+            if name in MAY_CHANGE and old[name] != new[name]:
+                found.append(f"{where}: {old[name]!r} before, {new[name]!r} now")
+                old[name] = new[name]
+            else:
+                found += take_changes(old[name], new[name], where)
+        return sorted(found)
+    if isinstance(old, list) and isinstance(new, list):
+        return [
+            one for i, pair in enumerate(zip(old, new, strict=False)) for one in take_changes(*pair, f"{path}[{i}]")
+        ]
+    return []
+
+
+def differences(old: Any, new: Any, path: str = "") -> str:
+    """The first key in which two plain configurations differ, with both values; "" where they agree."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            found = differences(old.get(name), new.get(name), f"{path}.{name}".strip("."))
+            if found:
+                return found
+        return ""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return next(
+            filter(None, (differences(*pair, f"{path}[{i}]") for i, pair in enumerate(zip(old, new, strict=True)))), ""
+        )
+    return "" if old == new else f"{path}: {old!r} there, {new!r} now"
+
+
+def opened(cfg: TrainConfig, directory: Path) -> Corpus:
+    """The corpus of the configuration; where its versions are followed, that of the run's last checkpoint."""
+    if not cfg.live:
+        return Corpus.open(cfg.corpus)
+    if (directory / "checkpoints").is_dir():
+        keeper = checkpoint.Checkpoints(directory / "checkpoints")
+        done = keeper.latest()
+        position = keeper.position(done) if done else {}
+        if "corpus" in position:
+            return live_corpus.reopen(position["corpus"], cfg.corpus)
+    return live_corpus.open_version(cfg.corpus)

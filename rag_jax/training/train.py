@@ -1,0 +1,415 @@
+"""`rag-jax train`: the stages of a configuration one after another, killable at any moment.
+
+    config, corpus, questions -> for each stage: optimiser, index, batches, one jitted step -> params/, index/
+
+The same command started again goes on from the last checkpoint and ends with bit-identical parameters. It runs as one
+process or as many, each of which feeds its own rows of every batch; the first one writes.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rag_jax import metrics
+from rag_jax.data import batching, tasks
+from rag_jax.data.readers import formats
+from rag_jax.errors import InputError
+from rag_jax.evaluation import evaluate
+from rag_jax.index import snapshot as snapshots
+from rag_jax.index.host_index import Searchers
+from rag_jax.inference.pipeline import make_answer
+from rag_jax.runs import checkpoint, live_corpus, lock
+from rag_jax.runs import directory as runs
+from rag_jax.system import distributed, logs, sharding
+from rag_jax.system.logs import MetricWriter, Progress
+from rag_jax.system.preemption import Preempted, Preemption
+from rag_jax.training import config, diverged, setup
+from rag_jax.training import session as sessions
+from rag_jax.training.config import StageConfig, TrainConfig
+from rag_jax.training.session import Session, make_refresher, way_of
+from rag_jax.training.stage_index import Upkeep
+from rag_jax.training.train_step import TrainState, first_state, jit_step
+
+# Figures of an evaluation that are shown beside `best_metric`, as far as it has them.
+HEADLINES = (*metrics.OF_ANSWERS, "all_gold_at_5", "recall_at_1", "recall_at_5")
+SHOWN = 4
+# Metrics of a step that are NaN where no gold passage is known, or where the search found nothing.
+MAY_BE_ABSENT = ("recall", "prior_entropy", "unique_documents", "posterior_prior_gap", "row_age", "score_gap")
+
+
+def average(rows: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """Mean of every metric over the interval; NaN is passed over where it says that there was nothing to measure; the
+    last learning rate.
+    """
+    fetched = jax.device_get(rows)
+    means = {}
+    for name in fetched[0]:
+        values = np.asarray([row[name] for row in fetched], np.float64)
+        values = values[~np.isnan(values)] if name.startswith(MAY_BE_ABSENT) else values
+        if len(values):
+            means[name] = float(values.mean())
+    means["learning_rate"] = float(fetched[-1]["learning_rate"])
+    return means
+
+
+class Interval:
+    """Metrics since the last log line, and where the time went."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, jax.Array]] = []
+        self.measured: dict[str, float] = {}  # the last of what is not measured in every step
+        self.shares: list[np.ndarray] = []  # of each batch, how much of it is of each input
+        self.begun = time.perf_counter()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves the steps up to now out of the times, unless no other follows: they compiled."""
+        self.host_seconds, self.started, self.untimed = 0.0, time.perf_counter(), len(self.rows)
+
+    def summary(self, inputs: Iterable[str] = ()) -> dict[str, float]:
+        """The means, and, where the questions are of several inputs, how much of the batches was of each."""
+        values = average(self.rows)
+        timed = len(self.rows) - self.untimed
+        seconds = time.perf_counter() - (self.started if timed else self.begun)
+        steps = timed or len(self.rows)
+        times = {
+            "step_seconds": seconds / steps,
+            "tokens_per_second": values.pop("tokens") * steps / seconds,
+            "host_share": self.host_seconds / seconds,
+        }
+        values |= times | self.measured
+        if self.shares:
+            shares = np.mean(self.shares, axis=0)
+            values |= {f"share/{name}": float(share) for name, share in zip(inputs, shares, strict=True)}
+        return values
+
+
+def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int) -> Session:
+    """Between two steps: the newest version of the corpus, if there is another one, in place of the one in use.
+
+    Only its new rows are embedded, with these parameters. A version that cannot be used is refused by a line in the
+    log, and training goes on.
+    """
+    cfg, old = session.cfg, session.data.corpus
+    corpus = session.versions.look(old) if session.versions else None
+    if corpus is None:
+        return session
+    try:
+        setup.check(cfg, corpus, session.loaded.mesh)
+        data = setup.prepare(cfg, corpus)
+        if not setup.same_questions(data, session.data):
+            raise InputError(f"the questions of {cfg.train} are no longer those of the run; put them back")
+        every_batch = all_batches(cfg, data, session.loaded.mesh)
+        loaded, searchers = (
+            live_corpus.updated(session.loaded, corpus),
+            Searchers(cfg.search, corpus, session.loaded.mesh),
+        )
+        refresher, index = make_refresher(cfg, loaded, searchers), upkeep.index
+        if index is not None:
+            index = live_corpus.followed(index, loaded, old, searchers, refresher.encoder(params), step)
+    except InputError as error:
+        logs.info(f"{corpus.directory} ({corpus.hash[:16]}): {error}; {old.directory} ({old.hash[:16]}) stays in use")
+        return session
+    upkeep.move(*way_of(cfg, loaded, data, number), refresher, index)
+    same = loaded.n_rows == session.loaded.n_rows
+    logs.info(
+        f"step {step}: the corpus is now {corpus.directory} ({corpus.hash[:16]}): {corpus.n_live} passages, "
+        f"{len(corpus) - len(old)} new rows{'' if same else ', larger tables'}"
+    )
+    return session._replace(
+        data=data,
+        loaded=loaded,
+        searchers=searchers,
+        refresher=refresher,
+        batches=every_batch,
+        program=session.program if same else make_answer(loaded, session.answering),
+    )
+
+
+def said_of(stage: StageConfig, widths: tuple[int, ...]) -> str:
+    """The widths in words, where a stage has several."""
+    if not stage.buckets and not stage.target_buckets:
+        return ""
+    return f" with {widths[0]} tokens a question and {widths[1]} a target"
+
+
+def run_stage(
+    session: Session, number: int, start: int, state: TrainState, upkeep: Upkeep, seconds: float
+) -> tuple[Session, TrainState, float]:
+    """The steps of one stage that are still to do; returns the session, which changes with the version of the corpus,
+    the state, and the training seconds of the run so far.
+    """
+    cfg = session.cfg
+    stage = cfg.stages[number]
+    begun = time.perf_counter()
+    first, end = int(state.step), start + stage.steps
+    step_fn: Any = None
+    compiled: set[tuple[int, ...]] = set()  # widths of the batches that the step has been compiled for
+    iterator = batching.iterate(session.batches[number], first - start)
+    key = jax.random.key(cfg.seed)
+    interval = Interval()
+    with Progress(
+        stage.steps, f"{stage.name} {number + 1}/{len(cfg.stages)}", "step", initial=first - start
+    ) as progress:
+        for step in range(first, end):
+            into = step - start
+            if session.preemption.asked(step):
+                stop(session, number, state, upkeep, interval, into, seconds + time.perf_counter() - begun)
+            before = time.perf_counter()
+            drawn = next(iterator)
+            waited = time.perf_counter() - before
+            interval.measured |= upkeep.before(state.params, into, step, drawn)
+            before = time.perf_counter()
+            fed = upkeep.feed(state.params, drawn)
+            interval.host_seconds += waited + time.perf_counter() - before
+            if step_fn is None:
+                step_fn, compiled = jit_step(upkeep.setting, start, state, fed.table), set()
+            widths = batching.widths_of(drawn)
+            compiles = widths not in compiled
+            compiled.add(widths)
+            state, changed, metrics = step_fn(state, *fed, key)
+            upkeep.after(changed)
+            interval.rows.append(metrics)
+            interval.shares += [drawn["share"]] if "share" in drawn else []
+            behind = 1 if compiles else min(2, len(interval.rows))  # at most two steps under way
+            jax.block_until_ready(interval.rows[-behind])
+            if compiles:  # compilation is not step time
+                spent = time.perf_counter() - before
+                words = f"{stage.name}: first step{said_of(stage, widths)}"
+                logs.info(f"{words} after {spent:.1f} s of compiling and running")
+                interval.restart_clock()
+            progress.update(1, loss=metrics["loss"])
+            logged = (into + 1) % cfg.log_every == 0 or step + 1 == end
+            if step + 1 == end:
+                upkeep.refresher.drop()
+            measured: dict[str, float] = {}
+            if logged:
+                check_finite(session, number, into + 1, interval)
+                row = {"stage": stage.name, **interval.summary(session.data.weights), **upkeep.age(step)}
+                moved = follow(session, number, upkeep, state.params, step + 1)
+                if moved is not session:
+                    row |= {"corpus": moved.data.corpus.hash, "n_passages": moved.data.corpus.n_live}
+                    iterator = batching.iterate(moved.batches[number], into + 1)
+                    step_fn = step_fn if moved.loaded.n_rows == session.loaded.n_rows else None
+                    session = moved
+                if cfg.evaluate_every and ((into + 1) % cfg.evaluate_every == 0 or step + 1 == end):
+                    measured = evaluate_dev(session, state.params, upkeep.index, step)
+                session.write(step + 1, row | measured)
+            if (into + 1) % cfg.checkpoint_every == 0 or step + 1 == end or (cfg.keep_best and measured):
+                sessions.save(session, state, upkeep, seconds + time.perf_counter() - begun, measured)
+            if logged:
+                interval = Interval()
+    return session, state, seconds + time.perf_counter() - begun
+
+
+def check_finite(session: Session, number: int, done: int, interval: Interval) -> None:
+    """InputError where one of the interval's steps has diverged; `done` steps of the stage there were so far."""
+    rows = interval.rows
+    diverged.check(session.cfg, session.data, number, done - len(rows), rows, session.keeper.newest)
+
+
+def stop(
+    session: Session, number: int, state: TrainState, upkeep: Upkeep, interval: Interval, into: int, seconds: float
+) -> None:
+    """Ends the run after `into` steps of stage `number`, with what was measured since the last log line and with a
+    checkpoint (that of the stage before, where there are none); raises Preempted.
+    """
+    step = int(state.step)
+    if interval.rows:
+        check_finite(session, number, into, interval)
+        name, means = session.cfg.stages[number].name, interval.summary(session.data.weights)
+        session.write(step, {"stage": name, **means, **upkeep.age(step - 1)})
+    if into:
+        sessions.save(session, state, upkeep, seconds)
+    session.keeper.wait()
+    raise Preempted(step)
+
+
+def evaluate_dev(session: Session, params: Any, index: Any, step: int) -> dict[str, float]:
+    """The figures of the first `evaluate_questions` of the dev questions, as eval/... metrics."""
+    index = session.refresher.full(params, step) if index is None else index
+    cfg, answering = session.cfg, session.answering
+    rows = evaluate.predict(session.loaded, params, index, session.dev, answering, session.program, cfg.task.match)
+    summary = metrics.summarize(rows, metrics.Setting(answering.allowed_answers, cfg.task.match))
+    best = cfg.best_metric.removeprefix("eval/")
+    shown = [name for name in dict.fromkeys((best, *HEADLINES)) if name in summary]
+    figures = ", ".join(f"{name} {summary[name]:.3f}" for name in shown[:SHOWN])
+    logs.info(f"step {step + 1}: {len(rows)} dev questions: {figures}")
+    return {f"eval/{name}": value for name, value in summary.items() if name != "n"}
+
+
+def all_batches(cfg: TrainConfig, data: setup.Data, mesh: jax.sharding.Mesh) -> list[Any]:
+    """The batches of every stage, this process's rows of them."""
+    return [setup.batches(stage, cfg, data, number, mesh) for number, stage in enumerate(cfg.stages)]
+
+
+def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
+    """Run every stage, going on from the run's last whole checkpoint if it has one; writes params/ and index/ at the
+    end. At SIGTERM it saves a checkpoint and returns, with `preempted` in the result.
+    """
+    corpus, mesh = setup.opened(cfg, directory), sharding.make_mesh(cfg.mesh or None)
+    setup.check(cfg, corpus, mesh)
+    data = setup.prepare(cfg, corpus, directory)
+    every_batch = all_batches(cfg, data, mesh)
+    dev = formats.read_questions(cfg.dev)[: cfg.evaluate_questions] if cfg.evaluate_every else []
+    dev = tasks.posed(dev, cfg.task, corpus) if dev else []
+    if not cfg.live:  # else what the corpus lacks may still come
+        evaluate.gold_ids(dev, corpus, Path(cfg.dev), config.answering(cfg))
+    if cfg.init and not (directory / "config.json").exists():
+        runs.check_init(Path(cfg.init), cfg.model, corpus, mesh)
+    with lock.held(directory) if distributed.first() else contextlib.nullcontext() as held:
+        return train_in(cfg, directory, data, every_batch, dev, mesh, held)
+
+
+def train_in(
+    cfg: TrainConfig,
+    directory: Path,
+    data: setup.Data,
+    every_batch: list[Any],
+    dev: list[formats.Question],
+    mesh: jax.sharding.Mesh,
+    held: lock.Lock | None,
+) -> dict[str, Any]:
+    """`train` in a run directory that nobody else writes to."""
+    corpus = data.corpus
+    setup.open_run(cfg, directory, data)
+    setup.keep(directory, data)
+    keeper = checkpoint.Checkpoints(directory / "checkpoints", cfg.keep_checkpoints, cfg.keep_best, cfg.best_metric)
+    done, total = keeper.latest() or 0, sum(stage.steps for stage in cfg.stages)
+    if done == total and distributed.everywhere(finished(directory, total)):
+        logs.info(f"{directory}: all {total} steps are done")
+        return result(directory, total, keeper.position(done)["seconds"])
+    loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact", cfg.live)
+    answering = config.answering(cfg, n_retrieved=20, batch=64, retrieval_only=cfg.model.generator is None)
+    searchers = Searchers(cfg.search, corpus, mesh, None if cfg.live else directory / "search")
+    with Preemption() as preemption:
+        session = Session(
+            cfg=cfg,
+            directory=directory,
+            data=data,
+            loaded=loaded,
+            searchers=searchers,
+            refresher=make_refresher(cfg, loaded, searchers),
+            keeper=keeper,
+            writer=None,
+            preemption=preemption,
+            batches=every_batch,
+            dev=dev,
+            answering=answering,
+            program=make_answer(loaded, answering),
+            versions=live_corpus.Versions(cfg.corpus) if cfg.live else None,
+            lock=held,
+        )
+        try:
+            return run_stages(session, total)
+        except Preempted as error:
+            logs.info(f"{directory}: SIGTERM: saved and stopped after step {error.step} of {total}; the same command "
+                      "goes on from there")  # fmt: skip
+            return {"run": str(directory), "steps": error.step, "of": total, "preempted": True}
+        finally:
+            keeper.close()
+
+
+def run_stages(session: Session, total: int) -> dict[str, Any]:
+    """The stages that are still to do, and what is written at the end."""
+    cfg, directory, loaded = session.cfg, session.directory, session.loaded
+    restored = sessions.resume(session)
+    done = restored.step if restored else 0
+    writer = MetricWriter(directory, resume_step=done) if distributed.first() else None
+    session = session._replace(writer=writer, index_hash=sessions.begun_with(session, done))
+    if restored:
+        params, seconds, given = restored.state.params, restored.seconds, None
+    else:
+        params, seconds = sessions.init_params(loaded, cfg.seed, cfg.init), 0.0
+        given = sessions.given_index(session, params) if cfg.index else None
+    start = 0
+    try:
+        for number, stage in enumerate(cfg.stages):
+            end = start + stage.steps
+            if done < end:
+                if restored and start < done:
+                    state, upkeep = restored.state, restored.upkeep
+                else:
+                    state = first_state(loaded.rag, stage, loaded.mesh, params, start)
+                    upkeep = session.upkeep(number, given if start == 0 else None)
+                restored = None
+                session, state, seconds = run_stage(session, number, start, state, upkeep, seconds)
+                params = state.params
+            start = end
+    finally:
+        if writer is not None:
+            writer.close()
+    if session.preemption.asked(total):
+        session.keeper.wait()
+        raise Preempted(total)
+    session.check_lock()
+    checkpoint.save_params(directory / "params", params.items())
+    known = snapshots.open_snapshot(cfg.index) if cfg.index else None
+    runs.write_index(session.loaded, params, total, directory / "index", overwrite=True, known=known)
+    return result(directory, total, seconds)
+
+
+def finished(directory: Path, total: int) -> bool:
+    """Whether everything that a run writes at its end is there."""
+    try:
+        checkpoint.check_params(directory / "params")
+        return snapshots.open_snapshot(directory / "index").manifest.step == total
+    except InputError:
+        return False
+
+
+def result(directory: Path, total: int, seconds: float) -> dict[str, Any]:
+    rows = logs.read_rows(directory / logs.METRICS_FILE)
+    last = rows[-1] if rows else {}
+    return {"run": str(directory), "steps": total, "training_seconds": round(seconds, 1), "last": last}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENT")
+    parser.add_argument(
+        "--run", required=True, type=Path, help="run directory; an unfinished run in it is gone on with"
+    )
+    parser.add_argument("--stage", action="append", default=[], help="train only this stage (may be repeated)")
+    parser.add_argument(
+        "--init", type=Path, help="start from the parameters of this run directory or converted checkpoint"
+    )
+    parser.add_argument("--refresh", metavar="WHEN", help="in all stages that search: 250, rolling:500, ... (README)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the configuration"
+    )
+    distributed.add_arguments(parser)
+    parser.epilog = (
+        "example: rag-jax train --config configs/world.py --run runs/world --set stages.joint.steps=400\n"
+        "Killed and started again with the same words, it goes on where it was, on as many processes and devices as\n"
+        "there are then. At SIGTERM it saves a checkpoint and ends with status 0."
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    with distributed.together(args, args.run / "checkpoints", preemption=True):
+        found = train(configured(args), args.run)
+        return found if distributed.first() else None
+
+
+def configured(args: argparse.Namespace) -> TrainConfig:
+    """What the arguments make of the configuration file."""
+    start = [f"init={json.dumps(str(args.init))}"] if args.init else []
+    cfg = config.load(args.config, [*args.set, *start])
+    if args.stage:
+        known = [stage.name for stage in cfg.stages]
+        missing = [name for name in args.stage if name not in known]
+        if missing:
+            raise InputError(f"--stage {missing[0]}: no such stage; {args.config} has {', '.join(known)}")
+        cfg = dataclasses.replace(cfg, stages=tuple(stage for stage in cfg.stages if stage.name in args.stage))
+    if args.refresh is not None:
+        stages = [dataclasses.replace(s, refresh=args.refresh) if config.searches(s) else s for s in cfg.stages]
+        cfg = dataclasses.replace(cfg, stages=tuple(stages))
+    return cfg
