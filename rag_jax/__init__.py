@@ -1,4 +1,7 @@
-"""Retrieval-augmented generation in JAX and Flax."""
+"""Retrieval-augmented generation in JAX and Flax.
+
+The names of `__all__` are stable: a change to one is announced in CHANGELOG.md. All else may move between versions.
+"""
 
 import importlib
 from typing import Any
@@ -7,10 +10,15 @@ __version__ = "0.1.0"
 
 # Imported when first asked for, so that the command line and `import rag_jax` start at once.
 _PUBLIC = {
+    "fit": "rag_jax.training.fit",
+    "Texts": "rag_jax.training.fit",
     "from_pretrained": "rag_jax.pretrained.load",
     "save_pretrained": "rag_jax.pretrained.save",
     "Pipeline": "rag_jax.inference.pipeline",
 }
+
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,10 @@
-"""Arrays -> scalars: the marginal likelihoods of RAG (Lewis et al. 2020, section 2) and the losses of the retriever.
+"""Arrays -> scalars: the marginal likelihoods of RAG (Lewis et al. 2020, section 2) and losses of the retriever.
 
 Knows no model. Letters: B questions, K documents per question, T target length, V vocabulary, E retrieval width,
 P passages of a batch. `mask_BT` is True where a target token counts. Everything is natural-log, float32.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -114,7 +115,7 @@ def _token_smooth(
     return jnp.where(mask_BT, marginal_BT, 0.0).sum(-1)
 
 
-OBJECTIVES = {"rag_sequence": (rag_sequence_logp, _sequence_smooth), "rag_token": (rag_token_logp, _token_smooth)}
+MARGINALS = {"rag_sequence": (rag_sequence_logp, _sequence_smooth), "rag_token": (rag_token_logp, _token_smooth)}
 
 
 def rag_nll(
@@ -137,7 +138,7 @@ def rag_nll(
     of the likelihood (of the smoothing term it always is). log_normaliser_B: see prior_logp.
     Raises KeyError for an unknown objective and ValueError for shapes that do not fit together.
     """
-    logp, smooth = OBJECTIVES[objective]
+    logp, smooth = MARGINALS[objective]
     B, K, T, _ = hidden_BKTD.shape
     if targets_BT.shape != (B, T) or scores_BK.shape != (B, K):
         raise ValueError(
@@ -172,3 +173,26 @@ def in_batch_contrastive(
     if ignore_BP is not None:
         scores_BP = jnp.where(ignore_BP & ~positive_BP, -jnp.inf, scores_BP)
     return logsumexp(scores_BP, axis=-1) - jnp.where(positive_BP, scores_BP, 0.0).sum(-1)
+
+
+def emdr2(scores_BK: jax.Array, token_logp_BKT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """EMDR2's loss of the retriever [B] (Singh et al. 2021, equation 5): -log sum_k p(z_k|x) SG[p(y|x,z_k)], of whole
+    answers. The generator has no gradient.
+    """
+    logp_BK = jax.lax.stop_gradient(jnp.where(mask_BT[:, None], token_logp_BKT, 0.0).sum(-1))
+    return -logsumexp(prior_logp(scores_BK) + logp_BK, axis=-1)
+
+
+def perplexity_distillation(scores_BK: jax.Array, token_logp_BKT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """Atlas' PDist [B] (Izacard et al. 2022, section 2.2): KL(p_T || p(z|x)), where p_T is the softmax over the
+    passages of the mean log probability of the answer's tokens. The generator has no gradient.
+    """
+    prior_BK = prior_logp(scores_BK)
+    mean_BK = jnp.where(mask_BT[:, None], token_logp_BKT, 0.0).sum(-1) / jnp.maximum(mask_BT.sum(-1), 1)[:, None]
+    teacher_BK = log_softmax(jnp.where(absent(prior_BK), ABSENT, jax.lax.stop_gradient(mean_BK)), axis=-1)
+    return jnp.where(absent(prior_BK), 0.0, jnp.exp(teacher_BK) * (teacher_BK - prior_BK)).sum(-1)
+
+
+# (scores_BK, token_logp_BKT, mask_BT) -> loss_B. token_logp_BKT: log p(y_t|x,z_k,y_<t), of which mask_BT counts.
+RetrieverLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+RETRIEVER_LOSSES: dict[str, RetrieverLoss] = {"emdr2": emdr2, "pdist": perplexity_distillation}

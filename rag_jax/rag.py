@@ -165,6 +165,18 @@ def spread(x_BX: jax.Array, copies: int) -> jax.Array:
     return jnp.repeat(x_BX, copies, axis=0)
 
 
+class Likelihood(NamedTuple):
+    """Of labels [B, T]: nll_B = -log p(y|x), summed over tokens; posterior_BK = log p(z_k|x,y), of the likelihood as
+    nll_B counts it; token_logp_BKT = log p(y_t|x,z_k,y_<t), 0 where mask_BT is False: padding, and tokens that do not
+    count.
+    """
+
+    nll_B: jax.Array
+    posterior_BK: jax.Array
+    token_logp_BKT: jax.Array
+    mask_BT: jax.Array
+
+
 @dataclass(frozen=True)
 class Rag:
     """Modules and functions; all state is in the arguments."""
@@ -288,10 +300,14 @@ class Rag:
         hf_compat: bool = False,
         **options: Any,
     ) -> jax.Array:
-        """-log p(y|x) [B], summed over tokens; labels are `<s> y </s>`, right-padded. options: those of `loss`."""
-        return self.loss(params, context_ids_BKL, context_mask_BKL, scores_BK, labels_BT, hf_compat, **options)[0]
+        """-log p(y|x) [B], summed over tokens; labels are `<s> y </s>`, right-padded. options: those of
+        `likelihood`.
+        """
+        return self.likelihood(
+            params, context_ids_BKL, context_mask_BKL, scores_BK, labels_BT, hf_compat, **options
+        ).nll_B
 
-    def loss(
+    def likelihood(
         self,
         params: Params,
         context_ids_BKL: jax.Array,
@@ -305,8 +321,8 @@ class Rag:
         log_normaliser_B: jax.Array | None = None,
         doc_chunk: int = 0,
         logit_chunk: int = 4096,
-    ) -> tuple[jax.Array, jax.Array]:
-        """nll_B and the posterior log p(z_k|x,y) [B, K], of the likelihood as nll_B counts it.
+    ) -> Likelihood:
+        """The likelihood of the labels, and what losses of the retriever read of it.
 
         hf_compat: see objectives.sequence_joint. exclude_bos_score: where every row of the targets begins with bos (the
         labels then with two first tokens, as generation from eos gives them), that token is not scored, as
@@ -337,7 +353,8 @@ class Rag:
         scored_BT = mask_BT.at[:, 0].set(mask_BT[:, 0] & first_counts)
         prior_BK = losses.prior_logp(scores_BK)
         logp_BKT = jnp.where(scored_BT[:, None], token_logp_BKT, 0.0)
-        return nll_B, losses.posterior_logp(logp_BKT, prior_BK, mask_BT, counted)
+        posterior_BK = losses.posterior_logp(logp_BKT, prior_BK, mask_BT, counted)
+        return Likelihood(nll_B, posterior_BK, logp_BKT, scored_BT)
 
     def decoding_options(self, n_docs: int, candidates: int = 0, **options: Any) -> tuple[search.Options, int]:
         """The options of a search, with the generator's special tokens, and how many answers are returned.

@@ -35,6 +35,7 @@ from rag_jax.corpus.directory import Corpus
 from rag_jax.data.readers import formats
 from rag_jax.evaluation import compare, evaluate
 from rag_jax.runs import checkpoint
+from rag_jax.runs import config as run_config
 from rag_jax.runs import directory as runs
 from rag_jax.system import logs, malloc, sharding
 from rag_jax.training import config, session, train
@@ -122,7 +123,7 @@ def start(cfg: TrainConfig, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / runs.IDENTITY).write_text(json.dumps(runs.identity(corpus), indent=2) + "\n")
     shutil.copytree(corpus.directory / "tokenizers", out / "tokenizers", dirs_exist_ok=True)
-    config.save(cfg, out / "config.json")
+    run_config.save(cfg, out / "config.json")
     checkpoint.save_params(out / "params", params.items())
     runs.write_index(loaded, params, 0, out / "index")
 

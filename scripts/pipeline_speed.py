@@ -53,10 +53,10 @@ def prepare(args: argparse.Namespace) -> None:
 def config(args: argparse.Namespace, train: str = "") -> Any:
     """A run over the questions."""
     from rag_jax.rag import RagConfig
-    from rag_jax.training.config import StageConfig, TrainConfig
+    from rag_jax.training.config import TrainConfig, make_stage
 
     model = RagConfig(question_length=QUESTION)
-    stage = StageConfig("joint", batch=args.batch)
+    stage = make_stage("joint", batch=args.batch)
     return TrainConfig(str(args.corpus), train or str(args.train), "", (stage,), model, target_length=TARGET)
 
 

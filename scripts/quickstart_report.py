@@ -9,8 +9,8 @@ from typing import Any
 
 from rag_jax.corpus.directory import Corpus
 from rag_jax.evaluation.report import markdown, write_report
-from rag_jax.runs import directory as runs
 from rag_jax.system import logs
+from rag_jax.training import config as train_config
 
 
 def read(path: Path) -> Any:
@@ -33,9 +33,9 @@ def examples(run: Path, count: int) -> list[dict[str, Any]]:
 
 def stages(run: Path) -> list[dict[str, Any]]:
     """Steps and seconds of every stage, from the log."""
-    config, rows = runs.read_config(run), logs.read_rows(run / logs.METRICS_FILE)
+    trained, rows = train_config.read_run(run), logs.read_rows(run / logs.METRICS_FILE)
     found, start = [], 0
-    for stage in config.stages:
+    for stage in trained.stages:
         mine = [row for row in rows if row["stage"] == stage.name]
         steps = [row["step"] for row in mine]
         counts = [b - a for a, b in zip([start, *steps], steps, strict=False)]
@@ -50,7 +50,7 @@ def write(run: Path, seconds: float) -> dict[str, Any]:
     merged = {
         "title": "rag_jax quickstart",
         "config": "configs/world.py",
-        "seed": runs.read_config(run).seed,
+        "seed": train_config.read_run(run).seed,
         "exact_match_unseen": unseen["exact_match"],
         "exact_match_unseen_low": unseen["exact_match_low"],
         "exact_match_unseen_high": unseen["exact_match_high"],

@@ -20,10 +20,10 @@ import numpy as np
 from retrieval_gradient import recall_at_1, with_reader
 
 from rag_jax.evaluation import evaluate
-from rag_jax.runs import directory as runs
 from rag_jax.system import logs
+from rag_jax.training import config as train_config
 from rag_jax.training import train
-from rag_jax.training.config import StageConfig
+from rag_jax.training.config import make_stage
 from rag_jax.training.optimizer import OptimizerConfig
 
 TIMES = (1, 3, 10, 30)
@@ -80,16 +80,16 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="only the first test questions, for exact match")
     args = parser.parse_args()
 
-    base = dataclasses.replace(runs.read_config(args.reader), evaluate_every=0, checkpoint_every=100, log_every=25)
+    base = dataclasses.replace(train_config.read_run(args.reader), evaluate_every=0, checkpoint_every=100, log_every=25)
     questions = Path(base.train).with_name("test.jsonl")
     adam = OptimizerConfig(learning_rate=args.learning_rate, b2=0.98, warmup_steps=5, groups={"question_encoder": 1.0})
-    weak = StageConfig("weak", objective="contrastive", steps=args.weak_steps, batch=32, optimizer=adam)
+    weak = make_stage("weak", objective="contrastive", steps=args.weak_steps, batch=32, optimizer=adam)
     train.train(dataclasses.replace(base, stages=(weak,)), args.out / "weak")
     with_reader(base, args.reader, args.out / "weak", args.out / "start")
     before = recall_at_1(args.out / "weak", questions)
     results: dict[str, Any] = {}
     for name, refresh in schedules(args.interval).items():
-        stage = StageConfig("joint", steps=args.steps, batch=12, n_docs=4, refresh=refresh, optimizer=adam)
+        stage = make_stage("joint", steps=args.steps, batch=12, n_docs=4, refresh=refresh, optimizer=adam)
         run = args.out / name.replace(" ", "_")
         train.train(dataclasses.replace(base, stages=(stage,), init=str(args.out / "start")), run)
         results[name] = measured(run, questions, args.limit)

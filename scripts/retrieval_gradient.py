@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rag_jax import retrieve
 from rag_jax.data import batching
 from rag_jax.data.readers import formats
 from rag_jax.inference.pipeline import Pipeline
@@ -26,8 +27,9 @@ from rag_jax.retrieval import mips
 from rag_jax.runs import checkpoint
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
-from rag_jax.training import config, train, train_step
-from rag_jax.training.config import StageConfig
+from rag_jax.training import config, train
+from rag_jax.training import config as train_config
+from rag_jax.training.config import make_stage
 from rag_jax.training.optimizer import OptimizerConfig
 
 
@@ -44,7 +46,7 @@ def recall_at_1(run: Path, questions: Path) -> float:
     )
     ids, length = jnp.asarray(tables["question_ids"]), jnp.asarray(tables["question_length"])
     embed = jax.jit(opened.loaded.rag.embed_questions)
-    q_NE = embed(opened.params, ids, train_step.masked(length, ids.shape[1]))
+    q_NE = embed(opened.params, ids, retrieve.masked(length, ids.shape[1]))
     _, rows = mips.search(q_NE, opened.index.embeddings_NE, 1, mesh=opened.loaded.mesh, n_valid=len(corpus))
     found = [
         corpus[int(row)].id in q.positive_passage_ids for row, q in zip(np.asarray(rows)[:, 0], asked, strict=True)
@@ -75,16 +77,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
 
-    base = runs.read_config(args.reader)
+    base = train_config.read_run(args.reader)
     questions = args.questions or Path(base.train).with_name("test.jsonl")
     adam = OptimizerConfig(learning_rate=1.5e-3, b2=0.98, warmup_steps=5, groups={"question_encoder": 1.0})
-    weak = StageConfig("weak", objective="contrastive", steps=args.weak_steps, batch=32, optimizer=adam)
+    weak = make_stage("weak", objective="contrastive", steps=args.weak_steps, batch=32, optimizer=adam)
     train.train(dataclasses.replace(base, stages=(weak,)), args.out / "weak")
     with_reader(base, args.reader, args.out / "weak", args.out / "start")
     result: dict[str, Any] = {"before": recall_at_1(args.out / "weak", questions), "steps": args.steps}
     for variant in ("sequence", "token"):
         for gradient in (True, False):
-            joint = StageConfig(
+            joint = make_stage(
                 "joint",
                 steps=args.steps,
                 batch=16,

@@ -30,8 +30,9 @@ def measure(devices: int, axis: str, steps: int) -> dict[str, object]:
     from rag_jax.models.bart import BartConfig
     from rag_jax.models.bert import BertConfig
     from rag_jax.rag import Rag, RagConfig
+    from rag_jax.retrieval.config import SearchConfig
     from rag_jax.system import sharding
-    from rag_jax.training.config import SearchConfig, StageConfig, TrainConfig
+    from rag_jax.training.config import TrainConfig, make_stage
     from rag_jax.training.optimizer import OptimizerConfig
 
     shape = {"vocab_size": 1024, "width": 64, "heads": 4, "hidden": 128}
@@ -39,7 +40,7 @@ def measure(devices: int, axis: str, steps: int) -> dict[str, object]:
     generator = BartConfig(**shape, encoder_layers=2, decoder_layers=2, positions=128)
     model = RagConfig("token", encoder, generator, n_docs=3, source_length=96, question_length=32)
     optimizer = OptimizerConfig(groups={"question_encoder": 1.0, "generator": 1.0})
-    stage = StageConfig("joint", batch=4 * devices, n_docs=3, optimizer=optimizer)
+    stage = make_stage("joint", batch=4 * devices, n_docs=3, optimizer=optimizer)
     mesh = {axis: devices}
     cfg = TrainConfig("", "", "", (stage,), model, search=SearchConfig(), mesh=mesh, target_length=16)
     size = stage_programs.Sizes(4096, 64, 64, "uint16", "uint16", (0,))

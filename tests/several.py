@@ -16,17 +16,17 @@ from rag_jax.retrieval.search import SearchResult
 from rag_jax.runs import checkpoint
 from rag_jax.runs import directory as runs
 from rag_jax.system import distributed, sharding
-from rag_jax.training.config import StageConfig
+from rag_jax.training.config import make_stage
+from rag_jax.training.stage import Setting
 from rag_jax.training.stage_index import OnHost
-from rag_jax.training.train_step import Setting
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8), (4, 1, 2))
 STAGES = {
-    "rag": StageConfig("s", batch=8, n_docs=3),
-    "gold": StageConfig("s", batch=8, documents="gold"),
-    "contrastive": StageConfig("s", batch=8, objective="contrastive"),
-    "hard": StageConfig("s", batch=8, objective="contrastive", hard_negatives=2),
-    "given": StageConfig("s", batch=8, objective="contrastive", hard_negatives=2, negatives="given"),
+    "rag": make_stage("s", batch=8, n_docs=3),
+    "gold": make_stage("s", batch=8, documents="gold"),
+    "contrastive": make_stage("s", batch=8, objective="contrastive"),
+    "hard": make_stage("s", batch=8, objective="contrastive", hard_negatives=2),
+    "given": make_stage("s", batch=8, objective="contrastive", hard_negatives=2, negatives="given"),
 }
 
 

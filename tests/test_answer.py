@@ -32,9 +32,9 @@ from rag_jax.metrics import matching
 from rag_jax.pretrained import load
 from rag_jax.rag import Rag
 from rag_jax.retrieval.bm25 import Bm25Config
+from rag_jax.retrieval.config import SearchConfig
 from rag_jax.runs import checkpoint
 from rag_jax.runs import directory as runs
-from rag_jax.training.config import SearchConfig
 
 
 def copied(run, out):

@@ -21,10 +21,11 @@ from rag_jax.index import device_index
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
 from rag_jax.rag import RagConfig
+from rag_jax.retrieval.config import SearchConfig
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 from rag_jax.training import config, session, setup, train_step
-from rag_jax.training.config import SearchConfig, StageConfig, TrainConfig
+from rag_jax.training.config import TrainConfig, make_stage
 from rag_jax.training.optimizer import OptimizerConfig
 from rag_jax.training.stage_index import OnDevice
 
@@ -35,7 +36,7 @@ MODEL = RagConfig(
     BartConfig(**SHAPE, encoder_layers=1, decoder_layers=1, positions=32),
     n_docs=2, source_length=24, question_length=8,
 )  # fmt: skip
-JOINT = StageConfig("joint", batch=8, n_docs=2, optimizer=OptimizerConfig(groups={"generator": 1.0}))
+JOINT = make_stage("joint", batch=8, n_docs=2, optimizer=OptimizerConfig(groups={"generator": 1.0}))
 SIZE = stage_programs.Sizes(100, 16, 12, "uint16", "uint16", (0,))
 
 

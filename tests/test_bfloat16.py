@@ -31,6 +31,7 @@ from rag_jax.ops import float32_sums, vocab_loss
 from rag_jax.rag import Passages, Rag, RagConfig, shift_left
 from rag_jax.system import sharding
 from rag_jax.training import train_step
+from rag_jax.training.stage import Setting
 
 RNG = np.random.default_rng(0)
 
@@ -87,7 +88,7 @@ def test_the_kernel_of_a_product(out: Any) -> None:
 
 @pytest.mark.parametrize("chunk", [0, 96])
 @pytest.mark.parametrize("sure", [0.0, 6.0, 9.0, 15.0, 18.0])
-@pytest.mark.parametrize("objective", list(losses.OBJECTIVES))
+@pytest.mark.parametrize("objective", list(losses.MARGINALS))
 def test_output_layer_for_targets_of_every_probability(objective: str, sure: float, chunk: int) -> None:
     """Up to 0.9998, and under two documents that share the targets, the second less sure of them."""
     V, D, T, K = 500, 64, 16, 2
@@ -188,8 +189,8 @@ def model(reader: Any, dtype: str) -> Rag:
 def step_program(rag: Rag, **changes: Any) -> Any:
     """The jaxpr of the training step, whose encoder trains on both sides."""
     mesh, B, N = sharding.make_mesh({"data": 1}, jax.devices()[:1]), TINY.questions, TINY.passages
-    stage = dataclasses.replace(synthetic_load.stage(TINY), **changes)
-    s = train_step.Setting(rag, stage, mesh, N, (0,))
+    stage = synthetic_load.stage(TINY).changed(**changes)
+    s = Setting(rag, stage, mesh, N, (0,))
     array = partial(stage_programs.array, mesh)
     shapes = {"question_ids": (B, 10), "question_length": (B,), "tail_ids": (B, 10), "tail_length": (B,)}
     shapes |= {"labels": (B, 12), "gold": (B, 1)}

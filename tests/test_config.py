@@ -9,13 +9,19 @@ import tiny
 from conftest import ROOT
 
 from rag_jax.errors import InputError
+from rag_jax.inference import config as answer_config
 from rag_jax.inference.pipeline import AnswerConfig
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.t5 import T5Config
 from rag_jax.rag import RagConfig
+from rag_jax.retrieval import config as search_config
+from rag_jax.runs import config as run_config
+from rag_jax.system import configuration
 from rag_jax.training import config
-from rag_jax.training.config import StageConfig, TrainConfig
+from rag_jax.training.config import TrainConfig
+from rag_jax.training.objectives import OBJECTIVES
+from rag_jax.training.stage import StageConfig
 
 TINY = f"{ROOT}/tests/tiny.py:data"
 SHIPPED = sorted(file for file in (ROOT / "configs").glob("*.py") if file.stem != "decoding")
@@ -56,7 +62,7 @@ def test_shipped_ways_of_answering_are_those_of_the_answers():
     directory = ROOT / "configs"
     presets = {}
     for name in ("", ":paper_token", ":paper_sequence", ":paper_generation", ":transformers"):
-        presets[name] = config.build(AnswerConfig, config.evaluated(f"{directory}/decoding.py{name}"))
+        presets[name] = configuration.build(AnswerConfig, configuration.evaluated(f"{directory}/decoding.py{name}"))
     assert presets[""].num_beams == 4 and presets[":transformers"].n_docs == 5
     # Lewis et al. 2020, appendix A
     assert (presets[":paper_token"].n_docs, presets[":paper_sequence"].n_docs) == (15, 50)
@@ -64,7 +70,7 @@ def test_shipped_ways_of_answering_are_those_of_the_answers():
     generation = presets[":paper_generation"]
     assert (generation.n_docs, generation.num_beams, generation.mode) == (10, 4, "fast")
     with pytest.raises(InputError, match="no preset"):
-        config.evaluated(f"{directory}/decoding.py:beans")
+        configuration.evaluated(f"{directory}/decoding.py:beans")
 
 
 def test_values_arrive_in_their_dataclasses(base):
@@ -87,7 +93,7 @@ def test_everything_is_frozen(base):
 
 
 def test_saved_and_read_is_the_same(base, tmp_path):
-    config.save(base, tmp_path / "config.json")
+    run_config.save(base, tmp_path / "config.json")
     assert config.read(tmp_path / "config.json") == base
 
 
@@ -138,8 +144,8 @@ def test_run_directories_that_are_none(tmp_path):
     ],
 )
 def test_override(base, assignment, path, value):
-    found = config.plain(config.load(TINY, [assignment]))
-    expected = config.plain(base)
+    found = configuration.plain(config.load(TINY, [assignment]))
+    expected = configuration.plain(base)
     node, wanted = found, expected
     *parents, last = path.split(".")
     for name in parents:
@@ -289,7 +295,7 @@ OTHER = {
     "documents": "gold", "n_docs": 4, "hard_negatives": 1, "negatives": "given", "source_length": 100, "window": 8,
     "refresh": "8", "n_retrieved": 9, "write_back": True, "drift_every": 5, "normaliser": "corpus",
     "label_smoothing": 0.1, "hf_compat": True, "prior_gradient": False, "questions": 8, "buckets": (8,),
-    "target_buckets": (8,), "doc_chunk": 1, "logit_chunk": 0,
+    "target_buckets": (8,), "doc_chunk": 1, "logit_chunk": 0, "retriever_losses": {"emdr2": 1.0},
 }  # fmt: skip
 KINDS = {
     "contrastive": {"hard_negatives", "negatives", "questions", "buckets"},
@@ -306,23 +312,23 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_field_of_a_stage_is_read_or_refused(kind):
-    """Those of StageConfig that nothing of a stage would read, one by one; none is dropped in silence."""
-    assert {f.name for f in dataclasses.fields(config.StageConfig)} == {*OTHER, *config.EVERY_STAGE}
-    assert set(config.READ_BY) == set(OTHER)
+    """Those that nothing of a stage would read, one by one; none is dropped in silence."""
+    of_objectives = {f.name for objective in OBJECTIVES.values() for f in dataclasses.fields(objective)}
+    every_stage = {"name", "objective", "steps", "batch", "accumulate", "optimizer"}
+    assert {f.name for f in dataclasses.fields(StageConfig)} | of_objectives == {*OTHER, *every_stage}
     objective, _, documents = kind.partition(", ")
-    base = config.StageConfig("one", objective, documents or "retrieved")
-    config.check_unread(base, "")
+    base = {"objective": objective} | ({"documents": documents} if documents else {})
+    config.check_unread(config.make_stage("one", **base), "")
     for name, value in OTHER.items():
         if name == "documents" and objective == "rag":
             continue
-        stage = dataclasses.replace(base, **{name: value})
         if name in KINDS[kind]:
-            config.check_unread(stage, "stage one: ")
+            config.check_unread(config.make_stage("one", **base, **{name: value}), "stage one: ")
         else:
             with pytest.raises(InputError, match=f"stage one: {name}=.* is only for "):
-                config.check_unread(stage, "stage one: ")
+                config.check_unread(config.make_stage("one", **base, **{name: value}), "stage one: ")
     if objective == "rag":
-        config.check_unread(dataclasses.replace(base, n_docs=1), "")
+        config.check_unread(config.make_stage("one", **base, n_docs=1), "")
 
 
 @pytest.mark.parametrize(
@@ -336,13 +342,13 @@ def test_every_field_of_a_stage_is_read_or_refused(kind):
     ],
 )
 def test_what_another_search_would_read_is_refused(search, message):
-    made = config.build(config.SearchConfig, search)
-    assert {f.name for f in dataclasses.fields(made)} == {"kind", *config.SEARCHED_BY, *config.SECTIONS}
+    made = configuration.build(search_config.SearchConfig, search)
+    assert {f.name for f in dataclasses.fields(made)} == {"kind", *search_config.SEARCHED_BY, "scann", "bm25", "fusion"}
     if not message:
-        config.check_search_config(made)
+        search_config.check_search_config(made)
     else:
         with pytest.raises(InputError, match=re.escape(message)):
-            config.check_search_config(made)
+            search_config.check_search_config(made)
 
 
 def test_what_belongs_together_passes():
@@ -351,12 +357,12 @@ def test_what_belongs_together_passes():
 
 def test_how_a_run_answers_follows_from_the_model_then_the_caller_then_its_configuration(tmp_path):
     cfg = config.load(TINY, ["answering.num_beams=3", 'answering.allowed_answers=["yes","no"]', "answering.batch=4"])
-    found = config.answering(cfg, batch=64, n_retrieved=20)
+    found = answer_config.answering(cfg, batch=64, n_retrieved=20)
     assert (found.n_docs, found.max_length) == (cfg.model.n_docs, cfg.target_length)
     assert (found.num_beams, found.allowed_answers, found.batch) == (3, ("yes", "no"), 4)
-    assert found.n_retrieved == 20 and config.answering(cfg).n_retrieved == 100
-    config.save(cfg, tmp_path / "config.json")
-    assert config.answering(config.read(tmp_path / "config.json")) == config.answering(cfg)
+    assert found.n_retrieved == 20 and answer_config.answering(cfg).n_retrieved == 100
+    run_config.save(cfg, tmp_path / "config.json")
+    assert answer_config.answering(config.read(tmp_path / "config.json")) == answer_config.answering(cfg)
     json_of_a_run = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(json_of_a_run | {"answering": {"beams": 1}}))
     with pytest.raises(InputError, match=r"config\.answering: unknown key 'beams'"):
@@ -366,15 +372,15 @@ def test_how_a_run_answers_follows_from_the_model_then_the_caller_then_its_confi
 def test_a_retriever_may_train_on_the_corpus_alone():
     stage = {"name": "a", "objective": "inverse_cloze", "optimizer": {"groups": {"question_encoder": 1.0}}}
     values = minimal() | {"train": "", "model": {"generator": None, "tie_encoders": True}, "stages": [stage]}
-    cfg = config.build(config.TrainConfig, values)
+    cfg = configuration.build(config.TrainConfig, values)
     config.check(cfg)
-    assert not config.searches(cfg.stages[0]) and config.reached(cfg.stages[0]) == {
+    assert not cfg.stages[0].objective.searches and cfg.stages[0].objective.groups == {
         "question_encoder",
         "context_encoder",
     }
     wrong = stage | {"optimizer": {"groups": {"generator": 1.0}}}
     with pytest.raises(InputError, match="it may name context_encoder, question_encoder"):
-        config.check(config.build(config.TrainConfig, values | {"stages": [wrong]}))
+        config.check(configuration.build(config.TrainConfig, values | {"stages": [wrong]}))
 
 
 def test_no_stages(base):
@@ -384,13 +390,15 @@ def test_no_stages(base):
 
 def test_tiny_says_how_many_steps_it_has(base):
     assert sum(stage.steps for stage in base.stages) == tiny.STEPS
-    assert json.loads(json.dumps(config.plain(base)))["stages"][0]["name"] == "retriever"
+    assert json.loads(json.dumps(configuration.plain(base)))["stages"][0]["name"] == "retriever"
 
 
 def test_what_the_model_leaves_open_is_that_of_the_start(tmp_path):
     """`init` names a run: its model is the base, section by section; a generator of another kind is taken whole."""
-    start = config.build(config.TrainConfig, minimal() | {"model": {"n_docs": 7, "encoder": {"width": 24, "heads": 3}}})
-    config.save(start, tmp_path / "config.json")
+    start = configuration.build(
+        config.TrainConfig, minimal() | {"model": {"n_docs": 7, "encoder": {"width": 24, "heads": 3}}}
+    )
+    run_config.save(start, tmp_path / "config.json")
     file = tmp_path / "other.py"
     file.write_text(
         "from ml_collections import ConfigDict\n"
@@ -410,24 +418,26 @@ def test_what_the_model_leaves_open_is_that_of_the_start(tmp_path):
 def test_the_kind_of_generator_decides_its_configuration():
     for kind, made in (("bart", BartConfig), ("t5", T5Config), ("lm", LmConfig)):
         values = minimal() | {"model": {"generator": {"kind": kind, "vocab_size": 9}}}
-        generator = config.build(config.TrainConfig, values).model.generator
+        generator = configuration.build(config.TrainConfig, values).model.generator
         assert generator == made(vocab_size=9)
-        assert config.build(
-            config.TrainConfig, config.plain(config.build(config.TrainConfig, values))
+        assert configuration.build(
+            config.TrainConfig, configuration.plain(configuration.build(config.TrainConfig, values))
         ).model.generator == made(vocab_size=9)
-    assert config.build(config.TrainConfig, minimal() | {"model": {"generator": None}}).model.generator is None
+    assert configuration.build(config.TrainConfig, minimal() | {"model": {"generator": None}}).model.generator is None
     with pytest.raises(InputError, match=r"model.generator.kind: 'rnn' is not one of 'bart', 't5', 'lm'"):
-        config.build(config.TrainConfig, minimal() | {"model": {"generator": {"kind": "rnn"}}})
+        configuration.build(config.TrainConfig, minimal() | {"model": {"generator": {"kind": "rnn"}}})
     with pytest.raises(InputError, match=r"generator: unknown key 'encoder_layer'"):
-        config.build(config.TrainConfig, minimal() | {"model": {"generator": {"kind": "t5", "encoder_layer": 2}}})
+        configuration.build(
+            config.TrainConfig, minimal() | {"model": {"generator": {"kind": "t5", "encoder_layer": 2}}}
+        )
 
 
 def test_a_retriever_alone_is_only_contrasted():
     stage = {"name": "a", "objective": "rag", "optimizer": {"groups": {"question_encoder": 1.0}}}
-    cfg = config.build(config.TrainConfig, minimal() | {"model": {"generator": None}, "stages": [stage]})
+    cfg = configuration.build(config.TrainConfig, minimal() | {"model": {"generator": None}, "stages": [stage]})
     with pytest.raises(InputError, match="needs a generator"):
         config.check(cfg)
-    cfg = config.build(
+    cfg = configuration.build(
         config.TrainConfig, minimal() | {"model": {"generator": None}, "stages": [stage | {"objective": "contrastive"}]}
     )
     config.check(cfg)

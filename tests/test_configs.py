@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from rag_jax.aot import stage_programs
-from rag_jax.system import sharding
+from rag_jax.system import configuration, sharding
 from rag_jax.training import config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -40,7 +40,7 @@ def test_every_configuration_is_named_here() -> None:
 def test_loads_and_contradicts_nothing(name: str) -> None:
     cfg = load(name)
     config.check(cfg)
-    assert config.build(config.TrainConfig, json.loads(json.dumps(config.plain(cfg)))) == cfg
+    assert configuration.build(config.TrainConfig, json.loads(json.dumps(configuration.plain(cfg)))) == cfg
 
 
 @pytest.mark.slow

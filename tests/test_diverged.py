@@ -12,6 +12,7 @@ import tiny
 from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
 from rag_jax.runs import checkpoint, lock
+from rag_jax.system import configuration
 from rag_jax.training import config, diverged, setup
 
 
@@ -36,8 +37,8 @@ def test_the_first_step_that_is_not_finite(pairs, position):
 
 @pytest.fixture(scope="module")
 def prepared(tiny_data):
-    values = config.plain(tiny.get_config(str(tiny_data)))
-    cfg = config.build(config.TrainConfig, values)
+    values = configuration.plain(tiny.get_config(str(tiny_data)))
+    cfg = configuration.build(config.TrainConfig, values)
     return cfg, setup.prepare(cfg, Corpus.open(cfg.corpus))
 
 
@@ -65,7 +66,7 @@ def test_the_message_names_step_and_batch_and_how_to_go_on(number, kind, prepare
 
 def test_switched_off_nothing_is_looked_at(prepared):
     cfg, data = prepared
-    off = config.build(config.TrainConfig, config.plain(cfg) | {"stop_on_nonfinite": False})
+    off = configuration.build(config.TrainConfig, configuration.plain(cfg) | {"stop_on_nonfinite": False})
     diverged.check(off, data, 0, 0, [object()], lambda: None)
     diverged.check_params(off, object(), 1, 0, lambda: None)
 

@@ -15,7 +15,7 @@ from rag_jax.data.readers import formats
 from rag_jax.errors import InputError
 from rag_jax.evaluation import docs_curve
 from rag_jax.inference.pipeline import Answer, AnswerConfig, Passage, Pipeline
-from rag_jax.training.config import SearchConfig
+from rag_jax.retrieval.config import SearchConfig
 
 TEXTS = ["who?", "where?"]
 

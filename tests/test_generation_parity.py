@@ -12,8 +12,7 @@ from rag_jax.inference import pipeline
 from rag_jax.inference.config import AnswerConfig
 from rag_jax.pretrained import load
 from rag_jax.rag import Rag
-from rag_jax.system import sharding
-from rag_jax.training import config
+from rag_jax.system import configuration, sharding
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 pytestmark = pytest.mark.parity
@@ -85,7 +84,7 @@ def answers_of_both(case: str, directory: Path, seed: int) -> tuple[np.ndarray, 
 
     source = load.combine(directory / "encoder", generator=directory / "generator", variant="sequence")
     params = dict(source.params(sharding.make_mesh(), load.Report()).items())
-    cfg = config.build(AnswerConfig, source.answering)
+    cfg = configuration.build(AnswerConfig, source.answering)
     options = pipeline.options_of(cfg, None) | {"mode": "fast", "candidates": 1}  # of one document: its own search
 
     def generate(params, ids, mask):

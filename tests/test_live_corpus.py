@@ -23,11 +23,11 @@ from rag_jax.index import device_index
 from rag_jax.index import snapshot as snapshots
 from rag_jax.inference import pipeline as pipelines
 from rag_jax.inference.pipeline import Pipeline
+from rag_jax.retrieval.config import SearchConfig
 from rag_jax.runs import directory as runs
 from rag_jax.runs import live_corpus
 from rag_jax.system import sharding
 from rag_jax.training import config, setup, train
-from rag_jax.training.config import SearchConfig
 
 NAMES = ("corpus", "one", "two", "three")  # each an update of the one before; 40, 42, 43 and 53 rows
 STEPS = 35

@@ -79,7 +79,7 @@ def test_the_two_priors_differ_only_for_a_single_target_token(case):
 
 def test_what_padding_says_does_not_count(case):
     other = case["logits_BKTV"] + np.where(case["mask_BT"], 0, 50.0)[:, None, :, None] * np.arange(V)
-    for objective in loss_functions.OBJECTIVES:
+    for objective in loss_functions.MARGINALS:
         a, b = (rag_nll(objective, **{**case, "logits_BKTV": x})[0] for x in (case["logits_BKTV"], other))
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
@@ -101,7 +101,7 @@ def test_probabilities_of_all_sequences_sum_to_one(vocabulary, steps):
             logits[i, :, t] = table
     scores = np.repeat(rng.normal(0, 2, (1, documents)), len(every), 0).astype(np.float32)
     total = {}
-    for objective in loss_functions.OBJECTIVES:
+    for objective in loss_functions.MARGINALS:
         for prior in ("paper", "hf_compat"):
             nll, _ = rag_nll(objective, logits, targets, mask, scores, prior=prior)
             total[objective, prior] = np.exp(-np.asarray(nll, np.float64)).sum()
@@ -136,7 +136,7 @@ def test_gradient_in_the_scores_is_prior_minus_posterior(case):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("objective", list(loss_functions.OBJECTIVES))
+@pytest.mark.parametrize("objective", list(loss_functions.MARGINALS))
 @pytest.mark.parametrize(
     ("chunk", "parts", "shards"), [(3, 1, 1), (4, 2, 3), (1, 1, 1), (100, 3, 3), (0, 1, 1), (0, 2, 3)]
 )
@@ -177,7 +177,7 @@ def test_a_chunk_of_the_vocabulary_at_a_time_gives_the_same_and_so_does_its_grad
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-@pytest.mark.parametrize("objective", list(loss_functions.OBJECTIVES))
+@pytest.mark.parametrize("objective", list(loss_functions.MARGINALS))
 def test_extreme_values_stay_finite(case, objective):
     def loss(scores, logits):
         changed = {**case, "scores_BK": scores, "logits_BKTV": logits}

@@ -17,7 +17,7 @@ from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 from rag_jax.training import config, train_step
 from rag_jax.training.optimizer import OptimizerConfig
-from rag_jax.training.train_step import Setting
+from rag_jax.training.stage import Setting
 
 B, K, N, E, L, T = 8, 2, 40, 16, 20, 6
 ENCODER_V, V = 45, 48  # the first does not divide over a tensor axis, the second does
@@ -60,7 +60,7 @@ def updated(kind, loss, mesh, **changes):
     groups = groups.get(loss, ("question_encoder", "context_encoder", "generator"))
     optimizer = OptimizerConfig(1.0, "constant", eps=1.0, clip_norm=0.0, groups=dict.fromkeys(groups, 1.0))
     changes = {"logit_chunk": 20} | LOSSES[loss] | changes
-    stage = config.StageConfig("s", batch=B, n_docs=K, source_length=L, optimizer=optimizer, **changes)
+    stage = config.make_stage("s", batch=B, n_docs=K, source_length=L, optimizer=optimizer, **changes)
     rag = Rag(model)
     setting = Setting(rag, stage, mesh, N, (0,))
     batch, passages, embeddings = given(np.random.default_rng(0))

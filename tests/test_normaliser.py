@@ -10,7 +10,7 @@ from jax.nn import log_softmax, logsumexp
 
 from rag_jax.index import device_index
 from rag_jax.retrieval import mips
-from rag_jax.training import train_step
+from rag_jax.training import retrieve_fresh
 
 N, E, K, B = 60, 6, 4, 3
 
@@ -25,8 +25,8 @@ def found(q_BE: jax.Array, stored_NE: jax.Array, now_NE: jax.Array, own: bool = 
     """(log p(z|x) [B, K] as a step has it, rows): the retrieved embedded as they are now, the rest as it is stored."""
     _, rows_BK, log_rest_B = mips.search_with_normaliser(q_BE, stored_NE, K)
     fresh_BK, stored_BK = (jnp.einsum("be,bke->bk", q_BE, x[rows_BK]) for x in (now_NE, stored_NE))
-    moved_B = None if own else q_BE @ train_step.mean_change(now_NE[rows_BK], stored_NE[rows_BK])
-    return fresh_BK - train_step.fresh_normaliser(log_rest_B, stored_BK, fresh_BK, moved_B)[:, None], rows_BK
+    moved_B = None if own else q_BE @ retrieve_fresh.mean_change(now_NE[rows_BK], stored_NE[rows_BK])
+    return fresh_BK - retrieve_fresh.fresh_normaliser(log_rest_B, stored_BK, fresh_BK, moved_B)[:, None], rows_BK
 
 
 def embedded_whole(q_BE: jax.Array, now_NE: jax.Array, rows_BK: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ def test_the_error_is_at_most_what_the_rest_moved_more(seed: int, scale: float, 
     q_BE, x_NE = corpus(seed, scale)
     now_NE = x_NE + stale * corpus(seed + 1)[1] + shift
     logp_BK, rows_BK = found(q_BE, x_NE, now_NE)
-    moved_E = train_step.mean_change(now_NE[rows_BK], x_NE[rows_BK])
+    moved_E = retrieve_fresh.mean_change(now_NE[rows_BK], x_NE[rows_BK])
     others_BN = np.ones((B, N), bool)
     np.put_along_axis(others_BN, np.asarray(rows_BK), False, 1)
     otherwise_BN = np.abs(np.asarray(q_BE @ (now_NE - x_NE - moved_E).T, np.float64))
@@ -86,7 +86,7 @@ def test_a_rest_that_stays_by_autodiff_of_all_scores(dtype: str, scale: float) -
         log_rest_B = mips.search_with_normaliser(q_BE, rows, K, scale_N=scale_N, live_N=live_N)[2] + q_BE @ drift_E
         fresh_BK = jnp.einsum("be,bke->bk", q_BE, now_BKE)
         stored_BK = jnp.einsum("be,bke->bk", q_BE, device_index.stored(index, rows_BK))
-        return fresh_BK - train_step.fresh_normaliser(log_rest_B, stored_BK, fresh_BK, jnp.zeros(B))[:, None]
+        return fresh_BK - retrieve_fresh.fresh_normaliser(log_rest_B, stored_BK, fresh_BK, jnp.zeros(B))[:, None]
 
     def dense(q_BE: jax.Array, now_BKE: jax.Array) -> jax.Array:
         scores_BN = jnp.where(live_N, q_BE @ device_index.stored(index, jnp.arange(N)).T, -jnp.inf)
@@ -107,7 +107,7 @@ def test_a_rest_of_nearly_no_mass_is_there_when_the_retrieved_fall(fall: float) 
     x_NE[:3, 0], x_NE[3:, 1] = 40, np.random.default_rng(0).normal(size=997)
     q_BE = jnp.asarray([[1.0, 1, 0, 0]])
     scores_BK, _, log_rest_B = mips.search_with_normaliser(q_BE, jnp.asarray(x_NE), 3)
-    got = train_step.fresh_normaliser(log_rest_B, scores_BK, scores_BK + fall, jnp.zeros(1))
+    got = retrieve_fresh.fresh_normaliser(log_rest_B, scores_BK, scores_BK + fall, jnp.zeros(1))
     all_N = (np.asarray(q_BE, np.float64) @ x_NE.T)[0] + np.where(np.arange(1000) < 3, fall, 0)
     np.testing.assert_allclose(got[0], all_N.max() + np.log(np.exp(all_N - all_N.max()).sum()), rtol=1e-6)
 

@@ -18,12 +18,13 @@ from rag_jax.evaluation import docs_curve
 from rag_jax.index import host_index
 from rag_jax.index.device_index import Index
 from rag_jax.inference.pipeline import Pipeline
+from rag_jax.retrieval.config import SearchConfig
 from rag_jax.retrieval.search import Queries, SearchResult
 from rag_jax.system import sharding
-from rag_jax.training import train_step
-from rag_jax.training.config import SearchConfig, StageConfig
+from rag_jax.training.config import make_stage
+from rag_jax.training.objectives import rag as rag_objective
+from rag_jax.training.stage import Setting
 from rag_jax.training.stage_index import OnHost
-from rag_jax.training.train_step import Setting
 
 NOTHING = "zzz qqq xxyyzz?"
 
@@ -137,7 +138,7 @@ def test_an_evaluation_says_so(tiny_data, tiny_run, tmp_path, capsys):
 def test_the_step_is_given_empty_passages(opened):
     """The host gathers passages for a batch whose search found 4, 3, 2, 1 and none."""
     corpus, mesh = opened.loaded.corpus, opened.loaded.mesh
-    stage = StageConfig("joint", n_docs=3, batch=8)
+    stage = make_stage("joint", n_docs=3, batch=8)
     setting = Setting(opened.loaded.rag, stage, mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)
     feed = OnHost(setting, corpus, lambda source: ["!" if i == 0 else "x" * i + "!" for i in source])
     length = np.full(8, 3, np.int32)
@@ -193,12 +194,12 @@ def test_it_is_counted_nowhere():
     scores = losses.of_found(jnp.array([[1.0, 5.0, 5.0], [1.0, 2.0, 5.0], [5.0, 5.0, 5.0]]), rows >= 0)
     posterior = losses.prior_logp(scores)
     gold = jnp.array([[4, -1], [4, -1], [0, -1]])
-    found = train_step.retrieval_metrics(rows, scores, posterior, gold)
+    found = rag_objective.retrieval_metrics(rows, scores, posterior, gold)
     share = np.exp(1) / (np.exp(1) + np.exp(2))
     entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share))
     assert float(found["unique_documents"]) == pytest.approx(2 / 3)
     assert float(found["prior_entropy"]) == pytest.approx(entropy / 2, rel=1e-5)
     assert (float(found["recall_at_1"]), float(found["recall_at_3"])) == pytest.approx((1 / 3, 2 / 3))
     assert float(found["posterior_prior_gap"]) == 0
-    none = train_step.retrieval_metrics(rows[2:], scores[2:], posterior[2:], gold[2:])
+    none = rag_objective.retrieval_metrics(rows[2:], scores[2:], posterior[2:], gold[2:])
     assert np.isnan(float(none["unique_documents"])) and float(none["recall_at_1"]) == 0

@@ -142,15 +142,15 @@ def test_hf_compat_drops_the_prior_of_a_lone_eos(params, token_probabilities):
     np.testing.assert_allclose(p, [paper[0], first.sum()], rtol=1e-4)
     np.testing.assert_allclose(paper[1], first @ oracles.softmax(SCORES)[1], rtol=1e-4)
     for hf_compat, prior in ((True, np.ones(K)), (False, oracles.softmax(SCORES)[1])):  # the posterior is of the same
-        posterior = rag().loss(params, IDS, MASK, SCORES, labels, hf_compat)[1]
+        posterior = rag().likelihood(params, IDS, MASK, SCORES, labels, hf_compat).posterior_BK
         np.testing.assert_allclose(np.exp(posterior[1]), first * prior / (first @ prior), rtol=1e-3)
 
 
 def test_posterior_without_the_first_token(params):
     """Where bos is not scored, it is no part of what a document explains either."""
     labels = np.concatenate([np.full((B, 1), EOS), LABELS[:, :4]], 1).astype(np.int32)
-    nll, posterior = rag().loss(params, IDS, MASK, SCORES, labels, exclude_bos_score=True)
-    _, whole = rag().loss(params, IDS, MASK, SCORES, labels)
+    nll, posterior, *_ = rag().likelihood(params, IDS, MASK, SCORES, labels, exclude_bos_score=True)
+    whole = rag().likelihood(params, IDS, MASK, SCORES, labels).posterior_BK
     model = rag().generator
     targets, counted = (np.asarray(x) for x in shift_left(jnp.asarray(labels), MODEL.generator))
     for b in range(B):

@@ -8,9 +8,10 @@ import pytest
 import rag_jax
 from rag_jax.__main__ import main
 from rag_jax.errors import InputError
+from rag_jax.inference import config as answer_config
 from rag_jax.models.hf import SETTINGS, generation, settings
 from rag_jax.pretrained import load
-from rag_jax.training import config
+from rag_jax.runs import config as run_config
 
 SMALL = {
     "vocab_size": 41, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
@@ -154,7 +155,7 @@ def test_settings_of_a_composite_go_there_and_back(tmp_path, variant):
     assert main(["convert", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]) == 0
     assert main(["export", str(tmp_path / "ours"), "--out", str(tmp_path / "back")]) == 0
     same_files(tmp_path / "theirs", tmp_path / "back")
-    made = config.read(tmp_path / "ours/config.json")
+    made = run_config.read(tmp_path / "ours/config.json")
     assert made.model.n_docs == 3 and made.model.reader.start_id == 7 and made.model.reader.forced_eos_id == -1
 
 
@@ -162,8 +163,8 @@ def test_settings_of_a_composite_go_there_and_back(tmp_path, variant):
 def test_generation_settings_are_a_runs_defaults(tmp_path):
     source = checkpoint(tmp_path / "theirs", "many")
     assert main(["convert", *encoders(tmp_path), "--generator", str(source), "--out", str(tmp_path / "ours")]) == 0
-    made = config.read(tmp_path / "ours/config.json")
-    cfg, reader = config.answering(made), made.model.reader
+    made = run_config.read(tmp_path / "ours/config.json")
+    cfg, reader = answer_config.answering(made), made.model.reader
     assert (cfg.num_beams, cfg.max_length, cfg.min_length, cfg.length_penalty) == (3, 10, 4, 0.5)
     assert cfg.early_stopping is True and cfg.no_repeat_ngram_size == 2 and cfg.repetition_penalty == 1.2
     assert (cfg.suppress_ids, cfg.begin_suppress_ids) == ((8, 9), (10,)) and cfg.bad_word_ids == ((11,), (12, 13))

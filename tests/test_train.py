@@ -115,7 +115,7 @@ def test_run_directory(tiny_data, tiny_run):
         *("config.json", "corpus.json", "manifest.json", "metrics.jsonl", "tensorboard"),
         *("tokenizers", "checkpoints", "params", "index", "examples"),
     }
-    assert runs.read_config(tiny_run) == tiny_config(tiny_data)
+    assert config.read_run(tiny_run) == tiny_config(tiny_data)
     assert sorted(path.name for path in (tiny_run / "checkpoints").iterdir()) == ["100", "110"]  # keep_checkpoints
     snapshot = snapshots.open_snapshot(tiny_run / "index")
     assert snapshot.manifest.step == tiny.STEPS and snapshot.manifest.n_passages == tiny.ENTITIES
@@ -186,7 +186,7 @@ def test_one_stage_from_the_parameters_of_another_run(tiny_data, tiny_run, tmp_p
     (run / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n')  # of a run killed before its first checkpoint
     result = tiny.train(tiny_data, run, *words, "--init", tiny_run)
     assert result["steps"] == 5 and result["last"]["stage"] == "retriever" and len(rows(run)) == 1
-    cfg = runs.read_config(run)
+    cfg = config.read_run(run)
     assert [stage.name for stage in cfg.stages] == ["retriever"] and cfg.init == str(tiny_run)
     before, after = parameters(tiny_run), parameters(run)
     jax.tree.map(np.testing.assert_array_equal, before["generator"], after["generator"])

@@ -13,9 +13,9 @@ from test_train import assert_same_run, last_step, rows
 from rag_jax.index import snapshot as snapshots
 from rag_jax.index.host_index import HostIndex
 from rag_jax.inference.pipeline import Pipeline
+from rag_jax.retrieval.config import SearchConfig
 from rag_jax.retrieval.search import Queries
 from rag_jax.runs import checkpoint
-from rag_jax.training.config import SearchConfig
 from rag_jax.training.stage_index import kept_fields
 
 STEPS = 12

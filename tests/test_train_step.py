@@ -13,6 +13,7 @@ import oracles
 import pytest
 
 from rag_jax import losses as loss_functions
+from rag_jax import retrieve
 from rag_jax.corpus import inverse_cloze
 from rag_jax.corpus.directory import Corpus
 from rag_jax.data import batching, joining
@@ -26,9 +27,11 @@ from rag_jax.rag import Passages, Rag, RagConfig
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 from rag_jax.training import optimizer, train_step
-from rag_jax.training.config import StageConfig
+from rag_jax.training.config import make_stage
+from rag_jax.training.objectives import rag as rag_objective
 from rag_jax.training.optimizer import OptimizerConfig
-from rag_jax.training.train_step import Setting, TrainState
+from rag_jax.training.stage import LossInput, Setting
+from rag_jax.training.train_step import TrainState
 
 B, K, E, LENGTH = 8, 3, 6, 152
 
@@ -122,6 +125,13 @@ def index_of(mesh, embeddings, step=0):
     return Index(rows, steps, drift_E=device_index.no_drift(mesh, rows.shape[1]))
 
 
+def loss_of(s, params, trains_passages, batch, index, passages, key, now=0):
+    """(value, (metrics, fresh rows)) of the loss of the setting's stage."""
+    given = LossInput(batch, index, passages, key, jnp.int32(now), trains_passages)
+    value, *rest = s.stage.objective.loss(s, params, given)
+    return value, tuple(rest)
+
+
 def setting(rag, stage, mesh, corpus):
     return Setting(rag, stage, mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)
 
@@ -190,10 +200,10 @@ def joint(corpus, mesh, passages, index):
 
     @functools.cache
     def compiled(trains_passages=False, variant="sequence", **stage):
-        s = setting(bags(corpus, variant=variant), StageConfig("joint", n_docs=K, **stage), mesh, corpus)
+        s = setting(bags(corpus, variant=variant), make_stage("joint", n_docs=K, **stage), mesh, corpus)
 
         def loss(params, batch):
-            value, (metrics, _) = train_step.rag_loss(
+            value, (metrics, _) = loss_of(
                 s, params, trains_passages, batch, index, passages, jax.random.key(0), jnp.int32(3)
             )
             return value, metrics
@@ -355,10 +365,10 @@ def test_context_encoder_learns_from_the_corpus_and_not_from_the_retrieved_alone
     given, key, held = sharding.shard_batch(mesh, batch), jax.random.key(0), jax.tree.map(jnp.asarray, params)
 
     def found(normaliser):
-        s = setting(bags(corpus), StageConfig("joint", n_docs=K, normaliser=normaliser), mesh, corpus)
+        s = setting(bags(corpus), make_stage("joint", n_docs=K, normaliser=normaliser), mesh, corpus)
 
         def loss(table):
-            return train_step.rag_loss(s, {**held, "context_encoder": table}, True, given, index, passages, key, now)[0]
+            return loss_of(s, {**held, "context_encoder": table}, True, given, index, passages, key, now)[0]
 
         return np.asarray(jax.jit(jax.grad(loss))(held["context_encoder"]))
 
@@ -393,7 +403,7 @@ def whole_step(corpus, mesh, stage, params, batch, index, passages, **model):
 
 def test_write_back_puts_into_the_index_what_was_embedded_anyway(params, batch, corpus, mesh, index, passages):
     for over in (0, 7):
-        stage = StageConfig("joint", n_docs=K, n_retrieved=over, write_back=True)
+        stage = make_stage("joint", n_docs=K, n_retrieved=over, write_back=True)
         after, metrics = whole_step(corpus, mesh, stage, params, batch, index, passages)
         stored, fresh = (np.asarray(index.embeddings_NE)[: len(corpus)], embed_all(params["context_encoder"], corpus))
         ids = [batch["question_ids"][b, : batch["question_length"][b]] for b in range(B)]
@@ -410,7 +420,7 @@ def test_write_back_puts_into_the_index_what_was_embedded_anyway(params, batch, 
 
 
 def test_a_rolling_refresh_is_part_of_the_step(params, batch, corpus, mesh, index, passages):
-    stage = StageConfig("joint", n_docs=K, refresh="rolling:5")
+    stage = make_stage("joint", n_docs=K, refresh="rolling:5")
     after, _ = whole_step(corpus, mesh, stage, params, batch, index, passages)
     made = np.asarray(after.step_N)[: len(corpus)] == 8
     assert made.sum() == len(corpus) // 5
@@ -421,7 +431,7 @@ def test_a_rolling_refresh_is_part_of_the_step(params, batch, corpus, mesh, inde
 
 
 def test_drift(params, batch, corpus, mesh, index, passages):
-    s = setting(bags(corpus), StageConfig("joint", n_docs=K), mesh, corpus)
+    s = setting(bags(corpus), make_stage("joint", n_docs=K), mesh, corpus)
     rows = np.sort(np.random.default_rng(0).permutation(len(corpus))[:30]).astype(np.int32)
     given = sharding.shard_batch(mesh, {name: batch[name] for name in ("question_ids", "question_length")})
     found = train_step.make_drift(s)(params, given, index, passages, rows)
@@ -460,11 +470,11 @@ def test_gold_reading_through_a_window(params, batch, corpus, mesh, passages, in
     gold[3, 1] = -1
     start = rng.integers(0, 100, B)
     window = np.stack([start, start + 30], 1).astype(np.int32)
-    s = setting(bags(corpus), StageConfig("read", documents="gold", window=30, source_length=72), mesh, corpus)
+    s = setting(bags(corpus), make_stage("read", documents="gold", window=30, source_length=72), mesh, corpus)
 
     @jax.jit
     def loss(params, batch):
-        return train_step.rag_loss(s, params, False, batch, index, passages, jax.random.key(0), jnp.int32(0))
+        return loss_of(s, params, False, batch, index, passages, jax.random.key(0), jnp.int32(0))
 
     value, (metrics, _) = loss(params, {**batch, "gold": gold, "window": window})
     table, losses, tokens, counted = np.asarray(params["generator"], np.float64), [], 0, 0
@@ -482,11 +492,11 @@ def test_gold_reading_through_a_window(params, batch, corpus, mesh, passages, in
 
 
 def test_reading_no_passage_is_answering_the_question_alone(params, batch, corpus, mesh, passages, index):
-    s = setting(bags(corpus), StageConfig("closed", documents="none", source_length=72), mesh, corpus)
+    s = setting(bags(corpus), make_stage("closed", documents="none", source_length=72), mesh, corpus)
 
     @jax.jit
     def loss(params, batch):
-        return train_step.rag_loss(s, params, False, batch, index, passages, jax.random.key(0), jnp.int32(0))
+        return loss_of(s, params, False, batch, index, passages, jax.random.key(0), jnp.int32(0))
 
     value, (metrics, _) = loss(params, batch)
     table, losses, tokens = np.asarray(params["generator"], np.float64), [], 0
@@ -523,12 +533,13 @@ def test_contrastive_on_host(params, batch, corpus, mesh, passages, index, tied,
     if hard:
         gold[1, 1] = found[1, 1]  # a right passage among those found
     how = "given" if given else "retrieved"
-    stage = StageConfig("retriever", objective="contrastive", hard_negatives=hard, negatives=how)
+    stage = make_stage("retriever", objective="contrastive", hard_negatives=hard, negatives=how)
     s = setting(bags(corpus, tie_encoders=tied), stage, mesh, corpus)
 
     @jax.jit
     def loss(params, batch):
-        return train_step.contrastive_loss(s, params, batch, index, passages, jax.random.key(0))
+        value, (metrics, _) = loss_of(s, params, True, batch, index, passages, jax.random.key(0))
+        return value, metrics
 
     value, metrics = loss(params, sharding.shard_batch(mesh, {**batch, "gold": gold}))
     pool = [*gold[:, 0].tolist(), *(row for row in found.reshape(-1).tolist() if row >= 0)]
@@ -549,11 +560,12 @@ def test_inverse_cloze_on_host(params, corpus, mesh, passages):
     batch = dict(inverse_cloze.batches(corpus, B, 0, 24)[0])
     batch["gold"] = batch["gold"].copy()
     batch["gold"][5] = batch["gold"][1]
-    s = setting(bags(corpus, tie_encoders=True), StageConfig("ict", objective="inverse_cloze"), mesh, corpus)
+    s = setting(bags(corpus, tie_encoders=True), make_stage("ict", objective="inverse_cloze"), mesh, corpus)
 
     @jax.jit
     def loss(params, batch):
-        return train_step.contrastive_loss(s, params, batch, None, passages, jax.random.key(0))
+        value, (metrics, _) = loss_of(s, params, True, batch, None, passages, jax.random.key(0))
+        return value, metrics
 
     value, metrics = loss(params, sharding.shard_batch(mesh, batch))
     table = np.asarray(params["question_encoder"], np.float64)
@@ -573,12 +585,12 @@ def test_inverse_cloze_on_host(params, corpus, mesh, passages):
 
 @pytest.mark.parametrize(("chunk", "smoothing"), [(0, 0.0), (100, 0.1)])
 def test_denoise_on_host(params, corpus, mesh, chunk, smoothing):
-    stage = StageConfig("denoise", objective="denoise", source_length=48, logit_chunk=chunk, label_smoothing=smoothing)
+    stage = make_stage("denoise", objective="denoise", source_length=48, logit_chunk=chunk, label_smoothing=smoothing)
     s = setting(bags(corpus), stage, mesh, corpus)
     batch = batching.denoise_batches(corpus, batch=B, seed=0, length=48)[0]
     batch["labels"] = np.where(np.arange(48) < 20 + np.arange(B)[:, None], batch["labels"], 1)  # of different lengths
-    loss = jax.value_and_grad(lambda p, x: train_step.denoise_loss(s, p, x, jax.random.key(0)), has_aux=True)
-    (value, metrics), _ = jax.jit(loss)(params, batch)
+    loss = jax.value_and_grad(lambda p, x: loss_of(s, p, False, x, None, None, jax.random.key(0)), has_aux=True)
+    (value, (metrics, _)), _ = jax.jit(loss)(params, batch)
     table, logp, smooth, tokens = np.asarray(params["generator"], np.float64), [], [], 0
     for tail, n, label in zip(batch["tail_ids"], batch["tail_length"], batch["labels"], strict=True):
         source, label = [0, *tail[:n]], label[label != 1]
@@ -606,7 +618,7 @@ def test_retrieval_metrics_of_hand_made_values():
     scores = jnp.log(jnp.array([[0.5, 0.5], [0.2, 0.8], [0.9, 0.1]]))
     posterior = jnp.log(jnp.array([[0.25, 0.75], [0.2, 0.8], [0.5, 0.5]]))
     gold = jnp.array([[2, -1], [3, 9], [-1, -1]])
-    found = jax.jit(train_step.retrieval_metrics)(rows, scores, posterior, gold)
+    found = jax.jit(rag_objective.retrieval_metrics)(rows, scores, posterior, gold)
     entropy = [math.log(2), -0.2 * math.log(0.2) - 0.8 * math.log(0.8), -0.9 * math.log(0.9) - 0.1 * math.log(0.1)]
     gap = [
         0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5),
@@ -625,13 +637,13 @@ def test_retrieval_metrics_of_hand_made_values():
 
 def test_recall_is_nan_where_no_gold_passage_is_known():
     zeros = jnp.zeros((2, 2))
-    found = jax.jit(train_step.retrieval_metrics)(jnp.array([[0, 1], [2, -1]]), zeros, zeros, jnp.full((2, 3), -1))
+    found = jax.jit(rag_objective.retrieval_metrics)(jnp.array([[0, 1], [2, -1]]), zeros, zeros, jnp.full((2, 3), -1))
     assert math.isnan(found["recall_at_1"]) and math.isnan(found["recall_at_2"])
 
 
 def test_is_gold_takes_no_padding_for_a_passage():
     gold = jnp.array([[3, -1], [-1, -1]])
-    assert train_step.is_gold(jnp.array([[3, -1, 0], [3, -1, 0]]), gold).tolist() == [[True, False, False], [False] * 3]
+    assert retrieve.is_gold(jnp.array([[3, -1, 0], [3, -1, 0]]), gold).tolist() == [[True, False, False], [False] * 3]
 
 
 # --- the whole step ---------------------------------------------------------------------------------------------------
@@ -644,7 +656,7 @@ def test_the_index_is_never_gathered(corpus, mesh):
     lengths = np.full(n, 16, np.uint16)
     table = Passages(*(sharding.shard_rows(mesh, x, 0) for x in (tables[0], lengths, tables[1], lengths)))
     index = index_of(mesh, rng.normal(size=(n, E)))
-    stage = StageConfig("joint", n_docs=K, optimizer=OptimizerConfig(groups={"question_encoder": 1.0}))
+    stage = make_stage("joint", n_docs=K, optimizer=OptimizerConfig(groups={"question_encoder": 1.0}))
     s = Setting(bags(corpus), stage, mesh, n, (0,))
     params = {name: jnp.ones((400, E)) for name in ("question_encoder", "context_encoder", "generator")}
     trained = {"question_encoder": params["question_encoder"]}
@@ -676,12 +688,20 @@ ENCODERS = dataclasses.replace(ADAM, groups={"question_encoder": 1.0, "context_e
 READER = dataclasses.replace(ADAM, groups={"generator": 1.0})
 ALL_MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8})
 STAGES = {
-    "contrastive": (StageConfig("a", "contrastive", optimizer=ENCODERS), "sequence", ALL_MESHES[0]),
-    "inverse_cloze": (StageConfig("f", "inverse_cloze", accumulate=2, optimizer=ENCODERS), "sequence", ALL_MESHES[1]),
-    "denoise": (StageConfig("b", "denoise", source_length=48, optimizer=READER), "sequence", ALL_MESHES[0]),
-    "read": (StageConfig("c", "rag", "gold", window=30, source_length=72, optimizer=READER), "sequence", ALL_MESHES[1]),
-    "rag_sequence": (StageConfig("d", n_docs=K, label_smoothing=0.1, optimizer=ADAM), "sequence", ALL_MESHES[0]),
-    "rag_token": (StageConfig("e", n_docs=K, optimizer=ADAM), "token", ALL_MESHES[1]),
+    "contrastive": (make_stage("a", objective="contrastive", optimizer=ENCODERS), "sequence", ALL_MESHES[0]),
+    "inverse_cloze": (
+        make_stage("f", objective="inverse_cloze", accumulate=2, optimizer=ENCODERS),
+        "sequence",
+        ALL_MESHES[1],
+    ),
+    "denoise": (make_stage("b", objective="denoise", source_length=48, optimizer=READER), "sequence", ALL_MESHES[0]),
+    "read": (
+        make_stage("c", objective="rag", documents="gold", window=30, source_length=72, optimizer=READER),
+        "sequence",
+        ALL_MESHES[1],
+    ),
+    "rag_sequence": (make_stage("d", n_docs=K, label_smoothing=0.1, optimizer=ADAM), "sequence", ALL_MESHES[0]),
+    "rag_token": (make_stage("e", n_docs=K, optimizer=ADAM), "token", ALL_MESHES[1]),
 }
 
 
@@ -713,7 +733,7 @@ def two_steps(stage, variant, corpus, examples, mesh):
     elif stage.objective == "denoise":
         data = batching.denoise_batches(corpus, batch=B, seed=0, length=48)
     else:
-        data = question_batches(examples, corpus, stage.window)
+        data = question_batches(examples, corpus, stage.objective.needs().window)
     before = jax.device_get(params)
     places = jax.tree.map(lambda x: x.sharding, state)
     step = train_step.jit_step(setting(loaded.rag, stage, mesh, corpus), 4, state)
@@ -754,7 +774,7 @@ def test_dropout_goes_by_the_step_and_the_key(corpus, examples):
     encoder = dataclasses.replace(ENCODER, layers=0, dropout=0.1)
     model = RagConfig(encoder=encoder, generator=GENERATOR, question_length=24)
     loaded = runs.load(model, corpus, mesh)
-    stage = StageConfig("a", "contrastive", optimizer=ENCODERS)
+    stage = make_stage("a", objective="contrastive", optimizer=ENCODERS)
     state = train_step.first_state(loaded.rag, stage, mesh, drawn_params(loaded), 0)
     batch = question_batches(examples, corpus)[0]
     step = jax.jit(train_step.make_step(setting(loaded.rag, stage, mesh, corpus), 0))

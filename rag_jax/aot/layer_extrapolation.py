@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from rag_jax.training import config
 from rag_jax.training.config import TrainConfig
 
 FIELDS = ("layers", "encoder_layers", "decoder_layers")
@@ -13,7 +12,7 @@ Depths = dict[tuple[str, str], int]  # by side and field of the model
 
 def depths(cfg: TrainConfig, program: str) -> Depths:
     """The layers of every stack that a program of the configuration runs through."""
-    stages = {stage.name: config.reached(stage) for stage in cfg.stages}
+    stages = {stage.name: stage.objective.groups for stage in cfg.stages}
     reached = stages.get(program, {"context_encoder"} if program == "encode" else set())
     sides = {
         "encoder": bool(reached & {"question_encoder", "context_encoder"}),

@@ -2,7 +2,6 @@
 embedding of passages, as training and evaluation make them. Nothing is allocated; the corpus need not be there.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rag_jax import retrieve
 from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
 from rag_jax.index import device_index
@@ -18,9 +18,10 @@ from rag_jax.index.device_index import Index
 from rag_jax.rag import Passages, Rag
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
-from rag_jax.training import config, train_step
-from rag_jax.training.config import StageConfig, TrainConfig
-from rag_jax.training.train_step import Setting, TrainState
+from rag_jax.training import train_step
+from rag_jax.training.config import TrainConfig
+from rag_jax.training.stage import Setting, StageConfig
+from rag_jax.training.train_step import TrainState
 
 
 @dataclass(frozen=True)
@@ -94,39 +95,12 @@ def state(rag: Rag, stage: StageConfig, mesh: Mesh) -> TrainState:
 
 
 def batch(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> dict[str, Any]:
-    """As `pipeline.question_batches`, `denoise_batches` and `inverse_cloze.batches` make it, with one gold passage a
-    question.
-    """
-    B, Q, T = stage.batch, cfg.model.question_length, cfg.target_length
-    shapes: dict[str, tuple[int, ...]] = {
-        "tail_ids": (B, min(Q, cfg.model.tail_length)),
-        "tail_length": (B,),
-        "labels": (B, T),
-    }
-    if stage.objective == "inverse_cloze":
-        shapes = {"passage_ids": (B, size.encoder_length), "passage_length": (B,)}
-        shapes |= {"question_ids": (B, Q), "question_length": (B,), "gold": (B, 1)}
-    elif stage.objective == "denoise":
-        length = stage.source_length or cfg.model.source_length
-        shapes |= {"tail_ids": (B, length - len(size.prefix_ids)), "labels": (B, length)}
-    else:
-        shapes |= {"question_ids": (B, Q), "question_length": (B,), "gold": (B, 1)}
-        shapes |= {"window": (B, 2)} if stage.window else {}
-        if stage.negatives == "given" and cfg.search.kind == "exact":
-            shapes["negatives"] = (B, stage.hard_negatives)
-        if cfg.search.kind != "exact":  # found between steps
-            found = hosted_rows(stage)
-            contrasts = stage.objective == "contrastive"
-            rows = (B * found,) if contrasts else (B, found)
-            shapes |= {"documents": rows, "document_rows": rows}
+    """The batch of a stage, with one gold passage a question."""
+    objective = stage.objective
+    shapes = objective.batch_shapes(stage.batch, cfg, size.encoder_length, len(size.prefix_ids))
+    if objective.asks and cfg.search.kind != "exact":  # found between steps
+        shapes |= dict.fromkeys(("documents", "document_rows"), objective.documents_shape(stage.batch))
     return {name: array(mesh, shape, "int32", "batch") for name, shape in shapes.items()}
-
-
-def hosted_rows(stage: StageConfig) -> int:
-    """Passages a question that the host gathers for a step."""
-    if stage.objective == "contrastive":
-        return 1 + stage.hard_negatives
-    return max(stage.n_docs, stage.n_retrieved) if config.searches(stage) else 1
 
 
 def tables(size: Sizes, mesh: Mesh, rows: int, name: str = "rows") -> Passages:
@@ -173,13 +147,13 @@ def step(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh
         )
     s = setting(cfg, stage, rag, size, mesh)
     train_state, questions = state(rag, stage, mesh), batch(cfg, stage, rag, size, mesh)
-    table: Index | None = index(cfg, rag, size, mesh) if config.searches(stage) else None
+    table: Index | None = index(cfg, rag, size, mesh) if stage.objective.searches else None
     passages = tables(size, mesh, padded(size, mesh))
     if cfg.search.kind != "exact":
-        rows, width = hosted_rows(stage) * stage.batch, rag.config.encoder.output_width
+        rows, width = stage.objective.rows_per_question * stage.batch, rag.config.encoder.output_width
         passages = tables(size, mesh, rows, "batch")
         kept = array(mesh, (rows, width), "float32", "batch"), array(mesh, (rows,), "int32", "batch")
-        table = Index(*kept) if config.searches(stage) else None
+        table = Index(*kept) if stage.objective.searches else None
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
     groups = {
@@ -193,29 +167,17 @@ def step(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh
         (train_state, questions, table, passages, key),
         groups,
         stage.batch,
-        tokens(cfg, stage, size),
+        stage.objective.tokens(stage.batch, cfg, size.encoder_length),
     )
-
-
-def tokens(cfg: TrainConfig, stage: StageConfig, size: Sizes) -> int:
-    """Of one batch, read and written, if none were padding; those of re-embedded passages do not count."""
-    B, Q, T = stage.batch, cfg.model.question_length, cfg.target_length
-    length = stage.source_length or cfg.model.source_length
-    if config.contrasts(stage):
-        return B * (Q + (1 + stage.hard_negatives) * size.encoder_length)
-    if stage.objective == "denoise":
-        return 2 * B * length
-    return B * (stage.n_docs if stage.documents == "retrieved" else 1) * (length + T - 1)
 
 
 def search(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh, questions: int, k: int) -> Program:
     """The search for that many questions at once, as in evaluation."""
-    stage = dataclasses.replace(cfg.stages[-1], n_docs=k)
-    s, table = setting(cfg, stage, rag, size, mesh), index(cfg, rag, size, mesh)
+    s, table = setting(cfg, cfg.stages[-1], rag, size, mesh), index(cfg, rag, size, mesh)
     q_BE = array(mesh, (questions, rag.config.encoder.output_width), "float32", "batch")
 
     def find(q_BE: jax.Array, index: Index) -> Any:
-        return train_step.find(s, q_BE, index, k)
+        return retrieve.find(s, q_BE, index, k)
 
     return Program("search", find, jax.jit(find), (q_BE, table), {"index": table, "batch": q_BE}, questions, 0)
 

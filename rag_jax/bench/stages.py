@@ -27,8 +27,9 @@ from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 from rag_jax.system.logs import Progress
 from rag_jax.training import config, session, setup
-from rag_jax.training.config import StageConfig, TrainConfig
-from rag_jax.training.train_step import Setting, first_state, jit_step, make_step
+from rag_jax.training.config import TrainConfig
+from rag_jax.training.stage import Setting, StageConfig
+from rag_jax.training.train_step import first_state, jit_step, make_step
 
 
 def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, Any]:
@@ -118,9 +119,10 @@ def without_savings(setting: Setting) -> Setting:
         return part and dataclasses.replace(part, remat="none")
 
     model, stage = setting.rag.config, setting.stage
+    whole = {"doc_chunk": 0} if hasattr(stage.objective, "doc_chunk") else {}
     model = dataclasses.replace(model, encoder=kept(model.encoder), generator=kept(model.generator))
     return setting._replace(
-        rag=dataclasses.replace(setting.rag, config=model), stage=dataclasses.replace(stage, accumulate=1, doc_chunk=0)
+        rag=dataclasses.replace(setting.rag, config=model), stage=stage.changed(accumulate=1, **whole)
     )
 
 

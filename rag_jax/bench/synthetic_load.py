@@ -20,9 +20,9 @@ from rag_jax.models.layers import Remat
 from rag_jax.rag import GeneratorConfig, Passages, Rag, RagConfig
 from rag_jax.system import sharding
 from rag_jax.training import optimizer
-from rag_jax.training.config import StageConfig
+from rag_jax.training.objectives.rag import MarginalLikelihood
 from rag_jax.training.optimizer import OptimizerConfig
-from rag_jax.training.train_step import Setting
+from rag_jax.training.stage import Setting, StageConfig
 
 DTYPES = ("float32", "bfloat16")
 PREFIX = (0,)  # bos, before every joined input
@@ -158,10 +158,8 @@ def stage(load: Load) -> StageConfig:
         learning_rate=3e-5, schedule="constant", weight_decay=0.01, groups={"question_encoder": 1.0, "generator": 1.0},
         kind=load.optimizer, moments=load.moments,
     )  # fmt: skip
-    return StageConfig(
-        "bench", batch=load.questions, n_docs=load.docs, accumulate=load.accumulate, doc_chunk=load.doc_chunk,
-        logit_chunk=load.logit_chunk, optimizer=changes,
-    )  # fmt: skip
+    likelihood = MarginalLikelihood(n_docs=load.docs, doc_chunk=load.doc_chunk, logit_chunk=load.logit_chunk)
+    return StageConfig("bench", likelihood, batch=load.questions, accumulate=load.accumulate, optimizer=changes)
 
 
 def setting(load: Load, mesh: jax.sharding.Mesh) -> Setting:

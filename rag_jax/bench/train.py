@@ -31,10 +31,13 @@ from rag_jax.errors import InputError
 from rag_jax.index import device_index
 from rag_jax.index.device_index import Index
 from rag_jax.rag import Params, Passages
+from rag_jax.retrieve import Batch, contexts
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 from rag_jax.training import train_step
-from rag_jax.training.train_step import Batch, Setting, TrainState
+from rag_jax.training.retrieve_fresh import Retrieval, retrieve
+from rag_jax.training.stage import LossInput, Setting
+from rag_jax.training.train_step import TrainState
 
 TRACED = 3  # steps in a profile
 WARM = 4  # steps until a process has as much memory as it will keep
@@ -97,9 +100,11 @@ def without_dropout(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The step's loss, a scalar, and what it read: contexts [B, K, L] and documents' embeddings [B, K, E]."""
     keys: Any = (None, None)
-    found = train_step.retrieve(s, params, False, batch, index, passages, keys, jnp.int32(0))
-    ids_BKL, mask_BKL = train_step.contexts(s, passages, found.rows_BK, batch)
-    nll_B, _ = s.rag.loss(params, ids_BKL, mask_BKL, found.scores_BK, batch["labels"], logit_chunk=s.stage.logit_chunk)
+    objective: Any = s.stage.objective
+    given = LossInput(batch, index, passages, jax.random.key(0), jnp.int32(0), trains_passages=False)
+    found = retrieve(s, Retrieval(objective.n_docs), params, given, keys)
+    ids_BKL, mask_BKL = contexts(s, passages, found.rows_BK, batch)
+    nll_B = s.rag.nll(params, ids_BKL, mask_BKL, found.scores_BK, batch["labels"], logit_chunk=objective.logit_chunk)
     return nll_B.mean(), ids_BKL, device_index.stored(index, found.rows_BK)
 
 

@@ -57,7 +57,7 @@ def read_encoder(run_dir: Path, corpus: Corpus) -> Encoder:
     checkpoint.check_params(run_dir / "params")
     like = runs.param_places(rag, mesh)[side]
     params = unflatten_dict(dict(checkpoint.read_part(run_dir / "params", side, like)), sep="/")
-    step = sum(stage.steps for stage in config.stages)
+    step = runs.trained_steps(run_dir)
     return Encoder(
         embed=lambda p, ids, mask: rag.embed_passages({side: p}, ids, mask),
         params=params,

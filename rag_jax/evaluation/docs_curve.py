@@ -15,8 +15,7 @@ from rag_jax.index.device_index import Index
 from rag_jax.inference import pipeline as pipelines
 from rag_jax.inference.pipeline import Answer, AnswerConfig, Pipeline
 from rag_jax.retrieval.search import SearchResult
-from rag_jax.system import distributed, files, logs
-from rag_jax.training import config
+from rag_jax.system import configuration, distributed, files, logs
 
 DIRECTORY = "n_docs_curve"
 KIND, VERSION = "answers", 1
@@ -117,7 +116,7 @@ def as_result(pipeline: Pipeline, answers: Sequence[Answer], deepest: int) -> Se
 def identity(pipeline: Pipeline, cfg: AnswerConfig, texts: Sequence[str]) -> str:
     """A hash of all that the answers depend on."""
     parameters = files.file_sha256(pipeline.directory / "params" / files.MANIFEST)
-    asked = [parameters, pipeline.snapshot.hash, pipeline.search_manifest(), config.plain(cfg), list(texts)]
+    asked = [parameters, pipeline.snapshot.hash, pipeline.search_manifest(), configuration.plain(cfg), list(texts)]
     return files.canonical_sha256(asked)
 
 

@@ -27,10 +27,9 @@ from rag_jax.inference.pipeline import AnswerConfig, Pipeline
 from rag_jax.metrics import abstention, matching
 from rag_jax.metrics.calibration import calibration
 from rag_jax.metrics.curves import recall_curves
+from rag_jax.retrieval.config import SearchConfig
 from rag_jax.runs import directory as runs
-from rag_jax.system import distributed, files, logs
-from rag_jax.training import config
-from rag_jax.training.config import SearchConfig
+from rag_jax.system import configuration, distributed, files, logs
 
 
 def predict(
@@ -127,11 +126,11 @@ def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
         **what(pipeline),
         "questions": str(file),
         "where": wanted.where,
-        **config.plain(cfg),
+        **configuration.plain(cfg),
         **({} if gold_NG is None else {"without_gold": int((gold_NG < 0).all(1).sum())}),
         **({"gold_ids": dataclasses.asdict(tally)} if tally.named else {}),
         **how_judged(rows),
-        "task": config.plain(task),
+        "task": configuration.plain(task),
         "curves": curves,
         "seconds": round(time.perf_counter() - begun, 1),
     }

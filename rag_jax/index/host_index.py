@@ -18,10 +18,11 @@ from rag_jax.index.device_index import Index, Make
 from rag_jax.rag import Params, Passages, Rag
 from rag_jax.retrieval import scann_index
 from rag_jax.retrieval.bm25 import Bm25, passage_texts
+from rag_jax.retrieval.config import SearchConfig
 from rag_jax.retrieval.search import Exact, Hybrid, Searcher, Source
 from rag_jax.system import files, sharding
+from rag_jax.system.configuration import plain
 from rag_jax.system.logs import info
-from rag_jax.training.config import SearchConfig, plain
 
 STALE = 0.1  # share of ScaNN's rows that came or went since it was built: time to build it anew
 

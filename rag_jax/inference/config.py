@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from rag_jax.runs.config import RunConfig
+from rag_jax.system.configuration import build
+
 
 @dataclass(frozen=True)
 class AnswerConfig:
@@ -47,3 +50,9 @@ class AnswerConfig:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+
+
+def answering(cfg: RunConfig, **defaults: object) -> AnswerConfig:
+    """How a run answers by default: what its configuration says, over `defaults`, over what its model is made for."""
+    made_for = {"n_docs": cfg.model.n_docs, "max_length": cfg.target_length}
+    return build(AnswerConfig, {**made_for, **defaults, **cfg.answering}, "config.answering")

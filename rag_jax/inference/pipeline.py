@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from rag_jax import losses
+from rag_jax import losses, retrieve
 from rag_jax.corpus.directory import Corpus
 from rag_jax.data import batching, gold
 from rag_jax.data.readers.formats import Question
@@ -26,17 +26,19 @@ from rag_jax.index import device_index
 from rag_jax.index import snapshot as snapshots
 from rag_jax.index.device_index import Index
 from rag_jax.index.host_index import HostIndex, Searchers, gather, places
+from rag_jax.inference import config as answer_config
 from rag_jax.inference.config import AnswerConfig
 from rag_jax.models.decoder_only import LmConfig, check_window
 from rag_jax.rag import Params, Passages
+from rag_jax.retrieval import config as search_config
+from rag_jax.retrieval.config import SearchConfig
 from rag_jax.retrieval.search import Queries, SearchResult
+from rag_jax.retrieve import Batch
 from rag_jax.runs import checkpoint, live_corpus
 from rag_jax.runs import directory as runs
-from rag_jax.system import sharding
+from rag_jax.runs.config import RunConfig
+from rag_jax.system import configuration, sharding
 from rag_jax.system.logs import Progress
-from rag_jax.training import config, train_step
-from rag_jax.training.config import SearchConfig, StageConfig, TrainConfig
-from rag_jax.training.train_step import Batch
 
 
 class Answers(NamedTuple):
@@ -104,19 +106,19 @@ def search_from_argument(text: str | None) -> SearchConfig | None:
         values = json.loads(text) if text.startswith("{") else {"kind": text}
     except ValueError as error:
         raise InputError(f"--search {text}: not JSON ({error})") from error
-    search = config.build(SearchConfig, values, "--search")
-    config.check_search_config(search)
+    search = configuration.build(SearchConfig, values, "--search")
+    search_config.check_search_config(search)
     return search
 
 
 def from_arguments(args: argparse.Namespace, base: AnswerConfig) -> AnswerConfig:
     """`base`, changed by --decoding, then by the options that were given, then by --set."""
-    values = config.plain(base) | (config.evaluated(args.decoding) if args.decoding else {})
+    values = configuration.plain(base) | (configuration.evaluated(args.decoding) if args.decoding else {})
     names = {field.name for field in dataclasses.fields(AnswerConfig)}
     values |= {name: value for name, value in vars(args).items() if name in names and value is not None}
     changes = ml_collections.ConfigDict()
-    config.override(changes, args.set)
-    return config.build(AnswerConfig, values | config.plain(changes), "decoding")
+    configuration.override(changes, args.set)
+    return configuration.build(AnswerConfig, values | configuration.plain(changes), "decoding")
 
 
 class AnswerFn(Protocol):
@@ -207,9 +209,8 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
                 check_window(model.source_length + cfg.max_length, reader)
         except ValueError as error:
             raise InputError(str(error)) from error
-    stage = StageConfig("answer", n_docs=n_docs)
     prefix_ids = loaded.corpus.generator_tokenizer.prefix_ids
-    setting = train_step.Setting(loaded.rag, stage, loaded.mesh, n_rows, prefix_ids)
+    setting = retrieve.Setting(loaded.rag, loaded.mesh, n_rows, prefix_ids)
     wanted = min(max(cfg.n_retrieved, n_docs), n_rows)
 
     def answer(
@@ -224,9 +225,9 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
             rows_BR = jnp.zeros((len(batch["question_ids"]), 1), jnp.int32)
             scores_BR = jnp.zeros(rows_BR.shape)
             nothing = jnp.zeros((len(rows_BR), 2), jnp.int32)
-            ids, mask = train_step.contexts(setting, passages, rows_BR, batch | {"window": nothing})
+            ids, mask = retrieve.contexts(setting, passages, rows_BR, batch | {"window": nothing})
         else:
-            q_BE = train_step.embed_questions(setting, params, batch, None)
+            q_BE = retrieve.embed_questions(setting, params, batch, None)
             if "documents" in batch:
                 rows_BR, scores_BR = batch["documents"], batch["scores"]
                 if cfg.prior == "dense":
@@ -234,7 +235,7 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
                 if "found" in batch:
                     scores_BR = losses.of_found(scores_BR, batch["found"])
             else:
-                scores_BR, rows_BR = train_step.find(setting, q_BE, index, wanted)
+                scores_BR, rows_BR = retrieve.find(setting, q_BE, index, wanted)
         read_BK, scores_BK = rows_BR[:, :n_docs], scores_BR[:, :n_docs]
         if cfg.retrieval_only:
             prior_BK = jnp.exp(losses.prior_logp(scores_BK))
@@ -244,7 +245,7 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
             read_BK = gold_first(batch["gold"], rows_BR, n_docs)
             scores_BK = jnp.einsum("be,bke->bk", q_BE, device_index.stored(index, read_BK))
         if not cfg.closed_book:
-            ids, mask = train_step.contexts(setting, passages, read_BK, batch)
+            ids, mask = retrieve.contexts(setting, passages, read_BK, batch)
         try:
             loaded.rag.generator.check_room(ids.shape[-1], cfg.max_length)
         except ValueError as error:
@@ -324,7 +325,7 @@ def found_on_host(
         table, passages = sharding.shard_batch(loaded.mesh, tables)
         return Hosted(rows_BR, rows_BR, table, passages, batch)
     if known is None:
-        q_BE = sharding.fetched(train_step.question_program(loaded.rag)(params, batch)).astype(np.float32)
+        q_BE = sharding.fetched(retrieve.question_program(loaded.rag)(params, batch)).astype(np.float32)
         queries = Queries(q_BE[own], [texts[row] for row in own])
         found = index.searcher.search(queries, min(max(cfg.n_retrieved, n_docs), n))
     else:
@@ -452,7 +453,7 @@ class Pipeline:
     """
 
     directory: Path
-    config: TrainConfig
+    config: RunConfig
     loaded: runs.Loaded
     params: Params
     index: Index | HostIndex
@@ -515,7 +516,7 @@ class Pipeline:
 
     def answer_config(self, **changes: Any) -> AnswerConfig:
         """How the run answers by default, with changes."""
-        return dataclasses.replace(config.answering(self.config), **changes)
+        return dataclasses.replace(answer_config.answering(self.config), **changes)
 
     def answer(
         self,

@@ -21,9 +21,9 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from rag_jax.runs import checkpoint
-from rag_jax.training import config
 from rag_jax.system import distributed, files, sharding
-from rag_jax.training.config import TrainConfig
+from rag_jax.runs import config as run_config
+from rag_jax.runs.config import RunConfig
 from rag_jax.data import tokenizers
 from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
@@ -220,7 +220,7 @@ def identity(corpus: Corpus) -> dict[str, Any]:
 
 def read_identity(run_dir: Path) -> dict[str, Any]:
     """What the run was started with."""
-    _check(run_dir)
+    check_written(run_dir)
     path, wanted = run_dir / IDENTITY, "make one with rag-jax train"
     try:
         content = path.read_bytes()
@@ -233,7 +233,7 @@ def read_identity(run_dir: Path) -> dict[str, Any]:
     return found
 
 
-def _check(run_dir: Path) -> None:
+def check_written(run_dir: Path) -> None:
     """InputError where the configuration is not the one that was written."""
     there = files.check_listed(run_dir, (CONFIG, IDENTITY), kinds=(KIND, "converted model"))
     if not there and (run_dir / CONFIG).is_file():
@@ -266,10 +266,15 @@ def check_tokenizers(run_dir: Path, corpus: Corpus) -> None:
             )
 
 
-def read_config(run_dir: Path) -> TrainConfig:
-    """The configuration of a run; InputError where it is not the one that was written."""
-    _check(run_dir)
-    return config.read(run_dir / CONFIG)
+def read_config(run_dir: Path) -> RunConfig:
+    """What others use of the configuration of a run; InputError where it is not the one that was written."""
+    check_written(run_dir)
+    return run_config.read(run_dir / CONFIG)
+
+
+def trained_steps(run_dir: Path) -> int:
+    """Steps of all stages that a run was configured with."""
+    return sum(stage["steps"] for stage in run_config.stored(run_dir / CONFIG).get("stages", []))
 
 
 def param_places(rag: Rag, mesh: jax.sharding.Mesh) -> Any:
@@ -289,7 +294,7 @@ def check_init(run_dir: Path, model: RagConfig, corpus: Corpus, mesh: jax.shardi
     checkpoint.check_params(run_dir / "params", param_places(rag, mesh))
 
 
-def run_model(directory: Path, config: TrainConfig) -> Rag:
+def run_model(directory: Path, config: RunConfig) -> Rag:
     """The model of a run, with vocabularies and special ids as its tokenizers have them."""
     if not (directory / "tokenizers" / "generator").is_dir():  # converted from weights that came without
         return Rag(config.model)
@@ -302,8 +307,8 @@ def write_empty_run(
     directory: Path, model: RagConfig, identity: dict[str, Any], answering: Mapping[str, Any] | None = None
 ) -> None:
     """The configuration files of a run with no stages, whose parameters come from elsewhere."""
-    made = TrainConfig(corpus="", train="", dev="", stages=(), model=model, answering=answering or {})
-    config.save(made, directory / CONFIG)
+    made = RunConfig(corpus="", dev="", model=model, answering=answering or {})
+    run_config.save(made, directory / CONFIG)
     (directory / IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from rag_jax.data import batching, examples, tasks
 from rag_jax.data.readers import formats
 from rag_jax.errors import InputError
-from rag_jax.training import config, setup
+from rag_jax.training import setup
 from rag_jax.training.config import TrainConfig
 
 Kept = Callable[[], int | None]
@@ -65,7 +65,7 @@ def batch_ids(cfg: TrainConfig, data: setup.Data, number: int, into: int) -> str
     """The ids of what step `into` of a stage is trained on: the order of the data is a matter of the seed alone."""
     stage = cfg.stages[number]
     batch = next(batching.iterate(setup.batches(stage, cfg, data, number), into))
-    if config.asks(stage):
+    if stage.objective.asks:
         kind, ids = "questions", question_ids(cfg, data, batch["source"])
     else:
         rows = batch["source"] if "source" in batch else batch["gold"][:, 0]

@@ -1,5 +1,7 @@
 """A run of training between its steps: what stays the same over all stages, how each begins, and its checkpoints."""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from rag_jax.index import snapshot as snapshots
 from rag_jax.index.device_index import Index, Refresher, on_devices
 from rag_jax.index.host_index import HostIndex, Searchers, on_host
 from rag_jax.inference.pipeline import AnswerConfig, AnswerFn
+from rag_jax.losses import RETRIEVER_LOSSES, RetrieverLoss
 from rag_jax.models.init_lexical import inverse_document_frequency, lexical_start
 from rag_jax.runs import checkpoint, live_corpus
 from rag_jax.runs import directory as runs
@@ -22,10 +25,28 @@ from rag_jax.runs.lock import Lock
 from rag_jax.system import logs, sharding
 from rag_jax.system.logs import MetricWriter
 from rag_jax.system.preemption import Preemption
-from rag_jax.training import config, diverged, setup
+from rag_jax.training import diverged, setup
 from rag_jax.training.config import TrainConfig
+from rag_jax.training.data import Data
 from rag_jax.training.stage_index import Feed, OnDevice, OnHost, Upkeep, kept_fields
 from rag_jax.training.train_step import Setting, TrainState, first_state
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where training is at a log line, for hooks. step: updates so far; metrics: the row that is about to be
+    written.
+    """
+
+    step: int
+    stage: str
+    metrics: dict[str, Any]
+    params: Any
+    loaded: runs.Loaded
+    index: Index | HostIndex | None
+
+
+Hook = Callable[[Moment], Mapping[str, float] | None]
 
 
 class Session(NamedTuple):
@@ -33,7 +54,7 @@ class Session(NamedTuple):
 
     cfg: TrainConfig
     directory: Path
-    data: setup.Data
+    data: Data
     loaded: runs.Loaded
     searchers: Searchers
     refresher: Refresher
@@ -47,10 +68,13 @@ class Session(NamedTuple):
     versions: live_corpus.Versions | None
     lock: Lock | None = None  # of the run directory, in the first process
     index_hash: str = ""  # of the index that the run began with, "" where it made its own
+    retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES
+    hooks: Sequence[Hook] = ()
 
     def upkeep(self, number: int, index: Any) -> Upkeep:
         """What stage `number` does about its index."""
-        return upkeep_of(self.cfg, self.loaded, self.data, self.refresher, number, index)
+        own = self.retriever_losses
+        return upkeep_of(self.cfg, self.loaded, self.data, self.refresher, number, index, own)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """A row of metrics."""
@@ -89,14 +113,26 @@ def make_refresher(cfg: TrainConfig, loaded: runs.Loaded, searchers: Searchers) 
 
 
 def upkeep_of(
-    cfg: TrainConfig, loaded: runs.Loaded, data: setup.Data, refresher: Refresher, number: int, index: Any
+    cfg: TrainConfig,
+    loaded: runs.Loaded,
+    data: Data,
+    refresher: Refresher,
+    number: int,
+    index: Any,
+    retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES,
 ) -> Upkeep:
     """What stage `number` does about its index, which is `index` so far."""
-    setting, way = way_of(cfg, loaded, data, number)
+    setting, way = way_of(cfg, loaded, data, number, retriever_losses)
     return Upkeep(setting, way, refresher, cfg.seed, cfg.drift_sample, index)
 
 
-def way_of(cfg: TrainConfig, loaded: runs.Loaded, data: setup.Data, number: int) -> tuple[Setting, Feed]:
+def way_of(
+    cfg: TrainConfig,
+    loaded: runs.Loaded,
+    data: Data,
+    number: int,
+    retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES,
+) -> tuple[Setting, Feed]:
     """What the step of stage `number` closes over, and how it is fed."""
     stage, found = cfg.stages[number], data.examples
     setting = Setting(
@@ -107,6 +143,7 @@ def way_of(cfg: TrainConfig, loaded: runs.Loaded, data: setup.Data, number: int)
         prefix_ids=loaded.corpus.generator_tokenizer.prefix_ids,
         search=cfg.search,
         epoch=setup.epoch(stage, cfg, data),
+        retriever_losses=retriever_losses,
     )
     if loaded.passages is not None:
         return setting, OnDevice(setting, loaded.passages)
@@ -178,13 +215,13 @@ def restore(session: Session, step: int) -> Restored:
     like = {"state": first_state(loaded.rag, stage, loaded.mesh, places, 0)._asdict()}
     corpus = session.data.corpus
     n = position.get("corpus", live_corpus.position(corpus))["n_passages"]  # fewer than now where that version is gone
-    if config.searches(stage):
+    if stage.objective.searches:
         like["index"] = kept_fields(blank_index(session, n))
     if "pending_step" in position:
         like["pending"] = refresher.encoder_places(places)
     arrays = session.keeper.restore(step, like)
     index = None
-    if config.searches(stage):
+    if stage.objective.searches:
         encoder = refresher.encoder(arrays["state"]["params"]) if n < len(corpus) else {}
         index = whole_index(session, arrays["index"], n, encoder, step)
     if "pending_step" in position:

@@ -3,40 +3,30 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import numpy as np
 
-from rag_jax.corpus import inverse_cloze
 from rag_jax.corpus.directory import Corpus
 from rag_jax.data import batching, example_cache, examples, tasks
-from rag_jax.data.examples import Examples
 from rag_jax.data.readers import formats, sources
 from rag_jax.errors import InputError
 from rag_jax.index import refresh_schedule
+from rag_jax.losses import RETRIEVER_LOSSES, RetrieverLoss
 from rag_jax.runs import checkpoint, live_corpus
+from rag_jax.runs import config as run_config
 from rag_jax.runs import directory as runs
-from rag_jax.system import distributed, files, sharding
+from rag_jax.system import configuration, distributed, files, sharding
 from rag_jax.system.logs import info
 from rag_jax.training import config
-from rag_jax.training.config import StageConfig, TrainConfig
+from rag_jax.training.config import TrainConfig
+from rag_jax.training.data import Data, usable_pairs
+from rag_jax.training.stage import StageConfig
 
 MAY_CHANGE = ("learning_rate", "stop_on_nonfinite")  # of a configuration, while its run is under way
 EXAMPLES = "examples"  # of a run directory: the tokenised questions
-
-
-@dataclass(frozen=True)
-class Data:
-    """Training examples of a corpus; `weights` of their inputs; what they were made of, where that is not kept yet."""
-
-    examples: Examples
-    corpus: Corpus
-    weights: Mapping[str, float]
-    unkept: Mapping[str, Any] | None = None
 
 
 def prepare(cfg: TrainConfig, corpus: Corpus, directory: Path | None = None) -> Data:
@@ -49,12 +39,12 @@ def prepare(cfg: TrainConfig, corpus: Corpus, directory: Path | None = None) -> 
         "question_length": cfg.model.question_length,
         "target_length": cfg.target_length,
         "answers": cfg.answers,
-        "negatives": any(stage.negatives == "given" for stage in cfg.stages),
+        "negatives": any(stage.objective.needs().negatives for stage in cfg.stages),
         "live": cfg.live,
         "keeps": cfg.model.question_keeps,
         "tail_length": cfg.model.tail_length,
     }
-    task = config.plain(cfg.task)
+    task = configuration.plain(cfg.task)
     wrapping = corpus.generator_tokenizer.wrapping
     said = {} if wrapping is None else {"labels": [list(wrapping.opening), list(wrapping.closing), wrapping.pad_id]}
     wanted = example_cache.made_of(list(weights), corpus, corpus.hash, task=task, **settings, **said)
@@ -85,12 +75,9 @@ def batches(
     """
     own = None if mesh is None else sharding.own_rows(mesh, stage.batch)
     seed = cfg.seed * len(cfg.stages) + number
-    if stage.objective == "inverse_cloze":
-        return inverse_cloze.batches(data.corpus, stage.batch, seed, cfg.model.question_length, own)
-    if stage.objective == "denoise":
-        length = stage.source_length or cfg.model.source_length
-        return batching.denoise_batches(data.corpus, batch=stage.batch, seed=seed, length=length, own=own)
-    units = units_of(stage, cfg, data)
+    if not stage.objective.asks:
+        return stage.objective.corpus_batches(stage, cfg, data, seed, own)
+    needs, units = stage.objective.needs(), units_of(stage, cfg, data)
     refresh_schedule.parse(stage.refresh, epoch(stage, cfg, data))  # now that an epoch is known
     wanted = batching.Wanted(
         batch=stage.batch,
@@ -99,8 +86,8 @@ def batches(
         tail_length=cfg.model.tail_length,
         question_widths=stage.buckets,
         target_widths=stage.target_buckets,
-        window=stage.window,
-        negatives=stage.hard_negatives if stage.negatives == "given" else 0,
+        window=needs.window,
+        negatives=needs.negatives,
         weights=tuple(data.weights.values()),
         own=own,
     )
@@ -113,53 +100,32 @@ def batches(
 
 def units_of(stage: StageConfig, cfg: TrainConfig, data: Data) -> batching.Units:
     """Units of one epoch of the stage; InputError where there are none."""
-    pairs = usable_pairs(stage, data.examples)
+    pairs = usable_pairs(stage.objective.needs(), data.examples, stage.name)
     return batching.units_of(data.examples, pairs, cfg.answers == "sample", stage.questions)
 
 
 def epoch(stage: StageConfig, cfg: TrainConfig, data: Data) -> int:
     """Steps in which as many questions come as the stage trains on (pairs, where each answer is one of its own)."""
-    return max(1, len(units_of(stage, cfg, data)) // stage.batch) if config.asks(stage) else 1
+    return max(1, len(units_of(stage, cfg, data)) // stage.batch) if stage.objective.asks else 1
 
 
-def usable_pairs(stage: StageConfig, found: Examples) -> np.ndarray:
-    """The pairs that a stage can train on; InputError where there are none."""
-    pairs = np.arange(len(found.label))
-    if stage.objective == "contrastive" or stage.documents == "gold":
-        pairs = pairs[found.gold.lengths(found.question_of(pairs)) > 0]
-        if not len(pairs):
-            raise InputError(f"stage {stage.name}: no training question names a gold passage (positive_passage_ids)")
-    if stage.negatives == "given":
-        questions = found.question_of(pairs)
-        if not (found.hard.lengths(questions) + found.other.lengths(questions)).any():
-            raise InputError(
-                f"stage {stage.name}: no training question names a wrong passage (hard_negative_passage_ids, "
-                "negative_passage_ids) that the corpus has, which negatives='given' needs"
-            )
-    if stage.window:
-        pairs = pairs[found.answer_P2[pairs, 1] > 0]
-        if not len(pairs):
-            raise InputError(
-                f"stage {stage.name}: no answer occurs in its gold passage, which window={stage.window} needs"
-            )
-    return pairs
-
-
-def check(cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
+def check(
+    cfg: TrainConfig,
+    corpus: Corpus,
+    mesh: jax.sharding.Mesh,
+    retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES,
+) -> None:
     """What would fail late, said early."""
-    config.check(cfg)
+    config.check(cfg, retriever_losses)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if cfg.live and jax.process_count() > 1:
         raise InputError(f"live=True with {jax.process_count()} processes, which may see different versions; use one")
     if cfg.model.n_docs > corpus.n_live:
         raise InputError(f"model.n_docs={cfg.model.n_docs}, but the corpus has {corpus.n_live} passages")
     for stage in cfg.stages:
-        for wanted in ("n_docs", "n_retrieved", "hard_negatives") if config.searches(stage) else ():
-            if wanted == "n_docs" and stage.objective != "rag":
-                continue
-            if getattr(stage, wanted) > corpus.n_live:
-                asked = f"{wanted}={getattr(stage, wanted)}"
-                raise InputError(f"stage {stage.name}: {asked}, but the corpus has {corpus.n_live} passages")
+        for name, count in stage.objective.searched().items():
+            if count > corpus.n_live:
+                raise InputError(f"stage {stage.name}: {name}={count}, but the corpus has {corpus.n_live} passages")
         if stage.batch % (shards * stage.accumulate):
             parts = f" in {stage.accumulate} parts" if stage.accumulate > 1 else ""
             raise InputError(
@@ -177,7 +143,8 @@ def open_run(cfg: TrainConfig, directory: Path, data: Data) -> None:
     identity = runs.identity(data.corpus) | {"questions": data.examples.fingerprint(questions_only=cfg.live)}
     changed = []
     if known.exists():
-        old, new = config.plain(runs.read_config(directory)), config.plain(cfg)
+        own = {stage.objective.kind: type(stage.objective) for stage in cfg.stages}
+        old, new = configuration.plain(config.read_run(directory, own)), configuration.plain(cfg)
         changed = take_changes(old, new)
         differing = differences(old, new)
         if differing:
@@ -215,7 +182,7 @@ def _begin(cfg: TrainConfig, directory: Path, data: Data, identity: dict[str, An
 
 def _write_config(cfg: TrainConfig, directory: Path) -> None:
     with files.renamed(directory / runs.CONFIG) as temporary:
-        config.save(cfg, temporary)
+        run_config.save(cfg, temporary)
         runs.write_manifest(directory, {runs.CONFIG: temporary})
 
 

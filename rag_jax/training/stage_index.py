@@ -16,9 +16,10 @@ from rag_jax.index.device_index import Index, Refresher
 from rag_jax.index.host_index import HostIndex, gather, places
 from rag_jax.rag import Params, Passages
 from rag_jax.retrieval.search import Queries
+from rag_jax.retrieve import Batch, question_program
 from rag_jax.system import sharding
-from rag_jax.training import config
-from rag_jax.training.train_step import Batch, Setting, make_drift, question_program
+from rag_jax.training.stage import Setting
+from rag_jax.training.train_step import make_drift
 
 
 class Fed(NamedTuple):
@@ -63,22 +64,13 @@ class OnHost:
     def feed(self, params: Params, batch: dict[str, np.ndarray], index: HostIndex) -> Fed:
         stage, mesh = self.setting.stage, self.setting.mesh
         arrays = {name: x for name, x in batch.items() if name not in ON_HOST}
-        given = arrays.pop("negatives", None)
-        if given is not None:
-            rows = given
-        elif not config.searches(stage):
-            rows = arrays["gold"][:, :1] if "gold" in arrays else np.zeros((len(arrays["labels"]), 0), np.int32)
-        else:
-            wanted = stage.hard_negatives if stage.objective == "contrastive" else max(stage.n_docs, stage.n_retrieved)
+        found_BK = None
+        if stage.objective.searches:
             on_device = sharding.shard_batch(mesh, arrays)
             q_BE = sharding.fetched(question_program(self.setting.rag)(params, on_device)).astype(np.float32)
             queries = Queries(q_BE[sharding.own_rows(mesh, len(q_BE))], self.texts(batch["source"]))
-            rows = index.searcher.search(queries, wanted).ids_BK  # -1 where it found fewer
-        if stage.objective == "contrastive":
-            found = (arrays["gold"][:, 0], rows) if stage.hard_negatives else (arrays["gold"][:, 0],)
-            all_rows = sharding.fetched(sharding.shard_batch(mesh, found))  # the gold ones of all questions come first
-            rows = np.concatenate([part.reshape(-1) for part in all_rows])
-            rows = rows[sharding.own_rows(mesh, len(rows))]
+            found_BK = index.searcher.search(queries, stage.objective.n_found).ids_BK  # -1 where it found fewer
+        rows = stage.objective.rows_on_host(arrays, found_BK, mesh)
         tables, passages = gather(self.corpus, index, rows.reshape(-1))
         arrays |= {"documents": places(mesh, rows), "document_rows": rows.astype(np.int32)}
         return Fed(*sharding.shard_batch(mesh, (arrays, tables, passages)))
@@ -106,7 +98,7 @@ class Upkeep:
         self.setting, self.way, self.refresher, self.index = setting, feed, refresher, index
         self.when = setting.when
         self.seed, self.sample = seed, sample
-        self._drift = make_drift(setting) if config.searches(setting.stage) else None
+        self._drift = make_drift(setting) if setting.stage.objective.searches else None
 
     def move(self, setting: Setting, feed: Feed, refresher: Refresher, index: Any) -> None:
         """Goes on with another version of the corpus, whose index this is; a build under way begins again, with the
@@ -124,7 +116,7 @@ class Upkeep:
         """Brings the index to where step `into` of the stage wants it; returns what was measured on the way."""
         stage, when = self.setting.stage, self.when
         measured: dict[str, float] = {}
-        if not config.searches(stage):
+        if not stage.objective.searches:
             return measured
         if into == 0:
             if self.index is None:
@@ -151,7 +143,7 @@ class Upkeep:
 
     def age(self, step: int) -> dict[str, float]:
         """Steps since the encoder of the index' rows, on average over all rows, where the stage searches."""
-        if not config.searches(self.setting.stage):
+        if not self.setting.stage.objective.searches:
             return {}
         step_N, live_N = self.index.step_N, self.index.live_N
         mean = step_N[: self.setting.n_passages].mean() if live_N is None else step_N.mean(where=live_N)
@@ -159,7 +151,7 @@ class Upkeep:
 
     def arrays(self) -> dict[str, Any]:
         """What a checkpoint keeps: the index, and the encoder of a build that is under way."""
-        kept: dict[str, Any] = {"index": kept_fields(self.index)} if config.searches(self.setting.stage) else {}
+        kept: dict[str, Any] = {"index": kept_fields(self.index)} if self.setting.stage.objective.searches else {}
         return kept | ({"pending": self.refresher.pending[1]} if self.refresher.pending else {})
 
     def position(self) -> dict[str, Any]:

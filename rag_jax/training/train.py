@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from rag_jax.errors import InputError
 from rag_jax.evaluation import evaluate
 from rag_jax.index import snapshot as snapshots
 from rag_jax.index.host_index import Searchers
+from rag_jax.inference import config as answer_config
 from rag_jax.inference.pipeline import make_answer
+from rag_jax.losses import RETRIEVER_LOSSES, RetrieverLoss
 from rag_jax.runs import checkpoint, live_corpus, lock
 from rag_jax.runs import directory as runs
 from rag_jax.system import distributed, logs, sharding
@@ -34,7 +36,7 @@ from rag_jax.system.preemption import Preempted, Preemption
 from rag_jax.training import config, diverged, setup
 from rag_jax.training import session as sessions
 from rag_jax.training.config import StageConfig, TrainConfig
-from rag_jax.training.session import Session, make_refresher, way_of
+from rag_jax.training.session import Hook, Moment, Session, make_refresher, way_of
 from rag_jax.training.stage_index import Upkeep
 from rag_jax.training.train_step import TrainState, first_state, jit_step
 
@@ -103,7 +105,7 @@ def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int
     if corpus is None:
         return session
     try:
-        setup.check(cfg, corpus, session.loaded.mesh)
+        setup.check(cfg, corpus, session.loaded.mesh, session.retriever_losses)
         data = setup.prepare(cfg, corpus)
         if not setup.same_questions(data, session.data):
             raise InputError(f"the questions of {cfg.train} are no longer those of the run; put them back")
@@ -118,7 +120,7 @@ def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int
     except InputError as error:
         logs.info(f"{corpus.directory} ({corpus.hash[:16]}): {error}; {old.directory} ({old.hash[:16]}) stays in use")
         return session
-    upkeep.move(*way_of(cfg, loaded, data, number), refresher, index)
+    upkeep.move(*way_of(cfg, loaded, data, number, session.retriever_losses), refresher, index)
     same = loaded.n_rows == session.loaded.n_rows
     logs.info(
         f"step {step}: the corpus is now {corpus.directory} ({corpus.hash[:16]}): {corpus.n_live} passages, "
@@ -202,12 +204,19 @@ def run_stage(
                     session = moved
                 if cfg.evaluate_every and ((into + 1) % cfg.evaluate_every == 0 or step + 1 == end):
                     measured = evaluate_dev(session, state.params, upkeep.index, step)
-                session.write(step + 1, row | measured)
+                row |= measured
+                row |= hooked(session, Moment(step + 1, stage.name, row, state.params, session.loaded, upkeep.index))
+                session.write(step + 1, row)
             if (into + 1) % cfg.checkpoint_every == 0 or step + 1 == end or (cfg.keep_best and measured):
                 sessions.save(session, state, upkeep, seconds + time.perf_counter() - begun, measured)
             if logged:
                 interval = Interval()
     return session, state, seconds + time.perf_counter() - begun
+
+
+def hooked(session: Session, moment: Moment) -> dict[str, float]:
+    """What the hooks measure at a log line."""
+    return {name: float(value) for hook in session.hooks for name, value in (hook(moment) or {}).items()}
 
 
 def check_finite(session: Session, number: int, done: int, interval: Interval) -> None:
@@ -251,22 +260,28 @@ def all_batches(cfg: TrainConfig, data: setup.Data, mesh: jax.sharding.Mesh) -> 
     return [setup.batches(stage, cfg, data, number, mesh) for number, stage in enumerate(cfg.stages)]
 
 
-def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
+def train(
+    cfg: TrainConfig,
+    directory: Path,
+    *,
+    retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES,
+    hooks: Sequence[Hook] = (),
+) -> dict[str, Any]:
     """Run every stage, going on from the run's last whole checkpoint if it has one; writes params/ and index/ at the
     end. At SIGTERM it saves a checkpoint and returns, with `preempted` in the result.
     """
     corpus, mesh = setup.opened(cfg, directory), sharding.make_mesh(cfg.mesh or None)
-    setup.check(cfg, corpus, mesh)
+    setup.check(cfg, corpus, mesh, retriever_losses)
     data = setup.prepare(cfg, corpus, directory)
     every_batch = all_batches(cfg, data, mesh)
     dev = formats.read_questions(cfg.dev)[: cfg.evaluate_questions] if cfg.evaluate_every else []
     dev = tasks.posed(dev, cfg.task, corpus) if dev else []
     if not cfg.live:  # else what the corpus lacks may still come
-        evaluate.gold_ids(dev, corpus, Path(cfg.dev), config.answering(cfg))
+        evaluate.gold_ids(dev, corpus, Path(cfg.dev), answer_config.answering(cfg))
     if cfg.init and not (directory / "config.json").exists():
         runs.check_init(Path(cfg.init), cfg.model, corpus, mesh)
     with lock.held(directory) if distributed.first() else contextlib.nullcontext() as held:
-        return train_in(cfg, directory, data, every_batch, dev, mesh, held)
+        return train_in(cfg, directory, data, every_batch, dev, mesh, held, retriever_losses, hooks)
 
 
 def train_in(
@@ -277,6 +292,8 @@ def train_in(
     dev: list[formats.Question],
     mesh: jax.sharding.Mesh,
     held: lock.Lock | None,
+    retriever_losses: Mapping[str, RetrieverLoss],
+    hooks: Sequence[Hook],
 ) -> dict[str, Any]:
     """`train` in a run directory that nobody else writes to."""
     corpus = data.corpus
@@ -288,7 +305,7 @@ def train_in(
         logs.info(f"{directory}: all {total} steps are done")
         return result(directory, total, keeper.position(done)["seconds"])
     loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact", cfg.live)
-    answering = config.answering(cfg, n_retrieved=20, batch=64, retrieval_only=cfg.model.generator is None)
+    answering = answer_config.answering(cfg, n_retrieved=20, batch=64, retrieval_only=cfg.model.generator is None)
     searchers = Searchers(cfg.search, corpus, mesh, None if cfg.live else directory / "search")
     with Preemption() as preemption:
         session = Session(
@@ -307,6 +324,8 @@ def train_in(
             program=make_answer(loaded, answering),
             versions=live_corpus.Versions(cfg.corpus) if cfg.live else None,
             lock=held,
+            retriever_losses=retriever_losses,
+            hooks=hooks,
         )
         try:
             return run_stages(session, total)
@@ -410,6 +429,6 @@ def configured(args: argparse.Namespace) -> TrainConfig:
             raise InputError(f"--stage {missing[0]}: no such stage; {args.config} has {', '.join(known)}")
         cfg = dataclasses.replace(cfg, stages=tuple(stage for stage in cfg.stages if stage.name in args.stage))
     if args.refresh is not None:
-        stages = [dataclasses.replace(s, refresh=args.refresh) if config.searches(s) else s for s in cfg.stages]
+        stages = [dataclasses.replace(s, refresh=args.refresh) if s.objective.searches else s for s in cfg.stages]
         cfg = dataclasses.replace(cfg, stages=tuple(stages))
     return cfg

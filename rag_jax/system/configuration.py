@@ -1,0 +1,200 @@
+"""Configurations: frozen dataclasses built from nested values or from `configs/*.py:get_config(argument)`, where a typo
+raises.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_collections
+
+from rag_jax.errors import InputError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+SHIPPED = PACKAGE / "configs", PACKAGE.parent / "configs"  # of an installed wheel; of a checkout
+
+
+def build(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
+    """A frozen dataclass from nested mappings; unknown or missing keys and wrong types raise InputError with their
+    path. A class may have a `from_values(values, where)` of its own.
+    """
+    own = getattr(cls, "from_values", None)
+    return own(values, where) if own is not None and isinstance(values, Mapping) else build_fields(cls, values, where)
+
+
+def build_fields(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """The same from the fields as they are."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: expected keys and values ({', '.join(typing.get_type_hints(cls))}), got {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(fields)}")
+    kwargs = {name: convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    for name, f in fields.items():
+        if name not in kwargs and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise InputError(f"{where}: missing key {name!r}")
+    return cls(**kwargs)
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """One field's value in the type its dataclass states."""
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
+        return build(typing.cast(type, hint), value, where)
+    if hint is object:
+        return value  # checked where it is used
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return one_of([kind for kind in arguments if kind is not type(None)], value, where)
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            raise InputError(f"{where}: expected a list, got {value!r}")
+        return tuple(convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is Literal:
+        if value not in arguments:
+            raise InputError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where}: expected names and values, got {value!r}")
+        return {name: convert(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    if hint in (float, str) and isinstance(value, int) and not isinstance(value, bool):
+        return hint(value)
+    if isinstance(hint, type) and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):
+        raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def one_of(classes: Sequence[type], value: Any, where: str) -> Any:
+    """The dataclass whose `kind` is that of the value, the first where it names none; None stays None."""
+    if value is None:
+        return None
+    kinds = {cls.kind: cls for cls in classes}  # type: ignore[attr-defined]
+    kind = value.get("kind", next(iter(kinds))) if isinstance(value, Mapping) else next(iter(kinds))
+    if kind not in kinds:
+        raise InputError(f"{where}.kind: {kind!r} is not one of {', '.join(map(repr, kinds))}")
+    return build(kinds[kind], value, where)
+
+
+def plain(value: Any) -> Any:
+    """ConfigDicts, dataclasses and tuples as plain dicts and lists. A class may have a `to_values()` of its own."""
+    if hasattr(value, "to_values"):
+        return value.to_values()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, ml_collections.ConfigDict | Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return value
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, section by section; a generator of another kind stands for itself."""
+    merged = dict(base)
+    for name, value in changes.items():
+        old = merged.get(name)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            same = value.get("kind", old.get("kind")) == old.get("kind")
+            value = merge(old, value) if same else value
+        merged[name] = value
+    return merged
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that have another value than by default."""
+    found = {}
+    for f in dataclasses.fields(config):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if getattr(config, f.name) != default:
+            found[f.name] = getattr(config, f.name)
+    return found
+
+
+def at_least(least: int, name: str, value: int) -> None:
+    if value < least:
+        raise InputError(f"{name}={value} must be at least {least}")
+
+
+def evaluated(path: str, assignments: Sequence[str] = ()) -> dict[str, Any]:
+    """What `configs/NAME.py` or `configs/NAME.py:ARGUMENT` says, with `key=value` overrides, as plain values."""
+    file, _, argument = path.partition(":")
+    file = str(found_file(file))
+    spec = importlib.util.spec_from_file_location("rag_jax_config", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(file).resolve().parent))  # a configuration may build on the one beside it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"{file}: a configuration file defines get_config(argument) -> ml_collections.ConfigDict")
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    override(config, assignments)
+    return plain(config)
+
+
+def found_file(name: str) -> Path:
+    """The configuration file of that path or, of a name without directory and suffix, the shipped one."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.stem: path for folder in SHIPPED for path in sorted(folder.glob("*.py"))}
+    if name not in shipped:
+        raise InputError(f"{name}: no such configuration file; the shipped ones are {', '.join(shipped)}")
+    return shipped[name]
+
+
+def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> None:
+    """Apply `key.sub=value` (value as JSON, else text); `stages.NAME.key=value` picks a stage by its name."""
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator:
+            raise InputError(f"--set {assignment}: expected key=value, such as stages.joint.steps=100")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        *parents, last = path.split(".")
+        node: Any = config
+        for name in parents:
+            node = section(node, name, f"--set {path}")
+        if not isinstance(node, ml_collections.ConfigDict):
+            raise InputError(f"--set {path}: {'.'.join(parents)} holds no keys, it is {node!r}")
+        if isinstance(node.get(last), str) and not isinstance(value, str):
+            value = text  # as 250 in refresh=250
+        try:
+            with node.unlocked():
+                node[last] = value
+        except TypeError as error:  # ml_collections holds a key to the type of its value
+            raise InputError(f"--set {assignment}: {error}") from error
+
+
+def section(node: Any, name: str, where: str) -> Any:
+    """What stands under `name`: in a list of stages the one of that name, else a section, a new one if need be.
+
+    A name that no section has is found out when the configuration is built.
+    """
+    if isinstance(node, tuple | list):
+        stages = {stage["name"]: stage for stage in node}
+        if name not in stages:
+            raise InputError(f"{where}: no stage {name!r}; stages: {', '.join(stages)}")
+        return stages[name]
+    if not isinstance(node, ml_collections.ConfigDict):
+        raise InputError(f"{where}: nothing stands under {name!r}, since above it is {node!r}")
+    if name not in node:
+        with node.unlocked():
+            node[name] = ml_collections.ConfigDict()
+    return node[name]

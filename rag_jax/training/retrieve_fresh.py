@@ -1,0 +1,134 @@
+"""Retrieval inside a training step: found in graph or given, scored so that gradients reach the encoders.
+
+Passages that train are embedded afresh; with a prior over the whole corpus, its normaliser follows them.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.nn import logsumexp
+
+from rag_jax import losses
+from rag_jax.index import device_index
+from rag_jax.rag import Params
+from rag_jax.retrieval import mips
+from rag_jax.retrieve import embed_questions, embed_rows, find, table
+from rag_jax.training.stage import Fresh, LossInput, Metrics, Setting
+
+
+class Retrieval(NamedTuple):
+    """How passages are found and scored; see `training.objectives.rag`."""
+
+    n_docs: int
+    n_retrieved: int = 0
+    normaliser: Literal["retrieved", "corpus"] = "retrieved"
+    prior_gradient: bool = True
+
+
+class Found(NamedTuple):
+    """Passages for a batch: places in the tables, their numbers in the corpus (-1 where fewer were found), scores_BK =
+    q.d (objectives.of_found), log Z or None.
+    """
+
+    rows_BK: jax.Array
+    numbers_BK: jax.Array
+    scores_BK: jax.Array
+    log_z_B: jax.Array | None
+    fresh: Fresh | None
+    metrics: Metrics
+
+
+def retrieve(s: Setting, how: Retrieval, params: Params, given: LossInput, keys: tuple[jax.Array, jax.Array]) -> Found:
+    """The passages of every question, found in graph or given (`documents`: their places in the tables, found on the
+    host; `document_rows`: their rows in the corpus, -1 where the search found fewer, which have no prior), and their
+    scores, through which the gradient reaches the encoders.
+
+    Passages that train are embedded afresh. With n_retrieved = L > n_docs, L are found, embedded as they are now, and
+    the K best of them by that are kept (Izacard et al. 2022, Atlas, section 2.4, re-ranking).
+    """
+    question_key, passage_key = keys
+    batch, passages, index = given.batch, given.passages, given.index
+    wanted, log_rest_B = max(how.n_docs, how.n_retrieved), None
+    q_BE = embed_questions(s, params, batch, question_key)
+    if "documents" in batch:
+        rows_BK = batch["documents"]
+    elif how.normaliser == "corpus":
+        _, rows_BK, log_rest_B = mips.search_with_normaliser(q_BE, index.embeddings_NE, wanted, **table(s, index))
+        if index.drift_E is not None:  # rows are stored without what all have moved since
+            log_rest_B += q_BE @ index.drift_E
+    else:
+        _, rows_BK = find(s, q_BE, index, wanted)
+    numbers_BK = batch.get("document_rows", rows_BK)
+    stored_BKE = jax.lax.stop_gradient(device_index.stored(index, rows_BK))
+    d_BKE, fresh, moved_E = stored_BKE, None, jnp.zeros(q_BE.shape[1])
+    if how.n_retrieved:
+        now_BLE = jax.lax.stop_gradient(embed_rows(s, params, passages, rows_BK, None))
+        fresh = Fresh(rows_BK.reshape(-1), now_BLE.reshape(-1, now_BLE.shape[-1]))
+        best_BK, log_left_B = best_of(q_BE, now_BLE, numbers_BK >= 0, how.n_docs)
+        if log_rest_B is not None:
+            log_rest_B = jnp.logaddexp(log_rest_B + q_BE @ mean_change(now_BLE, stored_BKE), log_left_B)
+        rows_BK, numbers_BK = (jnp.take_along_axis(x, best_BK, 1) for x in (rows_BK, numbers_BK))
+        d_BKE, stored_BKE = (jnp.take_along_axis(x, best_BK[..., None], 1) for x in (now_BLE, stored_BKE))
+    if given.trains_passages:
+        d_BKE = embed_rows(s, params, passages, rows_BK, passage_key)
+        as_now_BKE = jax.lax.stop_gradient(d_BKE)
+        # over-retrieval has moved the rest to where it is now; the gradient alone is still to come
+        moved_E = mean_change(d_BKE, as_now_BKE if how.n_retrieved else stored_BKE)
+        if fresh is None:
+            fresh = Fresh(rows_BK.reshape(-1), as_now_BKE.reshape(-1, d_BKE.shape[-1]))
+    scores_BK, stored_BK = (losses.inner_products("be,bke->bk", q_BE, x) for x in (d_BKE, stored_BKE))
+    there_BK = numbers_BK >= 0
+    age_BK = given.now - index.step_N[rows_BK]
+    metrics = {"row_age": age_BK.mean(where=there_BK), "row_age_max": age_BK.max(where=there_BK, initial=0)}
+    if fresh is not None:
+        gap_BK = jnp.abs(jax.lax.stop_gradient(scores_BK - stored_BK))
+        metrics["score_gap"] = gap_BK.mean(where=there_BK)
+    scores_BK = losses.of_found(scores_BK, there_BK)
+    log_z_B = None
+    if log_rest_B is not None:
+        log_z_B = fresh_normaliser(log_rest_B, stored_BK, scores_BK, q_BE @ moved_E)
+        metrics["prior_mass"] = jnp.exp(logsumexp(scores_BK, axis=-1) - log_z_B).mean()
+    if not how.prior_gradient:
+        scores_BK, log_z_B = jax.lax.stop_gradient((scores_BK, log_z_B))
+    return Found(rows_BK, numbers_BK, scores_BK, log_z_B, fresh, metrics)
+
+
+def best_of(q_BE: jax.Array, d_BLE: jax.Array, found_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Which k of the L passages of a question score best [B, k], those that were not found last; and the logsumexp of
+    the scores of the others [B].
+    """
+    scores_BL = jnp.where(found_BL, jnp.einsum("be,ble->bl", q_BE, d_BLE), losses.ABSENT)
+    best_BK = jax.lax.top_k(jax.lax.stop_gradient(scores_BL), k)[1]
+    left_BL = scores_BL.at[jnp.arange(len(best_BK))[:, None], best_BK].set(-jnp.inf)
+    return best_BK, logsumexp(left_BL, axis=-1)
+
+
+def mean_change(now_BKE: jax.Array, stored_BKE: jax.Array) -> jax.Array:
+    """How far embeddings have moved, on average over all passages of the batch [E]; see `fresh_normaliser`."""
+    return (now_BKE.astype(jnp.float32) - stored_BKE).mean((0, 1))
+
+
+def fresh_normaliser(
+    log_rest_B: jax.Array, stored_BK: jax.Array, fresh_BK: jax.Array, moved_B: jax.Array | None = None
+) -> jax.Array:
+    """log Z over the corpus [B], K passages of which have just been embedded afresh:
+
+        Z = sum_k exp(fresh_k) + exp(moved) sum_j exp(stored_j), j the rest of the corpus
+
+    log_rest_B: log of the sum over j, without the K (`mips.search_with_normaliser`). The sum over k is exact; that over
+    j is an estimate, as the rest has not been embedded: each of its scores is taken to have moved by moved_B = q . m
+    since it was stored, m the mean change of the passages of this step (`mean_change`). Without moved_B it is the mean
+    of fresh - stored over the question's own K.
+
+    A shift c of all embeddings adds q.c to fresh_k and to moved, hence to log Z, and leaves log p(z_k|x) as it is. So
+    does its gradient: q - (M q + (1 - M) q) = 0, with M the prior mass of the K. A rest that stays where it is would
+    leave (1 - M) q, and training would lift all passages together until the next refresh.
+
+    With e_j what the score of j has really moved beyond moved_B, log Z is wrong by at most the largest |e_j|: by
+    nothing where the index is fresh, or all has moved together. m is taken over the whole batch, not over the K of one
+    question: that would cancel what lifts them above the rest. (The context encoder's gradient beside that of a corpus
+    of 600 passages embedded whole, batch 16: cosine 0.9, with the K alone 0.5.) With `accumulate`, of each part.
+    """
+    moved_B = (fresh_BK - stored_BK).mean(-1) if moved_B is None else moved_B
+    return jnp.logaddexp(log_rest_B + moved_B, logsumexp(fresh_BK, axis=-1))
