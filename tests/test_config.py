@@ -78,7 +78,7 @@ def test_values_arrive_in_their_dataclasses(base):
     assert [stage.name for stage in base.stages] == ["retriever", "read", "denoise", "joint"]
     assert all(isinstance(stage, StageConfig) for stage in base.stages)
     joint = base.stages[3]
-    assert joint.objective == "rag" and joint.documents == "retrieved" and joint.refresh == "4"
+    assert joint.objective.kind == "rag" and joint.objective.documents == "retrieved" and joint.refresh == "4"
     assert joint.optimizer.groups == {"question_encoder": 1.0, "generator": 1.0} and joint.optimizer.b2 == 0.98
     assert base.model.encoder.pooling == "mean" and base.model.generator.logit_scale == 32**-0.5
     assert base.keep_checkpoints == TrainConfig.keep_checkpoints  # not in the file: the default

@@ -18,9 +18,9 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from rag_jax.errors import InputError
 from rag_jax.runs import array_checksums
 from rag_jax.system import distributed, files, sharding
-from rag_jax.errors import InputError
 
 # Orbax warns where a save waits for the one before, which is as it is meant
 logging.getLogger("absl").addFilter(lambda record: "Waiting for previous save" not in record.getMessage())

@@ -20,18 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from rag_jax.runs import checkpoint
-from rag_jax.system import distributed, files, sharding
-from rag_jax.runs import config as run_config
-from rag_jax.runs.config import RunConfig
+from rag_jax.corpus.directory import Corpus
 from rag_jax.data import tokenizers
 from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError
-from rag_jax.system.logs import info
-from rag_jax.rag import GeneratorConfig, Params, Passages, Rag, RagConfig
+from rag_jax.index import encode, encode_job
+from rag_jax.index import snapshot as snapshots
 from rag_jax.index.device_index import Index, encoded
-from rag_jax.index import encode, encode_job, snapshot as snapshots
-from rag_jax.corpus.directory import Corpus
+from rag_jax.rag import GeneratorConfig, Params, Passages, Rag, RagConfig
+from rag_jax.runs import checkpoint
+from rag_jax.runs import config as run_config
+from rag_jax.runs.config import RunConfig
+from rag_jax.system import distributed, files, sharding
+from rag_jax.system.logs import info
 
 KIND, VERSION = "run", 1
 CONFIG, IDENTITY = "config.json", "corpus.json"

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from rag_jax.system import files, sharding
-from rag_jax.runs import directory as runs
-from rag_jax.errors import InputError
-from rag_jax.index.host_index import HostIndex, Searchers, embedded
-from rag_jax.system.logs import info
-from rag_jax.rag import Params, Passages
-from rag_jax.index.device_index import Index, extended
-from rag_jax.index import snapshot as snapshots
-from rag_jax.index import shards
 from rag_jax.corpus.directory import Corpus
+from rag_jax.errors import InputError
+from rag_jax.index import shards
+from rag_jax.index import snapshot as snapshots
+from rag_jax.index.device_index import Index, extended
+from rag_jax.index.host_index import HostIndex, Searchers, embedded
+from rag_jax.rag import Params, Passages
+from rag_jax.runs import directory as runs
 from rag_jax.runs.directory import Loaded
+from rag_jax.system import files, sharding
+from rag_jax.system.logs import info
 
 
 class Versions:

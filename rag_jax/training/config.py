@@ -79,7 +79,8 @@ def stage_from(values: Any, where: str, objectives: Objectives = OBJECTIVES) -> 
     if isinstance(values, StageConfig):
         return values
     if not isinstance(values, Mapping):
-        raise InputError(f"{where}: expected keys and values, got {values!r}")
+        names = ", ".join(f.name for f in fields(StageConfig))
+        raise InputError(f"{where}: expected keys and values ({names}), got {values!r}")
     kind = values.get("objective", MarginalLikelihood.kind)
     if kind not in objectives:
         raise InputError(f"{where}.objective: {kind!r} is not one of {', '.join(map(repr, objectives))}")

@@ -85,6 +85,10 @@ class MarginalLikelihood(Objective):
         return frozenset(optimizer.GROUPS) if self.retrieves else frozenset({"generator"})
 
     @property
+    def searches(self) -> bool:
+        return self.retrieves
+
+    @property
     def n_ranked(self) -> int:
         return self.n_docs
 
