@@ -30,7 +30,10 @@ from typing import Any, NamedTuple
 
 import kill_resume
 
-PRELOAD = [f"rag_jax.{name}" for name in ("train", "evaluate", "convert", "export", "build_index", "compare", "bench")]
+PRELOAD = [
+    f"rag_jax.{name}"
+    for name in ("training.train", "evaluation.evaluate", "evaluation.compare", "pretrained.save", "bench.stages")
+]
 PAGE = os.sysconf("SC_PAGE_SIZE")
 ROOM = "200m"
 
