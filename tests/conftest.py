@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Before jax is imported: the backend reads these once. Tests that start processes pass them on.
@@ -20,6 +21,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # tests compile what they test
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a look-up without a network takes minutes to fail
+
+hypothesis.settings.register_profile("tests", deadline=None)  # no test fails by time
+hypothesis.settings.load_profile("tests")
 
 ROOT = Path(__file__).resolve().parents[1]
 

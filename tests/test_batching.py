@@ -418,7 +418,7 @@ def test_shares_are_kept_everywhere(weights, start):
 
 
 @given(st.lists(st.floats(1e-3, 1.0), min_size=2, max_size=9), st.sampled_from([1, -1, 0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @example([0.02, 0.02, 0.02, 0.94], 0)
 def test_no_set_is_further_from_its_share_than_is_said(weights, order):
     """Less than one element too many, less than one too few for every set but the first; n = 2: within one."""
@@ -495,7 +495,7 @@ def test_a_batch_is_as_wide_as_its_bucket(examples, corpus):
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_small_buckets_are_put_together(data):
     n = data.draw(st.integers(1, 60))
     lengths = np.array(data.draw(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=n, max_size=n)))

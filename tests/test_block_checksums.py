@@ -48,7 +48,7 @@ def test_the_rows_of_the_array(table):
     assert found.shape == array.shape and isinstance(found[3:9], np.memmap)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_flip_is_seen_exactly_where_its_block_is_read(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("flip")

@@ -111,7 +111,7 @@ def test_colliding_hashes_are_told_apart_by_the_text(
     assert corpus.row("p7") == 7
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.integers(0, 30), max_size=20), max_size=30), st.lists(st.integers(0, 30), max_size=20))
 def test_id_table_equals_a_dictionary(batches: list[list[int]], asked: list[int]) -> None:
     table, expected, row = IdTable(), set(), 0
@@ -397,13 +397,13 @@ PIECES = st.one_of(
 TEXT = st.lists(PIECES, max_size=5).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(TEXT, TEXT.filter(str.strip), TEXT), min_size=1, max_size=4))
 def test_join_on_random_unicode(generator: Tokenizer, rows: list[tuple[str, str, str]]) -> None:
     assert_join_is_exact(generator, rows)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(TEXT, TEXT.filter(str.strip), TEXT)
 def test_double_spaces_replaced_on_each_side_are_replaced_in_the_whole(title: str, text: str, question: str) -> None:
     title, text = normalize_title(title), text.strip()

@@ -154,7 +154,7 @@ def test_unknown_ids_are_named_and_refused_where_they_are_most(
     assert made.gold.lengths().tolist() == [0] * 9 + [1]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.data())
 def test_any_ids(folder: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Ids that end in numbers, one after another in any order, some cut: each piece leads to its document alone."""

@@ -80,7 +80,7 @@ def test_equals_brute_force(n_devices: int, kind: str, n: int, k: int, chunk: in
         assert all(len(set(row)) == k for row in ids)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(st.data())
 def test_any_shape(draw: st.DataObject) -> None:
     n = draw.draw(st.integers(1, 700), "n")

@@ -56,7 +56,7 @@ def test_a_shift_of_all_embeddings_changes_nothing(own: bool, stale: float, size
     np.testing.assert_allclose(still, 0, atol=1e-5)  # the same of the retrieved alone: all that a step sees
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**30), st.floats(0.1, 4), st.floats(0, 2), st.floats(-5, 5))
 def test_the_error_is_at_most_what_the_rest_moved_more(seed: int, scale: float, stale: float, shift: float) -> None:
     q_BE, x_NE = corpus(seed, scale)

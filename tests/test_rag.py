@@ -68,7 +68,7 @@ def jitted_join(length, windowed):
 
 
 @given(st.data(), st.sampled_from([7, 9, 13, 20]), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_join_is_that_of_lists(data, length, windowed):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     passage, tail = rng.integers(5, 99, (ROWS, WIDTH)), rng.integers(100, 199, (ROWS, TAIL))

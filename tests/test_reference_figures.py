@@ -192,7 +192,7 @@ def judged(draw: st.DrawFn) -> tuple[list[str], dict[str, int]]:
     return ranking, draw(st.dictionaries(documents, st.integers(-1, 3), min_size=1, max_size=6))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(cases=st.lists(judged(), min_size=1, max_size=6), own=st.booleans())
 def test_any_judgements_as_beir_and_trec_eval_have_them(made: Corpus, cases: list[Any], own: bool) -> None:
     """Grades from -1 on, questions with no useful one, ids of nowhere, questions that are in the corpus themselves."""
@@ -212,7 +212,7 @@ def test_any_judgements_as_beir_and_trec_eval_have_them(made: Corpus, cases: lis
     assert_as(summary, trec_eval(run, qrels))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_ways_as_kilt_has_them(made: Corpus, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Outputs of pages with and without paragraphs, placeholders of -1, the same page twice, no provenance at all."""

@@ -32,7 +32,7 @@ keys = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cuts, keys, st.sampled_from([None, 2, slice(1, 4), slice(None, None, -1)]))
 def test_indexing_is_numpys(where, key, column):
     two, one = Stacked(parts(WHOLE, where), np.int8, (E,)), Stacked(parts(SCALE, where), np.float32)

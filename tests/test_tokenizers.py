@@ -231,7 +231,7 @@ def test_wrap(wordpiece: tokenizers.Tokenizer) -> None:
         tokenizers.wrap(wordpiece, [[7]], 2)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.lists(st.integers(0, 60_000), max_size=12), max_size=9), st.integers(1, 10), st.integers(0, 9))
 def test_pad_rows_equals_a_loop(rows: list[list[int]], length: int, pad: int) -> None:
     ids_NL, length_N = tokenizers.pad_rows(rows, length, pad, np.uint16)
@@ -293,7 +293,7 @@ def control(backend: Backend) -> dict[int, str]:
     return {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_special_tokens_in_a_text_are_text(backend: Backend, data: st.DataObject) -> None:
     """No id of a special token but that of an unknown word; other texts and other added tokens as the backend reads."""

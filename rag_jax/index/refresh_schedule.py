@@ -12,6 +12,7 @@ when:overlap<0.9:20      measured every 20 steps
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,24 +68,41 @@ def span_last(span: tuple[int, int | None, int], into: int) -> tuple[int, int]:
     return (step, every) if last >= first and step > 0 else (0, 0)
 
 
+def rolling(rest: str, lag: str, epoch: int, text: str) -> Schedule:
+    return Schedule("rolling", turn=count(rest, epoch, text))
+
+
+def background(rest: str, lag: str, epoch: int, text: str) -> Schedule:
+    found = Schedule("background", spans(rest, epoch, text), lag=int(lag or 0))
+    shortest = min(every for _, _, every in found.spans)
+    if found.lag >= shortest:
+        raise InputError(f"refresh={text!r}: a build takes {found.lag} steps, and the next begins after {shortest}")
+    return found
+
+
+def when_overlap(rest: str, lag: str, epoch: int, text: str) -> Schedule:
+    match = re.fullmatch(r"overlap<(0?\.\d+|1(?:\.0*)?)(?::(.+))?", rest)
+    if not match:
+        raise InputError(f"refresh={text!r}: expected when:overlap<X or when:overlap<X:STEPS, with X up to 1")
+    every = count(match[2], epoch, text) if match[2] else CHECK_EVERY
+    return Schedule("when", ((0, None, every),), overlap=float(match[1]))
+
+
+# WORD of `WORD:REST` or `WORD+LAG:REST` -> (REST, LAG, steps of an epoch, the whole text) -> its schedule. All other
+# texts are spans. One of your own is a row here; a subclass of Schedule may decide otherwise which steps are due.
+SCHEDULES: dict[str, Callable[[str, str, int, str], Schedule]] = {
+    "rolling": rolling,
+    "background": background,
+    "when": when_overlap,
+}
+
+
 def parse(text: str, epoch: int = UNKNOWN) -> Schedule:
     """InputError for what is none of the words above. epoch: steps of one."""
-    kind, _, rest = text.partition(":")
-    name, _, lag = kind.partition("+")
-    if kind == "rolling":
-        return Schedule("rolling", turn=count(rest, epoch, text))
-    if name == "background" and (lag.isdigit() or kind == name):
-        found = Schedule("background", spans(rest, epoch, text), lag=int(lag or 0))
-        shortest = min(every for _, _, every in found.spans)
-        if found.lag >= shortest:
-            raise InputError(f"refresh={text!r}: a build takes {found.lag} steps, and the next begins after {shortest}")
-        return found
-    if kind == "when":
-        match = re.fullmatch(r"overlap<(0?\.\d+|1(?:\.0*)?)(?::(.+))?", rest)
-        if not match:
-            raise InputError(f"refresh={text!r}: expected when:overlap<X or when:overlap<X:STEPS, with X up to 1")
-        every = count(match[2], epoch, text) if match[2] else CHECK_EVERY
-        return Schedule("when", ((0, None, every),), overlap=float(match[1]))
+    word, _, rest = text.partition(":")
+    name, _, lag = word.partition("+")
+    if name in SCHEDULES and (word == name or (name == "background" and lag.isdigit())):
+        return SCHEDULES[name](rest, lag, epoch, text)
     return Schedule(spans=spans(text, epoch, text) if text else ())
 
 
