@@ -69,7 +69,7 @@ def fed(corpus, mesh, rag, params, stage):
     index = HostIndex(embeddings_NE, np.arange(len(corpus), dtype=np.int32), ByText())
     feed = OnHost(setting, corpus, lambda sources: ["x" * (5 * i + 1) for i in sources])
     batch = batch_of(corpus)
-    if stage.negatives == "given":
+    if stage.objective.needs().negatives:
         batch["negatives"] = np.arange(16, dtype=np.int32).reshape(8, 2) - 1
     given = feed.feed(params, {k: v[own] for k, v in batch.items()}, index)
     tree = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(given)}

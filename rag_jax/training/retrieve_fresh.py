@@ -23,7 +23,6 @@ class Retrieval(NamedTuple):
     n_docs: int
     n_retrieved: int = 0
     normaliser: Literal["retrieved", "corpus"] = "retrieved"
-    prior_gradient: bool = True
 
 
 class Found(NamedTuple):
@@ -89,8 +88,6 @@ def retrieve(s: Setting, how: Retrieval, params: Params, given: LossInput, keys:
     if log_rest_B is not None:
         log_z_B = fresh_normaliser(log_rest_B, stored_BK, scores_BK, q_BE @ moved_E)
         metrics["prior_mass"] = jnp.exp(logsumexp(scores_BK, axis=-1) - log_z_B).mean()
-    if not how.prior_gradient:
-        scores_BK, log_z_B = jax.lax.stop_gradient((scores_BK, log_z_B))
     return Found(rows_BK, numbers_BK, scores_BK, log_z_B, fresh, metrics)
 
 

@@ -35,7 +35,7 @@ class MarginalLikelihood(Objective):
     n_docs: so many are read, 0 for as many as model.n_docs says.
     n_retrieved: that many are found, embedded as they are now, and the n_docs best of them read; 0: the n_docs found.
     normaliser: p(z|x) is over what was retrieved, or over the whole corpus.
-    prior_gradient: False stops the gradient to the retriever.
+    prior_gradient: False stops the gradient of the likelihood to the retriever; that of retriever_losses stays.
     retriever_losses: names of losses.RETRIEVER_LOSSES (or of those given to rag_jax.fit) with the weight of each in the
       sum.
     source_length: tokens of the generator's input, 0: the model's.
@@ -145,7 +145,7 @@ class MarginalLikelihood(Objective):
     def loss(self, s: Setting, params: Params, given: LossInput) -> Computed:
         question_key, passage_key, generator_key = jax.random.split(given.key, 3)
         batch, passages = given.batch, given.passages
-        found = None
+        found, log_z_B = None, None
         if self.documents != "retrieved":
             rows_BK = batch["documents"] if "documents" in batch else batch["gold"][:, :1]
             scores_BK = jnp.zeros(rows_BK.shape, jnp.float32)
@@ -154,23 +154,24 @@ class MarginalLikelihood(Objective):
                 batch = batch | {"window": jnp.zeros((len(rows_BK), 2), jnp.int32)}
         else:
             keys = question_key, passage_key
-            how = Retrieval(self.n_docs, self.n_retrieved, self.normaliser, self.prior_gradient)
+            how = Retrieval(self.n_docs, self.n_retrieved, self.normaliser)
             found = retrieve(s, how, params, given, keys)
-            rows_BK, scores_BK = found.rows_BK, found.scores_BK
+            rows_BK, scores_BK, log_z_B = found.rows_BK, found.scores_BK, found.log_z_B
         ids_BKL, mask_BKL = contexts(s, passages, rows_BK, batch, self.source_length, self.window)
         labels_BT = batch["labels"]
         if self.hf_compat and len(s.rag.config.reader.opening(s.prefix_ids)) > 1:
             labels_BT = labels_BT[:, 1:]  # transformers' RAG does not put the start token before the labels
+        prior = (scores_BK, log_z_B) if self.prior_gradient else jax.lax.stop_gradient((scores_BK, log_z_B))
         read = s.rag.likelihood(
             params,
             ids_BKL,
             mask_BKL,
-            scores_BK,
+            prior[0],
             labels_BT,
             self.hf_compat,
             self.label_smoothing,
             generator_key,
-            log_normaliser_B=found and found.log_z_B,
+            log_normaliser_B=prior[1],
             doc_chunk=self.doc_chunk,
             logit_chunk=self.logit_chunk,
         )
