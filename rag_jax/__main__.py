@@ -20,7 +20,7 @@ from rag_jax.system import disk_errors, malloc, paths, plain_text, program_cache
 
 COMMANDS = {
     "world": ("rag_jax.data.synthetic.world", "write the built-in fictional world: passages and questions as JSONL"),
-    "corpus": ("rag_jax.corpus.directory", "read passages and tokenise them once, into a corpus directory"),
+    "corpus": ("rag_jax.cli.corpus", "read passages and tokenise them once, into a corpus directory"),
     "encode": ("rag_jax.cli.encode", "embed every passage of a corpus shard by shard; killed, it goes on"),
     "index": (
         "rag_jax.cli.index",
