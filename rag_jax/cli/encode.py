@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from flax.traverse_util import unflatten_dict
 
+from rag_jax.cli import process_options
 from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
 from rag_jax.index import encode, encode_job, shards, snapshot
@@ -79,7 +80,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, default=encode.BATCH, help="passages embedded at once, over all devices (%(default)s)"
     )
-    distributed.add_arguments(parser)
+    process_options.add_arguments(parser)
     parser.epilog = (
         "Killed or stopped, the same command goes on; several processes share one --out.\n"
         "example: rag-jax encode runs/wiki --corpus corpora/wiki --out runs/wiki/embeddings --dtype int8\n"
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("shard_rows", "batch"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-    distributed.initialize(args)
+    distributed.initialize(process_options.from_arguments(args))
     corpus = Corpus.open(args.corpus)
     encoder = read_encoder(args.run, corpus)
     made_of = asdict(encoder.manifest(corpus, args.dtype))
