@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "export": ("rag_jax.cli.export", "write a model as a directory that transformers loads"),
     "compile": (
-        "rag_jax.aot.compile",
+        "rag_jax.cli.compile",
         "will it fit, how fast can it be: compile a configuration for a pod that is not here",
     ),
     "verify": (

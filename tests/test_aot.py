@@ -1,6 +1,5 @@
 """`rag-jax compile`: what it counts, against sums by hand, and programs compiled for fake devices and for TPUs."""
 
-import argparse
 import dataclasses
 import importlib.util
 import json
@@ -180,9 +179,10 @@ def test_few_layers_tell_of_many() -> None:
     cfg = tiny_config(model=dataclasses.replace(MODEL, encoder=bert, generator=bart))
     place = hardware.topology("cpu:8")
     mesh, _ = compile.mesh_of(cfg, place)
-    args = argparse.Namespace(passages=100, encoder_length=16, generator_length=12, batch=64, k=5, effort=0.0, layers=2)
-    program = stage_programs.every(cfg, *compile.sized(cfg, args), mesh, ["joint"], args.batch, args.k)["joint"]
-    line, whole = compile.few_layers(cfg, program, place, mesh, args), compile.compiled(program, place, mesh, 0.0, None)
+    wanted = compile.Wanted(passages=100, encoder_length=16, generator_length=12, k=5, layers=2)
+    program = stage_programs.every(cfg, *compile.sized(cfg, wanted), mesh, ["joint"], wanted.batch, wanted.k)["joint"]
+    line = compile.few_layers(cfg, program, place, mesh, wanted)
+    whole = compile.compiled(program, place, mesh, 0.0, None)
     assert line.flops == whole.flops and line.layers == 2 and line.name == "joint"
     for name in ("parameters", "optimiser", "index", "token table"):
         assert line.memory[name] == whole.memory[name]
