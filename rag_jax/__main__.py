@@ -43,7 +43,7 @@ COMMANDS = {
         "rag_jax.cli.verify",
         "read every file of a corpus, index, job, run or export, and name what is damaged",
     ),
-    "bench": ("rag_jax.bench.stages", "time the steps of training and search against the limits of the machine"),
+    "bench": ("rag_jax.cli.bench", "time the steps of training and search against the limits of the machine"),
 }
 COMPUTES = ("train", "evaluate", "encode", "index", "bench")  # long enough to begin twice
 
