@@ -28,6 +28,7 @@ OPEN = {"evaluation", "index", "inference", "runs"}  # import parts of training 
 
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow"}
 ALONE = {  # library: where alone it may be imported
+    "argparse": "cli __main__",
     "faiss": "bench.search",
     "matplotlib": "evaluation.report",
     "orbax": "runs.checkpoint",

@@ -1,5 +1,5 @@
-"""Evaluations of the same questions side by side, every other one beside the first, question by
-question (paired bootstrap, Koehn 2004).
+"""Evaluations of the same questions side by side, every other one beside the first, question by question (paired
+bootstrap, Koehn 2004).
 """
 
 import json
