@@ -9,8 +9,9 @@
 - transformers: what Hugging Face's RAG does by default: 5 documents, greedy, thorough.
 - beams (the default): 5 documents, 4 beams, thorough.
 
-Any field of rag_jax.answer.AnswerConfig may stand here; a run that is asked for more documents than its corpus has
-says so. 50 documents of BART-large size at once need about 6 GB a question in bfloat16; doc_chunk holds fewer.
+Any field of rag_jax.inference.config.AnswerConfig may stand here; a run that is asked for more documents than its
+corpus has says so. 50 documents of BART-large size at once need about 6 GB a question in bfloat16; doc_chunk holds
+fewer.
 """
 
 from ml_collections import ConfigDict

@@ -19,16 +19,16 @@ from rag_jax.errors import InputError
 from rag_jax.system import disk_errors, malloc, paths, plain_text, program_cache
 
 COMMANDS = {
-    "world": ("rag_jax.data.synthetic.world", "write the built-in fictional world: passages and questions as JSONL"),
-    "corpus": ("rag_jax.corpus.directory", "read passages and tokenise them once, into a corpus directory"),
+    "world": ("rag_jax.cli.world", "write the built-in fictional world: passages and questions as JSONL"),
+    "corpus": ("rag_jax.cli.corpus", "read passages and tokenise them once, into a corpus directory"),
     "encode": ("rag_jax.cli.encode", "embed every passage of a corpus shard by shard; killed, it goes on"),
     "index": (
         "rag_jax.cli.index",
         "make an index directory: of an encode job, of a corpus and a run, or by updating another",
     ),
-    "train": ("rag_jax.training.train", "train question encoder, context encoder and generator together"),
-    "evaluate": ("rag_jax.evaluation.evaluate", "answer a file of questions and score the answers and the retrieval"),
-    "compare": ("rag_jax.evaluation.compare", "put evaluations side by side, with paired bootstrap significance"),
+    "train": ("rag_jax.cli.train", "train question encoder, context encoder and generator together"),
+    "evaluate": ("rag_jax.cli.evaluate", "answer a file of questions and score the answers and the retrieval"),
+    "compare": ("rag_jax.cli.compare", "put evaluations side by side, with paired bootstrap significance"),
     "ask": ("rag_jax.cli.ask", "answer one question and show the passages the answer came from"),
     "convert": (
         "rag_jax.cli.convert",
@@ -36,14 +36,14 @@ COMMANDS = {
     ),
     "export": ("rag_jax.cli.export", "write a model as a directory that transformers loads"),
     "compile": (
-        "rag_jax.aot.compile",
+        "rag_jax.cli.compile",
         "will it fit, how fast can it be: compile a configuration for a pod that is not here",
     ),
     "verify": (
         "rag_jax.cli.verify",
         "read every file of a corpus, index, job, run or export, and name what is damaged",
     ),
-    "bench": ("rag_jax.bench.stages", "time the steps of training and search against the limits of the machine"),
+    "bench": ("rag_jax.cli.bench", "time the steps of training and search against the limits of the machine"),
 }
 COMPUTES = ("train", "evaluate", "encode", "index", "bench")  # long enough to begin twice
 

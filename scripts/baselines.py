@@ -77,7 +77,7 @@ def scaled(stage: StageConfig, budget: float) -> StageConfig:
 def generator_alone(stage: StageConfig, **changes: Any) -> StageConfig:
     """The stage without its retriever's part."""
     rate = stage.optimizer.groups["generator"]
-    return replace(stage, refresh="", optimizer=replace(stage.optimizer, groups={"generator": rate}), **changes)
+    return stage.changed(refresh="", optimizer=replace(stage.optimizer, groups={"generator": rate}), **changes)
 
 
 def trainings(cfg: TrainConfig, out: Path) -> dict[str, TrainConfig]:
@@ -85,8 +85,8 @@ def trainings(cfg: TrainConfig, out: Path) -> dict[str, TrainConfig]:
     if cfg.model.generator is None:
         return {"learned": replace(cfg, init=str(out / "start"), index=str(out / "start/index"))}
     *earlier, joint = cfg.stages
-    reading = tuple(stage for stage in earlier if config.reached(stage) == {"generator"})
-    finding = tuple(stage for stage in earlier if config.contrasts(stage))
+    reading = tuple(stage for stage in earlier if stage.objective.groups == {"generator"})
+    finding = tuple(stage for stage in earlier if "generator" not in stage.objective.groups)
     reader = "reader" if reading else "start"
     retriever = "retriever" if finding else reader
 

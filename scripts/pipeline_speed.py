@@ -99,12 +99,13 @@ def starts(args: argparse.Namespace) -> list[str]:
 
 
 def passages(args: argparse.Namespace) -> list[str]:
-    from rag_jax.corpus import directory as corpora
+    from rag_jax.corpus.build import build
+    from rag_jax.corpus.directory import Corpus
     from rag_jax.data.joining import passage_text
 
-    corpus = corpora.Corpus.open(args.corpus)
+    corpus = Corpus.open(args.corpus)
     begun = time.perf_counter()
-    corpora.build([args.passages], args.out / "again", tokenizers_from=args.corpus, overwrite=True)
+    build([args.passages], args.out / "again", tokenizers_from=args.corpus, overwrite=True)
     seconds = time.perf_counter() - begun
     some = [corpus[row] for row in range(min(len(corpus), 20_000))]
     begun = time.perf_counter()

@@ -1,6 +1,5 @@
 """`rag-jax compile`: what it counts, against sums by hand, and programs compiled for fake devices and for TPUs."""
 
-import argparse
 import dataclasses
 import importlib.util
 import json
@@ -112,7 +111,7 @@ def test_arguments_are_those_of_training(tiny_data: Path, stage: str) -> None:
     rag, size = stage_programs.sizes(cfg, 0, 0, 0)
     program = stage_programs.step(cfg, cfg.stages[number], rag, size, mesh)
     assert rag == loaded.rag and size.passages == len(corpus)
-    given = (state, fed.batch, fed.table if config.searches(cfg.stages[number]) else None, fed.passages)
+    given = (state, fed.batch, fed.table if cfg.stages[number].objective.searches else None, fed.passages)
     for ours, theirs in zip(program.arguments[:-1], given, strict=True):
         flat, shape = jax.tree_util.tree_flatten_with_path(theirs)
         assert jax.tree.structure(ours) == shape
@@ -181,9 +180,10 @@ def test_few_layers_tell_of_many() -> None:
     cfg = tiny_config(model=dataclasses.replace(MODEL, encoder=bert, generator=bart))
     place = hardware.topology("cpu:8")
     mesh, _ = compile.mesh_of(cfg, place)
-    args = argparse.Namespace(passages=100, encoder_length=16, generator_length=12, batch=64, k=5, effort=0.0, layers=2)
-    program = stage_programs.every(cfg, *compile.sized(cfg, args), mesh, ["joint"], args.batch, args.k)["joint"]
-    line, whole = compile.few_layers(cfg, program, place, mesh, args), compile.compiled(program, place, mesh, 0.0, None)
+    wanted = compile.Wanted(passages=100, encoder_length=16, generator_length=12, k=5, layers=2)
+    program = stage_programs.every(cfg, *compile.sized(cfg, wanted), mesh, ["joint"], wanted.batch, wanted.k)["joint"]
+    line = compile.few_layers(cfg, program, place, mesh, wanted)
+    whole = compile.compiled(program, place, mesh, 0.0, None)
     assert line.flops == whole.flops and line.layers == 2 and line.name == "joint"
     for name in ("parameters", "optimiser", "index", "token table"):
         assert line.memory[name] == whole.memory[name]

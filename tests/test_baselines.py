@@ -32,14 +32,14 @@ def test_every_run_is_whole_and_begins_with_one_before_it(name: str) -> None:
     assert groups["sequence"] == groups["token"] == {"question_encoder", "generator"}
     assert (runs["token"].model.variant, runs["sequence"].model.variant) == ("token", "sequence")
     assert runs["bm25"].search.kind == "bm25" and runs["frozen"].search.kind == "exact"
-    assert runs["closed_book"].stages[-1].documents == "none"
+    assert runs["closed_book"].stages[-1].objective.documents == "none"
     assert len({runs[run].stages[-1].steps for run in ("closed_book", "bm25", "frozen", "sequence", "token")}) == 1
 
 
 def test_a_ranking_has_no_generator() -> None:
     runs = planned("ir_cacm")
     config.check(runs["learned"])
-    assert list(runs) == ["learned"] and runs["learned"].stages[0].objective == "inverse_cloze"
+    assert list(runs) == ["learned"] and runs["learned"].stages[0].objective.kind == "inverse_cloze"
 
 
 def test_a_smaller_budget_is_fewer_steps() -> None:

@@ -19,11 +19,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from rag_jax.__main__ import main
-from rag_jax.corpus.build import encoder_rows, id_dtype
-from rag_jax.corpus.directory import Corpus, build, join, join_tail
+from rag_jax.corpus.build import build, encoder_rows, id_dtype
+from rag_jax.corpus.directory import Corpus
 from rag_jax.corpus.id_table import IdTable, hash_ids, matches
 from rag_jax.data import tokenizers
-from rag_jax.data.joining import check_join, joined_text, normalize_title, passage_text
+from rag_jax.data.joining import check_join, join, join_tail, joined_text, normalize_title, passage_text
 from rag_jax.data.readers.formats import Passage, read_passages, read_questions
 from rag_jax.data.tokenizers import Tokenizer
 from rag_jax.errors import InputError

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax.corpus import directory as corpora
+from rag_jax.corpus.build import build
 from rag_jax.corpus.directory import Corpus
+from rag_jax.corpus.update import update
 from rag_jax.errors import InputError
 from rag_jax.index import snapshot
+from rag_jax.inference.encode_corpus import Encoder
 
 WORDS = ["river", "mountain", "city", "born", "wrote", "in", "of", "the", "new", "king", "museum", "year", "1950"]
 TABLES = ("encoder_ids", "encoder_length", "generator_ids", "generator_length")
@@ -32,14 +34,14 @@ def data(tmp_path_factory):
     out = tmp_path_factory.mktemp("data")
     texts = {f"p{i}": text(3 + i, i) for i in range(30)} | {"long": text(60, 99)}
     sizes = {"train_tokenizer": (300, 400), "encoder_length": 64, "generator_length": 80, "passage_words": 20}
-    corpora.build([write(out / "base.jsonl", texts)], out / "base", **sizes)
+    build([write(out / "base.jsonl", texts)], out / "base", **sizes)
     new = write(out / "new.jsonl", {"q0": text(9, 100), "q1": text(30, 101), "doc": text(50, 102)})
     other = write(out / "other.jsonl", {"p3": text(30, 103), "long": text(42, 104)})
-    corpora.update(out / "base", out / "one", add=[new], replace=[other], delete=["p5", "p29"])
+    update(out / "base", out / "one", add=[new], replace=[other], delete=["p5", "p29"])
     again = write(out / "again.jsonl", {"p3": text(4, 105), "q0": text(5, 106)})
     back = write(out / "back.jsonl", {"p5": text(6, 107)})
-    corpora.update(out / "one", out / "two", add=[back], replace=[again], delete=["doc"])
-    corpora.update(out / "two", out / "three", delete=["q1"])
+    update(out / "one", out / "two", add=[back], replace=[again], delete=["doc"])
+    update(out / "two", out / "three", delete=["q1"])
     tiny.untrained_run(out / "base", out / "run")
     assert tiny.rag_jax("index", out / "run", "--corpus", out / "base", "--out", out / "index") == 0
     return out
@@ -94,7 +96,7 @@ def test_the_tables_are_those_of_a_corpus_built_anew(data, tmp_path):
     passages = {passage.id: passage for passage in live(two).values()}
     rows = [{"id": p.id, "title": p.title, "text": p.text} for p in passages.values()]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fresh = corpora.build([tmp_path / "all.jsonl"], tmp_path / "out", tokenizers_from=data / "base", passage_words=0)
+    fresh = build([tmp_path / "all.jsonl"], tmp_path / "out", tokenizers_from=data / "base", passage_words=0)
     at = two.rows(list(passages))
     for name in TABLES:
         np.testing.assert_array_equal(getattr(two, name)[at], getattr(fresh, name)[:])
@@ -106,7 +108,7 @@ def test_the_files_of_the_base_are_shared_and_outlive_it(data, tmp_path):
         shutil.copytree(data / name, tmp_path / name)
     expected = [passage.text for passage in Corpus.open(data / "one")]
     new = write(tmp_path / "new.jsonl", {"z": "one more"})
-    corpora.update(tmp_path / "one", tmp_path / "out", add=[new])
+    update(tmp_path / "one", tmp_path / "out", add=[new])
     for name in ("passages.jsonl", "encoder_ids.npy", "segments/0001/generator_ids.npy", "tokenizers/encoder"):
         linked, own = tmp_path / "out" / name, tmp_path / "one" / name
         assert linked.is_dir() or linked.stat().st_ino == own.stat().st_ino
@@ -121,9 +123,7 @@ def test_what_does_not_fit_is_refused_by_name(data, tmp_path):
     known, unknown = write(tmp_path / "k.jsonl", {"p7": "x"}), write(tmp_path / "u.jsonl", {"z7": "x"})
     twice = write(tmp_path / "t.jsonl", {"z7": "y"})
     cut = write(tmp_path / "c.jsonl", {"z": text(50, 1)})
-    piece = corpora.update(
-        data / "base", tmp_path / "piece", add=[write(tmp_path / "z1.jsonl", {"z-1": "a"})]
-    ).directory
+    piece = update(data / "base", tmp_path / "piece", add=[write(tmp_path / "z1.jsonl", {"z-1": "a"})]).directory
     for base, changes, message in (
         (data / "base", {"delete": ["p1", "z7"]}, "passage 'z7' is not in this corpus; take it from --delete"),
         (data / "one", {"delete": ["p5"]}, "passage 'p5' is not in this corpus"),
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused_by_name(data, tmp_path):
         (data / "base", {}, "nothing to do: pass --add, --replace or --delete"),
     ):
         with pytest.raises(InputError) as refused:
-            corpora.update(base, out, **changes)
+            update(base, out, **changes)
         assert message in str(refused.value) and not out.exists()
 
 
@@ -192,18 +192,16 @@ def test_an_updated_snapshot_equals_embedding_everything_anew(data, tmp_path, dt
 
 
 def test_only_new_rows_are_embedded(data, tmp_path, monkeypatch):
-    from rag_jax.cli import encode
-
-    asked, rows = [], encode.Encoder.rows
+    asked, rows = [], Encoder.rows
 
     def spy(self, corpus, *args):
         embed = rows(self, corpus, *args)
         return lambda first, last, done: (asked.append((first, last)), embed(first, last, done))[1]
 
-    monkeypatch.setattr(encode.Encoder, "rows", spy)
+    monkeypatch.setattr(Encoder, "rows", spy)
     assert update_index(data, data / "index", "one", tmp_path / "one") == 0 and asked == [(33, 40)]
     assert update_index(data, tmp_path / "one", "three", tmp_path / "three") == 0 and asked == [(33, 40), (40, 43)]
-    deleted = corpora.update(data / "base", tmp_path / "deleted", delete=["p0"])
+    deleted = update(data / "base", tmp_path / "deleted", delete=["p0"])
     assert update_index(data, data / "index", tmp_path / "deleted", tmp_path / "four") == 0 and len(asked) == 2
     assert snapshot.open_snapshot(tmp_path / "four").manifest.corpus_hash == deleted.hash
 
@@ -215,7 +213,7 @@ def test_a_snapshot_of_another_corpus_or_encoder_is_not_updated(data, tmp_path, 
     said = capsys.readouterr().err
     assert "was made with encoder_hash" in said and "embed it all: rag-jax index RUN --corpus" in said
     assert snapshot.open_snapshot(data / "index").manifest.encoder_hash[:16] in said
-    sibling = corpora.update(data / "base", tmp_path / "sibling", delete=["p1"])
+    sibling = update(data / "base", tmp_path / "sibling", delete=["p1"])
     assert update_index(data, data / "index", "one", tmp_path / "one") == 0
     assert update_index(data, tmp_path / "one", tmp_path / "sibling", tmp_path / "out") == 2
     said = capsys.readouterr().err

@@ -177,7 +177,7 @@ def test_a_reader(tmp_path, monkeypatch):
     read = Format("id;title;text", semicolons, passages=lambda fields, at: [Passage(**fields, document=fields["id"])])
     monkeypatch.setitem(formats.FORMATS, "semicolons", read)
     (tmp_path / "a.txt").write_text("1;Rome;Rome lies on the Tiber.\n2;Bonn;Bonn lies on the Rhine.\n")
-    found = list(formats.read_passages(f"semicolons:{tmp_path / 'a.txt'}"))
+    found = list(formats.read_passages([f"semicolons:{tmp_path / 'a.txt'}"]))
     assert [(p.id, p.title) for p in found] == [("1", "Rome"), ("2", "Bonn")]
 
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rag_jax.corpus import directory as corpora
+from rag_jax.corpus.build import build
 from rag_jax.corpus.directory import Corpus
+from rag_jax.corpus.update import update
 from rag_jax.data import gold
 from rag_jax.data.examples import tokenise, wrong_rows
 from rag_jax.data.readers.formats import Question
@@ -43,11 +44,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "d2": text(300, 2), "e-0": "whole", "e-1": "whole, too", "d-9": text(220, 3), "d-9-7": "not of d-9",
     }  # fmt: skip
     source = write(out / "p.jsonl", passages, document="book")
-    corpora.build([source], out / "base", train_tokenizer=(300, 320))
+    build([source], out / "base", train_tokenizer=(300, 320))
     again = write(out / "again.jsonl", {"d1": text(220, 4, "Zorblax again")})
-    corpora.update(out / "base", out / "one", replace=[again], delete=["d2-1"])
-    corpora.update(out / "one", out / "between", delete=["d2"])
-    corpora.update(out / "between", out / "two", add=[write(out / "new.jsonl", {"d2-0": "another"})])
+    update(out / "base", out / "one", replace=[again], delete=["d2-1"])
+    update(out / "one", out / "between", delete=["d2"])
+    update(out / "between", out / "two", add=[write(out / "new.jsonl", {"d2-0": "another"})])
     return out
 
 
@@ -79,7 +80,7 @@ def test_a_corpus_that_does_not_say_where_a_document_ends(folder: Path, tmp_path
     source = write(tmp_path / "p.jsonl", {"d1": text(300, 1)})
     with source.open("a") as stream:
         stream.write(json.dumps({"id": "d1-3", "title": "", "text": "no piece"}) + "\n")
-    corpus = corpora.build([source], tmp_path / "out", tokenizers_from=folder / "base")
+    corpus = build([source], tmp_path / "out", tokenizers_from=folder / "base")
     hashes, rows = (np.load(tmp_path / f"out/id_{name}.npy") for name in ("hashes", "rows"))
     again = np.flatnonzero(np.append(False, hashes[1:] == hashes[:-1]))
     assert rows[again].tolist() == [2]  # the last piece, under the id of the document
@@ -165,7 +166,7 @@ def test_any_ids(folder: Path, tmp_path_factory: pytest.TempPathFactory, data: s
     names = [name for name in names if name not in taken]
     out = tmp_path_factory.mktemp("any")
     source = write(out / "p.jsonl", {name: text(long[name], i) for i, name in enumerate(names)})
-    corpus = corpora.build([source], out / "out", tokenizers_from=folder / "base")
+    corpus = build([source], out / "out", tokenizers_from=folder / "base")
     rows = 0
     for name in names:
         pieces = corpus.pieces(name)

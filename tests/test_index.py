@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import tiny
 
-from rag_jax.cli import encode as encode_command
 from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
 from rag_jax.index import encode as embedding
 from rag_jax.index import encode_job
 from rag_jax.index import snapshot as snapshots
+from rag_jax.inference.encode_corpus import read_encoder
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 
@@ -59,7 +59,7 @@ def corpus(data):
 
 @pytest.fixture(scope="module")
 def encoder(data, corpus):
-    return encode_command.read_encoder(data / "run", corpus)
+    return read_encoder(data / "run", corpus)
 
 
 @pytest.fixture(scope="module")

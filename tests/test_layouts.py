@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rag_jax.corpus.directory import Corpus, build
+from rag_jax.corpus.build import build
+from rag_jax.corpus.directory import Corpus
 from rag_jax.data.readers.formats import read_passages, read_questions
 from rag_jax.errors import InputError
 

@@ -13,8 +13,8 @@ import pytest
 import tiny
 from test_train import assert_same_run, rows
 
-from rag_jax.corpus import directory as corpora
 from rag_jax.corpus.directory import Corpus
+from rag_jax.corpus.update import update
 from rag_jax.data import batching
 from rag_jax.data.gold import Tally, right_rows
 from rag_jax.data.readers import formats
@@ -60,9 +60,9 @@ def data(tiny_data, tmp_path_factory):
 
     text = base[5].text
     new = passages("new.jsonl", {"n0": text}), passages("other.jsonl", {base[5].id: base[6].text})
-    corpora.update(out / "corpus", out / "one", add=new[0], replace=new[1], delete=gone[:1])
-    corpora.update(out / "one", out / "two", add=passages("n1.jsonl", {"n1": text}), delete=gone[1:])
-    corpora.update(out / "two", out / "three", add=passages("m.jsonl", {f"m{i}": text for i in range(10)}))
+    update(out / "corpus", out / "one", add=new[0], replace=new[1], delete=gone[:1])
+    update(out / "one", out / "two", add=passages("n1.jsonl", {"n1": text}), delete=gone[1:])
+    update(out / "two", out / "three", add=passages("m.jsonl", {f"m{i}": text for i in range(10)}))
     tiny.untrained_run(out / "corpus", out / "run")
     assert tiny.rag_jax("index", out / "run", "--corpus", out / "corpus", "--out", out / "index-corpus") == 0
     for old, name in itertools.pairwise(NAMES):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rag_jax import metrics
-from rag_jax.corpus import directory as corpora
+from rag_jax.corpus import build as corpora
 from rag_jax.corpus.directory import Corpus
 from rag_jax.data.readers.formats import Question, read_passages, read_questions
 from rag_jax.errors import InputError

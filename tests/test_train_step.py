@@ -721,16 +721,16 @@ def two_steps(stage, variant, corpus, examples, mesh):
     """Metrics of two steps and the parameters after them, with real models."""
     stage = dataclasses.replace(stage, steps=4)
     # dropout in the cheapest of them, one encoder for both in another
-    encoder = dataclasses.replace(ENCODER, dropout=0.1 if stage.objective == "contrastive" else 0.0)
+    encoder = dataclasses.replace(ENCODER, dropout=0.1 if stage.objective.kind == "contrastive" else 0.0)
     model = RagConfig(variant, encoder, GENERATOR, variant == "token", source_length=LENGTH, question_length=24)
     loaded = runs.load(model, corpus, mesh)
     params = drawn_params(loaded)
     state = train_step.first_state(loaded.rag, stage, mesh, params, 5)
     embeddings = np.random.default_rng(1).normal(size=(len(corpus), ENCODER.width)).astype(np.float32)
     index = index_of(mesh, embeddings)
-    if stage.objective == "inverse_cloze":
+    if stage.objective.kind == "inverse_cloze":
         data = inverse_cloze.batches(corpus, B, 0, 24)
-    elif stage.objective == "denoise":
+    elif stage.objective.kind == "denoise":
         data = batching.denoise_batches(corpus, batch=B, seed=0, length=48)
     else:
         data = question_batches(examples, corpus, stage.objective.needs().window)

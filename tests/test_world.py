@@ -320,7 +320,8 @@ def test_command_line(tmp_path: Path) -> None:
 
 
 def test_import_needs_no_tensorflow_datasets() -> None:
-    code = "import sys, rag_jax.data.world; assert not {'tensorflow_datasets', 'jax', 'tensorflow'} & set(sys.modules)"
+    banned = "{'tensorflow_datasets', 'jax', 'tensorflow'}"
+    code = f"import sys, rag_jax.data.synthetic.world; assert not {banned} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

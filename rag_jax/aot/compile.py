@@ -1,4 +1,4 @@
-"""`rag-jax compile`: will a configuration fit on these chips, and how fast can it be? Answered without the chips.
+"""Will a configuration fit on these chips, and how fast can it be? Answered without the chips.
 
 The real programs (the step of each stage, the search, the embedding of passages) are compiled ahead of time for a TPU
 topology by libtpu, or for fake CPU devices; for GPUs, and without libtpu, memory and work are counted from shapes. The
@@ -6,7 +6,6 @@ roofline step time is the largest of three: products at the peak rate, memory tr
 as if perfectly overlapped with the others; a real step takes longer.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -14,6 +13,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from rag_jax.aot.stage_programs import Program, Sizes
 from rag_jax.errors import InputError
 from rag_jax.rag import Rag
 from rag_jax.system import files, logs, sharding
-from rag_jax.training import config
 from rag_jax.training.config import TrainConfig
 
 NO_LIBTPU = "libtpu is not installed (pip install 'rag-jax[compile]'): counted from shapes, nothing is compiled"
@@ -38,6 +37,28 @@ ESTIMATED = (
     "over fsdp while they are used are not among them"
 )
 UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is compiled, and how.
+
+    programs: names of stages, `search`, `encode`; none: all. passages, encoder_length, generator_length: of a corpus
+    that is not there yet. batch, k: questions of one search, and passages it finds for each. text_dir: where compiled
+    programs are written as text. effort: of the compiler, -1 to 1. layers: how many of each stack are compiled, the
+    others reckoned from them; 0: all. count_only: compile nothing.
+    """
+
+    programs: Sequence[str] = ()
+    passages: int = 0
+    encoder_length: int = 160
+    generator_length: int = 160
+    batch: int = 64
+    k: int = 20
+    text_dir: Path | None = None
+    effort: float = 0.0
+    layers: int = 0
+    count_only: bool = False
 
 
 @dataclass
@@ -234,19 +255,19 @@ def too_large(report: Report, message: str) -> Report:
     return report
 
 
-def few_layers(cfg: TrainConfig, program: Program, where: Topology, mesh: Mesh, args: argparse.Namespace) -> Report:
-    """`compiled`, where the compiler sees args.layers layers of each stack and once more one more of each; what it
+def few_layers(cfg: TrainConfig, program: Program, where: Topology, mesh: Mesh, wanted: Wanted) -> Report:
+    """`compiled`, where the compiler sees wanted.layers layers of each stack and once more one more of each; what it
     says of those is drawn on in a straight line. The work is counted from all layers.
     """
     report, found, times = counted(program, where, mesh), [], []
-    for shallow, n in layer_extrapolation.shallow(cfg, program.name, args.layers):
-        made = stage_programs.every(shallow, *sized(shallow, args), mesh, [program.name], args.batch, args.k)[
+    for shallow, n in layer_extrapolation.shallow(cfg, program.name, wanted.layers):
+        made = stage_programs.every(shallow, *sized(shallow, wanted), mesh, [program.name], wanted.batch, wanted.k)[
             program.name
         ]
-        found.append(compiled(made, where, mesh, args.effort, None))
+        found.append(compiled(made, where, mesh, wanted.effort, None))
         times.append(n)
         if found[-1].said:
-            return dataclasses.replace(found[-1], name=program.name, flops=report.flops, layers=args.layers)
+            return dataclasses.replace(found[-1], name=program.name, flops=report.flops, layers=wanted.layers)
     memory, traffic, collectives = (
         layer_extrapolation.line([getattr(one, name) for one in found], times)
         for name in ("memory", "traffic", "collectives")
@@ -261,13 +282,13 @@ def few_layers(cfg: TrainConfig, program: Program, where: Topology, mesh: Mesh, 
         compile_seconds=sum(one.compile_seconds or 0.0 for one in found),
         largest=found[-1].largest,
         busiest=found[-1].busiest,
-        layers=args.layers,
+        layers=wanted.layers,
     )
 
 
-def sized(cfg: TrainConfig, args: argparse.Namespace) -> tuple[Rag, Sizes]:
-    """`programs.sizes` with what the arguments say of the corpus."""
-    return stage_programs.sizes(cfg, args.passages, args.encoder_length, args.generator_length)
+def sized(cfg: TrainConfig, wanted: Wanted) -> tuple[Rag, Sizes]:
+    """`programs.sizes` with what is said of the corpus."""
+    return stage_programs.sizes(cfg, wanted.passages, wanted.encoder_length, wanted.generator_length)
 
 
 def roofline(report: Report, where: Topology) -> None:
@@ -324,82 +345,45 @@ def table(cfg: TrainConfig, where: Topology, mesh: Mesh, reports: list[Report], 
     return "\n".join(lines)
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENT")
-    parser.add_argument(
-        "--topology", required=True, help="v5e:16x16, v5p:4x4x4, v4, v6e, tpu7x; h100:8, a100:16; cpu:8"
-    )
-    parser.add_argument(
-        "--stage",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="only this stage, or `search`, or `encode` (may be repeated)",
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a configuration value")
-    corpus = parser.add_argument_group("a corpus that is not there yet")
-    corpus.add_argument(
-        "--passages", type=int, default=0, metavar="N", help="how many (21015300: the Wikipedia of DPR)"
-    )
-    corpus.add_argument(
-        "--encoder-length", type=int, default=160, metavar="L", help="tokens of a passage (%(default)s)"
-    )
-    corpus.add_argument("--generator-length", type=int, default=160, metavar="L", help="the same (%(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="questions of one search (%(default)s)")
-    parser.add_argument("--k", type=int, default=20, help="passages it finds for each (%(default)s)")
-    parser.add_argument("--hlo", type=Path, metavar="DIR", help="write each compiled program there, as PROGRAM.txt")
-    parser.add_argument(
-        "--effort", type=float, default=0.0, metavar="-1..1",
-        help="of the compiler: -1 compiles some three times as fast, and uses more memory than training will",
-    )  # fmt: skip
-    parser.add_argument(
-        "--layers", type=int, default=0, metavar="N",
-        help="compile N layers of each stack and N + 1, and draw the line on to all: minutes where all take hours",
-    )  # fmt: skip
-    parser.add_argument("--no-compile", action="store_true", help="count from shapes, in seconds")
-    parser.epilog = (
-        "Needs no accelerator; libtpu (pip install libtpu) compiles for TPUs.\n"
-        "example: rag-jax compile --config configs/nq_rag_token.py --topology v5e:16x16 --passages 21015300"
-    )
+def estimate(cfg: TrainConfig, topology: str, wanted: Wanted) -> dict[str, Any]:
+    """Memory, work and least time of each program on a topology such as v5e:16x16: a table as `text`, and all figures.
 
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    cfg = config.load(args.config, args.set)
-    config.check(cfg)
-    where = hardware.topology(args.topology)
+    Devices that are here are not asked: the CPU is what JAX runs on afterwards.
+    """
+    where = hardware.topology(topology)
     for name in ("batch", "k", "encoder_length", "generator_length"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-    if args.layers < 0 or (args.layers and args.hlo):
-        raise InputError(f"--layers {args.layers}: at least 1, and not with --hlo, which writes the whole program")
+        if getattr(wanted, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(wanted, name)}: at least 1")
+    if wanted.layers < 0 or (wanted.layers and wanted.text_dir):
+        raise InputError(f"--layers {wanted.layers}: at least 1, and not with --hlo, which writes the whole program")
     if not os.environ.get("JAX_PLATFORMS"):
-        jax.config.update("jax_platforms", "cpu")  # what is here is not asked
+        jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     mesh, compiles = mesh_of(cfg, where)
     if not compiles:
         logs.info(NO_GPU if where.kind == "gpu" else NO_LIBTPU)
-    compiles &= not args.no_compile
-    rag, size = sized(cfg, args)
-    found = stage_programs.every(cfg, rag, size, mesh, args.stage, args.batch, args.k)
-    if args.hlo:
-        args.hlo.mkdir(parents=True, exist_ok=True)
+    compiles &= not wanted.count_only
+    rag, size = sized(cfg, wanted)
+    found = stage_programs.every(cfg, rag, size, mesh, wanted.programs, wanted.batch, wanted.k)
+    if wanted.text_dir is not None:
+        wanted.text_dir.mkdir(parents=True, exist_ok=True)
     reports = []
     for name, program in found.items():
         logs.info(f"{name}: {'compiling' if compiles else 'counting'}")
-        text = args.hlo and args.hlo / f"{name}.txt"
         if not compiles:
             report = counted(program, where, mesh)
-        elif args.layers:
-            report = few_layers(cfg, program, where, mesh, args)
+        elif wanted.layers:
+            report = few_layers(cfg, program, where, mesh, wanted)
         else:
-            report = compiled(program, where, mesh, args.effort, text)
+            text_file = wanted.text_dir and wanted.text_dir / f"{name}.txt"
+            report = compiled(program, where, mesh, wanted.effort, text_file)
         roofline(report, where)
         reports.append(report)
     notes = [] if compiles else ["", ESTIMATED]
     return {
-        "text": "\n".join([table(cfg, where, mesh, reports, args.effort), *notes]),
+        "text": "\n".join([table(cfg, where, mesh, reports, wanted.effort), *notes]),
         "topology": where.text, "chips": where.chips, "devices": where.devices, "mesh": dict(mesh.shape),
-        "chip": where.chip and where.chip.name, "jax": jax.__version__, "effort": args.effort,
+        "chip": where.chip and where.chip.name, "jax": jax.__version__, "effort": wanted.effort,
         "passages": size.passages, "fits": all(r.fits for r in reports) if where.chip else None,
         "programs": [r.as_dict() for r in reports],
     }  # fmt: skip

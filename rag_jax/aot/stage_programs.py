@@ -2,6 +2,7 @@
 embedding of passages, as training and evaluation make them. Nothing is allocated; the corpus need not be there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,7 +208,7 @@ def encode(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Program:
 
 
 def every(
-    cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh, stages: list[str], questions: int, k: int
+    cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh, stages: Sequence[str], questions: int, k: int
 ) -> dict[str, Program]:
     """The programs named in `stages` (all where it is empty) by their names; InputError for one that is not there."""
     known = [stage.name for stage in cfg.stages]

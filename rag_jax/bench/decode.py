@@ -1,17 +1,16 @@
-"""`rag-jax bench decode`: how fast answers are written, beside transformers and beside what the machine allows.
+"""How fast answers are written, beside transformers and beside what the machine allows.
 
 Weights, documents and scores are random and the same on both sides; torch and transformers are used where they are
 installed. The limit counts the matrix products that every exact decoder must do, at the machine's measured rate of
 matrix multiplication, or the bytes that it must read, at the measured rate of reading, whichever takes longer.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -219,17 +218,6 @@ def bench(load: Load, variant: Variant, modes: tuple[Mode, ...], repeats: int, r
     return results
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--load", choices=tuple(LOADS), default="small", help="shapes to begin with (default: small)")
-    for field in dataclasses.fields(Load):
-        kind = str if field.name == "dtype" else int
-        parser.add_argument(f"--{field.name}", type=kind, help=f"instead of the load's {field.name}")
-    parser.add_argument("--variant", choices=("sequence", "token", "both"), default="both")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
-    parser.add_argument("--alone", action="store_true", help="without transformers, even if it is there")
-    parser.epilog = "example: rag-jax bench decode --load medium --beams 8 --json"
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """One line a program."""
     lines = [f"{'':<22}{'median':>11}{'questions/s':>13}{'of the limit':>14}{'compile':>10}"]
@@ -244,20 +232,15 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    changes = {f.name: value for f in dataclasses.fields(Load) if (value := getattr(args, f.name)) is not None}
-    for name, value in (*changes.items(), ("repeats", args.repeats)):
-        if isinstance(value, int) and value < 1:
-            raise InputError(f"--{name} {value}: at least 1")
-    load = dataclasses.replace(LOADS[args.load], **changes)
+def report(load: Load, variants: Sequence[Variant], repeats: int, alone: bool) -> dict[str, Any]:
+    """`bench` of each variant, with a table as `text`; alone: without transformers, even if torch is there."""
     if load.width % load.heads or load.dtype not in BYTES:
         raise InputError(
             f"--width {load.width} --heads {load.heads} --dtype {load.dtype}: the width must be a multiple of the "
             f"heads, and the type {' or '.join(BYTES)}"
         )
-    rival = not args.alone and importlib.util.find_spec("torch") is not None
-    variants: tuple[Variant, ...] = ("token", "sequence") if args.variant == "both" else (args.variant,)
-    results = [r for variant in variants for r in bench(load, variant, MODES[variant], args.repeats, rival)]
+    rival = not alone and importlib.util.find_spec("torch") is not None
+    results = [r for variant in variants for r in bench(load, variant, MODES[variant], repeats, rival)]
     device = jax.devices()[0].device_kind
     shape = f"B={load.questions} K={load.docs} L={load.source} T={load.length} M={load.beams} D={load.width}"
     head = f"{shape} layers={load.layers}+{load.layers} V={load.vocabulary} {load.dtype}, {device}"

@@ -1,11 +1,10 @@
-"""`rag-jax bench encode`: how fast passages are embedded, beside transformers and beside what the machine allows.
+"""How fast passages are embedded, beside transformers and beside what the machine allows.
 
 Weights are random and the same on both sides. The rival is what sentence-transformers does: passages sorted by length,
 batches padded to their longest, the mean over the tokens of transformers' BertModel. The work counted is that of the
 real tokens alone, so padding shows as a lower fraction of the measured rate of matrix multiplication.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import statistics
@@ -171,37 +170,6 @@ def bench(load: Load, ids_NL: np.ndarray, length_N: np.ndarray, repeats: int, ri
     return result
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--load", choices=tuple(LOADS), default="small", help="shapes to begin with (default: small)")
-    for field in dataclasses.fields(Load):
-        kind = str if field.name == "dtype" else int
-        parser.add_argument(f"--{field.name}", type=kind, help=f"instead of the load's {field.name}")
-    parser.add_argument("--corpus", type=Path, help="its first passages instead of random ones")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
-    parser.add_argument("--alone", action="store_true", help="without transformers, even if torch is there")
-    parser.epilog = "example: rag-jax bench encode --load minilm --corpus data/corpus --json"
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    changes = {f.name: value for f in dataclasses.fields(Load) if (value := getattr(args, f.name)) is not None}
-    for name, value in (*changes.items(), ("repeats", args.repeats)):
-        if isinstance(value, int) and value < 1:
-            raise InputError(f"--{name} {value}: at least 1")
-    load = dataclasses.replace(LOADS[args.load], **changes)
-    if load.width % load.heads or load.dtype not in DTYPES or load.shortest > load.length or load.vocabulary > 2**16:
-        raise InputError(
-            f"--width {load.width} --heads {load.heads} --dtype {load.dtype} --shortest {load.shortest} --length "
-            f"{load.length} --vocabulary {load.vocabulary}: the width must be a multiple of the heads, the type "
-            f"{' or '.join(DTYPES)}, the shortest no longer than the length, the vocabulary at most 65536"
-        )
-    if args.corpus is not None:
-        load, ids_NL, length_N = read(load, Corpus.open(args.corpus))
-    else:
-        ids_NL, length_N = drawn(load)
-    rival = not args.alone and importlib.util.find_spec("torch") is not None
-    return {"text": table(result := bench(load, ids_NL, length_N, args.repeats, rival)), **result}
-
-
 def table(r: dict[str, Any]) -> str:
     """For people."""
     lines = [
@@ -218,3 +186,21 @@ def table(r: dict[str, Any]) -> str:
             f"largest difference {r['largest_difference']:.1e} of the largest value"
         )
     return "\n".join(lines)
+
+
+def report(load: Load, corpus: Path | None, repeats: int, alone: bool) -> dict[str, Any]:
+    """`bench` of random passages or of the first of a corpus, with a table as `text`; alone: without transformers,
+    even if torch is there.
+    """
+    if load.width % load.heads or load.dtype not in DTYPES or load.shortest > load.length or load.vocabulary > 2**16:
+        raise InputError(
+            f"--width {load.width} --heads {load.heads} --dtype {load.dtype} --shortest {load.shortest} --length "
+            f"{load.length} --vocabulary {load.vocabulary}: the width must be a multiple of the heads, the type "
+            f"{' or '.join(DTYPES)}, the shortest no longer than the length, the vocabulary at most 65536"
+        )
+    if corpus is not None:
+        load, ids_NL, length_N = read(load, Corpus.open(corpus))
+    else:
+        ids_NL, length_N = drawn(load)
+    rival = not alone and importlib.util.find_spec("torch") is not None
+    return {"text": table(result := bench(load, ids_NL, length_N, repeats, rival)), **result}

@@ -1,10 +1,9 @@
-"""`rag-jax bench train --load NAME --largest`: the most questions whose step fits on the device, ours and the rival's.
+"""The most questions whose step fits on the device, ours and the rival's.
 
 Each trial is a process of its own, since what a failed one leaves in a device's memory would count against the next;
 and the process that asks never touches the device.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import multiprocessing
@@ -104,9 +103,10 @@ def search(load: Load, side: str, shape: dict[str, int]) -> tuple[int, dict[str,
     return largest(fits) * load.accumulate, found
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    load, shape = train.chosen(args), train.mesh_shape(args.mesh)
-    sides = SIDES if not args.alone and importlib.util.find_spec("torch") is not None else SIDES[:1]
+def report(load: Load, shape: dict[str, int], alone: bool) -> dict[str, Any]:
+    """The largest batches of a load on a mesh of this shape, with them as `text`; alone: ours only."""
+    synthetic_load.check(load)
+    sides = SIDES if not alone and importlib.util.find_spec("torch") is not None else SIDES[:1]
     most: dict[str, int] = {}
     known: dict[str, Any] = {}
     for side in sides:

@@ -1,4 +1,4 @@
-"""`rag-jax bench search`: exact search beside faiss, NumPy and ScaNN on the same data, and beside the products alone.
+"""Exact search beside faiss, NumPy and ScaNN on the same data, and beside the products alone.
 
 The embeddings are synthetic and lie as those of dense encoders do: clusters of very different sizes around directions
 that share a mean, a few dimensions much larger than the others, and queries near single passages. The limit is the
@@ -6,7 +6,6 @@ multiplication of the same tiles with nothing but a maximum taken of the scores,
 one call each a round, so that what else the machine does hits all of them.
 """
 
-import argparse
 import dataclasses
 import gc
 import importlib.util
@@ -14,7 +13,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -192,7 +191,9 @@ def recall(found_BK: np.ndarray, exact_BK: np.ndarray) -> float:
     return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found_BK, exact_BK, strict=True)]))
 
 
-def bench(load: Load, ks: list[int], dtypes: list[str], rivals: list[str], repeats: int) -> list[dict[str, Any]]:
+def bench(
+    load: Load, ks: Sequence[int], dtypes: Sequence[str], rivals: Sequence[str], repeats: int
+) -> list[dict[str, Any]]:
     """One line for each program and k. Recall is against our own float32 search, which must be among them."""
     index_NE = collected(load)
     batches = [questions(load, index_NE, i) for i in range(repeats)]
@@ -250,20 +251,6 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--passages", type=int, default=Load.passages, help=f"(default: {Load.passages:,})")
-    parser.add_argument("--width", type=int, default=Load.width, help=f"(default: {Load.width})")
-    parser.add_argument("--batch", type=int, default=Load.batch, help=f"queries at a time (default: {Load.batch})")
-    parser.add_argument("--seed", type=int, default=Load.seed)
-    parser.add_argument("--k", type=int, nargs="+", default=[5, 100], help="passages to find (default: 5 100)")
-    parser.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the index; float32 is always measured"
-    )
-    parser.add_argument("--rivals", nargs="*", choices=RIVALS, help="(default: those installed)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: 7)")
-    parser.epilog = "example: rag-jax bench search --passages 1000000 --k 5 100 --rivals faiss --json"
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """One line a program and k."""
     lines = [f"{'':<18}{'k':>5}{'median':>11}{'least':>9}{'most':>9}{'queries/s':>11}{'GFLOP/s':>9}"]
@@ -280,22 +267,26 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    for name, values in (("passages", [args.passages]), ("width", [args.width]), ("batch", [args.batch]),
-                         ("repeats", [args.repeats]), ("k", args.k)):  # fmt: skip
+def report(
+    load: Load, ks: Sequence[int], dtypes: Sequence[str], rivals: Sequence[str] | None, repeats: int
+) -> dict[str, Any]:
+    """`bench`, with a table as `text`. dtypes: of the index, float32 is always among them. rivals: None for those that
+    are installed.
+    """
+    for name, values in (("passages", [load.passages]), ("width", [load.width]), ("batch", [load.batch]),
+                         ("repeats", [repeats]), ("k", ks)):  # fmt: skip
         if min(values) < 1:
             raise InputError(f"--{name} {min(values)}: at least 1")
-    if max(args.k) > args.passages:
-        raise InputError(f"--k {max(args.k)}: at most --passages {args.passages}")
+    if max(ks) > load.passages:
+        raise InputError(f"--k {max(ks)}: at most --passages {load.passages}")
     there = [name for name in RIVALS if importlib.util.find_spec(name)]
-    rivals = there if args.rivals is None else args.rivals
+    rivals = there if rivals is None else rivals
     missing = [name for name in rivals if name not in there]
     if missing:
         package = {"faiss": "faiss-cpu"}.get(missing[0], missing[0])
         raise InputError(f"--rivals {missing[0]}: not installed; pip install {package}, or leave it out")
-    load = Load(args.passages, args.width, args.batch, args.seed)
-    dtypes = [dtype for dtype in DTYPES if dtype in args.dtype or dtype == "float32"]
-    results = bench(load, list(dict.fromkeys(args.k)), dtypes, rivals, args.repeats)
+    dtypes = [dtype for dtype in DTYPES if dtype in dtypes or dtype == "float32"]
+    results = bench(load, list(dict.fromkeys(ks)), dtypes, rivals, repeats)
     device, peak = jax.devices()[0].device_kind, peak_bytes()
     head = f"N={load.passages:,} E={load.width} B={load.batch}, {device}, peak memory {peak / 2**30:.1f} GB"
     about = {**dataclasses.asdict(load), "device": device, "jax": jax.__version__, "peak_bytes": peak}

@@ -1,32 +1,28 @@
-"""`rag-jax bench`: how long the steps of a configuration take, against what the machine's matrix multiplication allows.
+"""How long the steps of a configuration take, against what the machine's matrix multiplication allows.
 
 The limit is measured in the same run: the best rate of a product among a few sizes, in the type the model computes in.
 The work is counted from the shapes in the program (every matrix product of forward and backward pass): what is done,
 and what the model needs, which is that of the same step with nothing computed a second time to save memory.
 """
 
-import argparse
 import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from rag_jax.aot.operation_count import matmul_flops
-from rag_jax.bench import decode, encode, largest_batch, search, train
 from rag_jax.bench.machine_limits import machine, matmul_limit, peak_memory, spread, timed
 from rag_jax.corpus.directory import Corpus
 from rag_jax.data import batching
-from rag_jax.errors import InputError
 from rag_jax.index.host_index import Searchers
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 from rag_jax.system.logs import Progress
-from rag_jax.training import config, session, setup
+from rag_jax.training import session, setup
 from rag_jax.training.config import TrainConfig
 from rag_jax.training.stage import Setting, StageConfig
 from rag_jax.training.train_step import first_state, jit_step, make_step
@@ -126,56 +122,9 @@ def without_savings(setting: Setting) -> Setting:
     )
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for name, configure_kind, text in (
-        ("train", configure_train, "the training step: of a configuration's stages, or of a load beside transformers"),
-        ("decode", decode.configure, "writing answers, beside transformers and beside the limit"),
-        ("search", search.configure, "exact search by types of the index, beside faiss, NumPy and ScaNN"),
-        ("encode", encode.configure, "embedding passages, beside transformers and beside the limit"),
-    ):
-        kind = kinds.add_parser(name, help=text, description=text)
-        kind.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object")
-        configure_kind(kind)
-    parser.epilog = "example: rag-jax bench decode --load medium"
-
-
-def configure_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", help="configs/NAME.py or configs/NAME.py:ARGUMENT, with its own data")
-    parser.add_argument("--stage", action="append", default=[], help="only this stage (may be repeated)")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps a stage")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a configuration value")
-    train.configure(parser)
-    parser.epilog = (
-        "examples: rag-jax bench train --config configs/world.py --stage joint --json\n"
-        "          rag-jax bench train --load medium --variant sequence"
-    )
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    jax.config.update("jax_enable_compilation_cache", False)  # or compile times would be those of reading it
-    benches = {"train": run_train, "decode": decode.run, "search": search.run, "encode": encode.run}
-    return benches[args.what](args)
-
-
-def run_train(args: argparse.Namespace) -> dict[str, Any]:
-    if (args.config is None) == (args.load is None):
-        raise InputError("give --config, for the stages of a configuration, or --load, for a synthetic load")
-    if args.load is not None:
-        return largest_batch.run(args) if args.largest else train.run(args)
-    return run_config(args)
-
-
-def run_config(args: argparse.Namespace) -> dict[str, Any]:
-    if args.steps < 1:
-        raise InputError(f"--steps {args.steps}: at least 1")
-    cfg = config.load(args.config, args.set)
-    if not Path(cfg.corpus).is_dir():
-        raise InputError(f"{cfg.corpus}: no such corpus; make it as the docstring of {args.config} says")
-    stages = [stage for stage in cfg.stages if not args.stage or stage.name in args.stage]
-    if not stages:
-        raise InputError(f"--stage {args.stage[0]}: {args.config} has {', '.join(stage.name for stage in cfg.stages)}")
-    results = [bench_stage(cfg, stage, args.steps) for stage in stages]
+def report(cfg: TrainConfig, stages: Sequence[StageConfig], steps: int) -> dict[str, Any]:
+    """`bench_stage` of each, with a table as `text`."""
+    results = [bench_stage(cfg, stage, steps) for stage in stages]
     lines = ["stage        step (median)   host waits   host works   tokens/s   GFLOP/s   of the matmul limit"]
     for r in results:
         rates = f"{r['tokens_per_second']:>10,} {r['flops_per_second'] / 1e9:>9.1f} {r['fraction_of_limit']:>15.0%}"

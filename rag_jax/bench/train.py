@@ -1,11 +1,11 @@
-"""`rag-jax bench train --load NAME`: the real training step on a synthetic load, beside transformers' RAG in PyTorch.
+"""The real training step on a synthetic load, beside transformers' RAG in PyTorch.
 
 Our step is that of training: it encodes the questions, searches the whole random index, gathers, joins, reads and
 updates. The rival is given the documents that ours found. Both start from the same weights, and their losses without
-dropout are compared before anything is timed. Model FLOPs are those that any implementation must do, see bench_load.
+dropout are compared before anything is timed. Model FLOPs are those that any implementation must do, as
+`synthetic_load.model_flops` counts them.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import os
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,8 @@ from rag_jax.aot import hardware
 from rag_jax.aot.operation_count import matmul_flops
 from rag_jax.bench import decode, synthetic_load, torch_rival
 from rag_jax.bench.machine_limits import in_turn, machine, matmul_limit, peak_memory, resident_memory, spread
-from rag_jax.bench.synthetic_load import LOADS, Load
+from rag_jax.bench.synthetic_load import Load
 from rag_jax.bench.torch_rival import Given
-from rag_jax.errors import InputError
 from rag_jax.index import device_index
 from rag_jax.index.device_index import Index
 from rag_jax.rag import Params, Passages
@@ -185,51 +184,6 @@ def bench(load: Load, shape: dict[str, int], repeats: int, beside: bool, profile
     return result
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """The options of a synthetic load."""
-    fields = ", ".join(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Load))
-    parser.add_argument("--load", choices=tuple(LOADS), help=f"a synthetic load, which {fields} change")
-    for field in dataclasses.fields(Load):
-        options: dict[str, Any] = {"type": str if get_args(field.type) else field.type, "help": argparse.SUPPRESS}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
-    parser.add_argument("--mesh", action="append", default=[], metavar="AXIS=N", help="data, fsdp, tensor (load)")
-    parser.add_argument("--repeats", type=int, default=10, help="timed steps of a load (default: 10)")
-    parser.add_argument("--alone", action="store_true", help="without transformers, even if torch is there (load)")
-    parser.add_argument("--largest", action="store_true", help="instead: the largest batch that fits on the device")
-    parser.add_argument("--profile", default="", metavar="DIR", help="write a trace of a few steps (load)")
-
-
-def mesh_shape(words: list[str]) -> dict[str, int]:
-    shape = {}
-    for word in words:
-        name, _, size = word.partition("=")
-        if not size.removeprefix("-").isdigit():
-            raise InputError(f"--mesh {word}: write AXIS=N, such as --mesh data=4")
-        shape[name] = int(size)
-    return shape
-
-
-def chosen(args: argparse.Namespace) -> Load:
-    """The load with what the options change; InputError where that does not fit together."""
-    changes = {f.name: value for f in dataclasses.fields(Load) if (value := getattr(args, f.name)) is not None}
-    for name, value in (*changes.items(), ("repeats", args.repeats)):
-        least = int(name not in ("doc_chunk", "logit_chunk", "groups", "encoder_layers"))
-        if isinstance(value, int) and value < least:
-            raise InputError(f"--{name.replace('_', '-')} {value}: at least {least}")
-    load = dataclasses.replace(LOADS[args.load], **changes)
-    synthetic_load.check(load)
-    return load
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    load, shape = chosen(args), mesh_shape(args.mesh)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU torch needs memory, too
-    # transformers' RAG takes no decoder-only generator
-    beside = not args.alone and load.generator == "bart" and importlib.util.find_spec("torch") is not None
-    result = bench(load, shape, args.repeats, beside, args.profile)
-    return {"text": f"{synthetic_load.describe(load)}\n{table(result)}", **result}
-
-
 def table(r: dict[str, Any]) -> str:
     """For people."""
     memory = r.get("peak_device_bytes", r["peak_process_bytes"])
@@ -252,3 +206,16 @@ def table(r: dict[str, Any]) -> str:
             f"{r['times_faster']:.2f} times as fast; losses without dropout differ by {r['loss_difference']:.1e}"
         )
     return "\n".join(lines)
+
+
+def report(load: Load, shape: dict[str, int], repeats: int, alone: bool, profile: str) -> dict[str, Any]:
+    """`bench` on a mesh of this shape, with a table as `text`; alone: without transformers, even if torch is there.
+
+    profile: a directory for the trace of a few steps, or empty.
+    """
+    synthetic_load.check(load)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU torch needs memory, too
+    # transformers' RAG takes no decoder-only generator
+    beside = not alone and load.generator == "bart" and importlib.util.find_spec("torch") is not None
+    result = bench(load, shape, repeats, beside, profile)
+    return {"text": f"{synthetic_load.describe(load)}\n{table(result)}", **result}

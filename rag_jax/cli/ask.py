@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from rag_jax.inference import pipeline as pipelines
+from rag_jax.cli import answer_options
 from rag_jax.inference.pipeline import Answer, Pipeline
 from rag_jax.system.plain_text import one_line, visible
 
@@ -33,14 +33,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", nargs="+", help="one question or several, each in quotation marks")
     parser.add_argument("--run", type=Path, required=True, help="run directory of rag-jax train")
     parser.add_argument("--index", type=Path, help="another index, made by rag-jax index")
-    pipelines.add_arguments(parser)
+    answer_options.add_arguments(parser)
     parser.add_argument("--batch", type=int, help="answer this many at once (default: all)")
     parser.epilog = 'example: rag-jax ask --run runs/world "Who founded the Torvik Guild?"'
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    pipeline = Pipeline.from_run(args.run, args.index, pipelines.search_from_argument(args.search))
-    cfg = pipelines.from_arguments(args, pipeline.answer_config(batch=len(args.question)))
+    pipeline = Pipeline.from_run(args.run, args.index, answer_options.search_from_argument(args.search))
+    cfg = answer_options.from_arguments(args, pipeline.answer_config(batch=len(args.question)))
     answers = pipeline.answer(args.question, cfg)
     text = "\n\n".join(render(*pair) for pair in zip(args.question, answers, strict=True))
     found = [{"question": q, **dataclasses.asdict(a)} for q, a in zip(args.question, answers, strict=True)]

@@ -4,11 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
-from rag_jax.errors import InputError
 from rag_jax.models.bert import Pooling
-from rag_jax.pretrained import load, save
+from rag_jax.pretrained.convert import convert
 from rag_jax.pretrained.encoder_files import Asked
-from rag_jax.system import sharding
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,25 +45,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if (args.source is None) == (args.question_encoder is None):
-        raise InputError("give either SOURCE, a whole model, or --question-encoder and the other parts")
-    ignore = tuple(args.ignore_setting)
-    names = ("question_length", "passage_length", "query_prefix", "passage_prefix")
-    asked = Asked(args.pooling or "", *(getattr(args, name) for name in names))
-    for name in names[:2]:
-        if getattr(args, name) < 0 or 0 < getattr(args, name) < 8:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 8 tokens")
-    if args.source is not None:
-        if args.generator:
-            raise InputError("--generator is for --question-encoder; SOURCE has its own")
-        context = args.context_encoder and load.find(args.context_encoder)
-        source = load.open_source(load.find(args.source), args.variant, args.change_variant, context, ignore, asked)
-    else:
-        context, generator = (value and load.find(value) for value in (args.context_encoder, args.generator))
-        question = load.find(args.question_encoder)
-        source = load.combine(question, context, generator, args.variant or "sequence", ignore, asked)
-    source = source.resized(args.n_docs, args.source_length)
-    made = save.write_run(source, args.out, sharding.make_mesh(), args.overwrite)
+    lengths = args.question_length, args.passage_length
+    made = convert(
+        args.out,
+        source=args.source,
+        question_encoder=args.question_encoder,
+        context_encoder=args.context_encoder,
+        generator=args.generator,
+        variant=args.variant,
+        change_variant=args.change_variant,
+        n_docs=args.n_docs,
+        source_length=args.source_length,
+        asked=Asked(args.pooling or "", *lengths, args.query_prefix, args.passage_prefix),
+        ignore=args.ignore_setting,
+        overwrite=args.overwrite,
+    )
     return made if args.json else {"text": text(made)}
 
 

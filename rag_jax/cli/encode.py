@@ -1,71 +1,14 @@
-"""`rag-jax encode`: embed a corpus with a run's context encoder, shard by shard; killed, it goes on where it was.
-
-Every process works with its own devices and shares only the output directory with the others.
-"""
+"""`rag-jax encode`: a corpus embedded with a run's context encoder."""
 
 import argparse
-import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-from flax.traverse_util import unflatten_dict
-
-from rag_jax.corpus.directory import Corpus
+from rag_jax.cli import process_options
 from rag_jax.errors import InputError
-from rag_jax.index import encode, encode_job, shards, snapshot
-from rag_jax.rag import Params
-from rag_jax.runs import checkpoint
-from rag_jax.runs import directory as runs
-from rag_jax.system import distributed, sharding
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """The side of a run that embeds passages, with its parameters alone."""
-
-    embed: encode.Embed
-    params: Params
-    hash: str
-    step: int
-    width: int
-    form: str
-
-    def rows(self, corpus: Corpus, batch: int = encode.BATCH) -> encode.EmbedRows:
-        """Embeds ranges of rows of the corpus on all devices of this process."""
-        return encode.row_embedder(self.embed, self.params, corpus.encoder_ids, corpus.encoder_length, batch)
-
-    def manifest(self, corpus: Corpus, dtype: str = "float32") -> snapshot.Manifest:
-        """That of a snapshot of the corpus."""
-        return snapshot.Manifest.of(corpus, self.hash, self.step, self.width, dtype, self.form)
-
-
-def read_encoder(run_dir: Path, corpus: Corpus) -> Encoder:
-    """A run's passage encoder, for a corpus; InputError where the corpus was not tokenised for it."""
-    config = runs.read_config(run_dir)
-    runs.check_tokenizers(run_dir, corpus)
-    rag = runs.run_model(run_dir, config)
-    if not rag.config.context_encoder:
-        raise InputError(
-            f"{run_dir}: has no context encoder to embed passages with; give it one: rag-jax convert "
-            "--question-encoder A --context-encoder B --generator C --out DIR"
-        )
-    runs.check_length(rag, corpus)
-    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    side = "question_encoder" if rag.config.tie_encoders else "context_encoder"
-    checkpoint.check_params(run_dir / "params")
-    like = runs.param_places(rag, mesh)[side]
-    params = unflatten_dict(dict(checkpoint.read_part(run_dir / "params", side, like)), sep="/")
-    step = runs.trained_steps(run_dir)
-    return Encoder(
-        embed=lambda p, ids, mask: rag.embed_passages({side: p}, ids, mask),
-        params=params,
-        hash=checkpoint.tree_hash(params),
-        step=step,
-        width=rag.config.encoder.output_width,
-        form=rag.config.passage_form,
-    )
+from rag_jax.index import encode, encode_job, shards
+from rag_jax.inference.encode_corpus import encode_corpus
+from rag_jax.system import distributed
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, default=encode.BATCH, help="passages embedded at once, over all devices (%(default)s)"
     )
-    distributed.add_arguments(parser)
+    process_options.add_arguments(parser)
     parser.epilog = (
         "Killed or stopped, the same command goes on; several processes share one --out.\n"
         "example: rag-jax encode runs/wiki --corpus corpora/wiki --out runs/wiki/embeddings --dtype int8\n"
@@ -91,17 +34,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("shard_rows", "batch"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-    distributed.initialize(args)
-    corpus = Corpus.open(args.corpus)
-    encoder = read_encoder(args.run, corpus)
-    made_of = asdict(encoder.manifest(corpus, args.dtype))
-    job = encode_job.Job(run=str(args.run.resolve()), shard_rows=args.shard_rows, batch=args.batch, **made_of)
-    encode_job.begin(args.out, job)
-    begun = time.monotonic()
-    rows = encoder.rows(corpus, args.batch)
-    made = encode_job.make(args.out, job, rows, jax.process_index(), jax.process_count())
-    return {
-        "out": str(args.out), "n_passages": job.n_passages, "width": job.width, "dtype": job.dtype,
-        "shards": len(job.shards), "made_here": made, "encoder_hash": job.encoder_hash,
-        "corpus_hash": job.corpus_hash, "seconds": round(time.monotonic() - begun, 2),
-    }  # fmt: skip
+    distributed.initialize(process_options.from_arguments(args))
+    return encode_corpus(args.run, args.corpus, args.out, args.dtype, args.shard_rows, args.batch)

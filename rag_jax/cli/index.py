@@ -7,11 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rag_jax.cli import encode
-from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
 from rag_jax.index import encode_job, shards
-from rag_jax.index import snapshot as snapshots
+from rag_jax.inference import build_index
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -45,40 +43,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         run_dir = args.run or args.source
         if run_dir is None or args.corpus is None or (args.run and args.source):
             raise InputError("--update INDEX needs --run RUN and --corpus CORPUS, and nothing beside them")
-        snapshot = from_snapshot(args.update, run_dir, args.corpus, args.out, args.overwrite)
+        snapshot = build_index.from_snapshot(args.update, run_dir, args.corpus, args.out, args.overwrite)
     elif args.source is None or args.run is not None:
         raise InputError("name a RUN, with --corpus, or a JOB; --run goes with --update")
     elif encode_job.is_job(args.source):
-        snapshot = from_job(args.source, args.corpus, args.out, args.overwrite)
+        snapshot = build_index.from_job(args.source, args.corpus, args.out, args.overwrite)
     elif args.corpus is None:
         raise InputError(f"{args.source}: with a run, --corpus says what to embed; it is no encode job")
     else:
-        snapshot = from_run(args.source, args.corpus, args.out, args.overwrite, args.dtype or "float32")
+        snapshot = build_index.from_run(args.source, args.corpus, args.out, args.overwrite, args.dtype or "float32")
     return {"index": str(args.out), **asdict(snapshot.manifest), "hash": snapshot.hash}
-
-
-def from_job(job_dir: Path, corpus_dir: Path | None, out: Path, overwrite: bool = False) -> snapshots.Snapshot:
-    """The snapshot of a finished job."""
-    return snapshots.from_job(job_dir, Corpus.open(corpus_dir or encode_job.read_job(job_dir).corpus), out, overwrite)
-
-
-def from_run(
-    run_dir: Path, corpus_dir: Path, out: Path, overwrite: bool = False, dtype: str = "float32"
-) -> snapshots.Snapshot:
-    """Embeds a corpus into a snapshot in one go."""
-    corpus = Corpus.open(corpus_dir)
-    encoder = encode.read_encoder(run_dir, corpus)
-    blocks = encode_job.blocks(encoder.rows(corpus), range(len(corpus)))
-    return snapshots.write(out, encoder.manifest(corpus, dtype), blocks, overwrite)
-
-
-def from_snapshot(
-    old_dir: Path, run_dir: Path, corpus_dir: Path, out: Path, overwrite: bool = False
-) -> snapshots.Snapshot:
-    """Embeds only what an updated corpus has more than the old snapshot's."""
-    old, corpus = snapshots.open_snapshot(old_dir), Corpus.open(corpus_dir)
-    encoder = encode.read_encoder(run_dir, corpus)
-    manifest = encoder.manifest(corpus, old.manifest.dtype)
-    snapshots.check_update(old, manifest, corpus)
-    blocks = encode_job.blocks(encoder.rows(corpus), range(old.manifest.n_passages, len(corpus)))
-    return snapshots.update(old, manifest, corpus, blocks, out, overwrite)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rag_jax.corpus.directory import KIND, OLDEST, VERSION
+from rag_jax.corpus.directory import KIND, OLDEST, VERSION, Corpus
 from rag_jax.corpus.passage_store import PassageStore
 from rag_jax.corpus.segment import TABLES
 from rag_jax.data import tokenizers
@@ -45,6 +45,42 @@ class Options:
     skip_bad_lines: bool = False
     workers: int = 0
     overwrite: bool = False
+
+
+def build(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    encoder_tokenizer: Tokenizer | str | Path | None = None,
+    generator_tokenizer: Tokenizer | str | Path | None = None,
+    tokenizers_from: str | Path | None = None,
+    train_tokenizer: tuple[int, int] | None = None,
+    encoder_length: int | None = None,
+    generator_length: int | None = None,
+    passage_words: int = 100,
+    skip_bad_lines: bool = False,
+    workers: int = 0,
+    overwrite: bool = False,
+) -> Corpus:
+    """Makes the directory `out`, whole or not at all, and opens it.
+
+    Tokenizers: given (objects, directories or hub names), those of another corpus, or trained on this one with
+    `train_tokenizer` = sizes of the (encoder's, generator's) vocabulary. Lengths default to 160, or the other corpus'.
+    """
+    options = Options(
+        encoder_tokenizer=encoder_tokenizer,
+        generator_tokenizer=generator_tokenizer,
+        tokenizers_from=tokenizers_from,
+        train_tokenizer=train_tokenizer,
+        encoder_length=encoder_length,
+        generator_length=generator_length,
+        passage_words=passage_words,
+        skip_bad_lines=skip_bad_lines,
+        workers=workers,
+        overwrite=overwrite,
+    )
+    write(inputs, out, options)
+    return Corpus.open(out)
 
 
 def write(inputs: Sequence[str | Path], out: str | Path, options: Options) -> None:

@@ -21,7 +21,25 @@ from rag_jax.system import files
 MOST = 100  # updates of updates: every one has files of its own to open
 
 
-def write(
+def update(
+    base: str | Path,
+    out: str | Path,
+    *,
+    add: Sequence[str | Path] = (),
+    replace: Sequence[str | Path] = (),
+    delete: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Corpus:
+    """Makes the corpus `out` of `base` with passages added, replaced and deleted, and opens it; `base` stays as it is.
+
+    add, replace: inputs as for `build`, of ids that are new, and that are there. delete: ids of passages, or of
+    documents, whose pieces all go. InputError names the id that is not as it should be.
+    """
+    _write(Corpus.open(base), out, add, replace, delete, overwrite)
+    return Corpus.open(out)
+
+
+def _write(
     base: Corpus,
     out: str | Path,
     add: Sequence[str | Path],
@@ -29,7 +47,7 @@ def write(
     delete: Sequence[str],
     overwrite: bool,
 ) -> None:
-    """See `corpus.update`."""
+    """The directory of `update`."""
     if not add and not replace and not delete:
         raise InputError("nothing to do: pass --add, --replace or --delete")
     number = len(base.manifest["segments"])

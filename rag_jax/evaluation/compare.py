@@ -1,8 +1,7 @@
-"""`rag-jax compare`: evaluations of the same questions side by side, every other one beside the first, question by
-question (paired bootstrap, Koehn 2004).
+"""Evaluations of the same questions side by side, every other one beside the first, question by question (paired
+bootstrap, Koehn 2004).
 """
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -93,9 +92,15 @@ def opened(directories: Sequence[Path]) -> list[Evaluation]:
     return evaluations
 
 
-def compare(directories: Sequence[Path], names: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
-    """`compared`, of what is in these directories."""
-    return compared(opened(directories), names, seed)
+def compare(
+    directories: Sequence[Path], names: Sequence[str] = (), seed: int = 0, out: Path | None = None
+) -> dict[str, Any]:
+    """`compared`, of what is in these directories; where `out` is given, `write` makes its pages there."""
+    evaluations = opened(directories)
+    result = compared(evaluations, names, seed)
+    if out is not None:
+        write(out, evaluations, result)
+    return result
 
 
 def compared(evaluations: Sequence[Evaluation], names: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
@@ -205,23 +210,3 @@ def _percent(share: float) -> str:
 
 def _signed(share: float) -> str:
     return f"{100 * share:+.1f}"
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="directories that rag-jax evaluate wrote into"
-    )
-    parser.add_argument(
-        "--metric", action="append", default=[], metavar="NAME", help=f"of {', '.join(metrics.METRICS)} (default: all)"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write compare.md, and compare.html to browse")
-    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
-    parser.epilog = "example: rag-jax compare runs/frozen runs/learned --metric exact_match --metric recall"
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    evaluations = opened(args.runs)
-    result = compared(evaluations, args.metric, args.seed)
-    if args.out:
-        write(args.out, evaluations, result)
-    return {"text": table(result), **result}

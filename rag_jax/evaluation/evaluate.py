@@ -1,14 +1,11 @@
-"""`rag-jax evaluate`: answer a file of questions; score answers and retrieval; write predictions and reports."""
+"""Answer a file of questions; score answers and retrieval; write predictions and reports."""
 
-import argparse
 import dataclasses
 import json
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from rag_jax.evaluation import docs_curve, predictions
 from rag_jax.evaluation.report import write_report
 from rag_jax.inference import pipeline as pipelines
 from rag_jax.inference.pipeline import AnswerConfig, Pipeline
-from rag_jax.metrics import abstention, matching
+from rag_jax.metrics import abstention
 from rag_jax.metrics.calibration import calibration
 from rag_jax.metrics.curves import recall_curves
 from rag_jax.retrieval.config import SearchConfig
@@ -200,113 +197,3 @@ def scored(rows: Sequence[dict[str, Any]], setting: metrics.Setting, names: Sequ
     if "risk_coverage_area" in found:
         found["risk_coverage"] = abstention.risk_coverage(rows, setting)
     return found
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of rag-jax train")
-    parser.add_argument(
-        "--questions", type=Path, help="question file (default: the dev questions of the configuration)"
-    )
-    parser.add_argument(
-        "--format", choices=formats.FORMATS, default="", help="of the question file (default: as its content tells)"
-    )
-    parser.add_argument("--skip-bad-lines", action="store_true", help="report bad lines instead of stopping")
-    parser.add_argument("--out", type=Path, help="directory for predictions.jsonl and the reports (default: RUN)")
-    parser.add_argument("--index", type=Path, help="another index, made by rag-jax index: hot swap, no retraining")
-    pipelines.add_arguments(parser)
-    for name, text in (
-        ("--closed-book", "no passages: what the generator knows by itself"),
-        ("--oracle", "the right passages are read first: what the generator could do with a perfect retriever"),
-        ("--retrieval-only", "recall alone; no answers are written"),
-    ):
-        parser.add_argument(name, action="store_true", default=None, help=text)  # None: as --decoding says
-    parser.add_argument("--n-retrieved", type=int, help="passages retrieved, for recall@k (default: 100)")
-    parser.add_argument("--batch", type=int, help="questions answered at once (default: 16)")
-    parser.add_argument("--where", default="", metavar="FIELD=VALUE", help="only questions with this, as changed=true")
-    parser.add_argument("--limit", type=int, default=0, help="only the first questions of the file")
-    parser.add_argument(
-        "--metrics",
-        type=listed,
-        default=(),
-        metavar="A,B",
-        help=f"of {', '.join(metrics.METRICS)} (default: what fits)",
-    )
-    parser.add_argument(
-        "--labels", type=listed, default=(), metavar="A,B", help="the classes (default: allowed_answers)"
-    )
-    parser.add_argument(
-        "--match",
-        choices=tuple(matching.MATCHERS),
-        default="",
-        help="regex: the answers of the file are patterns; mlqa_zh: MLQA's rules (default: as trained)",
-    )
-    parser.add_argument(
-        "--n-docs-curve", type=numbers, default=(), metavar="A,B",
-        help="answer again with so many documents each, as 1,2,5,10,20: figure 3; killed, it goes on",
-    )  # fmt: skip
-    parser.add_argument(
-        "--report-questions", type=int, metavar="N", help="questions in report.html (default: what 18 MB hold)"
-    )
-    distributed.add_arguments(parser)
-    parser.epilog = "example: rag-jax evaluate runs/world --questions data/world/test.jsonl"
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """The parts between commas."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """The whole numbers between commas."""
-    return tuple(map(int, listed(text)))
-
-
-NOT_REPEATED = ("run", "json", "coordinator", "processes", "process", "distributed")
-USUAL = {"limit": 0}
-
-
-def command(args: argparse.Namespace) -> str:
-    """The command line that does the same again."""
-    words = ["rag-jax", "evaluate", str(args.run)]
-    for name, value in vars(args).items():
-        option = f"--{name.replace('_', '-')}"
-        if name in NOT_REPEATED or value is None or value is False or value in ("", [], (), USUAL.get(name)):
-            continue
-        if value is True:
-            words.append(option)
-        elif isinstance(value, list):
-            words += [word for one in value for word in (option, str(one))]
-        else:
-            words += [option, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return shlex.join(words)
-
-
-def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    with distributed.together(args):
-        wanted = Wanted(
-            questions=Path(*formats.named([args.questions], args.format)) if args.questions else None,
-            skip_bad_lines=args.skip_bad_lines,
-            index=args.index,
-            where=args.where,
-            limit=args.limit,
-            configure=partial(pipelines.from_arguments, args),
-            search=pipelines.search_from_argument(args.search),
-            labels=args.labels,
-            match=args.match,
-            names=args.metrics,
-            docs=args.n_docs_curve,
-            shown=args.report_questions,
-            command=command(args),
-        )
-        out = args.out or args.run
-        report = evaluate(args.run, out, wanted)
-        if not distributed.first():
-            return None
-        return report if args.json else {"text": text(report, out)}
-
-
-def text(report: dict[str, Any], out: Path) -> str:
-    """What a reader sees: all of report.json but the curves, and where they are drawn."""
-    shown = {name: value for name, value in report.items() if name not in ("curves", "risk_coverage")}
-    lines = [f"{name}: {value}" for name, value in shown.items()]
-    return "\n".join([*lines, f"see {out / 'report.html'}, {out / 'report.md'} and {out / 'predictions.jsonl'}"])

@@ -2,9 +2,7 @@
 program.
 """
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from rag_jax import losses, retrieve
@@ -30,14 +27,13 @@ from rag_jax.inference import config as answer_config
 from rag_jax.inference.config import AnswerConfig
 from rag_jax.models.decoder_only import LmConfig, check_window
 from rag_jax.rag import Params, Passages
-from rag_jax.retrieval import config as search_config
 from rag_jax.retrieval.config import SearchConfig
 from rag_jax.retrieval.search import Queries, SearchResult
 from rag_jax.retrieve import Batch
 from rag_jax.runs import checkpoint, live_corpus
 from rag_jax.runs import directory as runs
 from rag_jax.runs.config import RunConfig
-from rag_jax.system import configuration, sharding
+from rag_jax.system import sharding
 from rag_jax.system.logs import Progress
 
 
@@ -82,43 +78,6 @@ class Answer:
     retrieved: tuple[str, ...]
     tokens: tuple[str, ...] = ()
     token_posterior: tuple[tuple[float, ...], ...] | None = None
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of answering that commands share."""
-    parser.add_argument("--decoding", default="", metavar="FILE[:NAME]", help="as configs/decoding.py:paper_sequence")
-    parser.add_argument(
-        "--search", metavar="KIND|JSON", help="exact, scann, bm25, hybrid (default: as trained), or all of SearchConfig"
-    )
-    parser.add_argument("--n-docs", type=int, help="passages read per question (default: as trained)")
-    parser.add_argument("--num-beams", type=int, help="1: greedy (the default)")
-    parser.add_argument("--mode", choices=("thorough", "fast"), help="decoding of RAG-Sequence (default: thorough)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="any field of rag_jax.answer.AnswerConfig"
-    )
-
-
-def search_from_argument(text: str | None) -> SearchConfig | None:
-    """What --search says: a kind, or the keys of SearchConfig as JSON; None where it is not given."""
-    if not text:
-        return None
-    try:
-        values = json.loads(text) if text.startswith("{") else {"kind": text}
-    except ValueError as error:
-        raise InputError(f"--search {text}: not JSON ({error})") from error
-    search = configuration.build(SearchConfig, values, "--search")
-    search_config.check_search_config(search)
-    return search
-
-
-def from_arguments(args: argparse.Namespace, base: AnswerConfig) -> AnswerConfig:
-    """`base`, changed by --decoding, then by the options that were given, then by --set."""
-    values = configuration.plain(base) | (configuration.evaluated(args.decoding) if args.decoding else {})
-    names = {field.name for field in dataclasses.fields(AnswerConfig)}
-    values |= {name: value for name, value in vars(args).items() if name in names and value is not None}
-    changes = ml_collections.ConfigDict()
-    configuration.override(changes, args.set)
-    return configuration.build(AnswerConfig, values | configuration.plain(changes), "decoding")
 
 
 class AnswerFn(Protocol):

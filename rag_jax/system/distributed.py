@@ -1,6 +1,5 @@
 """Several processes of one command: where they meet, what they tell each other, and how they end when one is lost."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -9,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +25,49 @@ GRACE_SECONDS = 3.0  # the others hear of an error by themselves; when the first
 LOST = ("gloo", "connection", "unavailable", "deadline", "heartbeat", "coordination", "barrier", "nccl", "timed out")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--coordinator, --processes, --process; --distributed auto."""
-    group = parser.add_argument_group("several processes (the same command on each)")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, the same on all of them")
-    group.add_argument("--processes", type=int, metavar="P", help="how many there are")
-    group.add_argument("--process", type=int, metavar="I", help="which this one is: 0 to P - 1")
-    group.add_argument(
-        "--distributed", choices=["auto"], help="auto: as JAX finds by itself on TPU pods, Slurm, Open MPI, Kubernetes"
-    )
+@dataclass(frozen=True)
+class Processes:
+    """How the processes of one command find each other; by default there is one.
+
+    coordinator: HOST:PORT where process 0 listens. count: of the processes. number: of this one, from 0.
+    automatic: JAX finds out all three by itself, on TPU pods, Slurm, Open MPI and Kubernetes.
+    """
+
+    coordinator: str | None = None
+    count: int | None = None
+    number: int | None = None
+    automatic: bool = False
 
 
-def initialize(args: argparse.Namespace, heartbeat_seconds: int = HEARTBEAT_SECONDS, preemption: bool = False) -> None:
-    """Joins the other processes; nothing where no argument asks for it. Call it before anything else touches JAX.
+def initialize(processes: Processes, heartbeat_seconds: int = HEARTBEAT_SECONDS, preemption: bool = False) -> None:
+    """Joins the other processes; nothing where there are none. Call it before anything else touches JAX.
 
     preemption: SIGTERM does not end the process; `multihost_utils.reached_preemption_sync_point` tells of it.
-    InputError for arguments that do not go together, and where the others cannot be reached.
+    InputError for settings that do not go together, and where the others cannot be reached.
     """
-    named = {name: getattr(args, name) for name in ("coordinator", "processes", "process")}
-    given = {name: value for name, value in named.items() if value is not None}
-    if args.distributed and given:
-        raise InputError(f"--distributed auto finds out by itself: leave out --{next(iter(given))}")
-    if not args.distributed and not given:
+    coordinator, count, number = processes.coordinator, processes.count, processes.number
+    named = {"coordinator": coordinator, "processes": count, "process": number}
+    given = [name for name, value in named.items() if value is not None]
+    if processes.automatic and given:
+        raise InputError(f"--distributed auto finds out by itself: leave out --{given[0]}")
+    if not processes.automatic and not given:
         return
-    if not args.distributed:
-        absent = [name for name in named if name not in given]
-        if absent:
-            raise InputError(f"--{next(iter(given))} needs --{absent[0]}, too: --coordinator HOST:PORT --processes P "
-                             "--process I")  # fmt: skip
-        if not 0 <= args.process < args.processes:
-            raise InputError(f"--process {args.process} of --processes {args.processes}: a number from 0 to P - 1")
-        host, _, port = args.coordinator.rpartition(":")
+    if not processes.automatic:
+        if coordinator is None or count is None or number is None:
+            absent = [name for name in named if name not in given]
+            raise InputError(
+                f"--{given[0]} needs --{absent[0]}, too: --coordinator HOST:PORT --processes P --process I"
+            )
+        if not 0 <= number < count:
+            raise InputError(f"--process {number} of --processes {count}: a number from 0 to P - 1")
+        host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
-            raise InputError(f"--coordinator {args.coordinator}: HOST:PORT is needed, such as 10.0.0.1:9876")
+            raise InputError(f"--coordinator {coordinator}: HOST:PORT is needed, such as 10.0.0.1:9876")
     jax.config.update("jax_enable_preemption_service", preemption)
     try:
-        jax.distributed.initialize(
-            args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=heartbeat_seconds
-        )
+        jax.distributed.initialize(coordinator, count, number, heartbeat_timeout_seconds=heartbeat_seconds)
     except (RuntimeError, ValueError) as error:
-        where = args.coordinator or "--distributed auto"
+        where = coordinator or "--distributed auto"
         raise InputError(f"{where}: the processes did not meet ({error}); start all of them together") from error
 
 
@@ -95,14 +98,14 @@ def everywhere(true: bool) -> bool:
 
 
 @contextlib.contextmanager
-def together(args: argparse.Namespace, checkpoints: Path | None = None, preemption: bool = False) -> Iterator[None]:
+def together(processes: Processes, checkpoints: Path | None = None, preemption: bool = False) -> Iterator[None]:
     """`initialize`; only the first process shows progress; an error inside ends the process at once if it is one of
     several, and says why.
 
     Python's own end would wait for the others, who may wait for this one. checkpoints: from which the command goes on,
     for the message.
     """
-    initialize(args, preemption=preemption)
+    initialize(processes, preemption=preemption)
     if not first():
         logs.silence()
     try:

@@ -1,4 +1,4 @@
-"""`rag-jax train`: the stages of a configuration one after another, killable at any moment.
+"""The stages of a configuration one after another, killable at any moment.
 
     config, corpus, questions -> for each stage: optimiser, index, batches, one jitted step -> params/, index/
 
@@ -6,10 +6,7 @@ The same command started again goes on from the last checkpoint and ends with bi
 process or as many, each of which feeds its own rows of every batch; the first one writes.
 """
 
-import argparse
 import contextlib
-import dataclasses
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +30,7 @@ from rag_jax.runs import directory as runs
 from rag_jax.system import distributed, logs, sharding
 from rag_jax.system.logs import MetricWriter, Progress
 from rag_jax.system.preemption import Preempted, Preemption
-from rag_jax.training import config, diverged, setup
+from rag_jax.training import diverged, setup
 from rag_jax.training import session as sessions
 from rag_jax.training.config import StageConfig, TrainConfig
 from rag_jax.training.session import Hook, Moment, Session, make_refresher, way_of
@@ -389,46 +386,3 @@ def result(directory: Path, total: int, seconds: float) -> dict[str, Any]:
     rows = logs.read_rows(directory / logs.METRICS_FILE)
     last = rows[-1] if rows else {}
     return {"run": str(directory), "steps": total, "training_seconds": round(seconds, 1), "last": last}
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENT")
-    parser.add_argument(
-        "--run", required=True, type=Path, help="run directory; an unfinished run in it is gone on with"
-    )
-    parser.add_argument("--stage", action="append", default=[], help="train only this stage (may be repeated)")
-    parser.add_argument(
-        "--init", type=Path, help="start from the parameters of this run directory or converted checkpoint"
-    )
-    parser.add_argument("--refresh", metavar="WHEN", help="in all stages that search: 250, rolling:500, ... (README)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the configuration"
-    )
-    distributed.add_arguments(parser)
-    parser.epilog = (
-        "example: rag-jax train --config configs/world.py --run runs/world --set stages.joint.steps=400\n"
-        "Killed and started again with the same words, it goes on where it was, on as many processes and devices as\n"
-        "there are then. At SIGTERM it saves a checkpoint and ends with status 0."
-    )
-
-
-def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    with distributed.together(args, args.run / "checkpoints", preemption=True):
-        found = train(configured(args), args.run)
-        return found if distributed.first() else None
-
-
-def configured(args: argparse.Namespace) -> TrainConfig:
-    """What the arguments make of the configuration file."""
-    start = [f"init={json.dumps(str(args.init))}"] if args.init else []
-    cfg = config.load(args.config, [*args.set, *start])
-    if args.stage:
-        known = [stage.name for stage in cfg.stages]
-        missing = [name for name in args.stage if name not in known]
-        if missing:
-            raise InputError(f"--stage {missing[0]}: no such stage; {args.config} has {', '.join(known)}")
-        cfg = dataclasses.replace(cfg, stages=tuple(stage for stage in cfg.stages if stage.name in args.stage))
-    if args.refresh is not None:
-        stages = [dataclasses.replace(s, refresh=args.refresh) if s.objective.searches else s for s in cfg.stages]
-        cfg = dataclasses.replace(cfg, stages=tuple(stages))
-    return cfg

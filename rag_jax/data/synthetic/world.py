@@ -1,14 +1,11 @@
-"""`rag-jax world`: a deterministic fictional world, so that answers must be read and cannot be guessed.
+"""A deterministic fictional world, so that answers must be read and cannot be guessed.
 
 Entity i is a pure function of (seed, i): its name, facts, wordings, passage and questions. Nothing is kept between
 entities, so any range can be generated on its own, by any process, in flat memory.
 """
 
-import argparse
 import json
-import os
 import re
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -428,32 +425,3 @@ def write(
         }
         (temporary / "world.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `rag-jax world`."""
-    parser.add_argument("--out", required=True, type=Path, help="directory to write; must not exist or be empty")
-    parser.add_argument("--entities", type=int, default=2000, help="entities, one passage each (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another world (default: %(default)s)")
-    parser.add_argument("--edit", action="store_true", help="the same world with half of its facts changed")
-    parser.add_argument(
-        "--relations", type=int, default=0, help="kinds of fact a kind of entity, 6 or more (default: all)"
-    )
-    parser.add_argument(
-        "--wordings", type=int, default=0, help="wordings of each statement and question (default: all)"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.epilog = "example: rag-jax world --out world --entities 2000 --seed 0"
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes the world and returns its manifest with the rate."""
-    start = time.perf_counter()
-    manifest = write(
-        args.out, args.entities, args.seed, args.edit, args.workers, relations=args.relations, wordings=args.wordings
-    )
-    return {
-        "out": str(args.out),
-        **manifest,
-        "passages_per_second": round(args.entities / (time.perf_counter() - start)),
-    }

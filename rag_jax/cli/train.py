@@ -1,0 +1,57 @@
+"""`rag-jax train`: the stages of a configuration one after another, killable at any moment."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rag_jax.cli import process_options
+from rag_jax.errors import InputError
+from rag_jax.system import distributed
+from rag_jax.training import config
+from rag_jax.training.config import TrainConfig
+from rag_jax.training.train import train
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENT")
+    parser.add_argument(
+        "--run", required=True, type=Path, help="run directory; an unfinished run in it is gone on with"
+    )
+    parser.add_argument("--stage", action="append", default=[], help="train only this stage (may be repeated)")
+    parser.add_argument(
+        "--init", type=Path, help="start from the parameters of this run directory or converted checkpoint"
+    )
+    parser.add_argument("--refresh", metavar="WHEN", help="in all stages that search: 250, rolling:500, ... (README)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the configuration"
+    )
+    process_options.add_arguments(parser)
+    parser.epilog = (
+        "example: rag-jax train --config configs/world.py --run runs/world --set stages.joint.steps=400\n"
+        "Killed and started again with the same words, it goes on where it was, on as many processes and devices as\n"
+        "there are then. At SIGTERM it saves a checkpoint and ends with status 0."
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    with distributed.together(process_options.from_arguments(args), args.run / "checkpoints", preemption=True):
+        found = train(configured(args), args.run)
+        return found if distributed.first() else None
+
+
+def configured(args: argparse.Namespace) -> TrainConfig:
+    """What the arguments make of the configuration file."""
+    start = [f"init={json.dumps(str(args.init))}"] if args.init else []
+    cfg = config.load(args.config, [*args.set, *start])
+    if args.stage:
+        known = [stage.name for stage in cfg.stages]
+        missing = [name for name in args.stage if name not in known]
+        if missing:
+            raise InputError(f"--stage {missing[0]}: no such stage; {args.config} has {', '.join(known)}")
+        cfg = dataclasses.replace(cfg, stages=tuple(stage for stage in cfg.stages if stage.name in args.stage))
+    if args.refresh is not None:
+        stages = [dataclasses.replace(s, refresh=args.refresh) if s.objective.searches else s for s in cfg.stages]
+        cfg = dataclasses.replace(cfg, stages=tuple(stages))
+    return cfg

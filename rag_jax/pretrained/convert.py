@@ -1,0 +1,51 @@
+"""Hugging Face checkpoints -> a model here, in the form of a run directory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rag_jax.errors import InputError
+from rag_jax.pretrained import load, save
+from rag_jax.pretrained.encoder_files import Asked
+from rag_jax.system import sharding
+
+
+def convert(
+    out: Path,
+    *,
+    source: str | None = None,
+    question_encoder: str | None = None,
+    context_encoder: str | None = None,
+    generator: str | None = None,
+    variant: str | None = None,
+    change_variant: bool = False,
+    n_docs: int = 0,
+    source_length: int = 0,
+    asked: Asked | None = None,
+    ignore: Sequence[str] = (),
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Makes the run directory `out` from a whole model, or from its parts; each is a directory or a hub name.
+
+    source: a whole model, else question_encoder and the other parts. context_encoder: for either. variant: RAG-Sequence
+    or RAG-Token, by default as stored; change_variant: though another one is stored. n_docs, source_length: 0 for those
+    stored. asked: settings of the encoder. ignore: keys of the files to leave out. Returns what `save.write_run` says.
+    """
+    asked = asked or Asked()
+    if (source is None) == (question_encoder is None):
+        raise InputError("give either SOURCE, a whole model, or --question-encoder and the other parts")
+    for name in ("question_length", "passage_length"):
+        length = getattr(asked, name)
+        if length < 0 or 0 < length < 8:
+            raise InputError(f"--{name.replace('_', '-')} {length}: at least 8 tokens")
+    if source is not None:
+        if generator:
+            raise InputError("--generator is for --question-encoder; SOURCE has its own")
+        context = load.find(context_encoder) if context_encoder else None
+        model = load.open_source(load.find(source), variant, change_variant, context, tuple(ignore), asked)
+    else:
+        assert question_encoder is not None
+        context, reader = (load.find(part) if part else None for part in (context_encoder, generator))
+        question = load.find(question_encoder)
+        model = load.combine(question, context, reader, variant or "sequence", tuple(ignore), asked)
+    return save.write_run(model.resized(n_docs, source_length), out, sharding.make_mesh(), overwrite)
