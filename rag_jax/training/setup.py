@@ -20,8 +20,9 @@ from rag_jax.errors import InputError
 from rag_jax.index import refresh_schedule
 from rag_jax.runs import checkpoint, live_corpus
 from rag_jax.runs import directory as runs
-from rag_jax.system import distributed, files, sharding
+from rag_jax.system import distributed, sharding
 from rag_jax.system.logs import info
+from rag_jax.system.renaming import renamed
 from rag_jax.training import config
 from rag_jax.training.config import StageConfig, TrainConfig
 
@@ -214,7 +215,7 @@ def _begin(cfg: TrainConfig, directory: Path, data: Data, identity: dict[str, An
 
 
 def _write_config(cfg: TrainConfig, directory: Path) -> None:
-    with files.renamed(directory / runs.CONFIG) as temporary:
+    with renamed(directory / runs.CONFIG) as temporary:
         config.save(cfg, temporary)
         runs.write_manifest(directory, {runs.CONFIG: temporary})
 
