@@ -6,8 +6,10 @@ from typing import Any, get_args
 
 from rag_jax.errors import InputError
 from rag_jax.models.bert import Pooling
-from rag_jax.pretrained import load, save
+from rag_jax.pretrained.as_run import write_run
+from rag_jax.pretrained.combine import combine, open_source
 from rag_jax.pretrained.encoder_files import Asked
+from rag_jax.pretrained.hub import find
 from rag_jax.system import sharding
 
 
@@ -58,14 +60,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.source is not None:
         if args.generator:
             raise InputError("--generator is for --question-encoder; SOURCE has its own")
-        context = args.context_encoder and load.find(args.context_encoder)
-        source = load.open_source(load.find(args.source), args.variant, args.change_variant, context, ignore, asked)
+        context = args.context_encoder and find(args.context_encoder)
+        source = open_source(find(args.source), args.variant, args.change_variant, context, ignore, asked)
     else:
-        context, generator = (value and load.find(value) for value in (args.context_encoder, args.generator))
-        question = load.find(args.question_encoder)
-        source = load.combine(question, context, generator, args.variant or "sequence", ignore, asked)
+        context, generator = (value and find(value) for value in (args.context_encoder, args.generator))
+        question = find(args.question_encoder)
+        source = combine(question, context, generator, args.variant or "sequence", ignore, asked)
     source = source.resized(args.n_docs, args.source_length)
-    made = save.write_run(source, args.out, sharding.make_mesh(), args.overwrite)
+    made = write_run(source, args.out, sharding.make_mesh(), args.overwrite)
     return made if args.json else {"text": text(made)}
 
 

@@ -17,7 +17,7 @@ from rag_jax.data import example_cache
 from rag_jax.errors import InputError
 from rag_jax.index import encode_job, shards
 from rag_jax.index import snapshot as snapshots
-from rag_jax.pretrained import load
+from rag_jax.pretrained import hub
 from rag_jax.retrieval import bm25, scann_index
 from rag_jax.runs import checkpoint
 from rag_jax.runs import directory as runs
@@ -212,7 +212,7 @@ CHECKS: dict[str, Callable[[Path, Found], object]] = {
     encode_job.KIND: job,
     runs.KIND: run_directory,
     "converted model": run_directory,
-    load.EXPORTED: listed,
+    hub.EXPORTED: listed,
     UNKNOWN: unreadable,
 }
 
