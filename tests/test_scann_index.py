@@ -263,13 +263,3 @@ def test_tuned_by_measured_recall() -> None:
         assert recall(tuned.search(Queries(queries[100:]), 10).ids_BK, truth[100:]) > wanted - 0.1
         costs.append(config.leaves_to_search)
     assert costs == sorted(costs) and costs[0] < costs[-1]
-
-
-def test_in_the_background(built: tuple) -> None:
-    queries, passages, _ = built
-    index_later = scann_index.build_in_background(passages, SOURCE, TREE).result(timeout=120)
-    check_exact(index_later, queries, passages, np.arange(len(passages)))
-    passages = passages.copy()
-    passages[17] = np.nan
-    with pytest.raises(InputError, match="row 17"):
-        scann_index.build_in_background(passages, SOURCE, TREE).result(timeout=120)
