@@ -199,15 +199,15 @@ def test_rows_that_are_not_finite_do_not_end_the_process(tmp_path: Path) -> None
     code = """
 import numpy as np
 from rag_jax.errors import InputError
-from rag_jax.retrieval import ann
+from rag_jax.retrieval import scann_index
 from rag_jax.retrieval.search import Queries, Source
 good = np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32)
-tree = ann.AnnConfig(leaves=8)
-index = ann.build(good, Source("c"), tree)
+tree = scann_index.AnnConfig(leaves=8)
+index = scann_index.build(good, Source("c"), tree)
 for value in (np.nan, np.inf):
     bad = good.copy()
     bad[123, 5] = value
-    for call in (lambda: ann.build(bad, Source("c"), tree, np.arange(1000, 1200)),
+    for call in (lambda: scann_index.build(bad, Source("c"), tree, np.arange(1000, 1200)),
                  lambda: index.upsert(np.arange(1000, 1200), bad), lambda: index.search(Queries(bad), 3)):
         try:
             call()
