@@ -68,6 +68,11 @@ class RagConfig:
         return min(self.question_length, max(self.source_length - 100, self.source_length // 2))
 
     @property
+    def passage_side(self) -> str:
+        """The part of the parameters that embeds passages."""
+        return "question_encoder" if self.tie_encoders else "context_encoder"
+
+    @property
     def passage_form(self) -> str:
         """How the context encoder's parameters make a vector of a passage: an index is bound to it."""
         c, pooled = self.encoder, "" if self.pool_prefix else " (not pooled)"
@@ -232,7 +237,7 @@ class Rag:
                 "this model has no context encoder to embed passages with; give it one: rag-jax convert "
                 "--question-encoder A --context-encoder B --generator C --out DIR"
             )
-        side = "question_encoder" if self.config.tie_encoders else "context_encoder"
+        side = self.config.passage_side
         return self._encode(params[side], ids_BL, mask_BL, dropout, self.config.passage_prefix_ids)
 
     def logits(

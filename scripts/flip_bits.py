@@ -35,7 +35,9 @@ from rag_jax.data import example_cache, tokenizers
 from rag_jax.errors import InputError
 from rag_jax.index import encode_job
 from rag_jax.index import snapshot as snapshots
-from rag_jax.pretrained import load, save
+from rag_jax.pretrained import as_run, load, save
+from rag_jax.pretrained.hub import find
+from rag_jax.pretrained.parts import generator_part
 from rag_jax.runs import checkpoint
 from rag_jax.runs import directory as runs
 from rag_jax.system import files, logs, sharding
@@ -81,7 +83,7 @@ def read_job(directory: Path, corpus: Path, out: Path) -> str:
 
 def read_params(run: Path) -> str:
     _, params = load.from_pretrained(run, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
-    return digest(*jax.tree.leaves(params), runs.read_identity(run), save.provenance(run))
+    return digest(*jax.tree.leaves(params), runs.read_identity(run), as_run.provenance(run))
 
 
 def read_checkpoints(run: Path) -> str:
@@ -100,7 +102,7 @@ def read_examples(run: Path) -> str:
 
 def read_export(directory: Path) -> str:
     """Tensors, configuration and tokenizer, as `rag-jax convert --generator` reads them."""
-    part = load.generator_part(load.find(directory))
+    part = generator_part(find(directory))
     tensors = [part.tensors.read(name) for name in sorted(part.tensors.shapes)]
     return digest(*tensors, part.config, sorted(part.tensors.shapes), tokenizers.load(directory).hash)
 

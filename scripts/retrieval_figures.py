@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rag_jax.corpus.directory import Corpus
 from rag_jax.data.batching import encode_questions
 from rag_jax.data.readers.formats import Question, read_questions
 from rag_jax.index import snapshot as snapshots
+from rag_jax.ops.masks import length_mask
 from rag_jax.retrieval import search
 from rag_jax.retrieval.bm25 import Bm25, passage_texts
 from rag_jax.retrieval.search import Exact, Fusion, Hybrid, Queries, Source
@@ -83,7 +83,7 @@ def ask(model: Path, corpus: Corpus, questions: Sequence[Question], batch: int =
 
     @jax.jit
     def embed(params: Any, ids_BL: jax.Array, length_B: jax.Array) -> jax.Array:
-        return loaded.rag.embed_questions(params, ids_BL, jnp.arange(ids_BL.shape[1])[None] < length_B[:, None])
+        return loaded.rag.embed_questions(params, ids_BL, length_mask(length_B, ids_BL.shape[1]))
 
     found = []
     for start in range(0, len(texts), batch):

@@ -24,7 +24,7 @@ from rag_jax.data.readers import formats
 from rag_jax.errors import InputError
 from rag_jax.evaluation import evaluate as evaluation
 from rag_jax.evaluation.report import write_report
-from rag_jax.index import device_index
+from rag_jax.index import refresh
 from rag_jax.index import snapshot as snapshots
 from rag_jax.inference import pipeline
 from rag_jax.inference.pipeline import Pipeline
@@ -138,7 +138,7 @@ def test_passages_are_those_of_the_largest_inner_products(opened, questions, ans
 
 
 def test_the_index_on_disk_is_that_of_training(opened):
-    make = device_index.on_devices(opened.loaded.rag, opened.loaded.mesh, opened.loaded.passages, "float32")
+    make = refresh.on_devices(opened.loaded.rag, opened.loaded.mesh, opened.loaded.passages, "float32")
     fresh = make(opened.params, 7, None, True)
     np.testing.assert_allclose(fresh.embeddings_NE, opened.index.embeddings_NE, atol=1e-5)
     assert (np.asarray(fresh.step_N) == 7).all()

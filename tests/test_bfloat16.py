@@ -22,12 +22,12 @@ from rag_jax.aot import operation_count, stage_programs
 from rag_jax.bench import synthetic_load
 from rag_jax.bench.synthetic_load import Load
 from rag_jax.index.device_index import Index
-from rag_jax.models import layers
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.hf import GENERATORS, naming
 from rag_jax.models.t5 import T5Config
 from rag_jax.ops import float32_sums, vocab_loss
+from rag_jax.ops.attention import attention
 from rag_jax.rag import Passages, Rag, RagConfig, shift_left
 from rag_jax.system import sharding
 from rag_jax.training import train_step
@@ -119,7 +119,7 @@ def test_attention_of_every_sharpness(sharp: float, common: float) -> None:
 
     def gradients(*given: jax.Array) -> Any:
         def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
-            return layers.attention(query, [(key, value)], mask, None, bias, 1.0)
+            return attention(query, [(key, value)], mask, None, bias, 1.0)
 
         return jax.vjp(attend, *given, bias)[1](d.astype(given[0].dtype))
 

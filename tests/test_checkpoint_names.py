@@ -12,7 +12,8 @@ from test_pretrained import ENCODERS, RAGS, READERS, golden, read, write
 
 import rag_jax
 from rag_jax.errors import InputError
-from rag_jax.pretrained import load
+from rag_jax.pretrained.combine import combine
+from rag_jax.pretrained.parts import encoder_part, generator_part
 
 TIED = {
     "bart": ["model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head"],
@@ -36,7 +37,7 @@ def kept_as(arrays, names, base=""):
 
 
 def part_of(name, directory):
-    open_part = load.generator_part if name in READERS else partial(load.encoder_part, side=ENCODERS[name])
+    open_part = generator_part if name in READERS else partial(encoder_part, side=ENCODERS[name])
     return open_part(directory)
 
 
@@ -84,7 +85,7 @@ def test_a_tied_unscaled_t5_saved_under_its_head_alone(tmp_path):
     config = json.loads(str(arrays["config"])) | {"scale_decoder_outputs": False, "tie_word_embeddings": True}
     whole = kept_as(arrays, {"all": TIED["t5"], "kept": ["shared"]})
     head = kept_as(arrays, {"all": TIED["t5"], "kept": ["lm_head"]})
-    parts = [load.generator_part(write(tmp_path / str(i), x, config)) for i, x in enumerate((whole, head))]
+    parts = [generator_part(write(tmp_path / str(i), x, config)) for i, x in enumerate((whole, head))]
     assert all(part.config.tied for part in parts)
     jax.tree.map(np.testing.assert_array_equal, *map(read, parts))
 
@@ -121,13 +122,13 @@ def test_copies_that_differ_from_the_one_that_stands_for_them_are_refused(tmp_pa
     changed = kept_as(arrays, {"all": TIED["bart"], "kept": ["lm_head", "model.encoder.embed_tokens"]})
     changed["tensor/lm_head.weight"] = changed["tensor/lm_head.weight"] + 1
     with pytest.raises(InputError, match=r"lm_head.weight differs from model.encoder.embed_tokens.weight"):
-        read(load.generator_part(write(tmp_path, changed)))
+        read(generator_part(write(tmp_path, changed)))
 
 
 def test_the_error_names_what_is_missing_and_what_is_there_in_its_stead(tmp_path):
     arrays = renamed(golden("bert"), lambda name: f"tensor/{name.replace('attention.self.query', 'attn.q')}")
     with pytest.raises(InputError, match=r"self.query.weight.* missing, and .*attn.q.* that it does not name"):
-        read(load.encoder_part(write(tmp_path, arrays), "question_encoder"))
+        read(encoder_part(write(tmp_path, arrays), "question_encoder"))
 
 
 # --- torch's files ----------------------------------------------------------------------------------------------------
@@ -155,8 +156,8 @@ def as_bin(directory, shards=1, zipped=False):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_torch_files_of_every_age(tmp_path, shards, zipped):
     arrays = golden("bart")
-    a = read(load.generator_part(write(tmp_path / "safe", arrays)))
-    b = read(load.generator_part(as_bin(write(tmp_path / "bin", arrays), shards, zipped)))
+    a = read(generator_part(write(tmp_path / "safe", arrays)))
+    b = read(generator_part(as_bin(write(tmp_path / "bin", arrays), shards, zipped)))
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -177,15 +178,15 @@ def test_a_torch_file_runs_no_code(tmp_path, zipped):
     file, mark = directory / "pytorch_model.bin", tmp_path / "mark"
     torch.save({"a": torch.ones(2), "b": Touch(mark)}, file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(InputError, match=r"pytorch_model.bin: not a checkpoint of plain weights"):
-        load.generator_part(directory)
+        generator_part(directory)
     assert not mark.exists()
     for other in (torch.ones(2), {"model": {"a": 1}}, [1]):
         torch.save(other, file, _use_new_zipfile_serialization=zipped)
         with pytest.raises(InputError, match="holds no tensors by name"):
-            load.generator_part(directory)
+            generator_part(directory)
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(InputError, match="not a checkpoint of plain weights"):
-        load.generator_part(directory)
+        generator_part(directory)
 
 
 # --- two encoders -----------------------------------------------------------------------------------------------------
@@ -196,10 +197,10 @@ def test_encoders_that_differ_in_dropout_alone_are_one_model(tmp_path, capsys):
     write(tmp_path / "q", question)
     config = json.loads(str(context["config"])) | {"hidden_dropout_prob": 0.37, "attention_probs_dropout_prob": 0.21}
     write(tmp_path / "c", context, config)
-    model = load.combine(tmp_path / "q", tmp_path / "c").model
+    model = combine(tmp_path / "q", tmp_path / "c").model
     assert model.encoder.dropout == json.loads(str(question["config"]))["hidden_dropout_prob"]
     said = capsys.readouterr().err
     assert "dropout" in said and "0.37" in said
     write(tmp_path / "c", context, config | {"layer_norm_eps": 1e-3})
     with pytest.raises(InputError, match=r"the context encoder's eps is 0.001"):
-        load.combine(tmp_path / "q", tmp_path / "c")
+        combine(tmp_path / "q", tmp_path / "c")

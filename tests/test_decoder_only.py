@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from rag_jax.errors import InputError
-from rag_jax.models import layers
 from rag_jax.models.decoder_only import Lm, LmConfig, frequencies
 from rag_jax.models.hf import GENERATORS, naming
 from rag_jax.models.hf import decoder_only as tables
+from rag_jax.ops.attention import rotate
 from rag_jax.system import sharding
 
 GPT2 = LmConfig(vocab_size=29, width=16, layers=2, heads=2, hidden=24, positions=18, dropout=0.0, attention_dropout=0.0)
@@ -222,7 +222,7 @@ def test_every_row_can_do_without_a_prefix(lm):
 def test_rotary_products_depend_on_distance_alone(scaling):
     c = dataclasses.replace(LLAMA, rope_scaling=scaling)
     query, key = (np.tile(RNG.normal(size=(1, 1, 1, 6)), (1, 1, 12, 1)).astype(np.float32) for _ in range(2))
-    query, key = (np.asarray(layers.rotate(x, np.arange(12)[None], frequencies(c)))[0, 0] for x in (query, key))
+    query, key = (np.asarray(rotate(x, np.arange(12)[None], frequencies(c)))[0, 0] for x in (query, key))
     products = query @ key.T
     for distance in range(-11, 12):
         assert np.ptp(np.diagonal(products, distance)) < 1e-4
@@ -232,9 +232,9 @@ def test_rotary_products_depend_on_distance_alone(scaling):
 def test_rotary_angles_are_float32():
     x = RNG.normal(size=(1, 1, 1, 6)).astype(np.float32)
     position, rate = np.array([[1001]]), frequencies(LLAMA)
-    half = layers.rotate(x.astype(jnp.bfloat16), position, rate)
+    half = rotate(x.astype(jnp.bfloat16), position, rate)
     assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(np.float32), layers.rotate(x, position, rate), atol=2e-2)
+    np.testing.assert_allclose(half.astype(np.float32), rotate(x, position, rate), atol=2e-2)
 
 
 def test_frequencies_are_those_of_the_pieces():

@@ -316,20 +316,6 @@ def test_beams_may_be_drawn():
     assert len(draws) > 1
 
 
-def test_given_sequences_are_scored():
-    table = tables(4, 5, seed=8)
-    sequences = np.random.default_rng(0).integers(0, 4, (ROWS, 2, 5))
-    sequences[..., 0] = BOS
-    row = jnp.repeat(jnp.arange(ROWS)[:, None], 2, axis=1)
-    cache = {"row": row, "code": jnp.zeros_like(row), "t": jnp.int32(0)}
-    found = jax.jit(lambda s: decoding_search.score_sequences(as_step(table), cache, s))(jnp.asarray(sequences))
-    for x in range(ROWS):
-        for m in range(2):
-            y = tuple(sequences[x, m].tolist())
-            logp = [next_logp(table, x)(y[:t])[y[t]] for t in range(1, 5)]
-            np.testing.assert_allclose(found[x, m], logp, rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     "wrong",
     [

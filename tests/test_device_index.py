@@ -11,8 +11,9 @@ import test_train_step
 from test_train_step import ENCODER, GENERATOR, Bags, drawn_params, embed_all, index_of
 
 from rag_jax.corpus.directory import Corpus
-from rag_jax.index import device_index
-from rag_jax.index.device_index import Index, Refresher
+from rag_jax.index import device_index, refresh
+from rag_jax.index.device_index import Index
+from rag_jax.index.refresh import Refresher
 from rag_jax.models.bert import BertConfig
 from rag_jax.rag import RagConfig
 from rag_jax.runs import directory as runs
@@ -49,8 +50,8 @@ def params(corpus):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks and chunks for a corpus of 40 passages, the last ones not full."""
-    monkeypatch.setattr(device_index, "CHUNK", 3)
-    monkeypatch.setattr(device_index, "BLOCK", 7)
+    monkeypatch.setattr(refresh, "CHUNK", 3)
+    monkeypatch.setattr(refresh, "BLOCK", 7)
 
 
 def assert_fresh(index, corpus, params, rows=slice(None), step=None, **close):
@@ -63,7 +64,7 @@ def assert_fresh(index, corpus, params, rows=slice(None), step=None, **close):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_all_passages_made_anew(corpus, mesh, passages, params, dtype, small_blocks):
-    make = device_index.on_devices(bags(corpus), mesh, passages, dtype)
+    make = refresh.on_devices(bags(corpus), mesh, passages, dtype)
     index = make(params, 5, None, True)
     rtol = {"float32": 0, "bfloat16": 2**-8, "int8": 0}[dtype]
     atol = {"float32": 1e-5, "bfloat16": 0, "int8": np.abs(embed_all(params["context_encoder"], corpus)).max() / 200}
@@ -80,11 +81,11 @@ def test_rolling_reaches_every_row_within_a_turn(corpus, mesh, passages, params,
     """Rows are stored less the drift so far, which is the sum of the mean changes of the blocks: done here by hand."""
     rag, n = bags(corpus), len(passages.encoder_length_N)
     local = n // mesh.size
-    roll = jax.jit(lambda index, step: device_index.roll(rag, mesh, params, index, passages, step, turn))
+    roll = jax.jit(lambda index, step: refresh.roll(rag, mesh, params, index, passages, step, turn))
     fresh = embed_all(params["context_encoder"], corpus)
     stored, drift = np.random.default_rng(1).normal(size=fresh.shape), np.zeros(E)
     index = index_of(mesh, stored, -1)
-    size, turn_steps = device_index.rows_at_once(n, mesh.size, turn), min(turn, local)
+    size, turn_steps = refresh.rows_at_once(n, mesh.size, turn), min(turn, local)
     blocks = -(-local // size)
     for step in range(100, 100 + 2 * turn_steps):
         index = roll(index, jnp.int32(step))
@@ -106,7 +107,7 @@ def test_what_all_embeddings_share_does_not_favour_the_rows_made_last(corpus, me
     rag, move = bags(corpus), np.array([4.0, 0, 0, -3, 0, 2])
     old = embed_all(params["context_encoder"], corpus)
     moved = {"context_encoder": params["context_encoder"] + jnp.asarray(move, jnp.float32)}  # the mean of the words
-    roll = jax.jit(lambda index, step: device_index.roll(rag, mesh, moved, index, passages, step, 4))
+    roll = jax.jit(lambda index, step: refresh.roll(rag, mesh, moved, index, passages, step, 4))
     index = roll(index_of(mesh, old), jnp.int32(3))
     new = np.asarray(index.step_N)[: len(corpus)] == 3
     assert 0 < new.sum() < len(corpus)
@@ -122,7 +123,7 @@ def test_deleted_passages_do_not_count_as_drift(corpus, mesh, passages, params):
     fresh, live = embed_all(params["context_encoder"], corpus), np.arange(len(corpus)) % 3 > 0
     stored = np.where(live[:, None], fresh - 1.0, 50.0)
     index = index_of(mesh, stored)._replace(live_N=sharding.shard_rows(mesh, live, False))
-    index = jax.jit(lambda index: device_index.roll(rag, mesh, params, index, passages, jnp.int32(0), 1))(index)
+    index = jax.jit(lambda index: refresh.roll(rag, mesh, params, index, passages, jnp.int32(0), 1))(index)
     np.testing.assert_allclose(index.drift_E, np.ones(E), atol=1e-5)
 
 
@@ -131,7 +132,7 @@ def test_no_device_sees_the_rows_of_another(corpus, passages, params, mesh):
     alone is added up.
     """
     rag, n = bags(corpus), len(passages.encoder_length_N)
-    roll = jax.jit(lambda index, step: device_index.roll(rag, mesh, params, index, passages, step, 4))
+    roll = jax.jit(lambda index, step: refresh.roll(rag, mesh, params, index, passages, step, 4))
     text = roll.lower(index_of(mesh, np.zeros((n, E))), jnp.int32(0)).compile().as_text()
     assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
     sums = [line.split(" = ")[1] for line in text.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
@@ -153,7 +154,7 @@ def test_put(mesh, dtype):
     atol = 1e-6 if dtype == "float32" else np.abs(old).max() / 100
     drift = (new - old[rows]).mean(0)
     for measure in (True, False):
-        put = jax.jit(device_index.put, static_argnums=4)(index, rows, new, jnp.int32(9), measure)
+        put = jax.jit(refresh.put, static_argnums=4)(index, rows, new, jnp.int32(9), measure)
         expected, steps = old + measure * drift, np.zeros(40)
         expected[rows], steps[rows] = new, 9
         np.testing.assert_allclose(put.drift_E, measure * drift, atol=atol)
@@ -167,22 +168,22 @@ def test_overlap():
     live = rng.random(30) < 0.8
     best = [[set(sorted(np.flatnonzero(live), key=lambda row: -(d[row] @ x))[:4]) for x in q] for d in (stored, fresh)]
     expected = np.mean([len(a & b) / 4 for a, b in zip(*best, strict=True)])
-    np.testing.assert_allclose(device_index.overlap(q, stored, fresh, live, 4), expected, rtol=1e-6)
-    assert 0 < expected < 1 and device_index.overlap(q, stored, stored, live, 4) == 1
+    np.testing.assert_allclose(refresh.overlap(q, stored, fresh, live, 4), expected, rtol=1e-6)
+    assert 0 < expected < 1 and refresh.overlap(q, stored, stored, live, 4) == 1
 
 
 @pytest.mark.parametrize(("n", "size"), [(10, 10), (10, 99), (1000, 7), (21_015_300, 1024)])
 def test_sample(n, size):
-    drawn = [device_index.sample((0, step), n, size) for step in range(3)]
+    drawn = [refresh.sample((0, step), n, size) for step in range(3)]
     for rows in drawn:
         assert len(rows) == min(n, size) and (np.diff(rows) > 0).all() and rows[0] >= 0 and rows[-1] < n
-    assert (drawn[0] == device_index.sample((0, 0), n, size)).all()
+    assert (drawn[0] == refresh.sample((0, 0), n, size)).all()
     assert size >= n or (drawn[0] != drawn[1]).any()
 
 
 def test_beside_training(corpus, mesh, passages, params, small_blocks):
     """What is begun goes by the parameters of that moment, whatever becomes of them."""
-    refresher = Refresher(device_index.on_devices(bags(corpus), mesh, passages, "float32"), mesh, "context_encoder")
+    refresher = Refresher(refresh.on_devices(bags(corpus), mesh, passages, "float32"), mesh, "context_encoder")
     on_device = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     refresher.begin(on_device, 7)
     jax.tree.map(lambda x: x.delete(), on_device)  # as a step that is given them does
@@ -218,9 +219,7 @@ def test_with_a_real_encoder_and_sharded_parameters(corpus):
     params = drawn_params(loaded)
     assert not isinstance(loaded.rag, Bags)
     index = device_index.blank(mesh, len(loaded.passages.encoder_length_N), ENCODER.width)
-    roll = jax.jit(
-        lambda params, index, step: device_index.roll(loaded.rag, mesh, params, index, loaded.passages, step, 1)
-    )
+    roll = jax.jit(lambda params, index, step: refresh.roll(loaded.rag, mesh, params, index, loaded.passages, step, 1))
     index = roll(params, index, jnp.int32(0))
     row = 17
     ids = jnp.asarray(corpus.encoder_ids[row : row + 1, : corpus.encoder_length[row]], jnp.int32)

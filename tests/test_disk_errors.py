@@ -159,8 +159,8 @@ def test_every_command_on_a_full_disk(tmp_path: Path) -> None:
 def test_the_echo_of_a_failed_save_is_silent(tmp_path: Path) -> None:
     """An error that nobody can catch, as tensorstore's callbacks raise it, and another one, which is told."""
     code = (
-        "from rag_jax import disk\n"
-        "disk.without_echoes()\n"
+        "from rag_jax.system import disk_errors\n"
+        "disk_errors.without_echoes()\n"
         "class Late:\n"
         "    def __init__(self, words): self.words = words\n"
         "    def __del__(self): raise RuntimeError(self.words)\n"

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax.models.layers import Drop, Dropout, gelu, kept
+from rag_jax.models.layers import Dropout, gelu
+from rag_jax.ops.dropout import Drop, kept
 from rag_jax.system import sharding
 
 

@@ -18,7 +18,8 @@ from rag_jax.errors import InputError
 from rag_jax.index import snapshot
 from rag_jax.index.snapshot import same_form
 from rag_jax.models.bert import pool
-from rag_jax.pretrained import load
+from rag_jax.models.hf import ENCODERS
+from rag_jax.pretrained.combine import combine
 from rag_jax.pretrained.encoder_files import Asked
 
 WORDS = [
@@ -74,7 +75,7 @@ def modules(*kinds, base="sentence_transformers.models"):
 
 
 def model_of(directory: Path, **asked):
-    return load.combine(directory, asked=Asked(**asked)).model
+    return combine(directory, asked=Asked(**asked)).model
 
 
 # --- pooling ----------------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def test_dropout_of_attention_is_that_of_the_file(tmp_path, tokenizer):
         found = trained.embed_questions(params, ids, mask, jax.random.key(0))
         assert np.allclose(found, trained.embed_questions(params, ids, mask)) == same
     old = dataclasses.replace(model.config.encoder, dropout=0.2, attention_dropout=-1.0)
-    assert load.ENCODERS["bert"].describe(old)["attention_probs_dropout_prob"] == 0.2
+    assert ENCODERS["bert"].describe(old)["attention_probs_dropout_prob"] == 0.2
 
 
 # --- prompts and lengths ----------------------------------------------------------------------------------------------
@@ -295,7 +296,7 @@ def test_settings_of_the_tokenizer(tmp_path, tokenizer, side):
         with pytest.raises(InputError, match="truncation_side='left' is not supported"):
             model_of(tmp_path)
         return
-    account = load.combine(tmp_path).account
+    account = combine(tmp_path).account
     assert any("chat_template" in where for where, _, _ in account.idle)
     put(tmp_path, tokenizer_config=settings | {"secret_key": 1})
     with pytest.raises(InputError, match="secret_key=1 is not known"):
@@ -307,22 +308,22 @@ def test_settings_of_the_tokenizer(tmp_path, tokenizer, side):
 
 def test_a_tokenizer_of_its_own_is_refused_where_it_reads_otherwise(tmp_path, tokenizer):
     q, c = (encoder(tmp_path / n, tokenizer, n) for n in ("dpr_question", "dpr_context"))
-    assert load.combine(q, c).model.context_encoder
+    assert combine(q, c).model.context_encoder
     other = tokenizers.train_wordpiece([" ".join(reversed(text.split())) + " zebra" for text in TEXTS], 300)
     other.save(c)
     with pytest.raises(InputError, match=r"a tokenizer of its own, which differs.*tokens of their vocabularies: '"):
-        load.combine(q, c)
+        combine(q, c)
     tokenizer.save(c)
     saved = json.loads((c / "tokenizer.json").read_text())
     put(c, tokenizer=saved | {"normalizer": saved["normalizer"] | {"lowercase": False}})
     with pytest.raises(InputError, match=r"their normalizer: .*\"lowercase\": true.* and .*\"lowercase\": false"):
-        load.combine(q, c)
+        combine(q, c)
     put(
         c,
         tokenizer=saved
         | {"truncation": {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0}},
     )
-    assert load.combine(q, c).model.context_encoder  # the same ids
+    assert combine(q, c).model.context_encoder  # the same ids
 
 
 # --- an index is bound to the form of its vectors ---------------------------------------------------------------------

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from rag_jax.models import layers
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
 from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.t5 import T5Config
+from rag_jax.ops import attention
 from rag_jax.rag import Rag, RagConfig
 from rag_jax.system import sharding
 
@@ -82,10 +82,10 @@ def test_it_is_by_what_a_program_will_run_on(monkeypatch: pytest.MonkeyPatch) ->
     query, source = jnp.zeros((1, 2, 4, 64), jnp.bfloat16), (jnp.zeros((1, 2, 64, 8)), jnp.zeros((1, 2, 8, 64)))
     mesh = sharding.make_mesh()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert layers.has_fused(query, [source])
+    assert attention.has_fused(query, [source])
     for within in (sharding.on, sharding.running_on):
         with within(mesh):
-            assert not layers.has_fused(query, [source])
+            assert not attention.has_fused(query, [source])
             assert sharding.platform() == "cpu"
     with sharding.on(mesh), sharding.running_on(mesh):
         assert sharding.shared()
@@ -94,9 +94,9 @@ def test_it_is_by_what_a_program_will_run_on(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_whole_text_is_an_option_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "has_fused", lambda query, sources: True)
-    monkeypatch.setattr(layers, "fused_attention", lambda *given: "fused")
+    monkeypatch.setattr(attention, "has_fused", lambda query, sources: True)
+    monkeypatch.setattr(attention, "fused_attention", lambda *given: "fused")
     query = jnp.ones((1, 1, 2, 8))
     source, mask = (query.swapaxes(2, 3), query), jnp.ones((1, 1, 2, 2), bool)
-    assert layers.attention(query, [source], mask) == "fused"
-    assert layers.attention(query, [source], mask, whole=False).shape == query.shape
+    assert attention.attention(query, [source], mask) == "fused"
+    assert attention.attention(query, [source], mask, whole=False).shape == query.shape

@@ -10,7 +10,8 @@ import pytest
 
 from rag_jax.inference import pipeline
 from rag_jax.inference.config import AnswerConfig
-from rag_jax.pretrained import load
+from rag_jax.pretrained.combine import combine
+from rag_jax.pretrained.weights import Report
 from rag_jax.rag import Rag
 from rag_jax.system import configuration, sharding
 
@@ -82,8 +83,8 @@ def answers_of_both(case: str, directory: Path, seed: int) -> tuple[np.ndarray, 
     mask = np.arange(L) < rng.integers(3, L + 1, (QUESTIONS, 1))
     ids = np.where(mask, rng.integers(15, VOCABULARY, mask.shape), 1).astype(np.int32)
 
-    source = load.combine(directory / "encoder", generator=directory / "generator", variant="sequence")
-    params = dict(source.params(sharding.make_mesh(), load.Report()).items())
+    source = combine(directory / "encoder", generator=directory / "generator", variant="sequence")
+    params = dict(source.params(sharding.make_mesh(), Report()).items())
     cfg = configuration.build(AnswerConfig, source.answering)
     options = pipeline.options_of(cfg, None) | {"mode": "fast", "candidates": 1}  # of one document: its own search
 

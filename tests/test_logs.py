@@ -215,7 +215,7 @@ def test_a_broken_line_elsewhere_is_an_error_and_changes_nothing(tmp_path: Path,
 
 def test_a_killed_writer_leaves_whole_rows(tmp_path: Path) -> None:
     program = (
-        "import itertools, sys; from rag_jax import logs; writer = logs.MetricWriter(sys.argv[1])\n"
+        "import itertools, sys; from rag_jax.system import logs; writer = logs.MetricWriter(sys.argv[1])\n"
         "for i in itertools.count():\n writer.write(i, {'loss': i / 7, 'stage': 'x'})\n print(i, flush=True)"
     )
     with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True) as process:

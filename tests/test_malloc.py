@@ -71,8 +71,8 @@ print(resident() - start)
 def test_one_process_with_its_output_and_exit_status():
     """What it says first, and again after it began once more, under the same number."""
     code = (
-        "import os; from rag_jax import heap; heap.helps = lambda environment: True\n"
-        "print(os.getpid(), 'GLIBC_TUNABLES' in os.environ, flush=True); heap.keep(os.environ); os._exit(3)"
+        "import os; from rag_jax.system import malloc; malloc.helps = lambda environment: True\n"
+        "print(os.getpid(), 'GLIBC_TUNABLES' in os.environ, flush=True); malloc.keep(os.environ); os._exit(3)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)

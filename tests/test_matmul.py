@@ -13,6 +13,7 @@ import pytest
 
 from rag_jax.models import layers
 from rag_jax.ops import float32_sums, matmul, vocab_loss
+from rag_jax.ops.attention import attention
 from rag_jax.system import sharding
 
 SIZES = {"b": 2, "h": 3, "t": 5, "c": 8, "l": 7}
@@ -111,7 +112,7 @@ def test_products_of_attention_are_the_fast_ones() -> None:
     mask = jnp.ones((B, 1, T, L), bool)
 
     def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return layers.attention(query, [(key, value)], mask).astype(jnp.float32).sum()
+        return attention(query, [(key, value)], mask).astype(jnp.float32).sum()
 
     found = multiplied(jax.value_and_grad(loss, argnums=(0, 1, 2)), query, key, value)
     assert found == 6 * [FAST]
@@ -142,7 +143,7 @@ def test_devices_that_share_a_batch_send_each_other_none_of_it(dtype: str) -> No
     params = layer.init(jax.random.key(0), query)
 
     def loss(params: Any, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        seen = layers.attention(query, [(key, value)], jnp.ones((B, 1, T, L), bool))
+        seen = attention(query, [(key, value)], jnp.ones((B, 1, T, L), bool))
         return jnp.square(layer.apply(params, seen).astype(jnp.float32)).sum()
 
     with sharding.on(mesh):

@@ -185,54 +185,6 @@ def test_bart_is_that_of_transformers(family, norm_at, scaled):
 # --- without torch ----------------------------------------------------------------------------------------------------
 
 
-def test_attention_is_that_of_loops():
-    rng = np.random.default_rng(0)
-    query, key, value = (rng.normal(size=(2, 2, n, 4)).astype(np.float32) for n in (3, 5, 5))
-    mask = rng.random((2, 1, 3, 5)) < 0.6
-    mask[0, 0, 0] = False
-    found = layers.attention(query, [(key.swapaxes(2, 3), value)], mask)
-    for b in range(2):
-        for h in range(2):
-            for t in range(3):
-                allowed = np.flatnonzero(mask[b, 0, t])
-                if not len(allowed):  # may look nowhere: the mean
-                    np.testing.assert_allclose(found[b, h, t], value[b, h].mean(0), rtol=1e-5, atol=1e-6)
-                    continue
-                weights = np.exp(key[b, h, allowed].astype(np.float64) @ query[b, h, t] / 2.0)
-                expected = weights / weights.sum() @ value[b, h, allowed]
-                np.testing.assert_allclose(found[b, h, t], expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_gradient_of_attention_is_the_derived_one(rate):
-    rng = np.random.default_rng(0)
-    query, key, value, weight = (rng.normal(size=(2, 2, n, 4)).astype(np.float32) for n in (3, 5, 5, 3))
-    mask = rng.random((2, 1, 3, 5)) < 0.6
-    mask[..., 0] = True
-    drop = layers.Drop.drawn(jax.random.key(3), rate) if rate else None
-
-    def gradients(attend):
-        return jax.grad(lambda *given: (attend(*given) * weight).sum(), (0, 1, 2))(query, key, value)
-
-    def attention(cut, query, key, value):
-        turned = key.swapaxes(2, 3)
-        sources = [(turned[..., :cut], value[:, :, :cut]), (turned[..., cut:], value[:, :, cut:])]
-        return layers.attention(query, sources, mask, drop)
-
-    def plain(query, key, value):
-        scores = jnp.where(mask, jnp.einsum("bhtc,bhlc->bhtl", query, key) / 2, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1)
-        if drop:
-            weights = weights * layers.kept(drop, weights.shape) / (1 - rate)
-        return jnp.einsum("bhtl,bhlc->bhtc", weights, value)
-
-    own, two, derived = jax.jit(lambda: [gradients(f) for f in (partial(attention, 5), partial(attention, 2), plain)])()
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), own, derived)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), two, derived)
-    value_own, value_plain = (f(query, key, value) for f in (partial(attention, 2), plain))
-    np.testing.assert_allclose(value_own, value_plain, rtol=1e-5, atol=1e-6)
-
-
 def test_layer_norm_is_that_of_numpy():
     x, scale, bias = (RNG.normal(size=s).astype(np.float32) for s in ((3, 8), (8,), (8,)))
     found = layers.LayerNorm(0.1).apply({"params": {"scale": scale, "bias": bias}}, x)
@@ -379,32 +331,3 @@ def test_every_parameter_names_its_axes(norm_at):
         assert len(leaf.names) == leaf.value.ndim
         sharding.spec(leaf.names)  # raises for a name that RULES does not know, and for a mesh axis used twice
     assert {name for leaf in leaves for name in leaf.names} == {"embed", "heads", "mlp", "vocab", "position", "norm"}
-
-
-@pytest.mark.parametrize(("groups", "biased", "scale"), [(4, False, None), (2, True, 1.0)])
-def test_the_fused_attention_is_the_same_function(groups, biased, scale):
-    """Its axes and its mask; cuDNN's kernel itself needs a GPU."""
-    rng = np.random.default_rng(0)
-    query, key, value, bias = (
-        jnp.asarray(rng.normal(size=shape), jnp.float32)
-        for shape in ((2, 4, 6, 8), (2, groups, 8, 10), (2, groups, 10, 8), (1, 4, 6, 10))
-    )
-    mask = jnp.asarray(np.arange(10) < np.array([[7], [10]]))[:, None, None]
-    given = mask, bias if biased else None, scale
-    ours = layers.attention(query, [(key, value)], given[0], bias_BHTL=given[1], scale=scale)
-    fused = layers.fused_attention(query, key, value, *given, "xla")
-    np.testing.assert_allclose(fused, ours, rtol=1e-5, atol=1e-5)
-
-
-def test_which_attention_is_fused(monkeypatch):
-    def source(length, dtype=jnp.bfloat16, width=64):
-        return jnp.zeros((1, 2, width, length), dtype), jnp.zeros((1, 2, length, width), dtype)
-
-    query = jnp.zeros((1, 2, 4, 64), jnp.bfloat16)
-    assert not layers.has_fused(query, [source(8)])
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert layers.has_fused(query, [source(8)])
-    assert not layers.has_fused(query, [source(7)])
-    assert not layers.has_fused(query, [source(8), source(8)])
-    assert not layers.has_fused(query[:, :, :1], [source(8)])
-    assert not layers.has_fused(query.astype(jnp.float32), [source(8, jnp.float32)])

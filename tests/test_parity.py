@@ -13,7 +13,9 @@ import rag_jax
 from rag_jax.__main__ import main
 from rag_jax.errors import InputError
 from rag_jax.models.hf.bart import bart_copies
-from rag_jax.pretrained import load
+from rag_jax.pretrained.combine import combine
+from rag_jax.pretrained.parts import generator_part
+from rag_jax.pretrained.weights import Report
 from rag_jax.rag import Rag
 from rag_jax.system import sharding
 
@@ -100,14 +102,14 @@ def test_generators(tmp_path, family, seed):
     rng = np.random.default_rng(seed)
     theirs = model_of(config_of(family, rng), seed)
     theirs.save_pretrained(tmp_path / "theirs")
-    part = load.generator_part(tmp_path / "theirs")
+    part = generator_part(tmp_path / "theirs")
     encoder = hf.BertConfig(
         vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
     )
     hf.BertModel(encoder, add_pooling_layer=False).save_pretrained(tmp_path / "encoder")
-    source = load.combine(tmp_path / "encoder", generator=tmp_path / "theirs")
+    source = combine(tmp_path / "encoder", generator=tmp_path / "theirs")
     rag = Rag(source.model)
-    report = load.Report()
+    report = Report()
     params = dict(source.params(sharding.make_mesh(), report).items())
     assert len(report.loaded) == len(load_file(tmp_path / "theirs/model.safetensors")) + len(
         load_file(tmp_path / "encoder/model.safetensors")
@@ -185,15 +187,15 @@ def test_weights_in_a_bin_are_read_with_torch(tmp_path):
 
     model = randomised(hf.BartForConditionalGeneration(hf.BartConfig(**BART)))
     model.save_pretrained(tmp_path)
-    whole = load.generator_part(tmp_path).tensors
+    whole = generator_part(tmp_path).tensors
     expected = {name: whole.read(name) for name in whole.shapes}
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")  # as before safetensors: copies are there too
-    old = load.generator_part(tmp_path).tensors
+    old = generator_part(tmp_path).tensors
     assert set(old.shapes) - set(whole.shapes) == set(bart_copies(None))
     for name in whole.shapes:
         assert old.shapes[name] == whole.shapes[name]
         np.testing.assert_array_equal(old.read(name), expected[name])
     (tmp_path / "pytorch_model.bin").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match=r"pytorch_model.bin: not a checkpoint of plain weights"):
-        load.generator_part(tmp_path)
+        generator_part(tmp_path)

@@ -21,8 +21,9 @@ from rag_jax.data import tokenizers
 from rag_jax.errors import InputError
 from rag_jax.models.bert import Bert
 from rag_jax.models.hf import naming
-from rag_jax.pretrained import load
-from rag_jax.pretrained.tensor_files import open_tensors, write_tensors
+from rag_jax.pretrained.parts import SIDES, encoder_part, generator_part, rag_parts_of
+from rag_jax.pretrained.tensor_files import Tensors, open_tensors, write_tensors
+from rag_jax.pretrained.weights import Report, check_names, read_part
 from rag_jax.rag import GENERATORS, Rag
 from rag_jax.runs import checkpoint
 from rag_jax.system import sharding
@@ -58,8 +59,8 @@ def read(part, dtype="float32"):
         places,
         is_leaf=lambda x: hasattr(x, "names"),
     )
-    load.check_names([part], part.tensors, {part.side: unboxed})
-    return unflatten_dict(dict(load.read_part(part, unboxed, load.Report())), sep="/")
+    check_names([part], part.tensors, {part.side: unboxed})
+    return unflatten_dict(dict(read_part(part, unboxed, Report())), sep="/")
 
 
 def init(part):
@@ -84,7 +85,7 @@ def close(found, expected, half: bool) -> None:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_give_the_numbers_of_torch(tmp_path, name, dtype):
     arrays = golden(name)
-    part = load.encoder_part(write(tmp_path, arrays), ENCODERS[name])
+    part = encoder_part(write(tmp_path, arrays), ENCODERS[name])
     module = Bert(dataclasses.replace(part.config, dtype=dtype))
     params, mask = {"params": read(part)}, arrays["in/mask"]
     hidden = jax.jit(partial(module.apply, method="hidden"))(params, arrays["in/ids"], mask)
@@ -96,7 +97,7 @@ def test_encoders_give_the_numbers_of_torch(tmp_path, name, dtype):
 @pytest.mark.parametrize("name", READERS)
 def test_generators_give_the_numbers_of_torch(tmp_path, name, dtype):
     arrays = golden(name)
-    part = load.generator_part(write(tmp_path, arrays))
+    part = generator_part(write(tmp_path, arrays))
     module = GENERATORS[part.config.kind](dataclasses.replace(part.config, dtype=dtype))
     params, mask = {"params": read(part)}, arrays["in/mask"]
     logits = jax.jit(module.apply)(params, arrays["in/ids"], mask, arrays["in/target"])
@@ -150,7 +151,7 @@ def test_gradients_are_those_of_torch(composite):
     # the names of gradients are those of the tensors, so they are read as a checkpoint is
     theirs = {k.removeprefix("out/grad/"): v for k, v in arrays.items() if k.startswith("out/grad/")}
     config = json.loads(str(arrays["config"]))
-    _, parts = load.rag_parts_of(Path("golden"), config, of_arrays(arrays), None, False)
+    _, parts = rag_parts_of(Path("golden"), config, of_arrays(arrays), None, False)
     assert {part.side for part in parts} == {"question_encoder", "context_encoder", "generator"}
     for part in parts:
         leaves = flatten_dict(gradient[part.side], sep="/")
@@ -166,7 +167,7 @@ def test_gradients_are_those_of_torch(composite):
 def of_arrays(arrays):
     tensors = {k.removeprefix("tensor/"): v for k, v in arrays.items() if k.startswith("tensor/")}
     shapes = {name: (tensor.shape, str(tensor.dtype)) for name, tensor in tensors.items()}
-    return load.Tensors(Path("golden"), shapes, tensors.__getitem__)
+    return Tensors(Path("golden"), shapes, tensors.__getitem__)
 
 
 def same_direction(found, expected) -> None:
@@ -313,7 +314,7 @@ def test_shard_gb_holds_for_every_folder(tmp_path):
         for tensor in whole.shapes:
             np.testing.assert_array_equal(whole.read(tensor), shards.read(tensor))
     jax.tree.map(np.testing.assert_array_equal, rag_jax.from_pretrained(tmp_path / "back")[1], params)
-    folders = [tmp_path / name for name in (*load.SIDES, "back", "back/context_encoder")]
+    folders = [tmp_path / name for name in (*SIDES, "back", "back/context_encoder")]
     for folder in folders:
         files = list(folder.glob("*.safetensors"))
         assert len(files) > 1, folder
@@ -421,7 +422,7 @@ def test_a_body_without_its_head_is_read(tmp_path):
             write(tmp_path / name, arrays),
             write(tmp_path / f"{name}-bare", {**tensors, "config": arrays["config"]}),
         )
-        open_part = load.generator_part if name != "bert" else partial(load.encoder_part, side="question_encoder")
+        open_part = generator_part if name != "bert" else partial(encoder_part, side="question_encoder")
         a, b = read(open_part(whole)), read(open_part(bare))
         if name == "bart":
             assert not b.pop("logits_bias").any() and a.pop("logits_bias").any()
@@ -456,7 +457,7 @@ def test_a_generator_trained_here_is_an_mbart(tmp_path, tiny_run):
     config = json.loads((tmp_path / "x/config.json").read_text())
     assert config["model_type"] == "mbart" and (tmp_path / "x/tokenizer.json").is_file()
     model, params = rag_jax.from_pretrained(tiny_run)
-    part = load.generator_part(tmp_path / "x")
+    part = generator_part(tmp_path / "x")
     assert model.config.generator.logit_scale != part.config.logit_scale == 1.0
     ids = np.random.default_rng(0).integers(5, 300, (2, 9))
     a = model.generator.apply({"params": params["generator"]}, ids, np.ones((2, 9), bool), ids)

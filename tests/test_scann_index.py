@@ -199,15 +199,15 @@ def test_rows_that_are_not_finite_do_not_end_the_process(tmp_path: Path) -> None
     code = """
 import numpy as np
 from rag_jax.errors import InputError
-from rag_jax.retrieval import ann
+from rag_jax.retrieval import scann_index
 from rag_jax.retrieval.search import Queries, Source
 good = np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32)
-tree = ann.AnnConfig(leaves=8)
-index = ann.build(good, Source("c"), tree)
+tree = scann_index.AnnConfig(leaves=8)
+index = scann_index.build(good, Source("c"), tree)
 for value in (np.nan, np.inf):
     bad = good.copy()
     bad[123, 5] = value
-    for call in (lambda: ann.build(bad, Source("c"), tree, np.arange(1000, 1200)),
+    for call in (lambda: scann_index.build(bad, Source("c"), tree, np.arange(1000, 1200)),
                  lambda: index.upsert(np.arange(1000, 1200), bad), lambda: index.search(Queries(bad), 3)):
         try:
             call()
@@ -263,13 +263,3 @@ def test_tuned_by_measured_recall() -> None:
         assert recall(tuned.search(Queries(queries[100:]), 10).ids_BK, truth[100:]) > wanted - 0.1
         costs.append(config.leaves_to_search)
     assert costs == sorted(costs) and costs[0] < costs[-1]
-
-
-def test_in_the_background(built: tuple) -> None:
-    queries, passages, _ = built
-    index_later = scann_index.build_in_background(passages, SOURCE, TREE).result(timeout=120)
-    check_exact(index_later, queries, passages, np.arange(len(passages)))
-    passages = passages.copy()
-    passages[17] = np.nan
-    with pytest.raises(InputError, match="row 17"):
-        scann_index.build_in_background(passages, SOURCE, TREE).result(timeout=120)

@@ -10,7 +10,7 @@ from rag_jax.__main__ import main
 from rag_jax.errors import InputError
 from rag_jax.inference import config as answer_config
 from rag_jax.models.hf import SETTINGS, generation, settings
-from rag_jax.pretrained import load
+from rag_jax.pretrained.parts import generator_part
 from rag_jax.runs import config as run_config
 
 SMALL = {
@@ -221,5 +221,5 @@ def test_a_refused_setting_can_be_left_out(tmp_path, capsys):
     assert list(printed["ignored_settings"].values()) == [9]
     assert printed["settings"]["model.generator.width"].endswith("config.json: d_model")
     with pytest.raises(InputError, match="warp_factor"):
-        load.generator_part(source)
+        generator_part(source)
     assert rag_jax.from_pretrained(tmp_path / "ours")[0].config.reader.width == 8

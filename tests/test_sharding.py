@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from rag_jax.errors import InputError
-from rag_jax.models.layers import Dense, attention
+from rag_jax.models.layers import Dense
+from rag_jax.ops.attention import attention
 from rag_jax.system import sharding
 
 

@@ -11,9 +11,9 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from rag_jax.errors import InputError
-from rag_jax.models import layers
 from rag_jax.models.hf import GENERATORS, naming
 from rag_jax.models.t5 import T5, T5Config, bucket
+from rag_jax.ops.attention import attention
 from rag_jax.system import sharding
 
 # Heads are not width / heads wide, and the inputs are longer than max_distance, so that the last buckets are used.
@@ -257,14 +257,14 @@ def test_gradient_of_the_biases_is_the_derived_one():
 
         return jax.grad(loss, (0, 1, 2, 3))(query, key, value, table)
 
-    def attention(query, key, value, bias):
-        return layers.attention(query, [(key.swapaxes(2, 3), value)], mask, bias_BHTL=bias, scale=1.0)
+    def unscaled(query, key, value, bias):
+        return attention(query, [(key.swapaxes(2, 3), value)], mask, bias_BHTL=bias, scale=1.0)
 
     def plain(query, key, value, bias):
         scores = jnp.where(mask, jnp.einsum("bhtc,bhlc->bhtl", query, key) + bias, -jnp.inf)
         return jnp.einsum("bhtl,bhlc->bhtc", jax.nn.softmax(scores, axis=-1), value)
 
-    own, derived = jax.jit(lambda: (gradients(attention), gradients(plain)))()
+    own, derived = jax.jit(lambda: (gradients(unscaled), gradients(plain)))()
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), own, derived)
     assert (np.abs(own[3]).max(1) > 1e-3).sum() == len(np.unique(at))
 

@@ -44,7 +44,7 @@ class Bags(Rag):
         return mean(params["question_encoder"][ids], mask)
 
     def embed_passages(self, params, ids, mask, dropout=None):
-        return mean(params["question_encoder" if self.config.tie_encoders else "context_encoder"][ids], mask)
+        return mean(params[self.config.passage_side][ids], mask)
 
     def states(self, params, ids, mask, labels, dropout=None, doc_chunk=0):
         table = params["generator"]

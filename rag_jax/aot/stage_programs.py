@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rag_jax import retrieve
 from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
-from rag_jax.index import device_index
+from rag_jax.index import refresh
 from rag_jax.index.device_index import Index
 from rag_jax.rag import Passages, Rag
 from rag_jax.runs import directory as runs
@@ -185,7 +185,7 @@ def search(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh, questions: int, 
 
 def encode(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Program:
     """One block of making the index anew on the devices; its encoder is on every one of them."""
-    side = "question_encoder" if rag.config.tie_encoders else "context_encoder"
+    side = rag.config.passage_side
     whole = sharding.replicated(mesh)
     encoder = {
         side: jax.tree.map(
@@ -199,9 +199,9 @@ def encode(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Program:
     number = array(mesh, (), "int32")
 
     def block(params: Any, index: Index, passages: Passages, number: Any, step: Any) -> Index:
-        return device_index.embed_block(rag, mesh, params, index, passages, number, step, device_index.BLOCK)
+        return refresh.embed_block(rag, mesh, params, index, passages, number, step, refresh.BLOCK)
 
-    n = min(device_index.BLOCK * mesh.size, padded(size, mesh))
+    n = min(refresh.BLOCK * mesh.size, padded(size, mesh))
     groups = {"parameters": encoder, "index": table, "token table": passages, "batch": (number, number)}
     arguments = (encoder, table, passages, number, number)
     return Program("encode", block, jax.jit(block, donate_argnums=1), arguments, groups, 0, n * size.encoder_length, n)

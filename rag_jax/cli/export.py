@@ -4,14 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rag_jax.pretrained import load, save
+from rag_jax.pretrained import as_run, load, save
+from rag_jax.pretrained.parts import SIDES
 from rag_jax.runs import directory as runs
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory of rag-jax train, or of rag-jax convert")
     parser.add_argument("--out", type=Path, required=True, help="the directory to make")
-    parser.add_argument("--part", choices=load.SIDES, help="this part alone, for its own class in transformers")
+    parser.add_argument("--part", choices=SIDES, help="this part alone, for its own class in transformers")
     parser.add_argument(
         "--context-encoder-inside", action="store_true", help="in the RAG checkpoint, not in a folder of its own"
     )
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         params,
         part=args.part,
         tokenizers_from=folder if folder.is_dir() else None,
-        original=save.provenance(args.run),
+        original=as_run.provenance(args.run),
         context_inside=args.context_encoder_inside,
         shard_bytes=int(args.shard_gb * 1e9),
         overwrite=args.overwrite,

@@ -168,10 +168,10 @@ def load(name_or_dir: str | Path) -> Tokenizer:
         files.check_listed(directory)
     config = directory / CONFIG_FILE
     if config.is_file() and (directory / TOKENIZER_FILE).is_file():
-        settings = _read_json(config)
+        settings = files.read_json_object(config)
         changed = any(key in settings for key in _CHANGING) or (directory / _CHANGING_FILE).is_file()
         named = directory / SPECIALS_FILE
-        settings = (_read_json(named) if named.is_file() else {}) | settings
+        settings = (files.read_json_object(named) if named.is_file() else {}) | settings
         if settings.get("tokenizer_class") in _PLAIN_CLASSES and not changed:
             return _load_plain(directory, settings)
     return _load_transformers(str(name_or_dir), directory.is_dir())
@@ -278,16 +278,6 @@ def _make(backend: Backend, specials: dict[str, str], name: str) -> Tokenizer:
 
 def _canonical(backend: Backend) -> str:
     return json.dumps(json.loads(backend.to_str()), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return settings
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:

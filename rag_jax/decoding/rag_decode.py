@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rag_jax.decoding import search as decoding_search
 from rag_jax.decoding.search import Options, PrefixTree
 from rag_jax.losses import absent
-from rag_jax.models.layers import KeyValues, Tree
+from rag_jax.ops.kv_cache import KeyValues, Tree
 from rag_jax.ops.vocab_loss import vocabulary_norm
 from rag_jax.system import sharding
 

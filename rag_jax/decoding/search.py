@@ -23,7 +23,7 @@ from rag_jax.decoding.rules import (
     warp,
 )
 
-__all__ = ["NEVER", "Found", "Mixture", "Options", "PrefixTree", "lengths", "prefix_tree", "score_sequences", "search"]
+__all__ = ["NEVER", "Found", "Mixture", "Options", "PrefixTree", "lengths", "prefix_tree", "search"]
 
 Cache = Any  # a pytree: a model's state after the tokens of every beam
 # (beam_XJ, token_XJ, their log p by the step's scores [X, J]) -> what to keep of these choices, leaves [X, J, ...]
@@ -272,65 +272,33 @@ def _beam_search(
     """
     X, M, T = rows, o.num_beams, o.max_length
     J = M * (1 + len(o.ends))
-    rules = has_rules(o) or tree is not None
-    penalty = jnp.asarray(np.maximum(np.arange(T), 1.0) ** o.length_penalty, jnp.float32)  # by tokens after the start
-
-    def less(scores: jax.Array, where: jax.Array) -> jax.Array:
-        return scores + jnp.where(where, NEVER, 0.0)
+    penalty_T = jnp.asarray(np.maximum(np.arange(T), 1.0) ** o.length_penalty, jnp.float32)  # by tokens after the start
 
     def choose(s: _Beams, logits: Scores, cache: Cache, read: Read | None, only: bool) -> _Beams:
         t, (key, now) = s.t, jax.random.split(s.key)
-        if not rules:
-            scores, beam, token, said = best_of(logits, s.live_scores, J, normalised)
-        else:
-            logits = every(logits)
-            own = jnp.broadcast_to(logits if normalised else jax.nn.log_softmax(logits), (X, M, logits.shape[-1]))
-            logp = constrain(o, own, s.live, t, tree, s.node)
-            if o.do_sample:  # without replacement (Kool et al. 2019)
-                total = warp(o, logp, 1 + len(o.ends)) + s.live_scores[..., None]
-                drawn = total + jax.random.gumbel(now, total.shape)
-                _, beam, token, _ = best_of(drawn, jnp.zeros((X, M)), J, True)
-                scores = picked(total, beam, token)
-            else:
-                scores, beam, token, _ = best_of(logp, s.live_scores, J, True)
-            said = picked(own, beam, token)
+        scores, beam, token, said = _continuations(o, normalised, tree, s, logits, J, now)
         grown = take(s.live, beam).at[:, :, t].set(token)
         kept = None
         if read is not None:
             new = read(jnp.zeros_like(beam) if only else beam, token, said)
             kept = _keep(take_beams(s.live_kept, beam), t, new)
         ended = is_one_of(token, o.ends) | (t + 1 == T)
-
-        # hypotheses: the M best of the old and the new, unless the row is closed
-        counts = ended & (jnp.arange(J) < M)
-        closed = ~s.open | (s.is_done.all(-1) & (o.early_stopping is True))
-        new_done = less(less(scores / penalty[t], closed[:, None]), ~counts)
-        done_scores, best_done = jax.lax.top_k(jnp.concatenate([s.done_scores, new_done], 1), M)
-
-        def merged(old: jax.Array, new: jax.Array) -> jax.Array:
-            return take(jnp.concatenate([old, new], 1), best_done)
-
-        is_done = merged(s.is_done, counts)
-        live_scores, going_on = jax.lax.top_k(less(scores, ended), M)
+        s = _with_hypotheses(o, penalty_T, s, grown, scores, kept, ended)
+        live_scores, going_on = jax.lax.top_k(_less(scores, ended), M)
         source = jnp.take_along_axis(beam, going_on, 1)
-
         longest = T - 1 if o.early_stopping == "never" and o.length_penalty > 0 else t
-        worst_done = jnp.where(is_done, done_scores.min(1, keepdims=True), NEVER)
-        better = (live_scores[:, :1] / penalty[longest] > worst_done).any(-1)
-        return _Beams(
-            t + 1,
-            reorder(cache, source),
-            take(grown, going_on),
-            live_scores,
-            take_beams(kept, going_on),
-            _walk(tree, o, jnp.take_along_axis(s.node, source, 1), jnp.take_along_axis(token, going_on, 1), t),
-            merged(s.done, grown),
-            done_scores,
-            jax.tree.map(merged, s.done_kept, kept),
-            is_done,
-            s.open & better,
-            ended.all(),
-            key,
+        worst_done = jnp.where(s.is_done, s.done_scores.min(1, keepdims=True), NEVER)
+        better = (live_scores[:, :1] / penalty_T[longest] > worst_done).any(-1)
+        return s._replace(
+            t=t + 1,
+            cache=reorder(cache, source),
+            live=take(grown, going_on),
+            live_scores=live_scores,
+            live_kept=take_beams(kept, going_on),
+            node=_walk(tree, o, jnp.take_along_axis(s.node, source, 1), jnp.take_along_axis(token, going_on, 1), t),
+            open=s.open & better,
+            ended=ended.all(),
+            key=key,
         )
 
     def go_on(s: _Beams) -> jax.Array:
@@ -342,38 +310,82 @@ def _beam_search(
 
     start = _begin(o, X, M)
     logits, cache, read = step(start[:, :1, 0], cache)
-    scores, kept = jnp.full((X, M), NEVER), _empty(read, X, M, T)
-    state = _Beams(
+    first = _first_beams(start, cache, _empty(read, X, M, T), key)
+    s = jax.lax.while_loop(go_on, one, choose(first, logits, cache, read, True))
+    real = s.done_scores > NEVER / 2 / jnp.maximum(penalty_T.max(), 1.0)
+    found = Found(s.done, jnp.where(real, s.done_scores, NEVER), s.done_kept)
+    return jax.tree.map(lambda x: x[:, : o.num_return_sequences], found)
+
+
+def _first_beams(start_XMT: jax.Array, cache: Cache, kept: Any, key: jax.Array) -> _Beams:
+    """M beams with the start token alone, which are one: the others score NEVER. No hypotheses."""
+    X, M, _ = start_XMT.shape
+    scores_XM = jnp.full((X, M), NEVER)
+    return _Beams(
         t=jnp.int32(1),
         cache=cache,
-        live=start,
-        live_scores=scores.at[:, 0].set(0.0),
+        live=start_XMT,
+        live_scores=scores_XM.at[:, 0].set(0.0),
         live_kept=kept,
         node=jnp.zeros((X, M), jnp.int32),
-        done=start,
-        done_scores=scores,
+        done=start_XMT,
+        done_scores=scores_XM,
         done_kept=kept,
         is_done=jnp.zeros((X, M), bool),
         open=jnp.ones(X, bool),
         ended=jnp.zeros((), bool),
         key=key,
     )
-    s = jax.lax.while_loop(go_on, one, choose(state, logits, cache, read, True))
-    real = s.done_scores > NEVER / 2 / jnp.maximum(penalty.max(), 1.0)
-    found = Found(s.done, jnp.where(real, s.done_scores, NEVER), s.done_kept)
-    return jax.tree.map(lambda x: x[:, : o.num_return_sequences], found)
 
 
-def score_sequences(step: Step, cache: Cache, sequences_XMT: jax.Array) -> jax.Array:
-    """log p of every token after the start of given sequences [X, M, T - 1], by the same step; its scores are
-    normalised here. The beams of a row must be as many as the cache has room for.
+def _continuations(
+    o: Options, normalised: bool, tree: PrefixTree | None, s: _Beams, logits: Scores, count: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The `count` best continuations of a row's beams, best first: scores of the sequences, beams, tokens and the
+    tokens' log p by the step [X, count]. With do_sample they are drawn, without replacement (Kool et al. 2019).
     """
-    T = sequences_XMT.shape[-1]
+    if not has_rules(o) and tree is None:
+        return best_of(logits, s.live_scores, count, normalised)
+    logits, (X, M) = every(logits), s.live_scores.shape
+    own = jnp.broadcast_to(logits if normalised else jax.nn.log_softmax(logits), (X, M, logits.shape[-1]))
+    logp = constrain(o, own, s.live, s.t, tree, s.node)
+    if o.do_sample:
+        total = warp(o, logp, 1 + len(o.ends)) + s.live_scores[..., None]
+        drawn = total + jax.random.gumbel(key, total.shape)
+        _, beam, token, _ = best_of(drawn, jnp.zeros((X, M)), count, True)
+        scores = picked(total, beam, token)
+    else:
+        scores, beam, token, _ = best_of(logp, s.live_scores, count, True)
+    return scores, beam, token, picked(own, beam, token)
 
-    def one(cache: Cache, t: jax.Array) -> tuple[Cache, jax.Array]:
-        logits, cache, _ = step(sequences_XMT[:, :, t], cache)
-        logp = jax.nn.log_softmax(every(logits), axis=-1)
-        return cache, jnp.take_along_axis(logp, sequences_XMT[:, :, t + 1, None], -1)[..., 0]
 
-    _, logp = jax.lax.scan(one, cache, jnp.arange(T - 1))
-    return jnp.moveaxis(logp, 0, -1)
+def _with_hypotheses(
+    o: Options,
+    penalty_T: jax.Array,
+    s: _Beams,
+    grown_XJT: jax.Array,
+    scores_XJ: jax.Array,
+    kept: Any,
+    ended_XJ: jax.Array,
+) -> _Beams:
+    """The beams with the M best of the old hypotheses and of those that have ended now, unless the row is closed."""
+    M = s.done_scores.shape[1]
+    counts_XJ = ended_XJ & (jnp.arange(scores_XJ.shape[1]) < M)
+    closed_X = ~s.open | (s.is_done.all(-1) & (o.early_stopping is True))
+    new_XJ = _less(_less(scores_XJ / penalty_T[s.t], closed_X[:, None]), ~counts_XJ)
+    done_scores, best = jax.lax.top_k(jnp.concatenate([s.done_scores, new_XJ], 1), M)
+
+    def merged(old: jax.Array, new: jax.Array) -> jax.Array:
+        return take(jnp.concatenate([old, new], 1), best)
+
+    return s._replace(
+        done=merged(s.done, grown_XJT),
+        done_scores=done_scores,
+        done_kept=jax.tree.map(merged, s.done_kept, kept),
+        is_done=merged(s.is_done, counts_XJ),
+    )
+
+
+def _less(scores: jax.Array, where: jax.Array) -> jax.Array:
+    """Scores with NEVER added where that is True."""
+    return scores + jnp.where(where, NEVER, 0.0)

@@ -2,5 +2,5 @@
 
 `encode` embeds passages, `encode_job` does so for a whole corpus in `shards` that survive a kill, `snapshot` binds
 them to a corpus and an encoder. While training, `device_index` (rows on the devices) or `host_index` (ScaNN, BM25) is
-what questions are searched in, rebuilt when `refresh_schedule` says so.
+what questions are searched in; `refresh` has the ways to rebuild the first, `refresh_schedule` says when.
 """

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from rag_jax.ops.masks import length_mask
+
 Embed = Callable[[Any, jax.Array, jax.Array], jax.Array]  # (params, ids_BL, mask_BL) -> d_BE
 BATCH = 256
-
-
-def _mask(length_B: jax.Array, width: int) -> jax.Array:
-    return jnp.arange(width)[None] < length_B.astype(jnp.int32)[:, None]
 
 
 @functools.lru_cache(maxsize=8)
@@ -23,7 +21,7 @@ def _program(embed: Embed) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
 
     @jax.jit
     def block(params: Any, ids: jax.Array, lengths: jax.Array) -> jax.Array:
-        return embed(params, ids.astype(jnp.int32), _mask(lengths, ids.shape[1])).astype(jnp.float32)
+        return embed(params, ids.astype(jnp.int32), length_mask(lengths, ids.shape[1])).astype(jnp.float32)
 
     return block
 

@@ -14,7 +14,8 @@ import numpy as np
 from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
 from rag_jax.index import encode, encode_job
-from rag_jax.index.device_index import Index, Make
+from rag_jax.index.device_index import Index
+from rag_jax.index.refresh import Make
 from rag_jax.rag import Params, Passages, Rag
 from rag_jax.retrieval import scann_index
 from rag_jax.retrieval.bm25 import Bm25, passage_texts

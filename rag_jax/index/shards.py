@@ -17,7 +17,7 @@ import numpy as np
 
 from rag_jax.corpus.verified_arrays import Checked
 from rag_jax.errors import InputError
-from rag_jax.system import block_checksums, files
+from rag_jax.system import block_checksums, files, safetensors_header
 from rag_jax.system.block_checksums import Blocks, Entry
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
@@ -80,21 +80,13 @@ def write(stream: BinaryIO, identity: Identity, embeddings_XE: np.ndarray) -> No
     digest = hashlib.sha256()
     for part in data:
         digest.update(part)
-    text = header_of(identity, digest.hexdigest())
-    files.write_all(stream, [struct.pack("<Q", len(text)) + text, *data])
+    files.write_all(stream, [header_of(identity, digest.hexdigest()), *data])
 
 
 def header_of(identity: Identity, sha256: str) -> bytes:
     """The only header that a shard may have: any other one is damaged."""
     about = {**{name: str(value) for name, value in asdict(identity).items()}, "sha256": sha256}
-    header: dict[str, Any] = {"__metadata__": about}
-    for name, (begin, end) in _spans(identity).items():
-        scale = name == "scale"
-        shape = (identity.rows,) if scale else (identity.rows, identity.width)
-        kind = "F32" if scale else DTYPES[identity.dtype]
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
+    return safetensors_header.header(_stored(identity), about)
 
 
 @dataclass(frozen=True)
@@ -139,15 +131,15 @@ def read(path: Path, entry: Entry | None = None) -> Shard:
     """
     try:
         with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
+            start = stream.read(8)
+            (length,) = struct.unpack("<Q", start)
             if length > 2**20:
                 raise ValueError("no header")
             text = stream.read(length)
-        header = json.loads(text)
-        about = header["__metadata__"]
+        about = json.loads(text)["__metadata__"]
         identity = Identity(**{f.name: f.type(about[f.name]) for f in fields(Identity)})  # type: ignore[operator]
-        sha256, wanted = str(about["sha256"]), _spans(identity)
-        if text != header_of(identity, sha256):
+        sha256, wanted = str(about["sha256"]), safetensors_header.spans(_stored(identity))
+        if start + text != header_of(identity, sha256):
             raise ValueError(f"its header is not that of {identity.rows} rows of {identity.width} {identity.dtype}")
         size = path.stat().st_size
     except FileNotFoundError:
@@ -161,13 +153,10 @@ def read(path: Path, entry: Entry | None = None) -> Shard:
     return Shard(path, identity, sha256, 8 + length, {name: span[0] for name, span in wanted.items()}, known)
 
 
-def _spans(identity: Identity) -> dict[str, tuple[int, int]]:
-    """Begin and end of each tensor after the header."""
-    cells = identity.rows * identity.width
-    if identity.dtype == "int8":
-        scales = 4 * identity.rows
-        return {"scale": (0, scales), "embeddings": (scales, scales + cells)}
-    return {"embeddings": (0, cells * {"float32": 4, "bfloat16": 2}[identity.dtype])}
+def _stored(identity: Identity) -> safetensors_header.Tensors:
+    """The tensors of a shard, with their types and shapes, in the order of the file."""
+    rows = {"embeddings": (DTYPES[identity.dtype], (identity.rows, identity.width))}
+    return {"scale": ("F32", (identity.rows,)), **rows} if identity.dtype == "int8" else rows
 
 
 def check(shard: Shard, wanted: Identity) -> None:

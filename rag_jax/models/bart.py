@@ -15,21 +15,17 @@ from rag_jax.models.layers import (
     FeedForward,
     Generator,
     Init,
-    KeyValues,
     LayerNorm,
     NormPlacement,
     Remat,
-    Tree,
     embedding_init,
-    empty_cache,
-    line,
     position_init,
     remat,
     residual,
-    write_cache,
 )
 from rag_jax.models.special_tokens import SpecialTokens
 from rag_jax.ops import float32_sums
+from rag_jax.ops.kv_cache import KeyValues, Tree, empty_cache, line, write_cache
 from rag_jax.system import sharding
 
 POSITION_OFFSET = 2  # rows 0 and 1 of the position tables are unused, a leftover of fairseq that checkpoints keep

@@ -25,21 +25,17 @@ from rag_jax.models.layers import (
     FeedForward,
     Generator,
     Init,
-    KeyValues,
     LayerNorm,
     Remat,
     RMSNorm,
-    Tree,
     embedding_init,
-    empty_cache,
-    line,
     position_init,
     remat,
-    rotate,
-    write_cache,
 )
 from rag_jax.models.special_tokens import SpecialTokens
 from rag_jax.ops import float32_sums
+from rag_jax.ops.attention import rotate
+from rag_jax.ops.kv_cache import KeyValues, Tree, empty_cache, line, write_cache
 from rag_jax.system import sharding
 
 

@@ -22,17 +22,13 @@ from rag_jax.models.layers import (
     FeedForward,
     Generator,
     Init,
-    KeyValues,
     Remat,
     RMSNorm,
-    Tree,
     embedding_init,
-    empty_cache,
-    line,
     remat,
-    write_cache,
 )
 from rag_jax.models.special_tokens import SpecialTokens
+from rag_jax.ops.kv_cache import KeyValues, Tree, empty_cache, line, write_cache
 from rag_jax.system import sharding
 
 

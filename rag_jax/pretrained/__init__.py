@@ -1,6 +1,8 @@
 """Released checkpoints in and out, without torch.
 
-`load` reads a Hugging Face directory or a run, `convert` makes a run of the former, `save` writes what transformers
-and sentence-transformers load; `tensor_files` reads and writes tensors one at a time, `encoder_files` the settings that
-lie beside an encoder. The names of tensors and settings are in `models/hf`.
+Reading: `load` has `from_pretrained`; `hub` finds a directory, `parts` opens each model in it, `combine` makes one RAG
+model of them (`source`), `weights` puts their tensors on the devices. `convert` writes it all as a run, with `as_run`.
+Writing: `save` has `save_pretrained`, what transformers loads; `describe` makes config.json and `pieces` the weights.
+Both: `tensor_files` takes tensors one at a time, `encoder_files` the settings beside an encoder. The names of tensors
+and settings are in `models/hf`.
 """

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from rag_jax.errors import InputError
-from rag_jax.pretrained import load, save
+from rag_jax.pretrained.as_run import write_run
+from rag_jax.pretrained.combine import combine, open_source
 from rag_jax.pretrained.encoder_files import Asked
+from rag_jax.pretrained.hub import find
 from rag_jax.system import sharding
 
 
@@ -29,7 +31,7 @@ def convert(
 
     source: a whole model, else question_encoder and the other parts. context_encoder: for either. variant: RAG-Sequence
     or RAG-Token, by default as stored; change_variant: though another one is stored. n_docs, source_length: 0 for those
-    stored. asked: settings of the encoder. ignore: keys of the files to leave out. Returns what `save.write_run` says.
+    stored. asked: settings of the encoder. ignore: keys of the files to leave out. Returns what `write_run` says.
     """
     asked = asked or Asked()
     if (source is None) == (question_encoder is None):
@@ -41,11 +43,11 @@ def convert(
     if source is not None:
         if generator:
             raise InputError("--generator is for --question-encoder; SOURCE has its own")
-        context = load.find(context_encoder) if context_encoder else None
-        model = load.open_source(load.find(source), variant, change_variant, context, tuple(ignore), asked)
+        context = find(context_encoder) if context_encoder else None
+        model = open_source(find(source), variant, change_variant, context, tuple(ignore), asked)
     else:
         assert question_encoder is not None
-        context, reader = (load.find(part) if part else None for part in (context_encoder, generator))
-        question = load.find(question_encoder)
-        model = load.combine(question, context, reader, variant or "sequence", tuple(ignore), asked)
-    return save.write_run(model.resized(n_docs, source_length), out, sharding.make_mesh(), overwrite)
+        context, reader = (find(part) if part else None for part in (context_encoder, generator))
+        question = find(question_encoder)
+        model = combine(question, context, reader, variant or "sequence", tuple(ignore), asked)
+    return write_run(model.resized(n_docs, source_length), out, sharding.make_mesh(), overwrite)

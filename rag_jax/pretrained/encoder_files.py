@@ -2,7 +2,6 @@
 settings of its tokenizer.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rag_jax.models.bert import Pooling
 from rag_jax.models.hf import sentence
 from rag_jax.models.hf.sentence import MODEL, MODULES, TRANSFORMER_FILES, Layout
 from rag_jax.models.hf.settings import Account
+from rag_jax.system import files
 
 # Of a BERT without modules.json, by the class that wrote it: what its hidden states become.
 BY_ARCHITECTURE: dict[str, Pooling] = {"BertModel": "cls", "BertForPreTraining": "cls", "Contriever": "mean"}
@@ -29,13 +29,8 @@ class Asked:
 
 
 def read_any(path: Path) -> Any:
-    """The content of a JSON file, whatever it is."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; download the checkpoint again, with its folders") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
+    """The content of a JSON file of the checkpoint, whatever it is."""
+    return files.read_json(path, "download the checkpoint again, with its folders")
 
 
 def sentence_files(directory: Path) -> dict[str, Any]:

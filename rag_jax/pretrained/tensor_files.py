@@ -5,7 +5,6 @@ safetensors, single or sharded; torch's .bin only where torch is installed, and 
 
 import json
 import math
-import struct
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rag_jax.errors import InputError
+from rag_jax.system import safetensors_header
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -170,16 +170,12 @@ def _shards(shapes: Shapes, limit: int) -> list[Shapes]:
 
 
 def _write_header(path: Path, shapes: Shapes) -> dict[str, int]:
-    """Begins a file as safetensors' own writer does, which wants all tensors at once: the length of the header, and
-    the header. Returns where the data of each tensor must go.
+    """Begins a file with the header that safetensors' own writer gives it, which wants all tensors at once; where in
+    the file the data of each tensor goes.
     """
     types = {ours: theirs for theirs, ours in FLOATS.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (shape, kind) in sorted(shapes.items(), key=lambda item: (list(types).index(item[1][1]), item[0])):
-        begin, end = end, end + _bytes(shape, kind)
-        header[name] = {"dtype": types[kind], "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(struct.pack("<Q", len(text)) + text)
-    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
+    ordered = sorted(shapes.items(), key=lambda item: (list(types).index(item[1][1]), item[0]))
+    tensors = {name: (types[kind], shape) for name, (shape, kind) in ordered}
+    header = safetensors_header.header(tensors, {"format": "pt"})
+    path.write_bytes(header)
+    return {name: len(header) + begin for name, (begin, _) in safetensors_header.spans(tensors).items()}

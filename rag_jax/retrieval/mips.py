@@ -20,7 +20,7 @@ from rag_jax.retrieval import mips_device
 from rag_jax.retrieval.mips_device import LOWEST, Best, Mass, Pass, Rows, decoded, quantise
 from rag_jax.system import sharding
 
-__all__ = ["OVERSAMPLE", "log_normaliser", "quantise", "rows_at", "search", "search_with_normaliser"]
+__all__ = ["OVERSAMPLE", "quantise", "rows_at", "search", "search_with_normaliser"]
 
 OVERSAMPLE = {"float32": 1, "bfloat16": 2, "uint16": 2, "int8": 2}
 
@@ -91,9 +91,11 @@ def search_with_normaliser(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`search` by exact scores, and the part of the normaliser that the k do not have: (scores_BK, ids_BK, log_rest_B).
 
-    log_rest_B: the logsumexp over all other live rows, so log Z = logaddexp(log_rest_B, logsumexp(scores_BK)). It is
-    summed in a second pass, without those rows: taken from log Z they would leave nothing but its rounding where they
-    have nearly all of it. See `log_normaliser` for its gradient; none flows to the index and none through the scores.
+    log_rest_B: the logsumexp over all other live rows, so log Z = logaddexp(log_rest_B, logsumexp(scores_BK)); of the
+    stored rows in small types. NaN counts as -inf; it is -inf, with gradient 0, where no other row is live. It is
+    summed in a second pass, without the k: taken from log Z they would leave nothing but its rounding where they have
+    nearly all of it. Its gradient to the queries is the mean of those rows under their softmax, accumulated in that
+    pass, with twice the products, only where a gradient is taken. None flows to the index, none through the scores.
     """
     rows, how = _checked(queries_BE, index_NE, scale_N, live_N, mesh, n_valid, chunk, out_axes)
     if not 1 <= k <= how.n_valid:
@@ -101,28 +103,6 @@ def search_with_normaliser(
     best, _ = _on_mesh(lax.stop_gradient(queries_BE), rows, dataclasses.replace(how, k=k), k, mesh, out_axes)
     assert best is not None
     return *best, _mass(dataclasses.replace(how, mass="sum"), mesh, out_axes, queries_BE, rows, best[1])
-
-
-@functools.partial(jax.jit, static_argnames=("mesh", "n_valid", "chunk", "out_axes"))
-def log_normaliser(
-    queries_BE: jax.Array,
-    index_NE: jax.Array,
-    *,
-    scale_N: jax.Array | None = None,
-    live_N: jax.Array | None = None,
-    mesh: Mesh | None = None,
-    n_valid: int | None = None,
-    chunk: int | None = None,
-    out_axes: tuple[str, ...] = (),
-) -> jax.Array:
-    """log_z_B, the logsumexp over all live rows of the exact scores, of the stored rows in small types; NaN counts as
-    -inf. It is -inf, with gradient 0, where no row is live.
-
-    Its gradient to the queries is the mean of the rows under their softmax; it is accumulated in the same pass, with
-    twice the products, only where a gradient is taken.
-    """
-    rows, how = _checked(queries_BE, index_NE, scale_N, live_N, mesh, n_valid, chunk, out_axes)
-    return _mass(dataclasses.replace(how, mass="sum"), mesh, out_axes, queries_BE, rows, None)
 
 
 def rows_at(index_NE: jax.Array, ids_X: jax.Array, scale_N: jax.Array | None = None) -> jax.Array:
@@ -138,7 +118,7 @@ def _mass(
     out_axes: tuple[str, ...],
     queries_BE: jax.Array,
     rows: Rows,
-    left_out_BX: jax.Array | None,
+    left_out_BX: jax.Array,
 ) -> jax.Array:
     """The logsumexp of the scores of all rows but those left out."""
     mass = _on_mesh(queries_BE, rows, how, 0, mesh, out_axes, left_out_BX)[1]
@@ -152,7 +132,7 @@ def _mass_forward(
     out_axes: tuple[str, ...],
     queries_BE: jax.Array,
     rows: Rows,
-    left_out_BX: jax.Array | None,
+    left_out_BX: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     mass = _on_mesh(queries_BE, rows, dataclasses.replace(how, mass="mean"), 0, mesh, out_axes, left_out_BX)[1]
     assert mass is not None and mass.weighted_BE is not None

@@ -13,7 +13,6 @@ new_rows.npy, new_embeddings.npy   rows that came or changed since, ascending, a
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -242,22 +241,6 @@ def build(
         builder = builder.score_brute_force()
     width, none = embeddings_NE.shape[1], np.zeros(0, np.int32)
     return Scann(builder.build(), rows_N, width, source, config, none, none, np.zeros((0, width), np.float32))
-
-
-def build_in_background(
-    embeddings_NE: np.ndarray,
-    source: Source,
-    config: AnnConfig | None = None,
-    rows_N: Sequence[int] | np.ndarray | None = None,
-) -> "Future[Scann]":
-    """`build` in a thread of its own; ScaNN lets others run meanwhile. Do not write to the embeddings until it is done.
-
-    A program that ends waits for the thread.
-    """
-    executor = ThreadPoolExecutor(1, thread_name_prefix="scann-build")
-    future = executor.submit(build, embeddings_NE, source, config, rows_N)
-    executor.shutdown(wait=False)
-    return future
 
 
 def _library() -> Any:

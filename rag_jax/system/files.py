@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from rag_jax.errors import InputError
 from rag_jax.system import block_checksums, disk_errors, logs
 from rag_jax.system.paths import real
+from rag_jax.system.renaming import renamed, sync
 
 MANIFEST = "manifest.json"
 NEWEST = 10**6  # of any kind: a version that is too new is found where the artifact is opened
@@ -42,7 +43,7 @@ def new_directory(out: str | Path, kind: str, overwrite: bool = False) -> Iterat
             shutil.rmtree(old)
         else:
             temporary.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
 
 
 @contextmanager
@@ -66,7 +67,7 @@ def new_files(out: Path, last: str, instead_of: Iterable[str] = ()) -> Iterator[
             (out / name).unlink(missing_ok=True)
         for file in sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name)):
             file.rename(out / file.name)
-        _sync(out)
+        sync(out)
 
 
 @contextmanager
@@ -150,16 +151,8 @@ def sync_tree(directory: Path) -> None:
     """Everything below, and the directory itself, is on disk when this returns."""
     for folder, _, names in os.walk(directory, topdown=False):
         for name in names:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(Path(folder, name))
+        sync(Path(folder))
 
 
 def file_sha256(path: Path) -> str:
@@ -191,7 +184,7 @@ def claimed(path: Path) -> Iterator[BinaryIO | None]:
             yield stream
             os.fsync(stream.fileno())
             temporary.rename(path)
-            _sync(path.parent)
+            sync(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -228,22 +221,31 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def read_json(path: Path, missing: str = "") -> Any:
+    """The content of a JSON file; InputError where it is none, or there is no such file.
+
+    missing: what to do about a file that is not there.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file" + (f"; {missing}" if missing else "")) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+
+
+def read_json_object(path: Path, missing: str = "") -> dict[str, Any]:
+    """As `read_json`; InputError where the content is not an object, too."""
+    found = read_json(path, missing)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return found
+
+
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """UTF-8, by rename; errors: what to do with what has no UTF-8."""
     with renamed(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=errors)
-
-
-@contextmanager
-def renamed(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to, which becomes `path` if the block ends well and is removed if not."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_sealed(path: Path, kind: str, version: int, fields: Mapping[str, Any]) -> None:
@@ -258,7 +260,7 @@ def write_sealed(path: Path, kind: str, version: int, fields: Mapping[str, Any])
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def read_sealed(path: Path, kind: str, version: int, again: str, oldest: int | None = None) -> dict[str, Any]:

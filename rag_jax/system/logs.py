@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from rag_jax.errors import InputError
 from rag_jax.system import plain_text
+from rag_jax.system.renaming import renamed, sync
 
 METRICS_FILE = "metrics.jsonl"
 LINE_SECONDS = 10.0
@@ -225,15 +226,9 @@ def _restore(path: Path, resume_step: int | None) -> None:
     content = b"".join(line + b"\n" for line in kept)
     if content == path.read_bytes():
         return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with renamed(path) as temporary:
+        temporary.write_bytes(content)
+        sync(temporary)
 
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

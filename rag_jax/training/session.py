@@ -14,8 +14,9 @@ from rag_jax.data.readers import formats
 from rag_jax.errors import InputError
 from rag_jax.index import device_index
 from rag_jax.index import snapshot as snapshots
-from rag_jax.index.device_index import Index, Refresher, on_devices
+from rag_jax.index.device_index import Index
 from rag_jax.index.host_index import HostIndex, Searchers, on_host
+from rag_jax.index.refresh import Refresher, on_devices
 from rag_jax.inference.pipeline import AnswerConfig, AnswerFn
 from rag_jax.losses import RETRIEVER_LOSSES, RetrieverLoss
 from rag_jax.models.init_lexical import inverse_document_frequency, lexical_start

@@ -18,8 +18,9 @@ from rag_jax.losses import RETRIEVER_LOSSES, RetrieverLoss
 from rag_jax.runs import checkpoint, live_corpus
 from rag_jax.runs import config as run_config
 from rag_jax.runs import directory as runs
-from rag_jax.system import configuration, distributed, files, sharding
+from rag_jax.system import configuration, distributed, sharding
 from rag_jax.system.logs import info
+from rag_jax.system.renaming import renamed
 from rag_jax.training import config
 from rag_jax.training.config import TrainConfig
 from rag_jax.training.data import Data, usable_pairs
@@ -181,7 +182,7 @@ def _begin(cfg: TrainConfig, directory: Path, data: Data, identity: dict[str, An
 
 
 def _write_config(cfg: TrainConfig, directory: Path) -> None:
-    with files.renamed(directory / runs.CONFIG) as temporary:
+    with renamed(directory / runs.CONFIG) as temporary:
         run_config.save(cfg, temporary)
         runs.write_manifest(directory, {runs.CONFIG: temporary})
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from rag_jax.corpus.directory import Corpus
 from rag_jax.data.batching import ON_HOST
-from rag_jax.index import device_index
-from rag_jax.index.device_index import Index, Refresher
+from rag_jax.index import refresh
+from rag_jax.index.device_index import Index
 from rag_jax.index.host_index import HostIndex, gather, places
+from rag_jax.index.refresh import Refresher
 from rag_jax.rag import Params, Passages
 from rag_jax.retrieval.search import Queries
 from rag_jax.retrieve import Batch, question_program
@@ -164,7 +165,7 @@ class Upkeep:
         usable = None if live_N is None else np.flatnonzero(np.asarray(live_N)).astype(np.int32)
         # on the host the index has the rows of the corpus alone, on the devices maybe some to fill up the tables
         n = min(self.setting.n_passages, len(self.index.step_N)) if usable is None else len(usable)
-        rows = device_index.sample((self.seed, step), n, self.sample)
+        rows = refresh.sample((self.seed, step), n, self.sample)
         rows = rows if usable is None else usable[rows]
         index, passages, at = self.way.rows(self.index, rows)
         questions = {name: batch[name] for name in ("question_ids", "question_length")}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rag_jax.index import device_index
+from rag_jax.index import device_index, refresh
 from rag_jax.index.device_index import Index
 from rag_jax.rag import Params, Passages, Rag
 from rag_jax.retrieve import Batch, embed_questions, embed_rows
@@ -114,10 +114,10 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
         if changes_index(s):
             new_index = index
             if when.kind == "rolling":
-                new_index = device_index.roll(s.rag, s.mesh, state.params, new_index, passages, state.step, when.turn)
+                new_index = refresh.roll(s.rag, s.mesh, state.params, new_index, passages, state.step, when.turn)
             if s.stage.write_back and fresh is not None:
                 measure = when.kind != "rolling"
-                new_index = device_index.put(new_index, fresh.rows, fresh.embeddings, state.step, measure)
+                new_index = refresh.put(new_index, fresh.rows, fresh.embeddings, state.step, measure)
         updates, opt_state = tx.update(gradients, state.opt_state, trainable)
         params = {**frozen, **optax.apply_updates(trainable, updates)}
         metrics |= {
@@ -151,6 +151,6 @@ def make_drift(s: Setting) -> Any:
     def drift(params: Params, batch: Batch, index: Index, passages: Passages, rows_S: jax.Array) -> jax.Array:
         live_S = jnp.ones(rows_S.shape, bool) if index.live_N is None else index.live_N[rows_S]
         q_BE, fresh_SE = embed_questions(s, params, batch, None), embed_rows(s, params, passages, rows_S, None)
-        return device_index.overlap(q_BE, device_index.stored(index, rows_S), fresh_SE, live_S, min(k, len(rows_S)))
+        return refresh.overlap(q_BE, device_index.stored(index, rows_S), fresh_SE, live_S, min(k, len(rows_S)))
 
     return drift

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rag_jax.system import files
+from rag_jax.system.renaming import renamed
 
 _SIZE, _DPI = (6.4, 4.2), 110
 _PLACE = (0.12, 0.2, 0.85, 0.72)  # left, bottom, width, height
@@ -97,7 +97,7 @@ def _write(path: Path, title: str, fill: Callable[[Any], None]) -> None:
     fill(axes)
     if axes.get_legend_handles_labels()[1]:
         figure.legend(loc="lower center", ncols=3, frameon=False, fontsize=10)
-    with files.renamed(path) as temporary:
+    with renamed(path) as temporary:
         figure.savefig(temporary, format="png")
 
 

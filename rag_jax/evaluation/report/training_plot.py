@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from rag_jax.errors import InputError
-from rag_jax.system import files
 from rag_jax.system.logs import read_rows
+from rag_jax.system.renaming import renamed
 
 _WIDTH, _HEIGHT, _DPI = 12.0, 8.0, 100  # 1200 x 800 pixels
 _STAGE_COLORS = (
@@ -93,7 +93,7 @@ def training_curves(metrics_jsonl: str | Path, png: str | Path) -> Path:
             handles=patches, loc="outside upper center", ncols=min(5, len(patches)), frameon=False, title="stage"
         )
     png = Path(png)
-    with files.renamed(png) as temporary:
+    with renamed(png) as temporary:
         figure.savefig(temporary, format="png")
     return png
 

@@ -1,0 +1,111 @@
+"""One model from one directory, or from those of its parts."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rag_jax.errors import InputError
+from rag_jax.models.bert import BertConfig
+from rag_jax.models.hf import ENCODERS, GENERATORS
+from rag_jax.models.hf.settings import Account
+from rag_jax.pretrained import encoder_files
+from rag_jax.pretrained.encoder_files import Asked
+from rag_jax.pretrained.hub import CONFIG, read_json
+from rag_jax.pretrained.parts import encoder_part, generator_part, rag_parts
+from rag_jax.pretrained.source import Source
+from rag_jax.rag import RagConfig
+from rag_jax.system.logs import info
+
+OF_TRAINING = ("dropout", "attention_dropout")  # fields of an encoder without effect on the vectors of a trained one
+
+
+def open_source(
+    directory: Path,
+    variant: str | None = None,
+    change_variant: bool = False,
+    context_encoder: Path | None = None,
+    ignore: Sequence[str] = (),
+    asked: Asked | None = None,
+) -> Source:
+    """A whole model from one directory: a RAG composite, or an encoder as a retriever alone. `context_encoder`: another
+    directory, for a composite that has none. ignore: settings to leave out, see `settings.Account`.
+    """
+    account = Account(ignore)
+    config = read_json(encoder_files.transformer_directory(directory) / CONFIG)
+    kind = config.get("model_type")
+    if kind == "rag":
+        model, parts = rag_parts(directory, variant, change_variant, account, asked)
+        directories = {"": directory}
+        if context_encoder is not None:
+            part = encoder_part(context_encoder, "context_encoder", account, asked)
+            check_form(part.config, model.encoder, context_encoder, directory)
+            model = dataclasses.replace(model, context_encoder=True)
+            parts = [*(p for p in parts if p.side != part.side), part]
+            directories["context_encoder"] = context_encoder
+        return finished(Source(model, parts, directories, account), asked)
+    if kind in GENERATORS:
+        raise InputError(
+            f"{directory}: a generator alone ({kind}); put it together with encoders: rag-jax convert "
+            f"--question-encoder A --context-encoder B --generator {directory} --out DIR"
+        )
+    return combine(directory, context_encoder, ignore=ignore, asked=asked)
+
+
+def combine(
+    question_encoder: Path,
+    context_encoder: Path | None = None,
+    generator: Path | None = None,
+    variant: str = "sequence",
+    ignore: Sequence[str] = (),
+    asked: Asked | None = None,
+    **settings: Any,
+) -> Source:
+    """One model from parts. A BERT alone encodes both questions and passages; a DPR question encoder needs its other
+    half. ignore: settings to leave out, see `settings.Account`.
+    """
+    account = Account(ignore)
+    parts = [encoder_part(question_encoder, "question_encoder", account, asked)]
+    directories = {"question_encoder": question_encoder}
+    tied = context_encoder is None or context_encoder.resolve() == question_encoder.resolve()
+    tied = tied and parts[0].family is ENCODERS["bert"]
+    if context_encoder is not None and not tied:
+        parts.append(encoder_part(context_encoder, "context_encoder", account, asked))
+        check_form(parts[1].config, parts[0].config, context_encoder, question_encoder)
+        directories["context_encoder"] = context_encoder
+    if generator is not None:
+        parts.append(generator_part(generator, account))
+        directories["generator"] = generator
+    encoder = parts[0].config
+    model = RagConfig(
+        variant=variant,  # type: ignore[arg-type]
+        encoder=encoder,
+        generator=parts[-1].config if generator is not None else None,
+        tie_encoders=tied,
+        context_encoder=tied or context_encoder is not None,
+        **settings,
+    )
+    return finished(Source(model, parts, directories, account), asked)
+
+
+def finished(source: Source, asked: Asked | None) -> Source:
+    """With lengths and prefixes, when all settings are accounted for."""
+    source = source.encoding(asked or Asked())
+    source.account.check()
+    return source
+
+
+def check_form(context: BertConfig, question: BertConfig, context_from: Path, question_from: Path) -> None:
+    """InputError with the first field in which the two encoders differ: here they have one configuration. Their dropout
+    may differ: it is a setting of training, where the question encoder's is taken for both.
+    """
+    pairs = zip(dataclasses.asdict(context).items(), dataclasses.asdict(question).values(), strict=True)
+    for (name, ours), theirs in pairs:
+        if ours == theirs:
+            continue
+        if name not in OF_TRAINING:
+            raise InputError(
+                f"{context_from}: the context encoder's {name} is {ours}, the question encoder's ({question_from}) is "
+                f"{theirs}; both must have one form"
+            )
+        info(f"{name}: {theirs}, the question encoder's, for both encoders; {context_from} has {ours}")
