@@ -98,7 +98,7 @@ def reuse(monkeypatch, opened):
 @pytest.fixture(autouse=True)
 def undrawn(request, monkeypatch):
     """No pictures: tests/test_evaluation_plots.py looks at them, and they take longer than the rest of a report."""
-    monkeypatch.setattr(write_report.plots_evaluation, "draw", lambda report, out: [])
+    monkeypatch.setattr(write_report.evaluation_plots, "draw", lambda report, out: [])
     monkeypatch.setattr(write_report, "training", lambda run, out: [])
 
 
