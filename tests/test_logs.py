@@ -254,3 +254,14 @@ def test_tensorboard_events(tmp_path: Path) -> None:
         writer.write(2, {"loss": 8.0})
     assert scalars_of(tmp_path) == {"loss": [(1, 0.5), (2, 8.0)], "eval/exact_match": [(1, 1.0)]}
     assert not [name for name in sys.modules if name.split(".")[0] == "tensorflow"]
+
+
+def test_lines_say_when_and_of_several_processes_which(capsys: pytest.CaptureFixture[str]) -> None:
+    with logs.stamped(2, 8):
+        logs.info("begun")
+    with logs.stamped(0, 1):
+        logs.info("alone")
+    logs.info("plain")
+    many, one, plain = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d 2/8 begun", many) and re.fullmatch(r"\d\d:\d\d:\d\d alone", one)
+    assert plain == "plain"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import math
 import random
 import shutil
@@ -206,7 +207,9 @@ NO_QUESTIONS = [
 
 def test_a_run_with_no_questions_is_evaluated_as_its_configuration_says(tiny_data, tmp_path):
     """A retriever trained on the corpus alone; the dev questions are answered within labels, and judged by them."""
-    result = tiny.train(tiny_data, tmp_path / "run", *NO_QUESTIONS)
+    result = tiny.train(tiny_data, tmp_path / "run", *NO_QUESTIONS, "--profile", f"{tmp_path / 'trace'}@4")
+    assert list((tmp_path / "trace").rglob("*.xplane.pb")) and "trace of steps from 4 on" in result["stderr"]
+    assert all(re.match(r"\d\d:\d\d:\d\d \S", line) for line in result["stderr"].splitlines())
     assert result["steps"] == 10 and "in_batch_accuracy" in result["last"]
     assert "step 10: 8 dev questions: accuracy 0.000, exact_match 0.000" in result["stderr"]
     assert "eval/accuracy" in result["last"] and "eval/recall_at_20" not in result["last"]

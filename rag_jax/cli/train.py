@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from rag_jax.cli import process_options
 from rag_jax.errors import InputError
-from rag_jax.system import distributed
+from rag_jax.system import distributed, logs
 from rag_jax.training import config
 from rag_jax.training.config import TrainConfig
+from rag_jax.training.profile import Profile
 from rag_jax.training.train import train
 
 
@@ -27,6 +30,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the configuration"
     )
+    parser.add_argument(
+        "--profile",
+        metavar="DIR@STEP",
+        type=profile_from_argument,
+        help="an XLA trace of three steps, from that one on",
+    )
     process_options.add_arguments(parser)
     parser.epilog = (
         "example: rag-jax train --config configs/world.py --run runs/world --set stages.joint.steps=400\n"
@@ -35,9 +44,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def profile_from_argument(text: str) -> Profile:
+    """DIR@STEP."""
+    directory, at, step = text.rpartition("@")
+    if not (at and directory and step.isdigit() and int(step) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not DIR@STEP, as runs/trace@100")
+    return Profile(Path(directory), int(step))
+
+
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     with distributed.together(process_options.from_arguments(args), args.run / "checkpoints", preemption=True):
-        found = train(configured(args), args.run)
+        with logs.stamped(jax.process_index(), jax.process_count()):
+            found = train(configured(args), args.run, profile=args.profile)
         return found if distributed.first() else None
 
 

@@ -31,12 +31,14 @@ class Processes:
 
     coordinator: HOST:PORT where process 0 listens. count: of the processes. number: of this one, from 0.
     automatic: JAX finds out all three by itself, on TPU pods, Slurm, Open MPI and Kubernetes.
+    verbose: all of them show their lines, not the first one alone.
     """
 
     coordinator: str | None = None
     count: int | None = None
     number: int | None = None
     automatic: bool = False
+    verbose: bool = False
 
 
 def initialize(processes: Processes, heartbeat_seconds: int = HEARTBEAT_SECONDS, preemption: bool = False) -> None:
@@ -99,17 +101,20 @@ def everywhere(true: bool) -> bool:
 
 @contextlib.contextmanager
 def together(processes: Processes, checkpoints: Path | None = None, preemption: bool = False) -> Iterator[None]:
-    """`initialize`; only the first process shows progress; an error inside ends the process at once if it is one of
+    """`initialize`; only the first process shows progress, unless `verbose`; of several, each line says when and by
+    which process; an error inside ends the process at once if it is one of
     several, and says why.
 
     Python's own end would wait for the others, who may wait for this one. checkpoints: from which the command goes on,
     for the message.
     """
     initialize(processes, preemption=preemption)
-    if not first():
+    several = jax.process_count() > 1
+    if not first() and not processes.verbose:
         logs.silence()
     try:
-        with _standard_output_apart(), _last_words(checkpoints):
+        stamp = logs.stamped(jax.process_index(), jax.process_count()) if several else contextlib.nullcontext()
+        with _standard_output_apart(), _last_words(checkpoints), stamp:
             yield
     except BaseException as error:
         if jax.process_count() == 1:

@@ -1,12 +1,13 @@
 """Progress and lines for people on stderr; metrics for programs in metrics.jsonl and TensorBoard event files."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +26,19 @@ _now = time.monotonic
 _silent = threading.Event()  # like stderr itself, one for the whole process
 
 
+_stamp: list[str] = []  # what stands between the time and a line; empty: lines have neither
+
+
+@contextlib.contextmanager
+def stamped(process: int, processes: int) -> Iterator[None]:
+    """Inside, every line begins with the time and, of several processes, which one says it: `14:03:21 2/8`."""
+    _stamp[:] = [f"{process}/{processes} " if processes > 1 else ""]
+    try:
+        yield
+    finally:
+        _stamp.clear()
+
+
 def silence() -> None:
     """From now on this process shows neither lines nor progress: another one of the same command does."""
     _silent.set()
@@ -35,6 +49,7 @@ def info(message: str) -> None:
     if _silent.is_set():
         return
     message = plain_text.visible(message)
+    message = f"{time.strftime('%H:%M:%S')} {_stamp[0]}{message}" if _stamp else message
     if sys.stderr.isatty():
         tqdm.write(message, file=sys.stderr)
     else:

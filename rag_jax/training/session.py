@@ -29,6 +29,7 @@ from rag_jax.system.preemption import Preemption
 from rag_jax.training import diverged, setup
 from rag_jax.training.config import TrainConfig
 from rag_jax.training.data import Data
+from rag_jax.training.profile import Profile
 from rag_jax.training.stage_index import Feed, OnDevice, OnHost, Upkeep, kept_fields
 from rag_jax.training.train_step import Setting, TrainState, first_state
 
@@ -71,6 +72,7 @@ class Session(NamedTuple):
     index_hash: str = ""  # of the index that the run began with, "" where it made its own
     retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES
     hooks: Sequence[Hook] = ()
+    profile: Profile | None = None
 
     def upkeep(self, number: int, index: Any) -> Upkeep:
         """What stage `number` does about its index."""

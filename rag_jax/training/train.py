@@ -33,6 +33,7 @@ from rag_jax.system.preemption import Preempted, Preemption
 from rag_jax.training import diverged, setup
 from rag_jax.training import session as sessions
 from rag_jax.training.config import StageConfig, TrainConfig
+from rag_jax.training.profile import Profile
 from rag_jax.training.session import Hook, Moment, Session, make_refresher, way_of
 from rag_jax.training.stage_index import Upkeep
 from rag_jax.training.train_step import TrainState, first_state, jit_step
@@ -174,7 +175,11 @@ def run_stage(
             widths = batching.widths_of(drawn)
             compiles = widths not in compiled
             compiled.add(widths)
+            if session.profile is not None:
+                session.profile.before(step + 1)
             state, changed, metrics = step_fn(state, *fed, key)
+            if session.profile is not None:
+                session.profile.after(step + 1, state)
             upkeep.after(changed)
             interval.rows.append(metrics)
             interval.shares += [drawn["share"]] if "share" in drawn else []
@@ -263,6 +268,7 @@ def train(
     *,
     retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES,
     hooks: Sequence[Hook] = (),
+    profile: Profile | None = None,
 ) -> dict[str, Any]:
     """Run every stage, going on from the run's last whole checkpoint if it has one; writes params/ and index/ at the
     end. At SIGTERM it saves a checkpoint and returns, with `preempted` in the result.
@@ -278,7 +284,7 @@ def train(
     if cfg.init and not (directory / "config.json").exists():
         runs.check_init(Path(cfg.init), cfg.model, corpus, mesh)
     with lock.held(directory) if distributed.first() else contextlib.nullcontext() as held:
-        return train_in(cfg, directory, data, every_batch, dev, mesh, held, retriever_losses, hooks)
+        return train_in(cfg, directory, data, every_batch, dev, mesh, held, retriever_losses, hooks, profile)
 
 
 def train_in(
@@ -291,6 +297,7 @@ def train_in(
     held: lock.Lock | None,
     retriever_losses: Mapping[str, RetrieverLoss],
     hooks: Sequence[Hook],
+    profile: Profile | None,
 ) -> dict[str, Any]:
     """`train` in a run directory that nobody else writes to."""
     corpus = data.corpus
@@ -323,6 +330,7 @@ def train_in(
             lock=held,
             retriever_losses=retriever_losses,
             hooks=hooks,
+            profile=profile,
         )
         try:
             return run_stages(session, total)
@@ -332,6 +340,8 @@ def train_in(
             return {"run": str(directory), "steps": error.step, "of": total, "preempted": True}
         finally:
             keeper.close()
+            if profile is not None:
+                profile.stop()
 
 
 def run_stages(session: Session, total: int) -> dict[str, Any]:
