@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import re
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
