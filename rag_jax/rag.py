@@ -8,6 +8,7 @@ function of `params`, {"question_encoder", "context_encoder" (absent if tied), "
 visits the host.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -26,12 +27,28 @@ from rag_jax.models.decoder_only import Lm, LmConfig
 from rag_jax.models.special_tokens import NONE
 from rag_jax.models.t5 import T5, T5Config
 from rag_jax.system import sharding
+from rag_jax.system.configuration import build_fields, one_of
 
 Params = dict[str, Any]
 GeneratorConfig = BartConfig | T5Config | LmConfig
 
-# All have the interface of Bart: encode, cross, init_cache, decode.
-GENERATORS: dict[str, Any] = {"bart": Bart, "t5": T5, "lm": Lm}
+
+class Family(NamedTuple):
+    """A family of generators: its configuration, a frozen dataclass with a `kind` after models.special_tokens, and its
+    module, which has the methods that models.layers.Generator names.
+    """
+
+    config: Any
+    module: Any
+
+
+# By the `kind` of model.generator. One of your own is a file in models/ and a row here (and, for released checkpoints,
+# a file in models/hf/ and a row there).
+GENERATORS: dict[str, Family] = {
+    "bart": Family(BartConfig, Bart),
+    "t5": Family(T5Config, T5),
+    "lm": Family(LmConfig, Lm),
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,15 @@ class RagConfig:
     passage_prefix_ids: tuple[int, ...] = ()
     pool_prefix: bool = True
     passage_length: int = 160
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], where: str) -> "RagConfig":
+        """From nested values; `kind` of the generator names its family."""
+        generator = values.get("generator")
+        if isinstance(generator, Mapping):
+            configs = [family.config for family in GENERATORS.values()]
+            values = {**values, "generator": one_of(configs, generator, f"{where}.generator")}
+        return build_fields(cls, values, where)
 
     @property
     def tail_length(self) -> int:
@@ -198,7 +224,7 @@ class Rag:
 
     @property
     def generator(self) -> nn.Module:
-        return GENERATORS[self.config.reader.kind](self.config.reader)
+        return GENERATORS[self.config.reader.kind].module(self.config.reader)
 
     def init(self, key: jax.Array) -> Params:
         """Parameters, boxed with their logical axis names (flax.linen.unbox removes the boxes)."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,14 @@ import pytest
 import tiny
 
 import rag_jax
-from rag_jax import losses, retrieve
+from rag_jax import losses, rag, retrieve
 from rag_jax.data.readers import formats
 from rag_jax.data.readers.formats import Format
 from rag_jax.data.readers.rows import Passage, Row
 from rag_jax.errors import InputError
 from rag_jax.index import refresh_schedule
 from rag_jax.index.refresh_schedule import Schedule
+from rag_jax.models.bart import Bart, BartConfig
 from rag_jax.system import configuration
 from rag_jax.training import config
 from rag_jax.training.data import QuestionNeeds
@@ -163,6 +164,39 @@ def test_an_objective(texts, tmp_path, monkeypatch):
     assert named.stages[0].objective == Distance(2.0)
     with pytest.raises(InputError, match="stage near: hard_negatives=1 is only for objective='contrastive'"):
         config.from_plain(values([near | {"objective": "distance", "hard_negatives": 1}]))
+
+
+# --- a generator: a configuration, a module and a row of GENERATORS ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoudConfig(BartConfig):
+    """BART with logits twice as large."""
+
+    kind: Literal["loud"] = "loud"  # type: ignore[assignment]
+
+
+class Loud(Bart):
+    def head(self):
+        kernel_VD, bias_V = super().head()
+        return 2 * kernel_VD, bias_V
+
+    def logits(self, x_BTD):
+        return 2 * super().logits(x_BTD)
+
+
+def test_a_generator(texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(rag.GENERATORS, "loud", rag.Family(LoudConfig, Loud))
+    read = stage("read", groups=("generator",), documents="gold")
+    given = values([read])
+    given["model"]["generator"] |= {"kind": "loud"}
+    result = rag_jax.fit(given, tmp_path / "run", data=texts)
+    opened = result.pipeline()
+    assert isinstance(opened.loaded.rag.config.generator, LoudConfig) and isinstance(opened.loaded.rag.generator, Loud)
+    assert opened.ask("On what does Town 3 lie?", n_docs=2, num_beams=2).passages
+    given["model"]["generator"] |= {"kind": "quiet"}
+    with pytest.raises(InputError, match=r"model\.generator\.kind: 'quiet' is not one of 'bart', 't5', 'lm', 'loud'"):
+        rag_jax.fit(given, tmp_path / "other", data=texts)
 
 
 # --- a reader of a file format: a function and a row of FORMATS -------------------------------------------------------

@@ -99,7 +99,7 @@ def batch(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mes
     """The batch of a stage, with one gold passage a question."""
     objective = stage.objective
     shapes = objective.batch_shapes(stage.batch, cfg, size.encoder_length, len(size.prefix_ids))
-    if objective.asks and cfg.search.kind != "exact":  # found between steps
+    if objective.asks and not cfg.search.in_graph:  # found between steps
         shapes |= dict.fromkeys(("documents", "document_rows"), objective.documents_shape(stage.batch))
     return {name: array(mesh, shape, "int32", "batch") for name, shape in shapes.items()}
 
@@ -150,7 +150,7 @@ def step(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh
     train_state, questions = state(rag, stage, mesh), batch(cfg, stage, rag, size, mesh)
     table: Index | None = index(cfg, rag, size, mesh) if stage.objective.searches else None
     passages = tables(size, mesh, padded(size, mesh))
-    if cfg.search.kind != "exact":
+    if not cfg.search.in_graph:
         rows, width = stage.objective.rows_per_question * stage.batch, rag.config.encoder.output_width
         passages = tables(size, mesh, rows, "batch")
         kept = array(mesh, (rows, width), "float32", "batch"), array(mesh, (rows,), "int32", "batch")
@@ -212,7 +212,7 @@ def every(
 ) -> dict[str, Program]:
     """The programs named in `stages` (all where it is empty) by their names; InputError for one that is not there."""
     known = [stage.name for stage in cfg.stages]
-    graph = cfg.search.kind == "exact"
+    graph = cfg.search.in_graph
     embeds = graph and (rag.config.context_encoder or rag.config.tie_encoders)
     known += ["search"] * graph + ["encode"] * embeds
     unknown = [name for name in stages if name not in known]

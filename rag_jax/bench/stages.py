@@ -34,7 +34,7 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
     mesh = sharding.make_mesh(cfg.mesh or None)
     setup.check(cfg, corpus, mesh)
     data = setup.prepare(cfg, corpus)
-    loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact")
+    loaded = runs.load(cfg.model, corpus, mesh, cfg.search.in_graph)
     params = session.init_params(loaded, cfg.seed, cfg.init)
     state = first_state(loaded.rag, stage, mesh, params, 0)
     number = cfg.stages.index(stage)

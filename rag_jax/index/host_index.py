@@ -71,14 +71,17 @@ class Searchers:
 
     def make(self, embeddings_NE: Any, encoder_hash: str | None, step: int, keep: bool = False) -> Searcher:
         """The search over these embeddings; keep: look for it in the cache, and put it there."""
-        kind = self.cfg.kind
-        if kind == "bm25":
-            return self.bm25()
-        source = Source(self.corpus.hash, encoder_hash, step)
-        if kind == "scann" or (kind == "hybrid" and self.cfg.dense == "scann"):
-            return self._whole(self.scann(embeddings_NE, source, keep), embeddings_NE)
+        return self._of(self.cfg.kind, embeddings_NE, Source(self.corpus.hash, encoder_hash, step), keep)
+
+    def _of(self, kind: str, embeddings_NE: Any, source: Source, keep: bool) -> Searcher:
+        return SEARCHERS[kind](self, embeddings_NE, source, keep)
+
+    def exact(self, embeddings_NE: Any, source: Source, keep: bool) -> Searcher:
         mesh = sharding.own_mesh(self.mesh)  # each process searches for its own questions
-        return self._whole(Exact(embeddings_NE, mesh, source, live_N=self.corpus.live_N), embeddings_NE)
+        return Exact(embeddings_NE, mesh, source, live_N=self.corpus.live_N)
+
+    def hybrid(self, embeddings_NE: Any, source: Source, keep: bool) -> Searcher:
+        return self._with_bm25(self._of(self.cfg.dense, embeddings_NE, source, keep), embeddings_NE)
 
     def update(self, searcher: Searcher, old: Corpus, embeddings_NE: Any, step: int) -> Searcher:
         """The search over an update of the corpus of `searcher`: ScaNN's own index stays as it is, until STALE of it is
@@ -93,11 +96,11 @@ class Searchers:
         dense = dense.upsert(came, embeddings_NE[came]).delete(np.flatnonzero(was_N & ~now_N[: len(old)]))
         if dense.stale > STALE:
             return self.make(embeddings_NE, None, step)
-        return self._whole(replace(dense, source=Source(self.corpus.hash, None, step)), embeddings_NE)
+        dense = replace(dense, source=Source(self.corpus.hash, None, step))
+        return self._with_bm25(dense, embeddings_NE) if isinstance(searcher, Hybrid) else dense
 
-    def _whole(self, dense: Searcher, embeddings_NE: Any) -> Searcher:
-        """The dense search, with BM25 where both are wanted."""
-        return Hybrid(dense, self.bm25(), embeddings_NE, self.cfg.fusion) if self.cfg.kind == "hybrid" else dense
+    def _with_bm25(self, dense: Searcher, embeddings_NE: Any) -> Searcher:
+        return Hybrid(dense, self.bm25(), embeddings_NE, self.cfg.fusion)
 
     def bm25(self) -> Bm25:
         """That of the corpus, built once."""
@@ -138,6 +141,16 @@ class Searchers:
             except (OSError, InputError) as error:  # a run on a medium that cannot be written to still answers
                 info(f"{path}: not kept ({error})")
         return made
+
+
+# By SearchConfig.kind and .dense: (searchers, embeddings_NE, source, keep) -> what searches. One of your own is a row
+# here and its name among the kinds of SearchConfig.
+SEARCHERS: dict[str, Callable[[Searchers, Any, Source, bool], Searcher]] = {
+    "exact": Searchers.exact,
+    "scann": Searchers.scann,
+    "bm25": lambda searchers, embeddings_NE, source, keep: searchers.bm25(),
+    "hybrid": Searchers.hybrid,
+}
 
 
 def on_host(rag: Rag, searchers: Searchers) -> Make:

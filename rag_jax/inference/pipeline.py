@@ -25,7 +25,6 @@ from rag_jax.index.device_index import Index
 from rag_jax.index.host_index import HostIndex, Searchers, gather, places
 from rag_jax.inference import config as answer_config
 from rag_jax.inference.config import AnswerConfig
-from rag_jax.models.decoder_only import LmConfig, check_window
 from rag_jax.rag import Params, Passages
 from rag_jax.retrieval.config import SearchConfig
 from rag_jax.retrieval.search import Queries, SearchResult
@@ -164,8 +163,7 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
             tree = decoding_search.prefix_tree(allowed_ids(loaded, cfg.allowed_answers, cfg.max_length), reader.eos_id)
         try:
             loaded.rag.decoding_options(n_docs, cfg.candidates, **options)
-            if isinstance(reader, LmConfig):
-                check_window(model.source_length + cfg.max_length, reader)
+            reader.check_length(model.source_length + cfg.max_length)
         except ValueError as error:
             raise InputError(str(error)) from error
     prefix_ids = loaded.corpus.generator_tokenizer.prefix_ids
@@ -438,10 +436,10 @@ class Pipeline:
         runs.check_tokenizers(directory, corpus)
         search = search or config.search
         mesh = sharding.mesh_here(config.mesh)
-        loaded = runs.load(config.model, corpus, mesh, search.kind == "exact", live)
+        loaded = runs.load(config.model, corpus, mesh, search.in_graph, live)
         params = runs.read_params(directory, loaded.rag, loaded.mesh)
         runs.check_snapshot(loaded, params, snapshot)
-        if search.kind == "exact":
+        if search.in_graph:
             made: Index | HostIndex = runs.index_on_device(loaded, snapshot, search.dtype)
         else:
             made = host_index(directory, loaded, snapshot, search)

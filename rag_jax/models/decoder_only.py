@@ -82,6 +82,15 @@ class LmConfig(SpecialTokens):
         """What a label begins with: the start alone, which ends the prefix."""
         return (self.start_id,)
 
+    def check_length(self, length: int) -> None:
+        """ValueError where so many tokens, prefix and target, do not fit the window within which all see all."""
+        if 0 < self.window < length:
+            raise ValueError(
+                f"the generator attends to a window of {self.window} tokens, which is not built; up to {self.window} "
+                f"of passage, question and answer together are the same without it, and here they are {length}: "
+                "shorten model.source_length, or target_length (max_length of an answer)"
+            )
+
 
 def frequencies(c: LmConfig) -> np.ndarray:
     """Radians per position of every pair of a head's dimensions [C/2] (Su et al. 2021, section 3.2.2).
@@ -104,17 +113,7 @@ def check_length(prefix: int, target: int, c: LmConfig) -> None:
         raise ValueError(
             f"prefix of length {prefix} and target of length {target}, but the generator has {c.positions} positions"
         )
-    check_window(prefix + target, c)
-
-
-def check_window(length: int, c: LmConfig) -> None:
-    """ValueError where so many tokens, prefix and target, do not fit the window within which all see all."""
-    if 0 < c.window < length:
-        raise ValueError(
-            f"the generator attends to a window of {c.window} tokens, which is not built; up to {c.window} of passage, "
-            f"question and answer together are the same without it, and here they are {length}: shorten "
-            "model.source_length, or target_length (max_length of an answer)"
-        )
+    c.check_length(prefix + target)
 
 
 def norm(c: LmConfig) -> LayerNorm | RMSNorm:

@@ -34,6 +34,9 @@ class SpecialTokens:
         """All tokens that end an answer."""
         return self.end_ids or (self.eos_id,)
 
+    def check_length(self, length: int) -> None:
+        """ValueError where an input and its answer of so many tokens together are more than the model can see."""
+
     def opening(self, prefix_ids: tuple[int, ...] = ()) -> tuple[int, ...]:
         """What a label begins with: the start, then what is forced, else what the tokenizer begins a text with, as
         transformers makes decoder inputs. prefix_ids: those of the tokenizer.

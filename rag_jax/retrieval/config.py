@@ -28,11 +28,16 @@ class SearchConfig:
     bm25: Bm25Config = field(default_factory=Bm25Config)
     fusion: Fusion = field(default_factory=Fusion)
 
+    @property
+    def in_graph(self) -> bool:
+        """Whether the step itself searches, on the devices; else the host does, between steps."""
+        return self.kind == "exact"
+
 
 # The same of SearchConfig. Its sections are each of the search they are named after, whichever is chosen now.
 SEARCHED_BY: dict[str, tuple[Callable[[SearchConfig], bool], str]] = {
-    "dtype": (lambda search: search.kind == "exact", "kind='exact'"),
-    "recall_target": (lambda search: search.kind == "exact", "kind='exact'"),
+    "dtype": (lambda search: search.in_graph, "kind='exact'"),
+    "recall_target": (lambda search: search.in_graph, "kind='exact'"),
     "dense": (lambda search: search.kind == "hybrid", "kind='hybrid'"),
 }
 

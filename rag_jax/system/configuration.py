@@ -54,6 +54,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return value  # checked where it is used
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
+        if dataclasses.is_dataclass(value):
+            return value
         return one_of([kind for kind in arguments if kind is not type(None)], value, where)
     if origin is tuple:
         if not isinstance(value, tuple | list):

@@ -219,7 +219,7 @@ def check_refresh(cfg: TrainConfig, stage: StageConfig, where: str) -> None:
             f"{where}write_back=True has nothing exact to write: the stage has to train {side} with "
             "model.encoder.dropout=0 (and attention_dropout), or to set n_retrieved"
         )
-    if cfg.search.kind != "exact":
+    if not cfg.search.in_graph:
         for name, value in (
             ("write_back", stage.write_back),
             ("refresh", stage.refresh if when.kind == "rolling" else ""),

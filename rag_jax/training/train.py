@@ -308,7 +308,7 @@ def train_in(
     if done == total and distributed.everywhere(finished(directory, total)):
         logs.info(f"{directory}: all {total} steps are done")
         return result(directory, total, keeper.position(done)["seconds"])
-    loaded = runs.load(cfg.model, corpus, mesh, cfg.search.kind == "exact", cfg.live)
+    loaded = runs.load(cfg.model, corpus, mesh, cfg.search.in_graph, cfg.live)
     answering = answer_config.answering(cfg, n_retrieved=20, batch=64, retrieval_only=cfg.model.generator is None)
     searchers = Searchers(cfg.search, corpus, mesh, None if cfg.live else directory / "search")
     with Preemption() as preemption:

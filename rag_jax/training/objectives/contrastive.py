@@ -56,7 +56,7 @@ class Contrastive(Objective):
 
     def batch_shapes(self, B: int, run: RunConfig, passage_length: int, prefix: int) -> dict[str, tuple[int, ...]]:
         shapes = question_shapes(B, run)
-        given = self.negatives == "given" and run.search.kind == "exact"
+        given = self.negatives == "given" and run.search.in_graph
         return shapes | ({"negatives": (B, self.hard_negatives)} if given else {})
 
     def tokens(self, B: int, run: RunConfig, passage_length: int) -> int:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from rag_jax import losses
 from rag_jax.errors import InputError
-from rag_jax.models.decoder_only import LmConfig, check_window
 from rag_jax.rag import Params, shift_left
 from rag_jax.retrieve import contexts, is_gold
 from rag_jax.runs.config import RunConfig
@@ -118,17 +117,17 @@ class MarginalLikelihood(Objective):
             raise InputError(f"{where}n_docs={self.n_docs} is not a multiple of doc_chunk={self.doc_chunk}")
         if self.n_retrieved and self.n_retrieved <= self.n_docs:
             raise InputError(f"{where}n_retrieved={self.n_retrieved} must be more than n_docs={self.n_docs}, or 0")
-        if run.search.kind != "exact" and self.normaliser == "corpus":
+        if not run.search.in_graph and self.normaliser == "corpus":
             raise InputError(f"{where}normaliser='corpus' needs the index in graph: search.kind='exact'")
         self._check_lengths(run, where)
 
     def _check_lengths(self, run: RunConfig, where: str) -> None:
         length, generator = self.source_length or run.model.source_length, run.model.generator
-        if isinstance(generator, LmConfig):
-            try:
-                check_window(length + run.target_length, generator)
-            except ValueError as error:
-                raise InputError(f"{where}{error}") from error
+        try:
+            if generator is not None:
+                generator.check_length(length + run.target_length)
+        except ValueError as error:
+            raise InputError(f"{where}{error}") from error
         if self.window + run.model.tail_length >= length:
             raise InputError(
                 f"{where}source_length={length} has no room for a window of {self.window} tokens beside questions of "
