@@ -52,7 +52,7 @@ def read_encoder(run_dir: Path, corpus: Corpus) -> Encoder:
         )
     runs.check_length(rag, corpus)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    side = "question_encoder" if rag.config.tie_encoders else "context_encoder"
+    side = rag.config.passage_side
     checkpoint.check_params(run_dir / "params")
     like = runs.param_places(rag, mesh)[side]
     params = unflatten_dict(dict(checkpoint.read_part(run_dir / "params", side, like)), sep="/")

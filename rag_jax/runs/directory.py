@@ -133,10 +133,6 @@ class Loaded:
         live_R[: len(self.corpus)] &= True if live_N is None else live_N
         return live_R
 
-    @property
-    def encoder_side(self) -> str:
-        return "question_encoder" if self.rag.config.tie_encoders else "context_encoder"
-
 
 def load(
     model: RagConfig, corpus: Corpus, mesh: jax.sharding.Mesh, on_devices: bool = True, live: bool = False
@@ -315,13 +311,13 @@ def write_empty_run(
 
 def encoder_hash(loaded: Loaded, params: Params) -> str:
     """Which parameters embed passages."""
-    return checkpoint.tree_hash(params[loaded.encoder_side])
+    return checkpoint.tree_hash(params[loaded.rag.config.passage_side])
 
 
 def stored_encoder_hash(run_dir: Path, rag: Rag) -> str:
     """The same of the parameters that a run keeps, of which only that part is read."""
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    side = "question_encoder" if rag.config.tie_encoders else "context_encoder"
+    side = rag.config.passage_side
     like = param_places(rag, mesh)
     if side not in like:
         return ""
@@ -355,7 +351,7 @@ def write_index(
     embedded, where it is of this encoder and corpus.
     """
     rag, corpus = loaded.rag, loaded.corpus
-    side = sharding.fetched(params[loaded.encoder_side])  # from however many devices and processes it lies on
+    side = sharding.fetched(params[rag.config.passage_side])  # from however many devices and processes it lies on
     width = rag.config.encoder.output_width
     manifest = snapshots.Manifest.of(corpus, checkpoint.tree_hash(side), step, width, form=rag.config.passage_form)
     if known is not None and is_of(known, manifest):
@@ -366,7 +362,7 @@ def write_index(
         return snapshots.open_snapshot(out)
     info("embedding the corpus for the run's index")
     embed_rows = encode.row_embedder(
-        lambda p, ids, mask: rag.embed_passages({loaded.encoder_side: p}, ids, mask),
+        lambda p, ids, mask: rag.embed_passages({loaded.rag.config.passage_side: p}, ids, mask),
         side,
         corpus.encoder_ids,
         corpus.encoder_length,

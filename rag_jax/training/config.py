@@ -210,7 +210,7 @@ def check_refresh(cfg: TrainConfig, stage: StageConfig, where: str) -> None:
         when = refresh_schedule.parse(stage.refresh)
     except InputError as error:
         raise InputError(f"{where}{error}") from error
-    side = "question_encoder" if cfg.model.tie_encoders else "context_encoder"
+    side = cfg.model.passage_side
     if stage.refresh and side not in trained_groups(stage):
         raise InputError(f"{where}refresh={stage.refresh!r}, but the stage does not train {side}: nothing would change")
     exact = side in trained_groups(stage) and not (cfg.model.encoder.dropout or cfg.model.encoder.weights_dropout)

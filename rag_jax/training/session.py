@@ -112,7 +112,7 @@ def make_refresher(cfg: TrainConfig, loaded: runs.Loaded, searchers: Searchers) 
         make = on_host(loaded.rag, searchers)
     else:
         make = on_devices(loaded.rag, loaded.mesh, loaded.passages, cfg.search.dtype, loaded.live_N)
-    return Refresher(make, loaded.mesh, loaded.encoder_side)
+    return Refresher(make, loaded.mesh, loaded.rag.config.passage_side)
 
 
 def upkeep_of(

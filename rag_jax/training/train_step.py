@@ -80,7 +80,7 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
     """
     config = s.stage.optimizer
     tx, rate = optimizer.make(config, s.stage.steps), optimizer.schedule(config, s.stage.steps)
-    side = "question_encoder" if s.rag.config.tie_encoders else "context_encoder"
+    side = s.rag.config.passage_side
     when = s.when
 
     def loss(
