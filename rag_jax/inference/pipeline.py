@@ -134,14 +134,10 @@ def allowed_ids(loaded: runs.Loaded, answers: Sequence[str], max_length: int) ->
     return made
 
 
-def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
-    """The program, jitted; compiled anew only where a batch has other shapes. Without passages (closed book) the
-    generator sees an empty passage before the question. InputError for what cannot be.
-    """
-    model, n_rows = loaded.rag.config, loaded.n_rows
-    n_docs = cfg.n_docs or model.n_docs
+def check_answering(loaded: runs.Loaded, cfg: AnswerConfig) -> None:
+    """InputError for values out of range or that exclude each other."""
     for name, value, least in (
-        ("n_docs", n_docs, 1),
+        ("n_docs", cfg.n_docs or loaded.rag.config.n_docs, 1),
         ("n_retrieved", cfg.n_retrieved, 1),
         ("num_beams", cfg.num_beams, 1),
         ("max_length", cfg.max_length, 2),
@@ -154,18 +150,32 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
         raise InputError("closed book, retrieval alone and oracle exclude each other; ask for one of them")
     if cfg.oracle and cfg.prior == "search":
         raise InputError("oracle: the search has no scores of passages that it did not find; use prior='dense'")
-    how, tree = {}, None
-    if not cfg.retrieval_only:
-        reader = model.reader  # InputError for a retriever alone
-        options = options_of(cfg, loaded.corpus.generator_tokenizer)
-        how = options | {"mode": cfg.mode, "candidates": cfg.candidates, "doc_chunk": cfg.doc_chunk}
-        if cfg.allowed_answers:
-            tree = decoding_search.prefix_tree(allowed_ids(loaded, cfg.allowed_answers, cfg.max_length), reader.eos_id)
-        try:
-            loaded.rag.decoding_options(n_docs, cfg.candidates, **options)
-            reader.check_length(model.source_length + cfg.max_length)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+
+
+def decoding_of(loaded: runs.Loaded, cfg: AnswerConfig) -> tuple[dict[str, Any], decoding_search.PrefixTree | None]:
+    """Arguments of Rag.generate, and the tree of allowed answers; nothing of either where none is written."""
+    if cfg.retrieval_only:
+        return {}, None
+    model, tree = loaded.rag.config, None
+    reader = model.reader  # InputError for a retriever alone
+    options = options_of(cfg, loaded.corpus.generator_tokenizer)
+    if cfg.allowed_answers:
+        tree = decoding_search.prefix_tree(allowed_ids(loaded, cfg.allowed_answers, cfg.max_length), reader.eos_id)
+    try:
+        loaded.rag.decoding_options(cfg.n_docs or model.n_docs, cfg.candidates, **options)
+        reader.check_length(model.source_length + cfg.max_length)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return options | {"mode": cfg.mode, "candidates": cfg.candidates, "doc_chunk": cfg.doc_chunk}, tree
+
+
+def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
+    """The program, jitted; compiled anew only where a batch has other shapes. Without passages (closed book) the
+    generator sees an empty passage before the question. InputError for what cannot be.
+    """
+    n_rows, n_docs = loaded.n_rows, cfg.n_docs or loaded.rag.config.n_docs
+    check_answering(loaded, cfg)
+    how, tree = decoding_of(loaded, cfg)
     prefix_ids = loaded.corpus.generator_tokenizer.prefix_ids
     setting = retrieve.Setting(loaded.rag, loaded.mesh, n_rows, prefix_ids)
     wanted = min(max(cfg.n_retrieved, n_docs), n_rows)
