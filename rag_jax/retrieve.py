@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rag_jax.index.device_index import Index
+from rag_jax.ops.masks import length_mask
 from rag_jax.rag import Params, Passages, Rag, join
 from rag_jax.retrieval import mips
 from rag_jax.retrieval.config import SearchConfig
@@ -50,13 +51,9 @@ class Setting(NamedTuple):
     search: SearchConfig = SearchConfig()
 
 
-def masked(length_B: jax.Array, width: int) -> jax.Array:
-    return jnp.arange(width)[None] < length_B[:, None]
-
-
 def embed_questions(s: Searched, params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
     ids = batch["question_ids"]
-    return s.rag.embed_questions(params, ids, masked(batch["question_length"], ids.shape[1]), key)
+    return s.rag.embed_questions(params, ids, length_mask(batch["question_length"], ids.shape[1]), key)
 
 
 @functools.lru_cache(maxsize=8)
@@ -65,7 +62,7 @@ def question_program(rag: Rag) -> Any:
 
     def embed(params: Params, batch: Batch) -> jax.Array:
         ids = batch["question_ids"]
-        return rag.embed_questions(params, ids, masked(batch["question_length"], ids.shape[1]))
+        return rag.embed_questions(params, ids, length_mask(batch["question_length"], ids.shape[1]))
 
     return jax.jit(embed)
 
@@ -74,7 +71,7 @@ def embed_rows(s: Searched, params: Params, passages: Passages, rows: jax.Array,
     """Embeddings of the passages at rows [...], [..., E]."""
     flat = rows.reshape(-1)
     ids = passages.encoder_ids_NL[flat].astype(jnp.int32)
-    mask = masked(passages.encoder_length_N[flat].astype(jnp.int32), ids.shape[1])
+    mask = length_mask(passages.encoder_length_N[flat], ids.shape[1])
     return s.rag.embed_passages(params, ids, mask, key).reshape(*rows.shape, -1)
 
 

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rag_jax import retrieve
 from rag_jax.data import batching
 from rag_jax.data.readers import formats
 from rag_jax.inference.pipeline import Pipeline
+from rag_jax.ops.masks import length_mask
 from rag_jax.retrieval import mips
 from rag_jax.runs import checkpoint
 from rag_jax.runs import directory as runs
@@ -46,7 +46,7 @@ def recall_at_1(run: Path, questions: Path) -> float:
     )
     ids, length = jnp.asarray(tables["question_ids"]), jnp.asarray(tables["question_length"])
     embed = jax.jit(opened.loaded.rag.embed_questions)
-    q_NE = embed(opened.params, ids, retrieve.masked(length, ids.shape[1]))
+    q_NE = embed(opened.params, ids, length_mask(length, ids.shape[1]))
     _, rows = mips.search(q_NE, opened.index.embeddings_NE, 1, mesh=opened.loaded.mesh, n_valid=len(corpus))
     found = [
         corpus[int(row)].id in q.positive_passage_ids for row, q in zip(np.asarray(rows)[:, 0], asked, strict=True)
