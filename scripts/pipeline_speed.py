@@ -57,7 +57,14 @@ def config(args: argparse.Namespace, train: str = "") -> Any:
 
     model = RagConfig(question_length=QUESTION)
     stage = make_stage("joint", batch=args.batch)
-    return TrainConfig(str(args.corpus), train or str(args.train), "", (stage,), model, target_length=TARGET)
+    return TrainConfig(
+        corpus=str(args.corpus),
+        train=train or str(args.train),
+        dev="",
+        stages=(stage,),
+        model=model,
+        target_length=TARGET,
+    )
 
 
 def peak_mb() -> float:

@@ -42,7 +42,9 @@ def measure(devices: int, axis: str, steps: int) -> dict[str, object]:
     optimizer = OptimizerConfig(groups={"question_encoder": 1.0, "generator": 1.0})
     stage = make_stage("joint", batch=4 * devices, n_docs=3, optimizer=optimizer)
     mesh = {axis: devices}
-    cfg = TrainConfig("", "", "", (stage,), model, search=SearchConfig(), mesh=mesh, target_length=16)
+    cfg = TrainConfig(
+        corpus="", train="", dev="", stages=(stage,), model=model, search=SearchConfig(), mesh=mesh, target_length=16
+    )
     size = stage_programs.Sizes(4096, 64, 64, "uint16", "uint16", (0,))
     program = stage_programs.step(cfg, stage, Rag(model), size, sharding.make_mesh(mesh))
     compiled = program.jitted.lower(*program.arguments).compile()

@@ -41,7 +41,8 @@ SIZE = stage_programs.Sizes(100, 16, 12, "uint16", "uint16", (0,))
 
 def tiny_config(**changes: object) -> TrainConfig:
     return dataclasses.replace(
-        TrainConfig("none", "", "", (JOINT,), MODEL, mesh={"fsdp": -1}, target_length=6), **changes
+        TrainConfig(corpus="none", train="", dev="", stages=(JOINT,), model=MODEL, mesh={"fsdp": -1}, target_length=6),
+        **changes,
     )
 
 

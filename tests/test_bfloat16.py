@@ -31,6 +31,7 @@ from rag_jax.ops.attention import attention
 from rag_jax.rag import Passages, Rag, RagConfig, shift_left
 from rag_jax.system import sharding
 from rag_jax.training import train_step
+from rag_jax.training.config import make_stage
 from rag_jax.training.stage import Setting
 
 RNG = np.random.default_rng(0)
@@ -189,7 +190,11 @@ def model(reader: Any, dtype: str) -> Rag:
 def step_program(rag: Rag, **changes: Any) -> Any:
     """The jaxpr of the training step, whose encoder trains on both sides."""
     mesh, B, N = sharding.make_mesh({"data": 1}, jax.devices()[:1]), TINY.questions, TINY.passages
-    stage = synthetic_load.stage(TINY).changed(**changes)
+    stage = synthetic_load.stage(TINY)
+    if "objective" in changes:
+        stage = make_stage("other", batch=stage.batch, optimizer=stage.optimizer, **changes)
+    else:
+        stage = stage.changed(**changes)
     s = Setting(rag, stage, mesh, N, (0,))
     array = partial(stage_programs.array, mesh)
     shapes = {"question_ids": (B, 10), "question_length": (B,), "tail_ids": (B, 10), "tail_length": (B,)}

@@ -60,11 +60,17 @@ def test_kept_and_read_again(settings, corpus, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change", ["target_length=13", "model.question_length=31", "answers=every", "stages.retriever.negatives=given"]
+    "changes",
+    [
+        ["target_length=13"],
+        ["model.question_length=31"],
+        ["answers=every"],
+        ["stages.retriever.hard_negatives=1", "stages.retriever.negatives=given"],
+    ],
 )
-def test_other_settings_are_made_anew(settings, corpus, tmp_path, capsys, change):
+def test_other_settings_are_made_anew(settings, corpus, tmp_path, capsys, changes):
     kept(settings(), corpus, tmp_path)
-    found = setup.prepare(settings(change), corpus, tmp_path)
+    found = setup.prepare(settings(*changes), corpus, tmp_path)
     assert found.unkept is not None and "made of other questions, tokenizers" in capsys.readouterr().err
 
 

@@ -75,11 +75,17 @@ def test_a_retriever_loss(texts, tmp_path):
         moments.append(moment)
         return {"mine/parameters": sum(x.size for x in jax.tree.leaves(moment.params))}
 
-    joint = stage("joint", n_docs=3, groups=("question_encoder", "generator"), retriever_losses={"uniform": 0.5})
+    weights = {"uniform": 0.5, "emdr2": 1.0, "pdist": 1.0}
+    joint = stage("joint", n_docs=3, groups=("question_encoder",), prior_gradient=False, retriever_losses=weights)
     given = values([joint])
     result = rag_jax.fit(given, tmp_path / "run", data=texts, losses={"uniform": uniform_prior}, hooks=[hook, print])
     (row,) = rows_of(tmp_path / "run")
-    assert row["uniform"] > 0 and row["mine/parameters"] > 1000 and row["step"] == result.steps == 2
+    assert row["gradient_norm"] > 0  # theirs alone: the likelihood's stops before the retriever
+    assert (
+        min(row["uniform"], row["emdr2"], row["pdist"]) > 0
+        and row["mine/parameters"] > 1000
+        and row["step"] == result.steps == 2
+    )
     assert [(moment.step, moment.stage) for moment in moments] == [(2, "joint")]
     assert result.pipeline().ask("On what does Town 3 lie?").passages[0].id.startswith("p")
     again = rag_jax.fit(given, tmp_path / "run", data=texts, losses={"uniform": uniform_prior})
@@ -88,17 +94,6 @@ def test_a_retriever_loss(texts, tmp_path):
         rag_jax.fit(given, tmp_path / "other", data=texts)
     with pytest.raises(InputError, match="holds other texts"):
         rag_jax.fit(given, tmp_path / "run", data=replace(texts, questions=texts.questions[:9]))
-
-
-def test_losses_that_are_there_change_what_is_learned(texts, tmp_path):
-    """The retriever's gradient of EMDR2 beside a likelihood that gives none."""
-    for name, weights in (("alone", {}), ("emdr2", {"emdr2": 1.0}), ("pdist", {"pdist": 1.0})):
-        joint = stage("joint", n_docs=3, groups=("question_encoder",), prior_gradient=False, retriever_losses=weights)
-        rag_jax.fit(values([joint]), tmp_path / name, data=texts)
-    rows = {name: rows_of(tmp_path / name)[-1] for name in ("alone", "emdr2", "pdist")}
-    assert rows["alone"]["gradient_norm"] == 0
-    for name in ("emdr2", "pdist"):
-        assert rows[name]["gradient_norm"] > 0 and rows[name]["loss"] > rows["alone"]["loss"]
 
 
 @pytest.mark.parametrize("name", list(losses.RETRIEVER_LOSSES))
