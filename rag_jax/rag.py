@@ -355,10 +355,10 @@ class Rag:
     ) -> Likelihood:
         """The likelihood of the labels, and what losses of the retriever read of it.
 
-        hf_compat: see objectives.sequence_joint. exclude_bos_score: where every row of the targets begins with bos (the
+        hf_compat: see losses.sequence_joint. exclude_bos_score: where every row of the targets begins with bos (the
         labels then with two first tokens, as generation from eos gives them), that token is not scored, as
         transformers' RAG-Sequence has it; ValueError for RAG-Token, which has no such thing. log_normaliser_B: see
-        objectives.prior_logp. doc_chunk: see `states`; logit_chunk: see `head`.
+        losses.prior_logp. doc_chunk: see `states`; logit_chunk: see `head`.
         """
         check_contexts(context_ids_BKL, context_mask_BKL, scores_BK, labels_BT)
         targets_BT, mask_BT = shift_left(labels_BT, self.config.reader)
@@ -435,10 +435,11 @@ class Rag:
         candidates, `candidates` of each (0: all its beams); `thorough` scores every candidate under every document,
         `fast` takes p(y|x,z) as 0 where the beam of z did not produce y (section 2.5).
 
-        options: any field of decoding.Options (length_penalty, no_repeat_ngram_size, do_sample, ...); the special
-        tokens are the generator's. tree: the only answers allowed, decoding.prefix_tree(token sequences). key: for
+        options: any field of decoding.search.Options (length_penalty, no_repeat_ngram_size, do_sample, ...); the
+        special tokens are the generator's. tree: the only answers allowed, decoding.search.prefix_tree(token
+        sequences). key: for
         do_sample. doc_chunk: documents held in memory at a time, 0 for all. hf_compat: the prior as transformers
-        counts it, see objectives.sequence_joint.
+        counts it, see losses.sequence_joint.
 
         TypeError for an unknown option; ValueError for one out of range, for shapes that do not fit together, and for
         inputs longer than the generator's positions; InputError for a retriever alone.

@@ -90,7 +90,7 @@ def array(mesh: Mesh, shape: tuple[int, ...], dtype: str, *names: str | None) ->
 
 
 def state(rag: Rag, stage: StageConfig, mesh: Mesh) -> TrainState:
-    """As `steps.first_state` makes it."""
+    """As `train_step.first_state` makes it."""
     opt_state = sharding.described(mesh, jax.eval_shape(lambda: train_step.first_optimizer_state(rag, stage)))
     return TrainState(array(mesh, (), "int32"), runs.param_places(rag, mesh), opt_state)
 
@@ -115,7 +115,7 @@ def tables(size: Sizes, mesh: Mesh, rows: int, name: str = "rows") -> Passages:
 
 
 def index(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Index:
-    """An index on the devices, as `refresh.blank` makes it."""
+    """An index on the devices, as `device_index.blank` makes it."""
     rows, width, dtype = padded(size, mesh), rag.config.encoder.output_width, cfg.search.dtype
     return Index(
         array(mesh, (rows, width), dtype, "rows"),

@@ -26,7 +26,7 @@ TOKENS_AT_ONCE = 1024  # of candidates that are scored in one call of the decode
 
 
 class Reader(NamedTuple):
-    """A generator with its parameters, and how its tokens are counted. `hf_compat`: see objectives.sequence_joint."""
+    """A generator with its parameters, and how its tokens are counted. `hf_compat`: see losses.sequence_joint."""
 
     module: nn.Module
     params: Any

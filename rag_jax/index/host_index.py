@@ -43,7 +43,7 @@ def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple
     """Tables of these rows alone, from the memory-mapped ones of the corpus.
 
     A row of -1, where a search found nothing, is an empty passage to the generator, and to the encoder, whose
-    embeddings have to be finite, some passage; what scores it has to leave it out (objectives.of_found).
+    embeddings have to be finite, some passage; what scores it has to leave it out (losses.of_found).
     """
     tables: Any = (corpus.encoder_ids, corpus.encoder_length, corpus.generator_ids, corpus.generator_length)
     there_X, rows_X = rows_X >= 0, np.maximum(rows_X, 0)

@@ -16,7 +16,7 @@ class AnswerConfig:
     beams) are of RAG-Sequence. allowed_answers: the only answers there may be, and bad_words what none may say, as
     texts; bad_word_ids: the same as tokens. doc_chunk: documents held in memory at a time, 0: all. seed: of do_sample.
     start_id, forced_bos_id, forced_eos_id, end_ids: -1 (empty) for the model's, -2 for nothing forced. The rest is as
-    in decoding.Options.
+    in decoding.search.Options.
     """
 
     n_docs: int = 0

@@ -87,7 +87,7 @@ class AnswerFn(Protocol):
     ) -> Answers: ...
 
 
-# what decoding.Options and AnswerConfig have in common; bad_words are texts in one and ids in the other
+# what decoding.search.Options and AnswerConfig have in common; bad_words are texts in one and ids in the other
 OPTIONS = tuple(
     {f.name for f in dataclasses.fields(decoding_search.Options)}
     & {f.name for f in dataclasses.fields(AnswerConfig)} - {"bad_words"}
@@ -96,7 +96,9 @@ MODELS, NOTHING = -1, -2  # of a special token in AnswerConfig: the model's, non
 
 
 def options_of(cfg: AnswerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The fields of decoding.Options that a configuration sets; what it leaves to the model is not among them."""
+    """The fields of decoding.search.Options that a configuration sets; what it leaves to the model is not among
+    them.
+    """
     options: dict[str, Any] = {name: getattr(cfg, name) for name in OPTIONS}
     for name in ("start_id", "forced_bos_id", "forced_eos_id", "end_ids"):
         if options[name] in (MODELS, ()):
@@ -434,7 +436,7 @@ class Pipeline:
     ) -> "Pipeline":
         """Open a run with its own index, or with another made by `rag-jax index` (hot swap: other passages, no
         retraining). search: how passages are searched, if not as the run was trained. live: tables with spare rows
-        (`run.capacity`), so that `with_index` to an update of the corpus that fits in them compiles nothing.
+        (`runs.directory.capacity`), so that `with_index` to an update of the corpus that fits in them compiles nothing.
 
         InputError where the index was made by another encoder, or its corpus with other tokenizers or passages.
         """

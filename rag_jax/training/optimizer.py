@@ -20,7 +20,7 @@ class OptimizerConfig:
     """`groups` multiplies the learning rate of each group; 0 freezes it: no gradient, no optimiser state.
 
     adafactor (Shazeer and Stern 2018): a second moment for each row and column, no first one, no b1, b2, eps; the
-    learning rate is absolute. moments: how AdamW keeps its two, see moments.py.
+    learning rate is absolute. moments: how AdamW keeps its two, see ops/low_bit_adam.py.
     """
 
     learning_rate: float = 3e-5

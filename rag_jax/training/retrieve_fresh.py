@@ -27,7 +27,7 @@ class Retrieval(NamedTuple):
 
 class Found(NamedTuple):
     """Passages for a batch: places in the tables, their numbers in the corpus (-1 where fewer were found), scores_BK =
-    q.d (objectives.of_found), log Z or None.
+    q.d (losses.of_found), log Z or None.
     """
 
     rows_BK: jax.Array
