@@ -187,6 +187,7 @@ def test_override(base, assignment, path, value):
         ("stages.read.optimizer.groups.generator=fast", "--set stages.read.optimizer.groups.generator=fast: "),
         ('mesh={"data":"all"}', "config.mesh.data: expected int, got 'all'"),
         ("mesh=8", "config.mesh: expected names and values, got 8"),
+        ("stages.read.objective=[1]", "config.stages[1].objective: [1] is not one of 'contrastive'"),
         ("stages=3", "--set stages=3: "),
     ],
 )

@@ -82,7 +82,7 @@ def stage_from(values: Any, where: str, objectives: Objectives = OBJECTIVES) -> 
         names = ", ".join(f.name for f in fields(StageConfig))
         raise InputError(f"{where}: expected keys and values ({names}), got {values!r}")
     kind = values.get("objective", MarginalLikelihood.kind)
-    if kind not in objectives:
+    if not isinstance(kind, str) or kind not in objectives:
         raise InputError(f"{where}.objective: {kind!r} is not one of {', '.join(map(repr, objectives))}")
     options = {f.name for f in fields(objectives[kind])}
     common = {f.name for f in fields(StageConfig)}
