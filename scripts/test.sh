@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must pass: virtual environment, install, ruff, types, tests. From any directory:
 #   scripts/test.sh [arguments of pytest]
+#   scripts/test.sh --fast               ruff, and the tests that take seconds: for the loop of editing, under 90 s
 # VENV: where the environment is or will be (default .venv-test).  PYTHON: the interpreter that makes it (default python3).
 # WORKERS: processes that run tests side by side (default 2; 0: in this one, as a debugger wants it).
 # EXTRAS: what is installed beside the package (default test; test,parity,minilm has the comparisons with torch too).
@@ -29,6 +30,12 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export PATH="$(cd "$venv" && pwd)/bin:$PATH"
 
 ruff check .
+if [[ ${1:-} == --fast ]]; then
+    shift
+    fast=(imports config losses matching metrics ranking bootstrap curves abstention texts json_stream formats malformed gold
+        tasks logs lock plain_text refresh_schedule stacked_arrays block_checksums search report_markdown report_html hlo wheel)
+    exec pytest -q -n "${WORKERS:-2}" --dist loadfile $(printf "tests/test_%s.py " "${fast[@]}") "$@"
+fi
 ruff format --check .
 mypy
 pytest -n "${WORKERS:-2}" --dist loadfile "$@"
