@@ -169,3 +169,23 @@ def test_the_echo_of_a_failed_save_is_silent(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Event loop" not in done.stderr and "a bug" in done.stderr
+
+
+def test_a_directory_that_is_still_written_to_is_removed(tmp_path, monkeypatch):
+    """As when one array did not fit on the disk, and threads write others: a file comes while the folder is emptied."""
+    folder, plain, left = tmp_path / "half", shutil.rmtree, [2]
+
+    def remove(path, ignore_errors=False):
+        plain(path, ignore_errors=ignore_errors)
+        if left[0]:
+            left[0] -= 1
+            (path / "late").mkdir(parents=True)
+
+    folder.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    files.remove_tree(folder)
+    assert not folder.exists() and not left[0]
+    left[0] = 10**6
+    folder.mkdir()
+    files.remove_tree(folder, seconds=0.2)  # what never ends is given up
+    assert folder.exists()

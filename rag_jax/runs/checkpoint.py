@@ -202,7 +202,7 @@ class Checkpoints:
         except Exception:
             if distributed.first():
                 for half in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(half, ignore_errors=True)
+                    files.remove_tree(half)
             raise
 
 

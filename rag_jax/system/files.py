@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,7 +60,7 @@ def new_files(out: Path, last: str, instead_of: Iterable[str] = ()) -> Iterator[
             yield temporary
             sync_tree(temporary)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_tree(temporary)
             if not there and not any(out.iterdir()):
                 out.rmdir()
             raise
@@ -92,9 +93,20 @@ def _temporary(out: Path) -> Iterator[Path]:
             raise
         raise InputError(disk_errors.words(error, f"{disk_errors.shown(str(out))}: cannot be written")) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
         if lock is not None:
             os.close(lock)
+
+
+def remove_tree(directory: Path, seconds: float = 5.0) -> None:
+    """Removes a directory, as far as that can be done. After a failed write, threads of tensorstore may still make
+    files in it, so it is tried again for a while.
+    """
+    end = time.monotonic() + seconds
+    shutil.rmtree(directory, ignore_errors=True)
+    while directory.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _check_out(out: Path, kind: str, overwrite: bool) -> None:
