@@ -126,7 +126,12 @@ def test_a_run_goes_on_with_a_lower_rate(tiny_data, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("read", ()), ("denoise", ()), ("joint", ()), ("read", ("--set", "stages.read.accumulate=2"))],
+    [
+        ("read", ()),
+        ("denoise", ()),
+        ("joint", ()),
+        ("read", ("--set", "stages.read.accumulate=2", "--set", "stages.read.batch=16")),
+    ],
 )
 def test_other_objectives(name, settings, tiny_data, tmp_path, capsys):
     end_to_end(tiny_data, tmp_path, capsys, name, *settings)
