@@ -354,15 +354,17 @@ def test_whole_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("name", list(READERS))
-@pytest.mark.parametrize(("B", "parts"), [(1, 1), (64, 1), (512, 1), (1024, 8)])
-def test_whole_steps_of_every_size(name: str, B: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_steps_of_every_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 to 4,096 rows at a time, and 1,024 questions from micro-batches, at nll from 3 to 0.02 a token.
 
-    What rounds the states of tokens that all rows share (the start token) is an error of one draw of parameters, which
-    may be twice torch's or half of it; so draws are compared together.
+    How the states of tokens that all rows share (the start token) are rounded is the error of one draw of parameters,
+    which may be three times torch's or a third of it; so each case is a draw of its own, and all are compared together.
     """
-    levels = enumerate([3.0, 1.0, 0.2, 0.02], 1)
-    found = [errors(name, level, B, parts, monkeypatch, seed) for seed, level in levels]
+    cases = [(B, parts, level) for B, parts in SHAPES for level in (3.0, 1.0, 0.2, 0.02)]
+    found = [errors(name, level, B, parts, monkeypatch, seed) for seed, (B, parts, level) in enumerate(cases, 1)]
     ratio = np.exp(np.mean([np.log(ours_off / theirs_off) for ours_off, theirs_off in found]))
-    print(f"{name} B {B}: {ratio:.2f} of torch's error")
+    print(f"{name}: {ratio:.2f} of torch's error, the geometric mean of {len(found)} draws")
     assert ratio <= 1.1
+
+
+SHAPES = [(1, 1), (64, 1), (512, 1), (1024, 8)]  # questions, and the parts that their gradient is summed of
