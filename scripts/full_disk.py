@@ -100,7 +100,7 @@ COMMANDS = {
     ),
     "train": Command("train --config {config} --run {out} --stage retriever {settings}", trained, True),
     "evaluate": Command("evaluate {ready}/run --out {out} --limit 8", evaluation),
-    "evaluate, curve": Command("evaluate {ready}/run --out {out} --limit 8 --n-docs-curve 1,2", evaluation, True),
+    "evaluate with a curve": Command("evaluate {ready}/run --out {out} --limit 8 --n-docs-curve 1,2", evaluation, True),
     "compare": Command("compare {ready}/one {ready}/other --out {out}", contents),
     "convert": Command(
         "convert --question-encoder {ready}/encoder --generator {ready}/exported --out {out}", parameters
