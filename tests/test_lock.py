@@ -18,7 +18,7 @@ from rag_jax.runs import lock
 HOLD = """
 import sys, time
 from pathlib import Path
-from rag_jax import lock
+from rag_jax.runs import lock
 with lock.held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

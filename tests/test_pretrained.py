@@ -66,7 +66,7 @@ def read(part, dtype="float32"):
 def init(part):
     ids, mask = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)
     if part.side == "generator":
-        return GENERATORS[part.config.kind](part.config).init(jax.random.key(0), ids, mask, ids)
+        return GENERATORS[part.config.kind].module(part.config).init(jax.random.key(0), ids, mask, ids)
     return Bert(part.config).init(jax.random.key(0), ids, mask)
 
 
@@ -98,7 +98,7 @@ def test_encoders_give_the_numbers_of_torch(tmp_path, name, dtype):
 def test_generators_give_the_numbers_of_torch(tmp_path, name, dtype):
     arrays = golden(name)
     part = generator_part(write(tmp_path, arrays))
-    module = GENERATORS[part.config.kind](dataclasses.replace(part.config, dtype=dtype))
+    module = GENERATORS[part.config.kind].module(dataclasses.replace(part.config, dtype=dtype))
     params, mask = {"params": read(part)}, arrays["in/mask"]
     logits = jax.jit(module.apply)(params, arrays["in/ids"], mask, arrays["in/target"])
     close(logits, arrays["out/logits"], dtype == "bfloat16")
