@@ -89,7 +89,7 @@ def stage_from(values: Any, where: str, objectives: Objectives = OBJECTIVES) -> 
     for name in sorted(set(values) - options - common):
         others = [other for other in objectives.values() if name in {f.name for f in fields(other)}]
         if not others:
-            known = ", ".join(sorted(common | options, key=str))
+            known = ", ".join(sorted(common | options))
             raise InputError(f"{where}: unknown key {name!r}; known keys: {known}")
         built = [build(other, {name: values[name]}, where) for other in others]
         if name in changed(built[0]):

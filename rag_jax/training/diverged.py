@@ -16,6 +16,7 @@ from rag_jax.data.readers import formats
 from rag_jax.errors import InputError
 from rag_jax.training import setup
 from rag_jax.training.config import TrainConfig
+from rag_jax.training.data import Data
 
 Kept = Callable[[], int | None]
 NAMED = 16  # ids of the batch in the message
@@ -31,7 +32,7 @@ def first_bad(rows: Sequence[dict[str, jax.Array]]) -> tuple[int, np.ndarray] | 
     return (int(bad[0]), values) if len(bad) else None
 
 
-def check(cfg: TrainConfig, data: setup.Data, number: int, before: int, rows: Sequence[Any], kept: Kept) -> None:
+def check(cfg: TrainConfig, data: Data, number: int, before: int, rows: Sequence[Any], kept: Kept) -> None:
     """InputError where one of the steps since the last check has diverged: which, on what, and how to go on.
 
     number: of the stage; before: steps of it that came before these; kept: gives the step of the newest checkpoint.
@@ -61,7 +62,7 @@ def go_on(cfg: TrainConfig, number: int, kept: int | None) -> str:
     )
 
 
-def batch_ids(cfg: TrainConfig, data: setup.Data, number: int, into: int) -> str:
+def batch_ids(cfg: TrainConfig, data: Data, number: int, into: int) -> str:
     """The ids of what step `into` of a stage is trained on: the order of the data is a matter of the seed alone."""
     stage = cfg.stages[number]
     batch = next(batching.iterate(setup.batches(stage, cfg, data, number), into))
@@ -74,7 +75,7 @@ def batch_ids(cfg: TrainConfig, data: setup.Data, number: int, into: int) -> str
     return f"{kind} {', '.join(ids[:NAMED])}{more}"
 
 
-def question_ids(cfg: TrainConfig, data: setup.Data, numbers: np.ndarray) -> list[str]:
+def question_ids(cfg: TrainConfig, data: Data, numbers: np.ndarray) -> list[str]:
     """The ids of training questions, by the numbers that `examples` gives them; the files are read again."""
     each = itertools.chain.from_iterable(
         tasks.each(formats.iterate_questions(one), cfg.task, data.corpus) for one in data.weights

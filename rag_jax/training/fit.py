@@ -1,8 +1,10 @@
 """Training from Python: the loop of `rag-jax train`, with texts from memory, losses and hooks of one's own.
 
-data = rag_jax.Texts(passages=[...], questions=[...], tokenizers_from="runs/converted/tokenizers")
-result = rag_jax.fit("world", "runs/mine", data=data, losses={"mine": loss}, hooks=[print])
-result.pipeline().ask("Who ...?")
+    data = rag_jax.Texts(passages=[...], questions=[...], corpus={"tokenizers_from": "runs/converted/tokenizers"})
+    result = rag_jax.fit("world", "runs/mine", data=data, losses={"mine": loss}, hooks=[print])
+    result.pipeline().ask("Who ...?")
+
+The same call again resumes what was interrupted.
 """
 
 import json
@@ -12,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from rag_jax.corpus import build as corpus_build
-from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
 from rag_jax.inference.pipeline import Pipeline
 from rag_jax.losses import RETRIEVER_LOSSES, RetrieverLoss
-from rag_jax.system import configuration, files
+from rag_jax.system import configuration
+from rag_jax.system.renaming import renamed
 from rag_jax.training import config as configs
 from rag_jax.training import train as training
 from rag_jax.training.config import TrainConfig
@@ -85,18 +87,9 @@ def fit(
 def with_texts(config: TrainConfig | Mapping[str, Any] | str | Path, folder: Path, data: Texts | None) -> TrainConfig:
     """The configuration, with `data` in place of its files where there is some."""
     if isinstance(config, TrainConfig):
-        if data is None:
-            return config
-        paths = write_texts(folder, data, config.init)
-        return replace(config, **paths)
-    if isinstance(config, Mapping):
-        values = dict(configuration.plain(config))
-        paths = write_texts(folder, data, str(values.get("init") or "")) if data else {}
-        return configs.from_plain(values | paths)
-    if data is None:
-        return configs.load(str(config))
-    values = configuration.evaluated(str(config))
-    return configs.from_plain(values | write_texts(folder, data, str(values.get("init") or "")))
+        return replace(config, **write_texts(folder, data, config.init)) if data else config
+    plain = configuration.plain(config) if isinstance(config, Mapping) else configuration.evaluated(str(config))
+    return configs.from_plain(plain | (write_texts(folder, data, str(plain.get("init") or "")) if data else {}))
 
 
 def write_texts(folder: Path, data: Texts, init: str) -> dict[str, Any]:
@@ -112,12 +105,11 @@ def write_texts(folder: Path, data: Texts, init: str) -> dict[str, Any]:
     if not same:
         folder.mkdir(parents=True)
         for name, path in paths.items():
-            with files.renamed(path) as temporary:
+            with renamed(path) as temporary:
                 temporary.write_text(texts[name], encoding="utf-8")
     corpus = folder / "corpus"
     if not corpus.exists():
         corpus_build.write([paths["passages"]], corpus, corpus_options(data.corpus, init))
-    Corpus.open(corpus)
     dev = {"dev": str(paths["dev"])} if parts["dev"] else {}
     return {"corpus": str(corpus), "train": str(paths["questions"]), **dev}
 
@@ -126,9 +118,9 @@ def corpus_options(given: Mapping[str, Any], init: str) -> corpus_build.Options:
     """Options of the corpus, with the tokenizers of `init` where none are named, or new ones of 8,192 tokens."""
     named = {"encoder_tokenizer", "generator_tokenizer", "tokenizers_from", "train_tokenizer"} & set(given)
     if not named:
-        own: dict[str, Any] = (
-            {"tokenizers_from": Path(init) / "tokenizers"} if init else {"train_tokenizer": (8192, 8192)}
-        )
+        own: dict[str, Any] = {"train_tokenizer": (8192, 8192)}
+        if init:
+            own = {"tokenizers_from": Path(init) / "tokenizers"}
         given = {**given, **own}
     try:
         return corpus_build.Options(**given)

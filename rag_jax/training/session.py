@@ -76,8 +76,8 @@ class Session(NamedTuple):
 
     def upkeep(self, number: int, index: Any) -> Upkeep:
         """What stage `number` does about its index."""
-        own = self.retriever_losses
-        return upkeep_of(self.cfg, self.loaded, self.data, self.refresher, number, index, own)
+        cfg, losses = self.cfg, self.retriever_losses
+        return upkeep_of(cfg, self.loaded, self.data, self.refresher, number, index, losses)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """A row of metrics."""

@@ -33,6 +33,7 @@ from rag_jax.system.preemption import Preempted, Preemption
 from rag_jax.training import diverged, setup
 from rag_jax.training import session as sessions
 from rag_jax.training.config import StageConfig, TrainConfig
+from rag_jax.training.data import Data
 from rag_jax.training.profile import Profile
 from rag_jax.training.session import Hook, Moment, Session, make_refresher, way_of
 from rag_jax.training.stage_index import Upkeep
@@ -257,7 +258,7 @@ def evaluate_dev(session: Session, params: Any, index: Any, step: int) -> dict[s
     return {f"eval/{name}": value for name, value in summary.items() if name != "n"}
 
 
-def all_batches(cfg: TrainConfig, data: setup.Data, mesh: jax.sharding.Mesh) -> list[Any]:
+def all_batches(cfg: TrainConfig, data: Data, mesh: jax.sharding.Mesh) -> list[Any]:
     """The batches of every stage, this process's rows of them."""
     return [setup.batches(stage, cfg, data, number, mesh) for number, stage in enumerate(cfg.stages)]
 
@@ -290,7 +291,7 @@ def train(
 def train_in(
     cfg: TrainConfig,
     directory: Path,
-    data: setup.Data,
+    data: Data,
     every_batch: list[Any],
     dev: list[formats.Question],
     mesh: jax.sharding.Mesh,
