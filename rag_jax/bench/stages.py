@@ -115,10 +115,10 @@ def without_savings(setting: Setting) -> Setting:
         return part and dataclasses.replace(part, remat="none")
 
     model, stage = setting.rag.config, setting.stage
-    whole = {"doc_chunk": 0} if hasattr(stage.objective, "doc_chunk") else {}
     model = dataclasses.replace(model, encoder=kept(model.encoder), generator=kept(model.generator))
     return setting._replace(
-        rag=dataclasses.replace(setting.rag, config=model), stage=stage.changed(accumulate=1, **whole)
+        rag=dataclasses.replace(setting.rag, config=model),
+        stage=stage.changed(accumulate=1, objective=stage.objective.unchunked()),
     )
 
 

@@ -160,23 +160,16 @@ def check_stage(cfg: TrainConfig, stage: StageConfig, retriever_losses: Mapping[
     optimizer.check(stage.optimizer)
     trained, may = trained_groups(stage), stage.objective.groups
     if not trained or trained - may:
-        documents = getattr(stage.objective, "documents", None)
-        kind = f"objective={stage.objective.kind!r}" + (f" and documents={documents!r}" if documents else "")
         raise InputError(
-            f"{where}optimizer.groups trains {', '.join(sorted(trained)) or 'nothing'}; with {kind} it may name "
-            f"{', '.join(sorted(may))}"
+            f"{where}optimizer.groups trains {', '.join(sorted(trained)) or 'nothing'}; with {stage.objective.said} it "
+            f"may name {', '.join(sorted(may))}"
         )
 
 
 def check_generator(cfg: TrainConfig, stage: StageConfig, where: str) -> None:
     """What a stage that trains the generator needs of it."""
-    if "generator" not in stage.objective.groups:
-        return
-    if cfg.model.generator is None:
+    if "generator" in stage.objective.groups and cfg.model.generator is None:
         raise InputError(f"{where}objective={stage.objective.kind!r} needs a generator, and model.generator is None")
-    length = getattr(stage.objective, "source_length", 0) or cfg.model.source_length
-    if length > cfg.model.generator.positions:
-        raise InputError(f"{where}source_length={length} is more than the {cfg.model.generator.positions} positions")
 
 
 # Which stages read a field of StageConfig, and in words; every stage reads those that are not here.
@@ -214,7 +207,7 @@ def check_refresh(cfg: TrainConfig, stage: StageConfig, where: str) -> None:
     if stage.refresh and side not in trained_groups(stage):
         raise InputError(f"{where}refresh={stage.refresh!r}, but the stage does not train {side}: nothing would change")
     exact = side in trained_groups(stage) and not (cfg.model.encoder.dropout or cfg.model.encoder.weights_dropout)
-    if stage.write_back and not exact and not getattr(stage.objective, "n_retrieved", 0):
+    if stage.write_back and not exact and not stage.objective.embeds_exactly:
         raise InputError(
             f"{where}write_back=True has nothing exact to write: the stage has to train {side} with "
             "model.encoder.dropout=0 (and attention_dropout), or to set n_retrieved"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rag_jax import losses
+from rag_jax.errors import InputError
 from rag_jax.index import refresh_schedule
 from rag_jax.index.device_index import Index
 from rag_jax.losses import RetrieverLoss
@@ -112,6 +113,20 @@ class Objective:
     def needs(self) -> QuestionNeeds:
         """What a question must bring to be trained on."""
         return QuestionNeeds()
+
+    @property
+    def embeds_exactly(self) -> bool:
+        """Whether its fresh rows are embedded without dropout, whatever the encoder's is."""
+        return False
+
+    @property
+    def said(self) -> str:
+        """How messages name it: its kind, and the options that decide which parameters it reaches."""
+        return f"objective={self.kind!r}"
+
+    def unchunked(self) -> "Objective":
+        """The same, with nothing computed in chunks to save memory."""
+        return self
 
     def resolved(self, run: RunConfig) -> "Objective":
         """With the values of the model where the stage leaves them open."""
@@ -225,6 +240,13 @@ class Setting(NamedTuple):
     def when(self) -> refresh_schedule.Schedule:
         """When the stage rebuilds the index."""
         return refresh_schedule.parse(self.stage.refresh, self.epoch)
+
+
+def check_source_length(source_length: int, run: RunConfig, where: str) -> None:
+    """InputError where the generator has fewer positions than its input tokens; 0: the model's."""
+    length, generator = source_length or run.model.source_length, run.model.generator
+    if generator is not None and length > generator.positions:
+        raise InputError(f"{where}source_length={length} is more than the {generator.positions} positions")
 
 
 def micro(x: jax.Array, count: int) -> jax.Array:

@@ -14,7 +14,7 @@ from rag_jax.retrieve import Batch
 from rag_jax.runs.config import RunConfig
 from rag_jax.system.configuration import at_least
 from rag_jax.training.data import Data
-from rag_jax.training.stage import Computed, LossInput, Objective, Setting, StageConfig, micro
+from rag_jax.training.stage import Computed, LossInput, Objective, Setting, StageConfig, check_source_length, micro
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Denoise(Objective):
     def check(self, stage: StageConfig, run: RunConfig, where: str) -> None:
         for name in ("source_length", "logit_chunk"):
             at_least(0, where + name, getattr(self, name))
+        check_source_length(self.source_length, run, where)
 
     def corpus_batches(
         self, stage: StageConfig, run: RunConfig, data: Data, seed: int, own: np.ndarray | None

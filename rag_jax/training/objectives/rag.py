@@ -20,7 +20,7 @@ from rag_jax.training import optimizer
 from rag_jax.training.data import QuestionNeeds
 from rag_jax.training.objectives.contrastive import question_shapes
 from rag_jax.training.retrieve_fresh import Retrieval, retrieve
-from rag_jax.training.stage import Computed, LossInput, Metrics, Objective, Setting, StageConfig
+from rag_jax.training.stage import Computed, LossInput, Metrics, Objective, Setting, StageConfig, check_source_length
 
 RETRIEVES, READS = "objective='rag' with documents='retrieved'", "objective='rag' with documents='gold'"
 
@@ -100,6 +100,17 @@ class MarginalLikelihood(Objective):
     def needs(self) -> QuestionNeeds:
         return QuestionNeeds(gold=self.documents == "gold", window=self.window)
 
+    @property
+    def embeds_exactly(self) -> bool:
+        return self.n_retrieved != 0
+
+    @property
+    def said(self) -> str:
+        return f"objective={self.kind!r} and documents={self.documents!r}"
+
+    def unchunked(self) -> "MarginalLikelihood":
+        return dataclasses.replace(self, doc_chunk=0)
+
     def resolved(self, run: RunConfig) -> "MarginalLikelihood":
         return self if self.n_docs or not self.retrieves else dataclasses.replace(self, n_docs=run.model.n_docs)
 
@@ -122,6 +133,7 @@ class MarginalLikelihood(Objective):
         self._check_lengths(run, where)
 
     def _check_lengths(self, run: RunConfig, where: str) -> None:
+        check_source_length(self.source_length, run, where)
         length, generator = self.source_length or run.model.source_length, run.model.generator
         try:
             if generator is not None:
