@@ -1,4 +1,4 @@
-"""What an installed package brings: every module, the templates, the types, the configurations by name."""
+"""An installed wheel: every module, the templates, the types, and the configurations by name."""
 
 import shutil
 import subprocess
