@@ -1,7 +1,10 @@
 """Eight fake CPU devices for every test, and the real data where it is there."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +22,13 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     if tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 12):  # later ones do not know it, and end
         flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # tests compile what they test
+# What one process of this session compiled, the others read: workers of xdist and every command that a test starts.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rag-jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")  # without locks
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a look-up without a network takes minutes to fail
 
 hypothesis.settings.register_profile("tests", deadline=None)  # no test fails by time

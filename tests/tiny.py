@@ -84,20 +84,15 @@ def untrained_run(corpus_dir: Path, out: Path, seed: int = 0, **encoder: Any) ->
     return out
 
 
-def environment(data: Path) -> dict[str, str]:
-    """For a process of its own, on one device; what it compiles is kept beside the data."""
-    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")  # conftest's
-    return os.environ | {
-        "XLA_FLAGS": flags,
-        "JAX_COMPILATION_CACHE_DIR": str(data / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment() -> dict[str, str]:
+    """For a process of its own, on one device."""
+    return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")}
 
 
 def start(data: Path, *words: object) -> subprocess.Popen[str]:
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "rag_jax", *map(str, words)]
-    return subprocess.Popen(command, env=environment(data), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def train(data: Path, run: Path, *words: object) -> dict[str, Any]:
