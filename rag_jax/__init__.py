@@ -10,10 +10,10 @@ __version__ = "0.1.0"
 
 # Imported when first asked for, so that the command line and `import rag_jax` start at once.
 _PUBLIC = {
-    "fit": "rag_jax.training.fit",
-    "Texts": "rag_jax.training.fit",
+    "fit": "rag_jax.training.from_python",
+    "Texts": "rag_jax.training.from_python",
     "from_pretrained": "rag_jax.pretrained.load",
-    "save_pretrained": "rag_jax.pretrained.save",
+    "save_pretrained": "rag_jax.pretrained.export",
     "Pipeline": "rag_jax.inference.pipeline",
 }
 

@@ -8,7 +8,8 @@ function of `params`, {"question_encoder", "context_encoder" (absent if tied), "
 visits the host.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -21,31 +22,35 @@ from rag_jax.decoding import rag_decode as generating
 from rag_jax.decoding import search
 from rag_jax.errors import InputError
 from rag_jax.models import init_copying
-from rag_jax.models.bart import POSITION_OFFSET, Bart, BartConfig
+from rag_jax.models.bart import Bart, BartConfig
 from rag_jax.models.bert import Bert, BertConfig
 from rag_jax.models.decoder_only import Lm, LmConfig
+from rag_jax.models.protocols import EncoderConfig, GeneratorConfig
 from rag_jax.models.special_tokens import NONE
 from rag_jax.models.t5 import T5, T5Config
 from rag_jax.system import sharding
 from rag_jax.system.configuration import build_fields, one_of
 
 Params = dict[str, Any]
-GeneratorConfig = BartConfig | T5Config | LmConfig
 
 
 class Family(NamedTuple):
-    """A family of generators: its configuration, a frozen dataclass with a `kind` after models.special_tokens, and its
-    module, which has the methods that models.layers.Generator names.
+    """A family of encoders or generators, after models.protocols.
+
+    config: the class of its configurations; module: that of its modules.
+    start: (parameters just drawn, boxed or not; configuration) -> those to begin with.
     """
 
     config: Any
     module: Any
+    start: Callable[[Params, Any], Params] = lambda params, config: params
 
 
-# By the `kind` of model.generator. One of your own is a file in models/ and a row here (and, for released checkpoints,
-# a file in models/hf/ and a row there).
+# By the `kind` of model.encoder and of model.generator. One of your own is a file in models/ and a row here (and, for
+# released checkpoints, a file in models/hf/ and a row there).
+ENCODERS: dict[str, Family] = {"bert": Family(BertConfig, Bert)}
 GENERATORS: dict[str, Family] = {
-    "bart": Family(BartConfig, Bart),
+    "bart": Family(BartConfig, Bart, init_copying.start),
     "t5": Family(T5Config, T5),
     "lm": Family(LmConfig, Lm),
 }
@@ -60,11 +65,11 @@ class RagConfig:
     query_prefix, passage_prefix: texts that the encoder reads before every question and passage ("query: "), after its
     [CLS]; the _ids are those of the texts, which a tokenizer fills in. pool_prefix: whether they are pooled.
     passage_length: tokens of a passage that the encoder was made for, likewise; what corpora are built with.
-    generator: BartConfig, T5Config or LmConfig, told apart by `kind`; None for a retriever alone.
+    encoder: a configuration of ENCODERS; generator: one of GENERATORS, or None for a retriever alone.
     """
 
     variant: Literal["sequence", "token"] = "sequence"
-    encoder: BertConfig = field(default_factory=BertConfig)
+    encoder: EncoderConfig = field(default_factory=BertConfig)
     generator: GeneratorConfig | None = field(default_factory=BartConfig)
     tie_encoders: bool = False
     context_encoder: bool = True  # False: it is elsewhere, as in the released RAG checkpoints
@@ -81,12 +86,12 @@ class RagConfig:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], where: str) -> "RagConfig":
-        """From nested values; `kind` of the generator names its family."""
-        generator = values.get("generator")
-        if isinstance(generator, Mapping):
-            configs = [family.config for family in GENERATORS.values()]
-            values = {**values, "generator": one_of(configs, generator, f"{where}.generator")}
-        return build_fields(cls, values, where)
+        """From nested values; `kind` of encoder and generator names its family, the first where it is not there."""
+        made = {}
+        for name, rows in (("encoder", ENCODERS), ("generator", GENERATORS)):
+            if name in values and not dataclasses.is_dataclass(values[name]):
+                made[name] = one_of([family.config for family in rows.values()], values[name], f"{where}.{name}")
+        return build_fields(cls, {**values, **made}, where)
 
     @property
     def tail_length(self) -> int:
@@ -219,8 +224,8 @@ class Rag:
         return self.config.variant
 
     @property
-    def encoder(self) -> Bert:
-        return Bert(self.config.encoder)
+    def encoder(self) -> nn.Module:
+        return ENCODERS[self.config.encoder.kind].module(self.config.encoder)
 
     @property
     def generator(self) -> nn.Module:
@@ -232,10 +237,8 @@ class Rag:
         keys = jax.random.split(key, 3)
         params = {"question_encoder": self.encoder.init(keys[0], ids, mask)["params"]}
         if self.config.generator is not None:
-            params["generator"] = self.generator.init(keys[2], ids, mask, ids)["params"]
-            if isinstance(self.config.generator, BartConfig) and self.config.generator.init == "copy":
-                heads = self.config.generator.heads
-                params["generator"] = init_copying.induction_start(params["generator"], heads, POSITION_OFFSET)
+            drawn = self.generator.init(keys[2], ids, mask, ids)["params"]
+            params["generator"] = GENERATORS[self.config.generator.kind].start(drawn, self.config.generator)
         if self.config.context_encoder and not self.config.tie_encoders:
             params["context_encoder"] = self.encoder.init(keys[1], ids, mask)["params"]
         return params

@@ -35,7 +35,8 @@ from rag_jax.data import example_cache, tokenizers
 from rag_jax.errors import InputError
 from rag_jax.index import encode_job
 from rag_jax.index import snapshot as snapshots
-from rag_jax.pretrained import as_run, load, save
+from rag_jax.pretrained import as_run, load
+from rag_jax.pretrained.export import save_pretrained
 from rag_jax.pretrained.hub import find
 from rag_jax.pretrained.parts import generator_part
 from rag_jax.runs import checkpoint
@@ -172,7 +173,7 @@ def prepare(data: Path, run: Path, work: Path) -> None:
     shutil.copytree(run, work / "run", ignore=shutil.ignore_patterns("tensorboard"))
     make_job(run, work)
     rag, params = load.open_pretrained(run)
-    save.save_pretrained(work / "export", rag, params, part="generator", tokenizers_from=run / "tokenizers")
+    save_pretrained(work / "export", rag, params, part="generator", tokenizers_from=run / "tokenizers")
 
 
 def make_job(run: Path, work: Path) -> None:

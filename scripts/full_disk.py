@@ -32,7 +32,7 @@ import kill_resume
 
 PRELOAD = [
     f"rag_jax.{name}"
-    for name in ("training.train", "evaluation.evaluate", "evaluation.compare", "pretrained.save", "bench.stages")
+    for name in ("training.train", "evaluation.evaluate", "evaluation.compare", "pretrained.export", "bench.stages")
 ]
 PAGE = os.sysconf("SC_PAGE_SIZE")
 ROOM = "200m"

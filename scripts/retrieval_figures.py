@@ -27,7 +27,8 @@ from rag_jax.index import snapshot as snapshots
 from rag_jax.ops.masks import length_mask
 from rag_jax.retrieval import search
 from rag_jax.retrieval.bm25 import Bm25, passage_texts
-from rag_jax.retrieval.search import Exact, Fusion, Hybrid, Queries, Source
+from rag_jax.retrieval.hybrid import NORMS, Fusion, Hybrid, fuse
+from rag_jax.retrieval.search import Exact, Queries, Source
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 
@@ -35,7 +36,7 @@ AT = (1, 5, 20, 100)
 PASSAGE_LENGTH = {"squad": "256"}  # tokens; passages of the others are shorter
 WEIGHTS = [round(float(weight), 2) for weight in np.linspace(0, 1, 21)]
 FUSIONS = [
-    *(Fusion("linear", weight=weight, norm=norm) for norm in search.NORMS for weight in WEIGHTS),
+    *(Fusion("linear", weight=weight, norm=norm) for norm in NORMS for weight in WEIGHTS),
     *(Fusion("rrf", weight=weight, rrf_k=rrf_k) for rrf_k in (10, 60) for weight in WEIGHTS),
 ]
 
@@ -110,7 +111,7 @@ def choose(hybrid: Hybrid, asked: Asked) -> Fusion:
     candidates = hybrid.candidates(asked.queries, max(AT))
 
     def found(fusion: Fusion) -> float:
-        ids_BK = search.best(candidates[0], search.fuse(*candidates, fusion), max(AT)).ids_BK
+        ids_BK = search.best(candidates[0], fuse(*candidates, fusion), max(AT)).ids_BK
         return sum(recall(ids_BK, asked.gold_BG)[:3])
 
     return max(FUSIONS, key=found)

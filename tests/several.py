@@ -16,10 +16,11 @@ from rag_jax.rag import Rag, RagConfig
 from rag_jax.retrieval.search import SearchResult
 from rag_jax.runs import checkpoint
 from rag_jax.runs import directory as runs
+from rag_jax.runs.index_location import OnHost
 from rag_jax.system import distributed, sharding
 from rag_jax.training.config import make_stage
 from rag_jax.training.stage import Setting
-from rag_jax.training.stage_index import OnHost
+from rag_jax.training.stage_index import feed
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8), (4, 1, 2))
 STAGES = {
@@ -68,11 +69,12 @@ def fed(corpus, mesh, rag, params, stage):
     setting = Setting(rag, stage, mesh, len(corpus), ())
     embeddings_NE = np.arange(len(corpus) * 4, dtype=np.float32).reshape(-1, 4)
     index = HostIndex(embeddings_NE, np.arange(len(corpus), dtype=np.int32), ByText())
-    feed = OnHost(setting, corpus, lambda sources: ["x" * (5 * i + 1) for i in sources])
+    location = OnHost(runs.Loaded(rag, corpus, mesh, None), None)
     batch = batch_of(corpus)
     if stage.objective.needs().negatives:
         batch["negatives"] = np.arange(16, dtype=np.int32).reshape(8, 2) - 1
-    given = feed.feed(params, {k: v[own] for k, v in batch.items()}, index)
+    batch = {k: v[own] for k, v in batch.items()}
+    given = feed(setting, location, lambda sources: ["x" * (5 * i + 1) for i in sources], params, batch, index)
     tree = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(given)}
     return {name: np.asarray(sharding.fetched(leaf)) for name, leaf in tree.items()}
 

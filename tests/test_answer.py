@@ -745,7 +745,8 @@ def test_questions_of_like_length_need_no_compilation(opened, questions, cfg):
 def test_the_posterior_of_every_token(opened, questions, cfg, monkeypatch):
     """RAG-Token, figure 2: p(z) p(y_t|z,y_<t) over its sum, each by teacher forcing; beside the tokens as texts."""
     config = dataclasses.replace(opened.loaded.rag.config, variant="token")
-    token = dataclasses.replace(opened, programs={}, loaded=dataclasses.replace(opened.loaded, rag=Rag(config)))
+    location = dataclasses.replace(opened.location, loaded=dataclasses.replace(opened.loaded, rag=Rag(config)))
+    token = dataclasses.replace(opened, programs={}, location=location)
     collect, arrays = pipeline.collect, []
     monkeypatch.setattr(
         pipeline, "collect", lambda corpus, out, *rest: arrays.append(out) or collect(corpus, out, *rest)

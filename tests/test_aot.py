@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rag_jax import __main__ as cli
-from rag_jax.aot import compile, hardware, layer_extrapolation, stage_programs
+from rag_jax.aot import compile, hardware, layer_extrapolation, memory, stage_programs
 from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
 from rag_jax.index import device_index
@@ -22,11 +22,11 @@ from rag_jax.models.bert import BertConfig
 from rag_jax.rag import RagConfig
 from rag_jax.retrieval.config import SearchConfig
 from rag_jax.runs import directory as runs
+from rag_jax.runs.index_location import location_of
 from rag_jax.system import sharding
 from rag_jax.training import config, session, setup, train_step
 from rag_jax.training.config import TrainConfig, make_stage
 from rag_jax.training.optimizer import OptimizerConfig
-from rag_jax.training.stage_index import OnDevice
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"vocab_size": 64, "width": 16, "heads": 2, "hidden": 32}
@@ -46,12 +46,12 @@ def tiny_config(**changes: object) -> TrainConfig:
     )
 
 
-def report(cfg: TrainConfig, where: str = "cpu:8", name: str = "joint") -> compile.Report:
+def report(cfg: TrainConfig, where: str = "cpu:8", name: str = "joint") -> memory.Report:
     place = hardware.topology(where)
     mesh, compiles = compile.mesh_of(cfg, place)
     rag = stage_programs.sizes(cfg, SIZE.passages, 16, 12)[0]
     program = stage_programs.every(cfg, rag, SIZE, mesh, [name], 64, 5)[name]
-    made = compile.compiled(program, place, mesh, 0.0, None) if compiles else compile.counted(program, place, mesh)
+    made = memory.compiled(program, place, mesh, 0.0, None) if compiles else memory.counted(program, place, mesh)
     compile.roofline(made, place)
     return made
 
@@ -105,10 +105,9 @@ def test_arguments_are_those_of_training(tiny_data: Path, stage: str) -> None:
     loaded, data = runs.load(cfg.model, corpus, mesh), setup.prepare(cfg, corpus)
     params = session.init_params(loaded, 0, "")
     state = train_step.first_state(loaded.rag, cfg.stages[number], mesh, params, 0)
-    _, way = session.way_of(cfg, loaded, data, number)
-    assert isinstance(way, OnDevice)
-    index = device_index.blank(mesh, loaded.table_rows(), loaded.rag.config.encoder.output_width)
-    fed = way.feed(params, setup.batches(cfg.stages[number], cfg, data, number)[0], index)
+    upkeep = session.upkeep_of(cfg, location_of(loaded, cfg.search), data, None, number, None)
+    upkeep.index = device_index.blank(mesh, loaded.table_rows(), loaded.rag.config.encoder.output_width)
+    fed = upkeep.feed(params, setup.batches(cfg.stages[number], cfg, data, number)[0])
     rag, size = stage_programs.sizes(cfg, 0, 0, 0)
     program = stage_programs.step(cfg, cfg.stages[number], rag, size, mesh)
     assert rag == loaded.rag and size.passages == len(corpus)
@@ -184,7 +183,7 @@ def test_few_layers_tell_of_many() -> None:
     wanted = compile.Wanted(passages=100, encoder_length=16, generator_length=12, k=5, layers=2)
     program = stage_programs.every(cfg, *compile.sized(cfg, wanted), mesh, ["joint"], wanted.batch, wanted.k)["joint"]
     line = compile.few_layers(cfg, program, place, mesh, wanted)
-    whole = compile.compiled(program, place, mesh, 0.0, None)
+    whole = memory.compiled(program, place, mesh, 0.0, None)
     assert line.flops == whole.flops and line.layers == 2 and line.name == "joint"
     for name in ("parameters", "optimiser", "index", "token table"):
         assert line.memory[name] == whole.memory[name]
@@ -220,16 +219,16 @@ def test_the_line() -> None:
 
 def test_what_libtpu_says_of_a_program_that_is_too_large() -> None:
     """In the words of libtpu 0.0.42."""
-    made = compile.Report("joint", False, {"index": 2.0**30, "activations and the like": 5.0}, 0.0, 16.0 * 2**30, {})
+    made = memory.Report("joint", False, {"index": 2.0**30, "activations and the like": 5.0}, 0.0, 16.0 * 2**30, {})
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (22.80G) exceeds "
         "available HBM (15.75G)."
     )
-    compile.too_large(made, message)
+    memory.too_large(made, message)
     assert made.fits is False and made.limit == 15.75 * 2**30
     assert made.memory == {"index": 2.0**30, "activations and temporaries": pytest.approx(21.8 * 2**30)}
     with pytest.raises(RuntimeError, match="joint: INTERNAL"):
-        compile.too_large(made, "INTERNAL: something else")
+        memory.too_large(made, "INTERNAL: something else")
 
 
 def test_topologies() -> None:
@@ -246,9 +245,9 @@ def test_padding_of_tiles() -> None:
     layout = type("Layout", (), {"major_to_minor": (0, 1), "tiling": ((8, 128), (2, 1))})
     mesh = sharding.make_mesh({"data": 8})
     leaf = stage_programs.array(mesh, (8 * 1003, 160), "uint16", "rows")
-    assert compile.shape_bytes(leaf) == 1003 * 160 * 2
-    assert compile.padded_bytes(leaf, layout) == 1008 * 256 * 2
-    assert compile.padded_bytes(leaf, None) == 0
+    assert memory.shape_bytes(leaf) == 1003 * 160 * 2
+    assert memory.padded_bytes(leaf, layout) == 1008 * 256 * 2
+    assert memory.padded_bytes(leaf, None) == 0
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ class Pretended:
     def __init__(self, directory: Any, dies_at: int = 0) -> None:
         self.directory, self.dies_at = directory, dies_at
         self.asked: list[tuple[bool, int]] = []
-        self.index, self.snapshot = None, SimpleNamespace(hash="index")
+        self.search, self.snapshot = SearchConfig(kind="bm25"), SimpleNamespace(hash="index")
         corpus = SimpleNamespace(n_live=30, rows=lambda names: np.array([int(name) for name in names]))
         self.loaded = SimpleNamespace(corpus=corpus, rag=SimpleNamespace(config=SimpleNamespace(n_docs=3)))
         (directory / "params").mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,8 @@ def test_figures_of_every_number(tmp_path):
 def test_the_same_answers_as_with_a_search_of_their_own(tiny_data, tiny_run, tmp_path, kind, variant):
     opened = Pipeline.from_run(tiny_run, None, SearchConfig(kind=kind))
     rag = dataclasses.replace(opened.loaded.rag, config=dataclasses.replace(opened.loaded.rag.config, variant=variant))
-    opened = dataclasses.replace(opened, loaded=dataclasses.replace(opened.loaded, rag=rag))
+    location = dataclasses.replace(opened.location, loaded=dataclasses.replace(opened.loaded, rag=rag))
+    opened = dataclasses.replace(opened, location=location)
     texts = [q.question for q in formats.read_questions(tiny_data / "world/train.jsonl")[:11]]
     cfg = opened.answer_config(batch=8, n_retrieved=9)
     found = docs_curve.answers_by_docs(opened, cfg, [1, 2, 5], texts, {}, tmp_path)

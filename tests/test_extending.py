@@ -20,6 +20,7 @@ from rag_jax.errors import InputError
 from rag_jax.index import refresh_schedule
 from rag_jax.index.refresh_schedule import Schedule
 from rag_jax.models.bart import Bart, BartConfig
+from rag_jax.models.bert import Bert, BertConfig
 from rag_jax.system import configuration
 from rag_jax.training import config
 from rag_jax.training.data import QuestionNeeds
@@ -180,17 +181,36 @@ class Loud(Bart):
         return 2 * super().logits(x_BTD)
 
 
-def test_a_generator(texts, tmp_path, monkeypatch):
+@dataclass(frozen=True)
+class LongConfig(BertConfig):
+    """BERT with vectors twice as long."""
+
+    kind: Literal["long"] = "long"  # type: ignore[assignment]
+
+
+class Long(Bert):
+    def __call__(self, *args, **kwargs):
+        return 2 * super().__call__(*args, **kwargs)
+
+
+def test_a_generator_and_an_encoder(texts, tmp_path, monkeypatch):
     monkeypatch.setitem(rag.GENERATORS, "loud", rag.Family(LoudConfig, Loud))
+    monkeypatch.setitem(rag.ENCODERS, "long", rag.Family(LongConfig, Long))
     read = stage("read", groups=("generator",), documents="gold")
     given = values([read])
     given["model"]["generator"] |= {"kind": "loud"}
+    given["model"]["encoder"] |= {"kind": "long"}
     result = rag_jax.fit(given, tmp_path / "run", data=texts)
     opened = result.pipeline()
-    assert isinstance(opened.loaded.rag.config.generator, LoudConfig) and isinstance(opened.loaded.rag.generator, Loud)
+    model = opened.loaded.rag
+    assert isinstance(model.config.generator, LoudConfig) and isinstance(model.generator, Loud)
+    assert isinstance(model.config.encoder, LongConfig) and isinstance(model.encoder, Long)
     assert opened.ask("On what does Town 3 lie?", n_docs=2, num_beams=2).passages
     given["model"]["generator"] |= {"kind": "quiet"}
     with pytest.raises(InputError, match=r"model\.generator\.kind: 'quiet' is not one of 'bart', 't5', 'lm', 'loud'"):
+        rag_jax.fit(given, tmp_path / "other", data=texts)
+    given["model"] |= {"encoder": given["model"]["encoder"] | {"kind": "short"}, "generator": None}
+    with pytest.raises(InputError, match=r"model\.encoder\.kind: 'short' is not one of 'bert', 'long'"):
         rag_jax.fit(given, tmp_path / "other", data=texts)
 
 

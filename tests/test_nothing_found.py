@@ -24,7 +24,7 @@ from rag_jax.system import sharding
 from rag_jax.training.config import make_stage
 from rag_jax.training.objectives import rag as rag_objective
 from rag_jax.training.stage import Setting
-from rag_jax.training.stage_index import OnHost
+from rag_jax.training.stage_index import feed
 
 NOTHING = "zzz qqq xxyyzz?"
 
@@ -56,7 +56,8 @@ def opened(tiny_run):
 
 def variant(opened: Pipeline, name: str) -> Pipeline:
     rag = dataclasses.replace(opened.loaded.rag, config=dataclasses.replace(opened.loaded.rag.config, variant=name))
-    return dataclasses.replace(opened, programs={}, loaded=dataclasses.replace(opened.loaded, rag=rag))
+    location = dataclasses.replace(opened.location, loaded=dataclasses.replace(opened.loaded, rag=rag))
+    return dataclasses.replace(opened, programs={}, location=location)
 
 
 TEXTS = ["a! Who founded the guild?", "ab! Where does it lie?", "abc! Who?", "abcd! When was it?"]  # 3, 2, 1, none
@@ -140,12 +141,15 @@ def test_the_step_is_given_empty_passages(opened):
     corpus, mesh = opened.loaded.corpus, opened.loaded.mesh
     stage = make_stage("joint", n_docs=3, batch=8)
     setting = Setting(opened.loaded.rag, stage, mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)
-    feed = OnHost(setting, corpus, lambda source: ["!" if i == 0 else "x" * i + "!" for i in source])
+
+    def texts(source):
+        return ["!" if i == 0 else "x" * i + "!" for i in source]
+
     length = np.full(8, 3, np.int32)
     batch = {"question_ids": np.full((8, 4), 5, np.int32), "question_length": length, "source": np.arange(8)}
     batch |= {"tail_ids": np.full((8, 4), 5, np.int32), "tail_length": length, "labels": np.full((8, 4), 2, np.int32),
               "gold": np.full((8, 1), -1, np.int32)}  # fmt: skip
-    fed = sharding.fetched(feed.feed(opened.params, batch, opened.index))
+    fed = sharding.fetched(feed(setting, opened.location, texts, opened.params, batch, opened.index))
     rows = fed.batch["document_rows"]
     assert (rows >= 0).sum(1).tolist() == [3, 3, 2, 1, 0, 3, 3, 2]
     at = fed.batch["documents"]

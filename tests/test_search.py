@@ -12,7 +12,8 @@ import pytest
 from rag_jax.errors import InputError
 from rag_jax.retrieval import mips, scann_index, search
 from rag_jax.retrieval.bm25 import Bm25, Bm25Config
-from rag_jax.retrieval.search import Exact, Fusion, Hybrid, Queries, Searcher, Source
+from rag_jax.retrieval.hybrid import Fusion, Hybrid
+from rag_jax.retrieval.search import Exact, Queries, Searcher, Source
 from rag_jax.system import sharding
 
 N, E, B = 203, 12, 9

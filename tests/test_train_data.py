@@ -89,7 +89,7 @@ def test_an_epoch_is_of_what_the_stage_trains_on(tiny_data, words, answers, name
     everything = len(data.examples) * (2 if answers == "every" else 1)  # every question has two answers
     epoch = (2 * most or everything) // 4
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    setting, _ = session.way_of(cfg, Loaded(Rag(cfg.model), data.corpus, mesh, None), data, number)
+    setting = session.setting_of(cfg, Loaded(Rag(cfg.model), data.corpus, mesh, None), data, number)
     assert setting.epoch == epoch > 1
     if name == "joint":
         assert [step for step in range(3 * epoch) if setting.when.due(step)] == [0, epoch, 2 * epoch]

@@ -16,7 +16,7 @@ from rag_jax.inference.pipeline import Pipeline
 from rag_jax.retrieval.config import SearchConfig
 from rag_jax.retrieval.search import Queries
 from rag_jax.runs import checkpoint
-from rag_jax.training.stage_index import kept_fields
+from rag_jax.runs.index_location import OnHost
 
 STEPS = 12
 MODES = {
@@ -132,9 +132,10 @@ def test_a_checkpoint_keeps_rows_of_any_type_on_the_host(dtype, shards, tmp_path
     manifest = snapshots.Manifest("c", "h", "e", "t", 0, 10, 4, dtype)
     given = snapshots.write(tmp_path / "index", manifest, parts).embeddings_NE
     keeper = checkpoint.Checkpoints(tmp_path / "checkpoints")
-    keeper.save(1, {"index": kept_fields(HostIndex(given, np.arange(10, dtype=np.int32), None))}, {})
+    location = OnHost(None, None)
+    keeper.save(1, {"index": location.kept(HostIndex(given, np.arange(10, dtype=np.int32), None))}, {})
     keeper.wait()
-    like = {"index": kept_fields(HostIndex(np.zeros((10, 4), np.float32), np.zeros(10, np.int32), None))}
+    like = {"index": location.kept(HostIndex(np.zeros((10, 4), np.float32), np.zeros(10, np.int32), None))}
     found = keeper.restore(1, like)["index"]
     keeper.close()
     np.testing.assert_array_equal(found["embeddings_NE"], np.asarray(given, np.float32))

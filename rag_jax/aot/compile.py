@@ -9,12 +9,9 @@ as if perfectly overlapped with the others; a real step takes longer.
 import contextlib
 import dataclasses
 import importlib.util
-import math
 import os
-import re
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rag_jax.aot import hardware, hlo, layer_extrapolation, operation_count, stage_programs
+from rag_jax.aot import hardware, layer_extrapolation, stage_programs
 from rag_jax.aot.hardware import GIB, Topology
+from rag_jax.aot.memory import Report, compiled, counted
 from rag_jax.aot.stage_programs import Program, Sizes
 from rag_jax.errors import InputError
 from rag_jax.rag import Rag
-from rag_jax.system import files, logs, sharding
+from rag_jax.system import logs, sharding
 from rag_jax.training.config import TrainConfig
 
 NO_LIBTPU = "libtpu is not installed (pip install 'rag-jax[compile]'): counted from shapes, nothing is compiled"
@@ -36,7 +34,6 @@ ESTIMATED = (
     "activations are those of an unfused program in its written order, cut over the batch; weights that are gathered\n"
     "over fsdp while they are used are not among them"
 )
-UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 
 @dataclass(frozen=True)
@@ -59,51 +56,6 @@ class Wanted:
     effort: float = 0.0
     layers: int = 0
     count_only: bool = False
-
-
-@dataclass
-class Report:
-    """One program on one device, in bytes and seconds; None for what is not known. memory: by what it is of."""
-
-    name: str
-    compiled: bool
-    memory: dict[str, float]
-    total: float
-    limit: float | None
-    flops: dict[str, float]
-    traffic: float | None = None
-    collectives: dict[str, dict[str, float]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)  # of the roofline
-    compile_seconds: float | None = None
-    questions: int = 0
-    tokens: int = 0
-    passages: int = 0
-    largest: list[hlo.Largest] = field(default_factory=list)
-    busiest: list[hlo.Collective] = field(default_factory=list)
-    layers: int = 0  # of each stack that the compiler saw, and one more; 0: all
-    said: str = ""
-
-    @property
-    def fits(self) -> bool | None:
-        return None if self.limit is None else self.total <= self.limit
-
-    @property
-    def step_seconds(self) -> float | None:
-        return max(self.seconds.values()) if self.seconds else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For --json."""
-        step = self.step_seconds
-        rates = {"questions": self.questions, "tokens": self.tokens, "passages": self.passages}
-        return {
-            "program": self.name, "compiled": self.compiled, "memory_bytes": self.memory, "total_bytes": self.total,
-            "limit_bytes": self.limit, "fits": self.fits, "flops_per_chip": self.flops,
-            "traffic_bytes": self.traffic, "collectives": self.collectives, "roofline_seconds": self.seconds,
-            "step_seconds": step, "compile_seconds": self.compile_seconds, "layers_compiled": self.layers or None,
-            **{f"{name}_per_second": n / step for name, n in rates.items() if step and n},
-            "largest": [x._asdict() for x in self.largest], "busiest": [x._asdict() for x in self.busiest],
-            **({"said": self.said} if self.said else {}),
-        }  # fmt: skip
 
 
 def devices(where: Topology) -> list[Any] | None:
@@ -161,100 +113,6 @@ def mesh_of(cfg: TrainConfig, where: Topology) -> tuple[Mesh, bool]:
     return stand_ins(cfg, where), False
 
 
-def shape_bytes(leaf: jax.ShapeDtypeStruct) -> float:
-    """Bytes of a device's part of an array, by its shape."""
-    assert leaf.sharding is not None
-    return operation_count.nbytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
-
-
-def padded_bytes(leaf: jax.ShapeDtypeStruct, layout: Any) -> float:
-    """The same as it lies in memory, in tiles; 0 for an argument that the program does not use."""
-    if layout is None:
-        return 0.0
-    shape, item = leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        shape, item = (*shape, 2), 4
-    sides = [shape[axis] for axis in layout.major_to_minor]
-    for i, edge in enumerate(reversed((layout.tiling or ((),))[0]), 1):
-        if i <= len(sides):
-            sides[-i] = -(-sides[-i] // edge) * edge
-    return math.prod(sides) * item
-
-
-def group_bytes(program: Program, formats: Any | None) -> dict[str, float]:
-    """Bytes on a device of each group of arguments; formats: those of a compiled program, else by shape alone."""
-    size: dict[int, float] = {}
-    leaves = jax.tree.leaves(program.arguments)
-    layouts: list[Any] = [None] * len(leaves) if formats is None else jax.tree.leaves(formats)
-    for leaf, form in zip(leaves, layouts, strict=True):
-        size[id(leaf)] = shape_bytes(leaf) if formats is None else padded_bytes(leaf, form.layout)
-    return {name: sum(size[id(x)] for x in jax.tree.leaves(group)) for name, group in program.groups.items()}
-
-
-def counted(program: Program, where: Topology, mesh: Mesh) -> Report:
-    """What shapes tell: arguments, work, and an estimate of the rest."""
-    jaxpr = jax.make_jaxpr(program.call)(*program.arguments).jaxpr
-    memory = group_bytes(program, None)
-    memory["activations and the like"] = operation_count.peak_bytes(jaxpr) / (mesh.shape["data"] * mesh.shape["fsdp"])
-    chip = where.chip
-    return Report(
-        name=program.name,
-        compiled=False,
-        memory=memory,
-        total=sum(memory.values()),
-        limit=chip.memory_bytes / chip.devices if chip else None,
-        flops={kind: flops / mesh.size for kind, flops in operation_count.work(jaxpr).items()},
-        questions=program.questions,
-        tokens=program.tokens,
-        passages=program.passages,
-    )
-
-
-def compiled(program: Program, where: Topology, mesh: Mesh, effort: float, text_file: Path | None) -> Report:
-    """The same, with memory, traffic and collectives of the compiled program; where it is too large for the compiler
-    to place, what the compiler says of that.
-    """
-    report = counted(program, where, mesh)
-    begun = time.perf_counter()
-    options = {"exec_time_optimization_effort": effort} if effort else None
-    try:
-        done = program.jitted.lower(*program.arguments).compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        report.compile_seconds = time.perf_counter() - begun
-        return too_large(report, str(error))
-    report.compile_seconds = time.perf_counter() - begun
-    memory, text = done.memory_analysis(), done.as_text()
-    if text_file is not None:
-        files.write_text(text_file, text)
-    groups = group_bytes(program, done.input_formats[0])
-    rest = memory.argument_size_in_bytes - sum(groups.values())
-    report.memory = {
-        **groups,
-        "other arguments": max(rest, 0),
-        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "activations and temporaries": memory.temp_size_in_bytes,
-        "program": memory.generated_code_size_in_bytes if where.kind == "tpu" else 0,
-    }
-    report.compiled, report.total = True, sum(report.memory.values())
-    report.traffic = hlo.traffic(text)
-    found = hlo.collectives(text, mesh.size)
-    report.collectives, report.busiest, report.largest = hlo.by_kind(found), found[:8], hlo.largest(text, 8)
-    return report
-
-
-def too_large(report: Report, message: str) -> Report:
-    """What libtpu says of a program that it cannot place; RuntimeError where it failed for another reason."""
-    said = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message)
-    said = said or re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
-    if said is None:
-        raise RuntimeError(f"{report.name}: {message}")
-    report.total, report.limit = float(said[1]) * UNIT[said[2]], float(said[3]) * UNIT[said[4]]
-    del report.memory["activations and the like"]
-    report.memory["activations and temporaries"] = report.total - sum(report.memory.values())
-    report.compiled, report.said = True, message.splitlines()[0]
-    return report
-
-
 def few_layers(cfg: TrainConfig, program: Program, where: Topology, mesh: Mesh, wanted: Wanted) -> Report:
     """`compiled`, where the compiler sees wanted.layers layers of each stack and once more one more of each; what it
     says of those is drawn on in a straight line. The work is counted from all layers.
@@ -287,7 +145,7 @@ def few_layers(cfg: TrainConfig, program: Program, where: Topology, mesh: Mesh, 
 
 
 def sized(cfg: TrainConfig, wanted: Wanted) -> tuple[Rag, Sizes]:
-    """`programs.sizes` with what is said of the corpus."""
+    """`stage_programs.sizes` with what is said of the corpus."""
     return stage_programs.sizes(cfg, wanted.passages, wanted.encoder_length, wanted.generator_length)
 
 

@@ -24,7 +24,7 @@ from rag_jax.decoding.rag_decode import Mode
 from rag_jax.errors import InputError
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
-from rag_jax.pretrained import save
+from rag_jax.pretrained.export import save_pretrained
 from rag_jax.rag import Params, Rag, RagConfig
 
 Variant = Literal["sequence", "token"]
@@ -131,7 +131,7 @@ def theirs(rag: Rag, params: Params, directory: str) -> Any:
     """The same model in transformers, by way of an export."""
     import transformers
 
-    save.save_pretrained(directory, rag, params)
+    save_pretrained(directory, rag, params)
     kind = {"sequence": "RagSequenceForGeneration", "token": "RagTokenForGeneration"}[rag.variant]
     return getattr(transformers, kind).from_pretrained(directory).eval()
 

@@ -23,7 +23,7 @@ from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
 from rag_jax.index import encode
 from rag_jax.models.bert import BertConfig
-from rag_jax.pretrained import save
+from rag_jax.pretrained.export import save_pretrained
 from rag_jax.rag import Params, Rag, RagConfig
 
 DTYPES = ("float32", "bfloat16")
@@ -113,7 +113,7 @@ def theirs(
     import torch
     import transformers
 
-    save.save_pretrained(directory, rag, params, part="question_encoder")
+    save_pretrained(directory, rag, params, part="question_encoder")
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     model = transformers.BertModel.from_pretrained(directory, add_pooling_layer=False).eval()
     model = model.to(device, getattr(torch, load.dtype))

@@ -25,7 +25,7 @@ from jax import lax
 
 from rag_jax.bench.machine_limits import spread
 from rag_jax.errors import InputError
-from rag_jax.retrieval import mips, mips_device, scann_index
+from rag_jax.retrieval import mips, mips_one_device, scann_index
 from rag_jax.retrieval.search import Queries, Source
 from rag_jax.system.logs import Progress
 
@@ -93,14 +93,14 @@ def questions(load: Load, index_NE: np.ndarray, number: int) -> np.ndarray:
 @partial(jax.jit, static_argnames="k")
 def products_alone(queries_BE: jax.Array, index_NE: jax.Array, *, k: int) -> jax.Array:
     """The largest score of each query: the multiplication that `mips.search` does, cut alike, and no ranking."""
-    n, chunk = index_NE.shape[0], mips_device.default_chunk(queries_BE.shape[0], k)
+    n, chunk = index_NE.shape[0], mips_one_device.default_chunk(queries_BE.shape[0], k)
     platform = jax.default_backend()
-    into = mips_device.cut(n, k, chunk, mips_device.TILE if platform == "cpu" else chunk)
-    left_BE, _ = mips_device.rounded(queries_BE, index_NE, platform)
+    into = mips_one_device.cut(n, k, chunk, mips_one_device.TILE if platform == "cpu" else chunk)
+    left_BE, _ = mips_one_device.rounded(queries_BE, index_NE, platform)
 
     def step(best_B: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         rows_CE = lax.dynamic_slice_in_dim(index_NE, jnp.minimum(i * into.tile, n - into.tile), into.tile)
-        scores_CB = mips_device.product(left_BE, rows_CE)
+        scores_CB = mips_one_device.product(left_BE, rows_CE)
         return jnp.maximum(best_B, scores_CB.max(0)), None
 
     start_B = jnp.full(queries_BE.shape[0], -jnp.inf)

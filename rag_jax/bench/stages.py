@@ -18,14 +18,35 @@ from rag_jax.aot.operation_count import matmul_flops
 from rag_jax.bench.machine_limits import machine, matmul_limit, peak_memory, spread, timed
 from rag_jax.corpus.directory import Corpus
 from rag_jax.data import batching
-from rag_jax.index.host_index import Searchers
 from rag_jax.runs import directory as runs
+from rag_jax.runs.index_location import location_of
 from rag_jax.system import sharding
 from rag_jax.system.logs import Progress
 from rag_jax.training import session, setup
 from rag_jax.training.config import TrainConfig
 from rag_jax.training.stage import Setting, StageConfig
-from rag_jax.training.train_step import first_state, jit_step, make_step
+from rag_jax.training.stage_index import Upkeep
+from rag_jax.training.train_step import TrainState, first_state, jit_step, make_step
+
+WARMUP = 3  # steps before those that count
+
+
+class Measured:
+    """Seconds and work of the steps that count, and of compiling."""
+
+    def __init__(self) -> None:
+        self.compile_seconds = 0.0
+        self.step_seconds: list[float] = []
+        self.wait_seconds: list[float] = []
+        self.tokens: list[float] = []
+        self.flops: list[list[float]] = []  # of the step as it is, and without savings
+
+    def add(self, begun: float, ready: float, tokens: float, flops: list[float]) -> None:
+        """A step that was begun, had its batch when it was ready, and has ended now."""
+        self.wait_seconds.append(ready - begun)
+        self.step_seconds.append(time.perf_counter() - begun)
+        self.tokens.append(tokens)
+        self.flops.append(flops)
 
 
 def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, Any]:
@@ -38,23 +59,52 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
     params = session.init_params(loaded, cfg.seed, cfg.init)
     state = first_state(loaded.rag, stage, mesh, params, 0)
     number = cfg.stages.index(stage)
-    refresher = session.make_refresher(cfg, loaded, Searchers(cfg.search, corpus, mesh))
-    upkeep = session.upkeep_of(cfg, loaded, data, refresher, number, None)
+    location = location_of(loaded, cfg.search)
+    upkeep = session.upkeep_of(cfg, location, data, session.make_refresher(location), number, None)
     batches = setup.batches(stage, cfg, data, number)
-    key = jax.random.key(cfg.seed)
     upkeep.before(params, 0, 0, batches[0])
-    jitted = jit_step(upkeep.setting, 0, state, upkeep.feed(params, batches[0]).table)
-    programs: dict[tuple[int, ...], Any] = {}  # by the widths of their batches
-    work: dict[tuple[int, ...], list[float]] = {}
-    compile_seconds = 0.0
     prepare_seconds: list[float] = []
     for i in range(steps):  # the work itself, in this thread; in training it runs ahead in another
         prepare_seconds += timed(lambda i=i: upkeep.feed(state.params, batches[i]), 1)
+    measured = measure(stage, upkeep, state, batches, jax.random.key(cfg.seed), steps)
+    part = loaded.rag.config.generator or loaded.rag.config.encoder
+    limit = matmul_limit(dtype=part.dtype) * loaded.mesh.size
+    step_seconds, wait_seconds = measured.step_seconds, measured.wait_seconds
+    median = statistics.median(step_seconds)
+    needed, done = np.asarray(measured.flops, float).T[::-1]
+    return {
+        "stage": stage.name,
+        **machine(),
+        "mesh": dict(loaded.mesh.shape),
+        "batch": stage.batch,
+        "steps": steps,
+        "compile_seconds": round(measured.compile_seconds, 2),
+        "step": spread(step_seconds),
+        "host_wait": spread(wait_seconds),
+        "host_share": sum(wait_seconds) / sum(step_seconds),
+        "host_work_share": statistics.median(prepare_seconds) / median,
+        "tokens_per_second": round(rate(measured.tokens, step_seconds)),
+        "questions_per_second": stage.batch / median,
+        "model_flops": float(needed.mean()),
+        "hardware_flops": float(done.mean()),
+        "flops_per_second": rate(needed, step_seconds),
+        "matmul_limit_flops_per_second": limit,
+        "fraction_of_limit": rate(needed, step_seconds) / limit,
+        **peak_memory(),
+    }
+
+
+def measure(
+    stage: StageConfig, upkeep: Upkeep, state: TrainState, batches: Any, key: jax.Array, steps: int
+) -> Measured:
+    """Runs WARMUP steps and then `steps` more. A batch of new widths is compiled for outside of the times."""
+    jitted = jit_step(upkeep.setting, 0, state, upkeep.feed(state.params, batches[0]).table)
+    programs: dict[tuple[int, ...], Any] = {}  # by the widths of their batches
+    work: dict[tuple[int, ...], list[float]] = {}
     iterator = batching.iterate(batches, 0)
-    step_seconds, wait_seconds, tokens, flops = [], [], [], []
-    warmup = 3
-    with Progress(steps + warmup, f"bench {stage.name}", "step") as progress:
-        for i in range(steps + warmup):
+    measured = Measured()
+    with Progress(steps + WARMUP, f"bench {stage.name}", "step") as progress:
+        for i in range(steps + WARMUP):
             begun = time.perf_counter()
             fed = upkeep.feed(state.params, drawn := next(iterator))
             ready = time.perf_counter()
@@ -65,42 +115,16 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
                 ]
                 compiling = time.perf_counter()
                 programs[widths] = jitted.lower(state, *fed, key).compile()
-                compile_seconds += time.perf_counter() - compiling
+                measured.compile_seconds += time.perf_counter() - compiling
                 begun += time.perf_counter() - ready
                 ready = time.perf_counter()
             state, index, metrics = programs[widths](state, *fed, key)
             upkeep.after(index)
             jax.block_until_ready(state)
-            if i >= warmup:
-                wait_seconds.append(ready - begun)
-                step_seconds.append(time.perf_counter() - begun)
-                tokens.append(float(metrics["tokens"]))
-                flops.append(work[widths])
+            if i >= WARMUP:
+                measured.add(begun, ready, float(metrics["tokens"]), work[widths])
             progress.update(1)
-    part = loaded.rag.config.generator or loaded.rag.config.encoder
-    limit = matmul_limit(dtype=part.dtype) * loaded.mesh.size
-    median = statistics.median(step_seconds)
-    needed, done = np.asarray(flops, float).T[::-1]
-    return {
-        "stage": stage.name,
-        **machine(),
-        "mesh": dict(loaded.mesh.shape),
-        "batch": stage.batch,
-        "steps": steps,
-        "compile_seconds": round(compile_seconds, 2),
-        "step": spread(step_seconds),
-        "host_wait": spread(wait_seconds),
-        "host_share": sum(wait_seconds) / sum(step_seconds),
-        "host_work_share": statistics.median(prepare_seconds) / median,
-        "tokens_per_second": round(rate(tokens, step_seconds)),
-        "questions_per_second": stage.batch / median,
-        "model_flops": float(needed.mean()),
-        "hardware_flops": float(done.mean()),
-        "flops_per_second": rate(needed, step_seconds),
-        "matmul_limit_flops_per_second": limit,
-        "fraction_of_limit": rate(needed, step_seconds) / limit,
-        **peak_memory(),
-    }
+    return measured
 
 
 def rate(amounts: Sequence[float], seconds: Sequence[float]) -> float:

@@ -17,7 +17,8 @@ from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
 from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.layers import Remat
-from rag_jax.rag import GeneratorConfig, Passages, Rag, RagConfig
+from rag_jax.models.protocols import GeneratorConfig
+from rag_jax.rag import Passages, Rag, RagConfig
 from rag_jax.system import sharding
 from rag_jax.training import optimizer
 from rag_jax.training.objectives.rag import MarginalLikelihood

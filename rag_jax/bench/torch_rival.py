@@ -13,7 +13,7 @@ import numpy as np
 
 from rag_jax.bench import synthetic_load
 from rag_jax.bench.synthetic_load import Load
-from rag_jax.pretrained import save
+from rag_jax.pretrained.export import save_pretrained
 from rag_jax.rag import Params, Rag
 from rag_jax.training.optimizer import OptimizerConfig
 
@@ -33,7 +33,7 @@ def model(rag: Rag, params: Params, directory: Path, device: str) -> Any:
     """The same weights, by way of an export, in training mode. device: cpu or cuda."""
     import transformers
 
-    save.save_pretrained(directory, rag, params)
+    save_pretrained(directory, rag, params)
     return getattr(transformers, KINDS[rag.variant]).from_pretrained(directory).to(device).train()
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
-from rag_jax.models.bert import Pooling
+from rag_jax.models.protocols import Pooling
 from rag_jax.pretrained.convert import convert
 from rag_jax.pretrained.encoder_files import Asked
 

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rag_jax.pretrained import as_run, load, save
+from rag_jax.pretrained import as_run, load
+from rag_jax.pretrained.export import save_pretrained
 from rag_jax.pretrained.parts import SIDES
 from rag_jax.runs import directory as runs
 
@@ -24,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     rag, params = load.open_pretrained(args.run)
     folder = args.run / "tokenizers"
-    save.save_pretrained(
+    save_pretrained(
         args.out,
         rag,
         params,

@@ -285,6 +285,48 @@ def rag_sequence(
 
     number_BK = jnp.broadcast_to(jnp.arange(K), (B, K))
     hidden, found, opened = by_documents(propose, doc_chunk, ids_BKL, mask_BKL, number_BK)
+    c = candidates_of(found, prior_BK, reader, options)
+    prior_BCK = jnp.broadcast_to(prior_BK[:, None], c.logp_BCK.shape)
+    if reader.hf_compat:  # there the prior counts at the second scored token alone
+        second_BC1 = c.counted_BCT[..., 1:2] if options.max_length > 2 else jnp.zeros_like(c.counted_BCT[..., :1])
+        prior_BCK = jnp.where(second_BC1 | absent(prior_BCK), prior_BCK, 0.0)
+    logp_BCK = c.logp_BCK
+    if mode == "thorough":
+
+        def score(hidden: Any, mask_BKL: jax.Array, need_BKC: jax.Array) -> jax.Array:
+            source = contexts(reader, hidden, mask_BKL)
+            return score_candidates(reader, source, c.sequences_BCT, c.counted_BCT, need_BKC, 2 * each)
+
+        bound_BCK = first_token_bound(reader, opened, opening, c.sequences_BCT, c.counted_BCT)
+        upper_BCK = jnp.where(c.known_BCK, logp_BCK, bound_BCK) + prior_BCK
+        hopeful_BC = c.first_BC & may_win(logp_BCK + prior_BCK, upper_BCK, c.first_BC, returned)
+        need_BKC = (hopeful_BC[..., None] & ~c.known_BCK).swapaxes(1, 2)
+        scored_BKC = by_documents(score, doc_chunk, hidden, mask_BKL, need_BKC)
+        logp_BCK = jnp.where(c.known_BCK, logp_BCK, scored_BKC.swapaxes(1, 2))
+    joint_BCK = logp_BCK + prior_BCK
+    scores_BC = jnp.where(c.first_BC, jax.nn.logsumexp(joint_BCK, axis=-1), -jnp.inf)
+    scores_BN, best_BN = jax.lax.top_k(scores_BC, returned)
+    posterior_BNK = jax.nn.softmax(decoding_search.take(joint_BCK, best_BN), axis=-1)
+    return Generation(decoding_search.take(c.sequences_BCT, best_BN), scores_BN, posterior_BNK, None)
+
+
+class Candidates(NamedTuple):
+    """The answers that the documents propose, C = K * (as many as each returns).
+
+    counted_BCT: tokens that a score is summed over. first_BC: the first of those that are the same answer. known_BCK:
+    whether document k proposed it; logp_BCK: then log p(y|x,z_k), else -inf.
+    """
+
+    sequences_BCT: jax.Array
+    counted_BCT: jax.Array
+    first_BC: jax.Array
+    known_BCK: jax.Array
+    logp_BCK: jax.Array
+
+
+def candidates_of(found: decoding_search.Found, prior_BK: jax.Array, reader: Reader, options: Options) -> Candidates:
+    """Of a search per document [B, K, ...]."""
+    (B, K), each = prior_BK.shape, options.num_return_sequences
     sequences_BCT = found.sequences.reshape(B, K * each, -1)
     real_BC = found.scores.reshape(B, K * each) > decoding_search.NEVER
     real_BC &= ~jnp.repeat(absent(prior_BK), each, axis=1)  # a passage that was not found proposes nothing
@@ -297,27 +339,7 @@ def rag_sequence(
     own_BC = jnp.where(counted_BCT, found.kept.reshape(counted_BCT.shape), 0.0).sum(-1)
     logp_BCK = jnp.where(same_BCC, own_BC[:, None], -jnp.inf).reshape(B, K * each, K, each).max(-1)
     known_BCK = same_BCC.reshape(B, K * each, K, each).any(-1)
-    prior_BCK = jnp.broadcast_to(prior_BK[:, None], logp_BCK.shape)
-    if reader.hf_compat:  # there the prior counts at the second scored token alone
-        second_BC1 = counted_BCT[..., 1:2] if options.max_length > 2 else jnp.zeros((B, K * each, 1), bool)
-        prior_BCK = jnp.where(second_BC1 | absent(prior_BCK), prior_BCK, 0.0)
-    if mode == "thorough":
-
-        def score(hidden: Any, mask_BKL: jax.Array, need_BKC: jax.Array) -> jax.Array:
-            source = contexts(reader, hidden, mask_BKL)
-            return score_candidates(reader, source, sequences_BCT, counted_BCT, need_BKC, 2 * each)
-
-        bound_BCK = first_token_bound(reader, opened, opening, sequences_BCT, counted_BCT)
-        upper_BCK = jnp.where(known_BCK, logp_BCK, bound_BCK) + prior_BCK
-        hopeful_BC = first_BC & may_win(logp_BCK + prior_BCK, upper_BCK, first_BC, returned)
-        need_BKC = (hopeful_BC[..., None] & ~known_BCK).swapaxes(1, 2)
-        scored_BKC = by_documents(score, doc_chunk, hidden, mask_BKL, need_BKC)
-        logp_BCK = jnp.where(known_BCK, logp_BCK, scored_BKC.swapaxes(1, 2))
-    joint_BCK = logp_BCK + prior_BCK
-    scores_BC = jnp.where(first_BC, jax.nn.logsumexp(joint_BCK, axis=-1), -jnp.inf)
-    scores_BN, best_BN = jax.lax.top_k(scores_BC, returned)
-    posterior_BNK = jax.nn.softmax(decoding_search.take(joint_BCK, best_BN), axis=-1)
-    return Generation(decoding_search.take(sequences_BCT, best_BN), scores_BN, posterior_BNK, None)
+    return Candidates(sequences_BCT, counted_BCT, first_BC, known_BCK, logp_BCK)
 
 
 def may_win(lower_BCK: jax.Array, upper_BCK: jax.Array, first_BC: jax.Array, returned: int) -> jax.Array:

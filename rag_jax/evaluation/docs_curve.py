@@ -11,7 +11,6 @@ import numpy as np
 
 from rag_jax import metrics
 from rag_jax.errors import InputError
-from rag_jax.index.device_index import Index
 from rag_jax.inference import pipeline as pipelines
 from rag_jax.inference.pipeline import Answer, AnswerConfig, Pipeline
 from rag_jax.retrieval.search import SearchResult
@@ -84,7 +83,7 @@ def answers_by_docs(
             logs.info(f"answers with {n_docs} documents ({place} of {len(numbers)} numbers)")
             search = search or searched(pipeline, cfg, texts, max(numbers))
             # the search in graph scores as it ranks; one on the host may rank by something else than the prior
-            prior = "search" if isinstance(pipeline.index, Index) else cfg.prior
+            prior = "search" if pipeline.search.in_graph else cfg.prior
             here = dataclasses.replace(cfg, n_docs=n_docs, n_retrieved=n_docs, prior=prior)
             kept = [(one.text, one.score) for one in pipeline.answer(texts, here, known=search)]
             if distributed.first():

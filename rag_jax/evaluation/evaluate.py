@@ -25,12 +25,12 @@ from rag_jax.metrics import abstention
 from rag_jax.metrics.calibration import calibration
 from rag_jax.metrics.curves import recall_curves
 from rag_jax.retrieval.config import SearchConfig
-from rag_jax.runs import directory as runs
+from rag_jax.runs.index_location import IndexLocation
 from rag_jax.system import configuration, distributed, files, logs
 
 
 def predict(
-    loaded: runs.Loaded,
+    location: IndexLocation,
     params: Any,
     index: Any,
     questions: Sequence[Question],
@@ -40,8 +40,9 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Prediction rows of the questions. match: as in metrics.Setting."""
     texts = [question.question for question in questions]
+    loaded = location.loaded
     gold_NG = pipelines.right_rows(questions, loaded.corpus) if cfg.oracle else None
-    answers = pipelines.answer_questions(loaded, params, index, texts, cfg, program, gold_NG)
+    answers = pipelines.answer_questions(location, params, index, texts, cfg, program, gold_NG)
     depth = pipelines.depth(loaded, cfg)
     return predictions.rows(questions, answers, loaded.corpus, depth, cfg.retrieval_only, match)
 

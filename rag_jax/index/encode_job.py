@@ -125,7 +125,7 @@ def make(directory: Path, job: Job, embed_rows: EmbedRows, process: int = 0, pro
 def blocks(
     embed_rows: EmbedRows, rows: range, shard_rows: int = SHARD_ROWS, alone: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows [X], embeddings [X, E]) shard by shard, for `index.write`: the same work in one go, with progress.
+    """(rows [X], embeddings [X, E]) shard by shard, for `snapshot.write`: the same work in one go, with progress.
 
     Several processes share the work, and each gets all of it; alone: this one does everything by itself.
     """

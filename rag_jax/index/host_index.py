@@ -20,7 +20,8 @@ from rag_jax.rag import Params, Passages, Rag
 from rag_jax.retrieval import scann_index
 from rag_jax.retrieval.bm25 import Bm25, passage_texts
 from rag_jax.retrieval.config import SearchConfig
-from rag_jax.retrieval.search import Exact, Hybrid, Searcher, Source
+from rag_jax.retrieval.hybrid import Hybrid
+from rag_jax.retrieval.search import Exact, Searcher, Source
 from rag_jax.system import files, sharding
 from rag_jax.system.configuration import plain
 from rag_jax.system.logs import info

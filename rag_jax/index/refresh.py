@@ -23,7 +23,7 @@ from jax import lax
 from rag_jax.index.device_index import Index, blank, encoded, no_drift, stored
 from rag_jax.ops.masks import length_mask
 from rag_jax.rag import Params, Passages, Rag
-from rag_jax.retrieval import mips_device
+from rag_jax.retrieval import mips_one_device
 from rag_jax.system import sharding
 from rag_jax.system.logs import Progress
 
@@ -92,7 +92,7 @@ def _by_device(table: jax.Array, devices: int) -> jax.Array:
 
 def _own(index: Index, rows_S: jax.Array, devices: int) -> jax.Array:
     """What the index has at each device's own rows, as it stands there: float32 [devices, S, E]."""
-    found = mips_device.decoded(_by_device(index.embeddings_NE, devices)[:, rows_S])
+    found = mips_one_device.decoded(_by_device(index.embeddings_NE, devices)[:, rows_S])
     return found if index.scale_N is None else found * _by_device(index.scale_N, devices)[:, rows_S][..., None]
 
 

@@ -22,16 +22,16 @@ from rag_jax.errors import InputError
 from rag_jax.index import device_index
 from rag_jax.index import snapshot as snapshots
 from rag_jax.index.device_index import Index
-from rag_jax.index.host_index import HostIndex, Searchers, gather, places
 from rag_jax.inference import config as answer_config
 from rag_jax.inference.config import AnswerConfig
 from rag_jax.rag import Params, Passages
 from rag_jax.retrieval.config import SearchConfig
-from rag_jax.retrieval.search import Queries, SearchResult
+from rag_jax.retrieval.search import SearchResult
 from rag_jax.retrieve import Batch
 from rag_jax.runs import checkpoint, live_corpus
 from rag_jax.runs import directory as runs
 from rag_jax.runs.config import RunConfig
+from rag_jax.runs.index_location import Arrays, IndexLocation, Lookup, location_of
 from rag_jax.system import sharding
 from rag_jax.system.logs import Progress
 
@@ -209,7 +209,7 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
         if cfg.retrieval_only:
             prior_BK = jnp.exp(losses.prior_logp(scores_BK))
             nothing = jnp.zeros((len(read_BK), 0), int)
-            return Answers(nothing, nothing.sum(-1), rows_BR, read_BK, prior_BK, prior_BK)
+            return Answers(nothing, nothing.sum(-1), *corpus_rows(batch, rows_BR, read_BK), prior_BK, prior_BK)
         if cfg.oracle and "documents" not in batch:  # found on the host, they come in this order
             read_BK = gold_first(batch["gold"], rows_BR, n_docs)
             scores_BK = jnp.einsum("be,bke->bk", q_BE, device_index.stored(index, read_BK))
@@ -223,7 +223,8 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
         found = loaded.rag.generate(params, ids, mask, scores_BK, tree=tree, key=key, **how)
         prior_BK = jnp.exp(losses.prior_logp(scores_BK))
         by_token = None if cfg.closed_book else found.token_posterior
-        return Answers(found.sequences, found.scores, rows_BR, read_BK, prior_BK, found.doc_posterior, by_token)
+        rows = corpus_rows(batch, rows_BR, read_BK)
+        return Answers(found.sequences, found.scores, *rows, prior_BK, found.doc_posterior, by_token)
 
     program = jax.jit(answer)
 
@@ -233,6 +234,13 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
         return program(params, index, passages, batch, tree, np.int32(number))
 
     return call
+
+
+def corpus_rows(batch: Batch, rows_BR: jax.Array, read_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows of the corpus: what was retrieved and what was read. They differ from rows of the tables where those are of
+    a batch alone; -1 is nothing.
+    """
+    return batch.get("retrieved_rows", rows_BR), batch.get("document_rows", read_BK)
 
 
 def gold_first(gold_BG: jax.Array, rows_BR: jax.Array, n_docs: int) -> jax.Array:
@@ -264,54 +272,26 @@ def depth(loaded: runs.Loaded, cfg: AnswerConfig) -> int:
     return 0 if cfg.closed_book else min(wanted, loaded.corpus.n_live)
 
 
-class Hosted(NamedTuple):
-    """What was found on the host: rows_BR of the corpus, best first, and rows read_BK that are read, -1 where there are
-    fewer; and what the program is given of them.
-    """
+def lookup(
+    loaded: runs.Loaded, cfg: AnswerConfig, questions: Sequence[str], known: SearchResult | None = None
+) -> Lookup:
+    """What this process's questions of a batch want of an index on the host; known: what was found for them before."""
+    n_docs = cfg.n_docs or loaded.rag.config.n_docs
 
-    rows_BR: np.ndarray
-    read_BK: np.ndarray
-    table: Index | None
-    passages: Passages
-    batch: Batch
+    def read(arrays: Arrays, found: SearchResult | None) -> tuple[np.ndarray, Arrays]:
+        if found is None:  # closed book
+            return np.zeros(len(questions), np.int32), {}
+        read_BK, scores_BK = found.ids_BK[:, :n_docs], found.scores_BK[:, :n_docs]
+        if cfg.oracle:
+            read_BK = np.asarray(gold_first(jnp.asarray(arrays["gold"]), jnp.asarray(found.ids_BK), n_docs))
+        return read_BK, {
+            "scores": np.where(np.isfinite(scores_BK), scores_BK, 0).astype(np.float32),
+            "found": read_BK >= 0,
+            "document_rows": read_BK,
+            "retrieved_rows": found.ids_BK,
+        }
 
-
-def found_on_host(
-    loaded: runs.Loaded,
-    params: Params,
-    index: HostIndex,
-    cfg: AnswerConfig,
-    texts: Sequence[str],
-    batch: Batch,
-    known: SearchResult | None = None,
-) -> Hosted:
-    """Searches for this process's part of a batch, where what it finds is not `known`; gathers the passages read."""
-    n_docs, n = cfg.n_docs or loaded.rag.config.n_docs, loaded.corpus.n_live
-    own = sharding.own_rows(loaded.mesh, len(texts))
-    if cfg.closed_book:
-        rows_BR = np.zeros((len(texts), 1), np.int32)
-        tables = gather(loaded.corpus, index, np.zeros(len(own), np.int32))
-        table, passages = sharding.shard_batch(loaded.mesh, tables)
-        return Hosted(rows_BR, rows_BR, table, passages, batch)
-    if known is None:
-        q_BE = sharding.fetched(retrieve.question_program(loaded.rag)(params, batch)).astype(np.float32)
-        queries = Queries(q_BE[own], [texts[row] for row in own])
-        found = index.searcher.search(queries, min(max(cfg.n_retrieved, n_docs), n))
-    else:
-        found = SearchResult(known.ids_BK[own], known.scores_BK[own])
-    rows_BR, read_BK, scores_BK = found.ids_BK, found.ids_BK[:, :n_docs], found.scores_BK[:, :n_docs]
-    if cfg.oracle:
-        gold_BG = sharding.fetched(batch["gold"])[own]
-        read_BK = np.asarray(gold_first(jnp.asarray(gold_BG), jnp.asarray(rows_BR), n_docs))
-    given = {
-        "documents": places(loaded.mesh, read_BK),
-        "scores": np.where(np.isfinite(scores_BK), scores_BK, 0).astype(np.float32),
-        "found": read_BK >= 0,
-    }
-    tables = gather(loaded.corpus, index, read_BK.reshape(-1))
-    given, table, passages = sharding.shard_batch(loaded.mesh, (given, *tables))
-    rows_BR, read_BK = (sharding.fetched(sharding.shard_batch(loaded.mesh, rows)) for rows in (rows_BR, read_BK))
-    return Hosted(rows_BR, read_BK, table, passages, {**batch, **given})
+    return Lookup(depth(loaded, cfg), lambda: list(questions), read, None if cfg.closed_book else known)
 
 
 def bucket(length: int, longest: int, least: int = 16) -> int:
@@ -323,9 +303,9 @@ def bucket(length: int, longest: int, least: int = 16) -> int:
 
 
 def answer_questions(
-    loaded: runs.Loaded,
+    location: IndexLocation,
     params: Params,
-    index: Index | HostIndex,
+    index: Any,
     questions: Sequence[str],
     cfg: AnswerConfig,
     program: AnswerFn | None = None,
@@ -340,6 +320,7 @@ def answer_questions(
     so that other questions of the same sizes need no compilation. With several processes all ask the same, and all get
     the answers.
     """
+    loaded = location.loaded
     check_docs(loaded, cfg)
     if cfg.oracle and gold_NG is None:
         raise InputError("oracle needs the right passages of the questions, which rag-jax evaluate reads of their file")
@@ -360,20 +341,12 @@ def answer_questions(
             width = bucket(int(length_N[rows].max()), model.question_length)
             own = rows[sharding.own_rows(loaded.mesh, size)]
             batch = {name: table[own][:, :width] if table.ndim == 2 else table[own] for name, table in tables.items()}
-            found_B = None if known is None else SearchResult(known.ids_BK[rows], known.scores_BK[rows])
-            if known is not None and isinstance(index, Index):
-                batch |= {"documents": known.ids_BK[own], "scores": known.scores_BK[own]}
             if cfg.oracle and gold_NG is not None:
                 batch["gold"] = gold_NG[own]
-            on_devices = sharding.shard_batch(loaded.mesh, batch)
-            if isinstance(index, HostIndex):
-                texts = [questions[row] for row in rows]
-                here = found_on_host(loaded, params, index, cfg, texts, on_devices, found_B)
-                out = sharding.fetched(program(params, here.table, here.passages, here.batch, number))
-                out = out._replace(rows=here.rows_BR, read=here.read_BK)
-            else:
-                assert loaded.passages is not None
-                out = sharding.fetched(program(params, index, loaded.passages, on_devices, number))
+            found_B = None if known is None else SearchResult(known.ids_BK[own], known.scores_BK[own])
+            wanted = lookup(loaded, cfg, [questions[row] for row in own], found_B)
+            given = location.given(params, index, batch, wanted)
+            out = sharding.fetched(program(params, given.table, given.passages, given.batch, number))
             count = min(size, len(questions) - start)
             found = collect(corpus, out, count, cfg.closed_book)
             for row, one in zip(rows, found, strict=False):
@@ -404,15 +377,6 @@ def collect(corpus: Corpus, out: Any, count: int, closed_book: bool) -> list[Ans
     return answers
 
 
-def host_index(directory: Path, loaded: runs.Loaded, snapshot: snapshots.Snapshot, search: SearchConfig) -> HostIndex:
-    """A snapshot with the search over it on the host, which the run's directory keeps."""
-    manifest, embeddings_NE = snapshot.manifest, snapshot.embeddings_NE
-    searchers = Searchers(search, loaded.corpus, loaded.mesh, directory / "search")
-    searcher = searchers.make(embeddings_NE, manifest.encoder_hash, manifest.step, keep=True)
-    step_N = np.full(len(loaded.corpus), manifest.step, np.int32)
-    return HostIndex(embeddings_NE, step_N, searcher, loaded.corpus.live_N)
-
-
 @dataclass(frozen=True)
 class Pipeline:
     """A trained run, ready to answer: `Pipeline.from_run(path).ask("Who ...?")`. Programs are compiled once each.
@@ -423,12 +387,21 @@ class Pipeline:
 
     directory: Path
     config: RunConfig
-    loaded: runs.Loaded
+    location: IndexLocation
     params: Params
-    index: Index | HostIndex
+    index: Any
     snapshot: snapshots.Snapshot
-    search: SearchConfig = field(default_factory=SearchConfig)
     programs: dict[AnswerConfig, AnswerFn] = field(default_factory=dict, repr=False)
+
+    @property
+    def loaded(self) -> runs.Loaded:
+        """The model and the corpus."""
+        return self.location.loaded
+
+    @property
+    def search(self) -> SearchConfig:
+        """How passages are searched."""
+        return self.location.cfg
 
     @classmethod
     def from_run(
@@ -451,11 +424,8 @@ class Pipeline:
         loaded = runs.load(config.model, corpus, mesh, search.in_graph, live)
         params = runs.read_params(directory, loaded.rag, loaded.mesh)
         runs.check_snapshot(loaded, params, snapshot)
-        if search.in_graph:
-            made: Index | HostIndex = runs.index_on_device(loaded, snapshot, search.dtype)
-        else:
-            made = host_index(directory, loaded, snapshot, search)
-        return cls(directory, config, loaded, params, made, snapshot, search)
+        location = location_of(loaded, search, directory / "search")
+        return cls(directory, config, location, params, location.of_snapshot(snapshot), snapshot)
 
     def with_index(self, path: str | Path) -> "Pipeline":
         """The same with another snapshot, usually of an update of the corpus; this one stays as it is, and both share
@@ -469,19 +439,14 @@ class Pipeline:
         runs.check_tokenizers(self.directory, corpus)
         snapshots.check(snapshot, corpus.hash, self.snapshot.manifest.encoder_hash, corpus.encoder_tokenizer.hash)
         loaded = live_corpus.updated(self.loaded, corpus)
-        if isinstance(self.index, Index):
-            index: Index | HostIndex = live_corpus.swapped(self.index, loaded, self.snapshot, snapshot)
-        else:
-            index = host_index(self.directory, loaded, snapshot, self.search)
-        same = loaded.passages is None or loaded.n_rows == self.loaded.n_rows
-        programs = self.programs if same else {}
-        return dataclasses.replace(self, loaded=loaded, index=index, snapshot=snapshot, programs=programs)
+        location = location_of(loaded, self.search, self.directory / "search")
+        index = location.of_next_snapshot(self.index, self.snapshot, snapshot)
+        programs = self.programs if location.table_rows == self.location.table_rows else {}
+        return dataclasses.replace(self, location=location, index=index, snapshot=snapshot, programs=programs)
 
     def search_manifest(self) -> dict[str, Any]:
         """What the search is made of, for reports."""
-        if isinstance(self.index, HostIndex):
-            return dict(self.index.searcher.manifest)
-        return {"kind": "exact", "dtype": self.search.dtype, "recall_target": self.search.recall_target}
+        return self.location.manifest(self.index)
 
     def answer_config(self, **changes: Any) -> AnswerConfig:
         """How the run answers by default, with changes."""
@@ -502,7 +467,7 @@ class Pipeline:
         if cfg not in self.programs:
             self.programs[cfg] = make_answer(self.loaded, cfg)
         program = self.programs[cfg]
-        return answer_questions(self.loaded, self.params, self.index, questions, cfg, program, gold_NG, known)
+        return answer_questions(self.location, self.params, self.index, questions, cfg, program, gold_NG, known)
 
     def ask(self, question: str, n_docs: int = 0, num_beams: int = 0) -> Answer:
         """One answer, with the passages it came from; 0: as the run answers by default."""

@@ -13,12 +13,13 @@ from rag_jax.models.layers import (
     Dropout,
     Embed,
     FeedForward,
-    Generator,
+    GeneratorBase,
     Init,
     LayerNorm,
     NormPlacement,
     Remat,
     embedding_init,
+    parameter,
     position_init,
     remat,
     residual,
@@ -174,7 +175,7 @@ class Stack(nn.Module):
         return x, (new if cache is not None else None)
 
 
-class Bart(Generator):
+class Bart(GeneratorBase):
     """The generator interface: `encode`, `cross`, `decode`, `init_cache`; calling it is teacher forcing end to end."""
 
     config: BartConfig
@@ -184,8 +185,7 @@ class Bart(Generator):
         dtype = jnp.dtype(c.dtype)
         self.shared = Embed(c.vocab_size, c.width, ("vocab", "embed"), embedding_init(c.init), dtype)
         self.encoder, self.decoder = Stack(c, decoder=False), Stack(c, decoder=True)
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("vocab",))
-        self.logits_bias = self.param("logits_bias", zeros, (c.vocab_size,))
+        self.logits_bias = parameter(self, "logits_bias", nn.initializers.zeros, ("vocab",), (c.vocab_size,))
 
     def embed(self, ids: jax.Array) -> jax.Array:
         return self.shared(ids) * self.config.embedding_scale

@@ -24,10 +24,9 @@ from rag_jax.models.layers import (
     remat,
     residual,
 )
+from rag_jax.models.protocols import Pooling
 from rag_jax.ops import float32_sums
 from rag_jax.system import sharding
-
-Pooling = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class BertConfig:
     vector_norm: float = 0.0  # every vector is scaled to this length; 0: left as it comes
     dtype: str = "float32"
     remat: Remat = "none"
+    kind: Literal["bert"] = "bert"
 
     @property
     def weights_dropout(self) -> float:

@@ -23,7 +23,7 @@ from rag_jax.models.layers import (
     Dropout,
     Embed,
     FeedForward,
-    Generator,
+    GeneratorBase,
     Init,
     LayerNorm,
     Remat,
@@ -173,7 +173,7 @@ class Layer(nn.Module):
         return x_BTD + self.drop(h, deterministic=deterministic), own
 
 
-class Lm(Generator):
+class Lm(GeneratorBase):
     """The generator interface: `encode`, `cross`, `decode`, `init_cache`; calling it is teacher forcing end to end."""
 
     config: LmConfig

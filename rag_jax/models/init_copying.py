@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rag_jax.models.bart import POSITION_OFFSET, BartConfig
+
 BASE = 100.0  # slowest sinusoid: about 6 * BASE positions
 SHARPNESS = 3.2  # of the head that looks one back: about 95% of its weight on that position
 NEIGHBOURHOODS = ((-3, 1.0), (3, 1.0))  # centre and sharpness of the heads that gather the words before and after
@@ -43,6 +45,11 @@ def _positions(rows: int, width: int, offset: int) -> tuple[np.ndarray, np.ndarr
         sin, cos = np.sin(rate), np.cos(rate)
         rotation[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = [[cos, -sin], [sin, cos]]
     return table, rotation
+
+
+def start(params: Tree, config: BartConfig) -> Tree:
+    """New parameters as the configuration's `init` wants them."""
+    return induction_start(params, config.heads, POSITION_OFFSET) if config.init == "copy" else params
 
 
 def induction_start(boxed: Tree, heads: int, offset: int) -> Tree:

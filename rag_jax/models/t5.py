@@ -20,7 +20,7 @@ from rag_jax.models.layers import (
     Dropout,
     Embed,
     FeedForward,
-    Generator,
+    GeneratorBase,
     Init,
     Remat,
     RMSNorm,
@@ -184,7 +184,7 @@ class Stack(nn.Module):
         return x, (new if cache is not None else None)
 
 
-class T5(Generator):
+class T5(GeneratorBase):
     """The generator interface, as of `bart.Bart`: `encode`, `cross`, `decode`, `init_cache`, and teacher forcing."""
 
     config: T5Config

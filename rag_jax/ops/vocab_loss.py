@@ -1,6 +1,6 @@
 """The output layer, a chunk of the vocabulary at a time: what losses need of the logits, which never exist whole.
 
-Letters as in `objectives`. Everything is natural-log, float32.
+Letters as in `losses`. Everything is natural-log, float32.
 """
 
 import functools

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rag_jax.errors import InputError
-from rag_jax.models.bert import BertConfig
 from rag_jax.models.hf import ENCODERS, GENERATORS
 from rag_jax.models.hf.settings import Account
+from rag_jax.models.protocols import EncoderConfig
 from rag_jax.pretrained import encoder_files
 from rag_jax.pretrained.encoder_files import Asked
 from rag_jax.pretrained.hub import CONFIG, read_json
@@ -95,7 +95,7 @@ def finished(source: Source, asked: Asked | None) -> Source:
     return source
 
 
-def check_form(context: BertConfig, question: BertConfig, context_from: Path, question_from: Path) -> None:
+def check_form(context: EncoderConfig, question: EncoderConfig, context_from: Path, question_from: Path) -> None:
     """InputError with the first field in which the two encoders differ: here they have one configuration. Their dropout
     may differ: it is a setting of training, where the question encoder's is taken for both.
     """

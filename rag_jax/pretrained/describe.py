@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rag_jax.models.bert import BertConfig
 from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.hf import generation, naming
 from rag_jax.models.hf.naming import Family
 from rag_jax.models.hf.sentence import Layout
+from rag_jax.models.protocols import EncoderConfig, GeneratorConfig
 from rag_jax.models.special_tokens import SpecialTokens
 from rag_jax.pretrained.hub import CONFIG
-from rag_jax.rag import GeneratorConfig, RagConfig
+from rag_jax.rag import RagConfig
 
 
 def describe_part(
@@ -65,8 +65,12 @@ def describe_generation(
     return (beside or {}) | differ
 
 
-def encoder_kind(config: BertConfig, side: str, original: dict[str, Any]) -> str:
-    """bert where it came from one, or pools otherwise than DPR: the first token's vector, as it comes."""
+def encoder_kind(config: EncoderConfig, side: str, original: dict[str, Any]) -> str:
+    """The row of models.hf that writes an encoder. Of a BERT: bert where it came from one, or pools otherwise than DPR:
+    the first token's vector, as it comes.
+    """
+    if config.kind != "bert":
+        return config.kind
     if original.get("model_type") == "bert" or config.pooling != "cls" or config.vector_norm:
         return "bert"
     return "dpr" if side == "question_encoder" else "dpr_context"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rag_jax.errors import InputError
-from rag_jax.models.bert import Pooling
 from rag_jax.models.hf import sentence
 from rag_jax.models.hf.sentence import MODEL, MODULES, TRANSFORMER_FILES, Layout
 from rag_jax.models.hf.settings import Account
+from rag_jax.models.protocols import Pooling
 from rag_jax.system import files
 
 # Of a BERT without modules.json, by the class that wrote it: what its hidden states become.

@@ -6,8 +6,8 @@ from typing import Literal
 
 from rag_jax.errors import InputError
 from rag_jax.retrieval.bm25 import Bm25Config
+from rag_jax.retrieval.hybrid import Fusion
 from rag_jax.retrieval.scann_index import AnnConfig
-from rag_jax.retrieval.search import Fusion
 from rag_jax.system.configuration import changed
 
 

@@ -1,6 +1,6 @@
 """Exact maximum inner product search over an index whose rows lie on many devices, inside any jitted program.
 
-Each device scans its own rows (`mips_device`); then the candidates [B,k] of all devices, and nothing larger, are
+Each device scans its own rows (`mips_one_device`); then the candidates [B,k] of all devices, and nothing larger, are
 exchanged and merged. The index may be float32, bfloat16 or int8. Of the two small types the candidates are found with
 queries rounded alike, where that multiplies faster, more of them than asked for, and then scored again with the full
 queries. The log of the sum of exponentials of all scores, log Z, or of those that were not found, can be had, with its
@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from rag_jax.errors import InputError
-from rag_jax.retrieval import mips_device
-from rag_jax.retrieval.mips_device import LOWEST, Best, Mass, Pass, Rows, decoded, quantise
+from rag_jax.retrieval import mips_one_device
+from rag_jax.retrieval.mips_one_device import LOWEST, Best, Mass, Pass, Rows, decoded, quantise
 from rag_jax.system import sharding
 
 __all__ = ["OVERSAMPLE", "quantise", "rows_at", "search", "search_with_normaliser"]
@@ -54,7 +54,7 @@ def search(
     anywhere: they are gathered, the index never is. Results depend neither on the mesh nor on the chunk, up to the
     rounding of the products. No gradient flows.
 
-    chunk: rows whose scores are ranked at once; without it, as many as `mips_device.default_chunk` thinks good.
+    chunk: rows whose scores are ranked at once; without it, as many as `mips_one_device.default_chunk` thinks good.
     oversample: candidates looked at for each of the k, where queries are rounded (OVERSAMPLE for the index's type).
     recall_target: below 1, a TPU ranks each chunk with `lax.approx_max_k`, and the lower id of a tie may lose. Other
     devices have no such instruction (XLA sorts everything there) and stay exact.
@@ -207,12 +207,12 @@ def _on_mesh(
 ) -> tuple[Best | None, Mass | None]:
     def on_device(queries_BE: jax.Array, rows: Rows, left_out_BX: jax.Array | None) -> tuple[Best | None, Mass | None]:
         offset = lax.axis_index(how.axes) * rows.embeddings_NE.shape[0] if how.axes else 0
-        best, mass = mips_device.scan(queries_BE, rows, offset, how, left_out_BX)
+        best, mass = mips_one_device.scan(queries_BE, rows, offset, how, left_out_BX)
         if how.axes and mass is not None:
             mass = _total(mass, how.axes, out_axes)
         if best is None:
             return None, mass
-        found = [*best] if how.exact else [*best, mips_device.rescored(queries_BE, rows, best[1], offset)]
+        found = [*best] if how.exact else [*best, mips_one_device.rescored(queries_BE, rows, best[1], offset)]
         if how.axes:
             found = _merged(found, how, out_axes)
         if not how.exact:

@@ -27,7 +27,8 @@ from rag_jax.errors import InputError
 from rag_jax.index import encode, encode_job
 from rag_jax.index import snapshot as snapshots
 from rag_jax.index.device_index import Index, encoded
-from rag_jax.rag import GeneratorConfig, Params, Passages, Rag, RagConfig
+from rag_jax.models.protocols import GeneratorConfig
+from rag_jax.rag import Params, Passages, Rag, RagConfig
 from rag_jax.runs import checkpoint
 from rag_jax.runs import config as run_config
 from rag_jax.runs.config import RunConfig

@@ -9,15 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
-from rag_jax.index import shards
-from rag_jax.index import snapshot as snapshots
-from rag_jax.index.device_index import Index, extended
-from rag_jax.index.host_index import HostIndex, Searchers, embedded
-from rag_jax.rag import Params, Passages
+from rag_jax.rag import Passages
 from rag_jax.runs import directory as runs
 from rag_jax.runs.directory import Loaded
 from rag_jax.system import files, sharding
@@ -119,51 +113,3 @@ def updated(loaded: Loaded, corpus: Corpus) -> Loaded:
         made = [sharding.with_rows(was, first, table[first:]) for was, (table, _) in zip(old, tables, strict=True)]
         return dataclasses.replace(new, passages=Passages(*made))
     return dataclasses.replace(new, passages=runs.token_tables(new))
-
-
-def swapped(index: Index, loaded: Loaded, old: snapshots.Snapshot, new: snapshots.Snapshot) -> Index:
-    """The index of another snapshot, of the corpus of `loaded`, as the type of this one, which is of `old`."""
-    dtype, first = str(index.embeddings_NE.dtype), snapshots.shared_rows(old, new)
-    if not first or loaded.table_rows() != len(index.step_N):
-        return runs.index_on_device(loaded, new, dtype)
-    if dtype == "int8" and new.scale_N is not None:
-        stored = {"embeddings": new.rows_NE[first:], "scale": new.scale_N[first:]}
-    else:
-        stored = shards.tensors(np.asarray(new.embeddings_NE[first:], np.float32), dtype)
-    step_N = np.full(len(loaded.corpus), new.manifest.step, np.int32)
-    return Index(
-        sharding.with_rows(index.embeddings_NE, first, stored["embeddings"]),
-        sharding.shard_rows(loaded.mesh, step_N, 0, loaded.n_rows),
-        None if index.scale_N is None else sharding.with_rows(index.scale_N, first, stored["scale"]),
-        runs.live_on_device(loaded),
-    )
-
-
-def followed(
-    index: Index | HostIndex, loaded: Loaded, old: Corpus, searchers: Searchers, encoder: Params, step: int
-) -> Index | HostIndex:
-    """The index after an update of its corpus `old` to that of `loaded`: new rows are embedded by the part `encoder` of
-    the parameters of now, `step`; the others stay as they are.
-    """
-    if isinstance(index, Index):
-        return longer_index(index, loaded, len(old), encoder, step)
-    embeddings_NE, step_N = longer_rows(index.embeddings_NE, index.step_N, loaded, encoder, step)
-    searcher = searchers.update(index.searcher, old, embeddings_NE, step)
-    return HostIndex(embeddings_NE, step_N, searcher, loaded.corpus.live_N)
-
-
-def longer_index(index: Index, loaded: Loaded, first: int, encoder: Params, step: int) -> Index:
-    """The index of the first rows, with those of the corpus of `loaded` that follow."""
-    live_N = runs.live_on_device(loaded)
-    assert live_N is not None  # tables with spare rows
-    new_ME = embedded(loaded.rag, encoder, loaded.corpus, first)
-    return extended(index, first, new_ME, step, loaded.table_rows(), live_N)
-
-
-def longer_rows(
-    embeddings_NE: Any, step_N: np.ndarray, loaded: Loaded, encoder: Params, step: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The same on the host: embeddings and their steps."""
-    new_ME = embedded(loaded.rag, encoder, loaded.corpus, len(step_N))
-    steps_M = np.full(len(new_ME), step, np.int32)
-    return np.concatenate([np.asarray(embeddings_NE, np.float32), new_ME]), np.concatenate([step_N, steps_M])

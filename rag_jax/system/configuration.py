@@ -50,8 +50,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, typing.cast(type, hint)):
             return value
         return build(typing.cast(type, hint), value, where)
-    if hint is object:
-        return value  # checked where it is used
+    if hint is object or getattr(hint, "_is_protocol", False):
+        return value  # checked where it is used, or made of values by its class's from_values
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if dataclasses.is_dataclass(value):

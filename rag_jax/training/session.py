@@ -7,21 +7,17 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from rag_jax.data.readers import formats
 from rag_jax.errors import InputError
-from rag_jax.index import device_index
 from rag_jax.index import snapshot as snapshots
-from rag_jax.index.device_index import Index
-from rag_jax.index.host_index import HostIndex, Searchers, on_host
-from rag_jax.index.refresh import Refresher, on_devices
+from rag_jax.index.refresh import Refresher
 from rag_jax.inference.pipeline import AnswerConfig, AnswerFn
 from rag_jax.losses import RETRIEVER_LOSSES, RetrieverLoss
 from rag_jax.models.init_lexical import inverse_document_frequency, lexical_start
 from rag_jax.runs import checkpoint, live_corpus
 from rag_jax.runs import directory as runs
+from rag_jax.runs.index_location import IndexLocation
 from rag_jax.runs.lock import Lock
 from rag_jax.system import logs, sharding
 from rag_jax.system.logs import MetricWriter
@@ -30,7 +26,7 @@ from rag_jax.training import diverged, setup
 from rag_jax.training.config import TrainConfig
 from rag_jax.training.data import Data
 from rag_jax.training.profile import Profile
-from rag_jax.training.stage_index import Feed, OnDevice, OnHost, Upkeep, kept_fields
+from rag_jax.training.stage_index import Upkeep
 from rag_jax.training.train_step import Setting, TrainState, first_state
 
 
@@ -45,7 +41,7 @@ class Moment:
     metrics: dict[str, Any]
     params: Any
     loaded: runs.Loaded
-    index: Index | HostIndex | None
+    index: Any
 
 
 Hook = Callable[[Moment], Mapping[str, float] | None]
@@ -57,8 +53,7 @@ class Session(NamedTuple):
     cfg: TrainConfig
     directory: Path
     data: Data
-    loaded: runs.Loaded
-    searchers: Searchers
+    location: IndexLocation
     refresher: Refresher
     keeper: checkpoint.Checkpoints
     writer: MetricWriter | None  # in the first process, from the first step on
@@ -74,10 +69,15 @@ class Session(NamedTuple):
     hooks: Sequence[Hook] = ()
     profile: Profile | None = None
 
+    @property
+    def loaded(self) -> runs.Loaded:
+        """The model and the corpus."""
+        return self.location.loaded
+
     def upkeep(self, number: int, index: Any) -> Upkeep:
         """What stage `number` does about its index."""
         cfg, losses = self.cfg, self.retriever_losses
-        return upkeep_of(cfg, self.loaded, self.data, self.refresher, number, index, losses)
+        return upkeep_of(cfg, self.location, self.data, self.refresher, number, index, losses)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """A row of metrics."""
@@ -106,18 +106,14 @@ def init_params(loaded: runs.Loaded, seed: int, init_from: str) -> Any:
     return params
 
 
-def make_refresher(cfg: TrainConfig, loaded: runs.Loaded, searchers: Searchers) -> Refresher:
+def make_refresher(location: IndexLocation) -> Refresher:
     """What makes the run's index anew."""
-    if loaded.passages is None:
-        make = on_host(loaded.rag, searchers)
-    else:
-        make = on_devices(loaded.rag, loaded.mesh, loaded.passages, cfg.search.dtype, loaded.live_N)
-    return Refresher(make, loaded.mesh, loaded.rag.config.passage_side)
+    return Refresher(location.make(), location.loaded.mesh, location.loaded.rag.config.passage_side)
 
 
 def upkeep_of(
     cfg: TrainConfig,
-    loaded: runs.Loaded,
+    location: IndexLocation,
     data: Data,
     refresher: Refresher,
     number: int,
@@ -125,20 +121,20 @@ def upkeep_of(
     retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES,
 ) -> Upkeep:
     """What stage `number` does about its index, which is `index` so far."""
-    setting, way = way_of(cfg, loaded, data, number, retriever_losses)
-    return Upkeep(setting, way, refresher, cfg.seed, cfg.drift_sample, index)
+    setting = setting_of(cfg, location.loaded, data, number, retriever_losses)
+    return Upkeep(setting, location, data.examples.texts, refresher, cfg.seed, cfg.drift_sample, index)
 
 
-def way_of(
+def setting_of(
     cfg: TrainConfig,
     loaded: runs.Loaded,
     data: Data,
     number: int,
     retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES,
-) -> tuple[Setting, Feed]:
-    """What the step of stage `number` closes over, and how it is fed."""
-    stage, found = cfg.stages[number], data.examples
-    setting = Setting(
+) -> Setting:
+    """What the step of stage `number` closes over."""
+    stage = cfg.stages[number]
+    return Setting(
         rag=loaded.rag,
         stage=stage,
         mesh=loaded.mesh,
@@ -148,9 +144,6 @@ def way_of(
         epoch=setup.epoch(stage, cfg, data),
         retriever_losses=retriever_losses,
     )
-    if loaded.passages is not None:
-        return setting, OnDevice(setting, loaded.passages)
-    return setting, OnHost(setting, loaded.corpus, found.texts)
 
 
 def save(
@@ -212,21 +205,22 @@ def stage_of(cfg: TrainConfig, step: int) -> int:
 
 def restore(session: Session, step: int) -> Restored:
     """A checkpoint; Damaged where it is not whole."""
-    loaded, refresher, number = session.loaded, session.refresher, stage_of(session.cfg, step)
+    location, refresher, number = session.location, session.refresher, stage_of(session.cfg, step)
     stage, position = session.cfg.stages[number], session.keeper.position(step)
-    places = runs.param_places(loaded.rag, loaded.mesh)
-    like = {"state": first_state(loaded.rag, stage, loaded.mesh, places, 0)._asdict()}
+    rag, mesh = location.loaded.rag, location.loaded.mesh
+    places = runs.param_places(rag, mesh)
+    like = {"state": first_state(rag, stage, mesh, places, 0)._asdict()}
     corpus = session.data.corpus
     n = position.get("corpus", live_corpus.position(corpus))["n_passages"]  # fewer than now where that version is gone
     if stage.objective.searches:
-        like["index"] = kept_fields(blank_index(session, n))
+        like["index"] = location.blank(n)
     if "pending_step" in position:
         like["pending"] = refresher.encoder_places(places)
     arrays = session.keeper.restore(step, like)
     index = None
     if stage.objective.searches:
         encoder = refresher.encoder(arrays["state"]["params"]) if n < len(corpus) else {}
-        index = whole_index(session, arrays["index"], n, encoder, step)
+        index = location.of_kept(arrays["index"], n, encoder, step, lambda: first_snapshot(session, step))
     if "pending_step" in position:
         refresher.resume(arrays["pending"], position["pending_step"])
     return Restored(step, TrainState(**arrays["state"]), session.upkeep(number, index), position["seconds"])
@@ -239,42 +233,15 @@ def begun_with(session: Session, done: int) -> str:
     return session.keeper.position(done)["index_hash"] if done else snapshots.open_snapshot(session.cfg.index).hash
 
 
-def blank_index(session: Session, n: int) -> Index:
-    """An index of zeros, in the shapes and places of one that the run makes of n passages."""
-    loaded = session.loaded
-    width = loaded.rag.config.encoder.output_width
-    if loaded.passages is None:
-        arrays: Any = np.zeros((n, width), np.float32), np.zeros(n, np.int32)
-        return Index(*arrays)
-    return device_index.blank(loaded.mesh, loaded.table_rows(n), width, session.cfg.search.dtype)
+def first_snapshot(session: Session, done: int) -> snapshots.Snapshot | None:
+    """The index that the configuration names, if it is the one that the run began with; None where it names none."""
+    wanted = begun_with(session, done)
+    found = snapshots.open_snapshot(session.cfg.index) if wanted else None
+    return found if found is not None and found.hash == wanted else None
 
 
-def whole_index(session: Session, arrays: dict[str, Any], n: int, encoder: Any, step: int) -> Index | HostIndex:
-    """The index whose arrays a checkpoint kept for n passages; rows that came since are embedded as in `follow`."""
-    loaded, searchers = session.loaded, session.searchers
-    if loaded.passages is not None:
-        index = Index(**arrays, live_N=runs.live_on_device(loaded))
-        return live_corpus.longer_index(index, loaded, n, encoder, step) if n < len(loaded.corpus) else index
-    embeddings_NE, step_N = (np.asarray(arrays[name]) for name in ("embeddings_NE", "step_N"))
-    if begun_with(session, step) and not step_N.any():
-        given = snapshots.open_snapshot(session.cfg.index)
-        if given.hash == begun_with(session, step) and len(given.embeddings_NE) == len(embeddings_NE):
-            embeddings_NE = given.embeddings_NE  # in the type that it was searched in so far
-    if n < len(loaded.corpus):
-        embeddings_NE, step_N = live_corpus.longer_rows(embeddings_NE, step_N, loaded, encoder, step)
-    searcher = searchers.make(embeddings_NE, None, int(step_N.max()))
-    return HostIndex(embeddings_NE, step_N, searcher, loaded.corpus.live_N)
-
-
-def given_index(session: Session, params: Any) -> Index | HostIndex:
+def given_index(session: Session, params: Any) -> Any:
     """The index that the configuration names; InputError where it is of another corpus or encoder."""
-    loaded = session.loaded
     snapshot = snapshots.open_snapshot(session.cfg.index)
-    runs.check_snapshot(loaded, params, snapshot)
-    if loaded.passages is None:
-        step_N, encoder_hash = np.zeros(len(loaded.corpus), np.int32), snapshot.manifest.encoder_hash
-        searcher = session.searchers.make(snapshot.embeddings_NE, encoder_hash, 0)
-        return HostIndex(snapshot.embeddings_NE, step_N, searcher, loaded.corpus.live_N)
-    index = runs.index_on_device(loaded, snapshot, session.cfg.search.dtype)
-    drift_E = device_index.no_drift(loaded.mesh, index.embeddings_NE.shape[1])
-    return index._replace(step_N=jnp.zeros_like(index.step_N), drift_E=drift_E)
+    runs.check_snapshot(session.loaded, params, snapshot)
+    return session.location.of_snapshot(snapshot, trains=True)

@@ -21,12 +21,12 @@ from rag_jax.data.readers import formats
 from rag_jax.errors import InputError
 from rag_jax.evaluation import evaluate
 from rag_jax.index import snapshot as snapshots
-from rag_jax.index.host_index import Searchers
 from rag_jax.inference import config as answer_config
 from rag_jax.inference.pipeline import make_answer
 from rag_jax.losses import RETRIEVER_LOSSES, RetrieverLoss
 from rag_jax.runs import checkpoint, live_corpus, lock
 from rag_jax.runs import directory as runs
+from rag_jax.runs.index_location import location_of
 from rag_jax.system import distributed, logs, sharding
 from rag_jax.system.logs import MetricWriter, Progress
 from rag_jax.system.preemption import Preempted, Preemption
@@ -35,7 +35,7 @@ from rag_jax.training import session as sessions
 from rag_jax.training.config import StageConfig, TrainConfig
 from rag_jax.training.data import Data
 from rag_jax.training.profile import Profile
-from rag_jax.training.session import Hook, Moment, Session, make_refresher, way_of
+from rag_jax.training.session import Hook, Moment, Session, make_refresher, setting_of
 from rag_jax.training.stage_index import Upkeep
 from rag_jax.training.train_step import TrainState, first_state, jit_step
 
@@ -109,17 +109,16 @@ def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int
         if not setup.same_questions(data, session.data):
             raise InputError(f"the questions of {cfg.train} are no longer those of the run; put them back")
         every_batch = all_batches(cfg, data, session.loaded.mesh)
-        loaded, searchers = (
-            live_corpus.updated(session.loaded, corpus),
-            Searchers(cfg.search, corpus, session.loaded.mesh),
-        )
-        refresher, index = make_refresher(cfg, loaded, searchers), upkeep.index
+        location = location_of(live_corpus.updated(session.loaded, corpus), cfg.search)
+        refresher, index = make_refresher(location), upkeep.index
         if index is not None:
-            index = live_corpus.followed(index, loaded, old, searchers, refresher.encoder(params), step)
+            index = location.followed(index, old, refresher.encoder(params), step)
     except InputError as error:
         logs.info(f"{corpus.directory} ({corpus.hash[:16]}): {error}; {old.directory} ({old.hash[:16]}) stays in use")
         return session
-    upkeep.move(*way_of(cfg, loaded, data, number, session.retriever_losses), refresher, index)
+    loaded = location.loaded
+    setting = setting_of(cfg, loaded, data, number, session.retriever_losses)
+    upkeep.move(setting, location, data.examples.texts, refresher, index)
     same = loaded.n_rows == session.loaded.n_rows
     logs.info(
         f"step {step}: the corpus is now {corpus.directory} ({corpus.hash[:16]}): {corpus.n_live} passages, "
@@ -127,8 +126,7 @@ def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int
     )
     return session._replace(
         data=data,
-        loaded=loaded,
-        searchers=searchers,
+        location=location,
         refresher=refresher,
         batches=every_batch,
         program=session.program if same else make_answer(loaded, session.answering),
@@ -249,7 +247,7 @@ def evaluate_dev(session: Session, params: Any, index: Any, step: int) -> dict[s
     """The figures of the first `evaluate_questions` of the dev questions, as eval/... metrics."""
     index = session.refresher.full(params, step) if index is None else index
     cfg, answering = session.cfg, session.answering
-    rows = evaluate.predict(session.loaded, params, index, session.dev, answering, session.program, cfg.task.match)
+    rows = evaluate.predict(session.location, params, index, session.dev, answering, session.program, cfg.task.match)
     summary = metrics.summarize(rows, metrics.Setting(answering.allowed_answers, cfg.task.match))
     best = cfg.best_metric.removeprefix("eval/")
     shown = [name for name in dict.fromkeys((best, *HEADLINES)) if name in summary]
@@ -311,15 +309,14 @@ def train_in(
         return result(directory, total, keeper.position(done)["seconds"])
     loaded = runs.load(cfg.model, corpus, mesh, cfg.search.in_graph, cfg.live)
     answering = answer_config.answering(cfg, n_retrieved=20, batch=64, retrieval_only=cfg.model.generator is None)
-    searchers = Searchers(cfg.search, corpus, mesh, None if cfg.live else directory / "search")
+    location = location_of(loaded, cfg.search, None if cfg.live else directory / "search")
     with Preemption() as preemption:
         session = Session(
             cfg=cfg,
             directory=directory,
             data=data,
-            loaded=loaded,
-            searchers=searchers,
-            refresher=make_refresher(cfg, loaded, searchers),
+            location=location,
+            refresher=make_refresher(location),
             keeper=keeper,
             writer=None,
             preemption=preemption,

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
+from rag_jax.data.readers import simple_rows
 from rag_jax.data.readers.json_stream import records
 from rag_jax.data.readers.lines import table
-from rag_jax.data.readers.rows import Fields, OnBad, Question, Row, identity, refuse, rest, string
+from rag_jax.data.readers.rows import Fields, OnBad, Passage, Question, Row, identity, optional, refuse, rest, string
 from rag_jax.data.readers.sources import Source
 from rag_jax.errors import InputError
 
@@ -59,3 +60,10 @@ def question(fields: Fields, own_id: str) -> list[Question]:
     name = identity(fields, "_id", "id")
     extra = rest(fields, "_id", "text") | {"excluded_passage_ids": [name]}
     return [Question(name, string(fields, "text"), (), right, extra=extra)]
+
+
+def passage(fields: Fields, own_id: str = "") -> list[Passage]:
+    """BEIR's {"_id", "title", "text"}: the title may be missing, the text empty where there is a title."""
+    title = optional(fields, "title")
+    text = optional(fields, "text") or title
+    return simple_rows.passage({**rest(fields, "metadata"), "title": title, "text": text})

@@ -15,7 +15,7 @@ from rag_jax.data.readers.rows import (
     string,
     unique,
 )
-from rag_jax.data.readers.uniform import numbered
+from rag_jax.data.readers.simple_rows import numbered
 
 
 def question(fields: Fields, own_id: str) -> list[Question]:

@@ -18,7 +18,7 @@ from rag_jax.data.readers.rows import (
     strings,
     unique,
 )
-from rag_jax.data.readers.uniform import numbered
+from rag_jax.data.readers.simple_rows import numbered
 
 _SIDES = {
     "positive_ctxs": "positive_passage_ids",

@@ -15,9 +15,9 @@ from rag_jax.data.readers import (
     multihop,
     pubmedqa,
     qrels,
+    simple_rows,
     squad,
     tfds_source,
-    uniform,
 )  # fmt: skip
 from rag_jax.data.readers.rows import BadLine, Fields, OnBad, Passage, Question, Row, refuse
 from rag_jax.data.readers.sources import Kind, Source, files_of, stem, suffix
@@ -56,11 +56,11 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "jsonl": Format("our own JSON lines", json_stream.records, uniform.question, uniform.passage),
+    "jsonl": Format("our own JSON lines", json_stream.records, simple_rows.question, simple_rows.passage),
     "nq_open": Format(
         "question, answers under many names (NQ-open, Atlas, FlashRAG, TriviaQA, WebQuestions)",
         json_stream.records,
-        uniform.asked,
+        simple_rows.asked,
     ),
     "squad": Format("SQuAD 1.1, 2.0", json_stream.records, squad.questions, squad.passages, repeats=True),
     "squad_flat": Format(
@@ -73,25 +73,27 @@ FORMATS = {
     "claims": Format("FEVER, CLIMATE-FEVER", json_stream.records, claims.question, claims.passages, repeats=True),
     "pubmedqa": Format("PubMedQA", json_stream.records, pubmedqa.question, pubmedqa.passages, repeats=True),
     "dpr": Format("DPR training", json_stream.records, dpr.training, dpr.training_passages, repeats=True),
-    "dpr_qa": Format("DPR questions, tab-separated", lines.question_table, uniform.numbered),
+    "dpr_qa": Format("DPR questions, tab-separated", lines.question_table, dpr.numbered),
     "pairs": Format(
         "query, pos, neg of FlagEmbedding", json_stream.records, dpr.pairs, dpr.pairs_passages, repeats=True
     ),
     "fid": Format("Fusion-in-Decoder", json_stream.records, dpr.fusion, dpr.fusion_passages, repeats=True),
     "kilt": Format("KILT tasks", json_stream.records, kilt.question, kilt.passages, repeats=True),
     "kilt_pages": Format("KILT knowledge source", json_stream.records, passages=kilt.page),
-    "beir": Format("BEIR folder", beir.rows, beir.question, uniform.beir_passage),
+    "beir": Format("BEIR folder", beir.rows, beir.question, beir.passage),
     "qrels": Format("queries beside qrels of MS MARCO, ColBERT, TREC", qrels.queries, qrels.question),
     "lotte": Format("query, answer_pids of ColBERT's LoTTE", json_stream.records, qrels.lotte),
     "msmarco": Format("id, text, no header, tab-separated", qrels.collection, passages=qrels.passage),
     "trec": Format("TREC's <DOC> documents", qrels.documents, passages=qrels.passage),
-    "hf_rag": Format("NAME.source, NAME.target", lines.pairs, uniform.numbered),
-    "psgs_w100": Format("id, text, title, tab-separated", lines.passage_table, passages=uniform.passage),
-    "atlas": Format("Atlas' title, section, text", json_stream.records, passages=uniform.atlas_passage),
-    "no_ids": Format("the same without ids", json_stream.records, passages=uniform.atlas_passage, repeats=True),
-    "contents": Format("id, contents of FlashRAG, Pyserini", json_stream.records, passages=uniform.contents_passage),
-    "wikipedia": Format("wikiextractor's JSON lines", json_stream.records, passages=uniform.wikipedia),
-    "text": Format(".txt and .md files", lines.whole_text, passages=uniform.passage),
+    "hf_rag": Format("NAME.source, NAME.target", lines.pairs, simple_rows.numbered),
+    "psgs_w100": Format("id, text, title, tab-separated", lines.passage_table, passages=simple_rows.passage),
+    "atlas": Format("Atlas' title, section, text", json_stream.records, passages=simple_rows.atlas_passage),
+    "no_ids": Format("the same without ids", json_stream.records, passages=simple_rows.atlas_passage, repeats=True),
+    "contents": Format(
+        "id, contents of FlashRAG, Pyserini", json_stream.records, passages=simple_rows.contents_passage
+    ),
+    "wikipedia": Format("wikiextractor's JSON lines", json_stream.records, passages=simple_rows.wikipedia),
+    "text": Format(".txt and .md files", lines.whole_text, passages=simple_rows.passage),
     "tfds": Format("TensorFlow Datasets", tfds_source.rows, tfds_source.question, tfds_source.passage, repeats=True),
 }
 
@@ -138,7 +140,7 @@ SIGNS: dict[Kind, list[tuple[str, set[str]]]] = {
         ("pubmedqa", {"QUESTION", "CONTEXTS"}),
         ("jsonl", {"id", "question", "answers"}),
         ("jsonl", {"_id", "question", "answers"}),
-        *(("nq_open", {asked, answer}) for asked in uniform.QUESTIONS for answer in uniform.ANSWERS),
+        *(("nq_open", {asked, answer}) for asked in simple_rows.QUESTIONS for answer in simple_rows.ANSWERS),
         ("beir", {"_id", "text"}),
     ],
 }
@@ -155,7 +157,7 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
-ASKED = {*uniform.QUESTIONS, "QUESTION", "input", "claim"}  # fields that hold a question
+ASKED = {*simple_rows.QUESTIONS, "QUESTION", "input", "claim"}  # fields that hold a question
 
 
 class Located(NamedTuple):

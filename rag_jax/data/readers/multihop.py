@@ -19,7 +19,7 @@ from rag_jax.data.readers.rows import (
     strings,
     unique,
 )
-from rag_jax.data.readers.uniform import identified, numbered
+from rag_jax.data.readers.simple_rows import identified, numbered
 
 
 def hotpot(fields: Fields, own_id: str) -> list[Question]:

@@ -22,8 +22,8 @@ from rag_jax.data.readers.rows import (
     rest,
     string,
 )
+from rag_jax.data.readers.simple_rows import numbered
 from rag_jax.data.readers.sources import Source
-from rag_jax.data.readers.uniform import numbered
 from rag_jax.errors import InputError
 
 Grades = dict[str, int]

@@ -18,7 +18,7 @@ from rag_jax.data.readers.rows import (
     strings,
     unique,
 )
-from rag_jax.data.readers.uniform import identified
+from rag_jax.data.readers.simple_rows import identified
 
 
 def questions(article: Fields, own_id: str) -> Iterator[Question | BadLine]:

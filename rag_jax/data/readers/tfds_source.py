@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rag_jax.data.readers import squad, uniform
+from rag_jax.data.readers import simple_rows, squad
 from rag_jax.data.readers.rows import (
     BadLine,
     Fields,
@@ -112,7 +112,7 @@ def question(fields: Fields, own_id: str) -> list[Question]:
     """A question; with a `context` it is one of SQuAD's."""
     fields = {"id": own_id, "answers": [], **fields}
     if "context" not in fields:
-        return uniform.question({name: value for name, value in fields.items() if name not in ("title", "text")})
+        return simple_rows.question({name: value for name, value in fields.items() if name not in ("title", "text")})
     right = content_id(optional(fields, "title"), string(fields, "context"))
     answers = [{"text": answer} for answer in fields["answers"]]
     kept = {name: value for name, value in fields.items() if name not in ("title", "context")}
@@ -124,7 +124,7 @@ def passage(fields: Fields, own_id: str) -> list[Passage]:
     if "text" in fields:
         title = optional(fields, "title")
         named = {"id": identity(fields, "id") if "id" in fields else content_id(title, string(fields, "text"))}
-        return uniform.passage({**fields, **named, "title": title})
+        return simple_rows.passage({**fields, **named, "title": title})
     if "context" not in fields:
         raise BadLine("neither text nor context; name the feature: ?text=FEATURE&title=FEATURE")
     return [squad.passage(optional(fields, "title"), string(fields, "context"))]

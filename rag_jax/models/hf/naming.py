@@ -10,7 +10,8 @@ import numpy as np
 from rag_jax.errors import InputError
 from rag_jax.models.hf.settings import Table
 from rag_jax.models.layers import ACTIVATIONS
-from rag_jax.models.special_tokens import NONE, SpecialTokens
+from rag_jax.models.protocols import GeneratorConfig
+from rag_jax.models.special_tokens import NONE
 
 HfConfig = Mapping[str, Any]
 Form = Literal["same", "transposed", "row"]
@@ -145,7 +146,7 @@ def special_tokens(config: HfConfig, where: str, bos: int, pad: int, eos: int, s
     }
 
 
-def describe_tokens(c: SpecialTokens) -> dict[str, Any]:
+def describe_tokens(c: GeneratorConfig) -> dict[str, Any]:
     """The same as config.json has them."""
     return {
         "bos_token_id": c.bos_id,

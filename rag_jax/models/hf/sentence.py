@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from rag_jax.errors import InputError
-from rag_jax.models.bert import Pooling
 from rag_jax.models.hf.settings import Account, Table, fates, idle, into, only
+from rag_jax.models.protocols import Pooling
 
 MODULES, MODEL = "modules.json", "config_sentence_transformers.json"
 # of the module Transformer, by the version that wrote it

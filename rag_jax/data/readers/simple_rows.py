@@ -1,4 +1,4 @@
-"""The formats closest to ours: our own JSON lines, NQ-open, DPR's question files, psgs_w100, wikiextractor's pages."""
+"""Formats of one simple record a row: our own JSON lines, NQ-open, Atlas, FlashRAG, wikiextractor's pages."""
 
 from rag_jax.data.readers.rows import (
     BadLine,
@@ -111,10 +111,3 @@ def contents_passage(fields: Fields, own_id: str = "") -> list[Passage]:
     quoted = len(title) > 1 and title[0] == title[-1] == '"' and bool(text.strip())
     made = {"title": title[1:-1].strip(), "text": text} if quoted else {"title": "", "text": fields["contents"]}
     return passage({**fields, "id": identified(fields, content_id(made["title"], made["text"])), **made})
-
-
-def beir_passage(fields: Fields, own_id: str = "") -> list[Passage]:
-    """BEIR's {"_id", "title", "text"}: the title may be missing, the text empty where there is a title."""
-    title = optional(fields, "title")
-    text = optional(fields, "text") or title
-    return passage({**rest(fields, "metadata"), "title": title, "text": text})

@@ -9,9 +9,11 @@ from flax.traverse_util import flatten_dict
 
 from rag_jax.data import tokenizers
 from rag_jax.errors import InputError
+from rag_jax.models.bert import BertConfig
 from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.hf import ENCODERS, GENERATORS, composite, naming, sentence
 from rag_jax.models.hf.sentence import Layout
+from rag_jax.models.protocols import GeneratorConfig
 from rag_jax.pretrained.as_run import SENTENCE, TOKENIZER_SETTINGS
 from rag_jax.pretrained.describe import describe_generation, describe_part, encoder_kind, layout_of
 from rag_jax.pretrained.encoder_files import BY_ARCHITECTURE
@@ -21,7 +23,7 @@ from rag_jax.pretrained.pieces import Piece, family_name, write_pieces
 from rag_jax.pretrained.source import TOKENIZERS
 from rag_jax.pretrained.tensor_files import SHARD_BYTES
 from rag_jax.pretrained.weights import LazyParams
-from rag_jax.rag import GeneratorConfig, Params, Rag
+from rag_jax.rag import Params, Rag
 from rag_jax.system import files
 
 KIND, VERSION = EXPORTED, 1
@@ -181,7 +183,7 @@ def write_encoder(
     out.mkdir(parents=True, exist_ok=True)
     layout = layout_of(model, side)
     plain = Layout(pooling="cls", length=layout.length)
-    if kind == "bert" and (beside or layout != plain):
+    if isinstance(config, BertConfig) and kind == "bert" and (beside or layout != plain):
         if config.projection:
             raise InputError("an encoder with a projection and pooling='mean' has no form at Hugging Face")
         for path, content in sentence.write_layout(layout, config.width, beside or {}).items():

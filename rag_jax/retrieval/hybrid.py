@@ -1,0 +1,132 @@
+"""Dense search and BM25 together: how their scores become one."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from rag_jax.errors import InputError
+from rag_jax.retrieval.search import (
+    Queries,
+    Rescorer,
+    Searcher,
+    SearchResult,
+    Source,
+    best,
+    check_k,
+    manifest,
+    query_texts,
+)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How the scores of dense search and BM25 become one.
+
+    candidates: of each search, as many go into the union that both score. kind "linear": `weight` times the dense
+    score plus the rest times that of BM25, each scaled per question by NORMS[norm]. kind "rrf": reciprocal rank fusion
+    (Cormack et al. 2009), the sum of 1 / (rrf_k + rank); here too `weight` is the dense part's share.
+    """
+
+    kind: str = "linear"
+    candidates: int = 100
+    weight: float = 0.5
+    norm: str = "minmax"
+    rrf_k: int = 60
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "rrf") or self.norm not in NORMS:
+            norms = ", ".join(NORMS)
+            raise InputError(f"fusion {self.kind!r}, norm {self.norm!r}; fusions: linear, rrf; norms: {norms}")
+        if not (0 <= self.weight <= 1 and self.candidates >= 1 and self.rrf_k >= 0):
+            raise InputError(f"{self}: weight lies in 0..1, candidates from 1 on, rrf_k from 0 on")
+
+
+class Hybrid:
+    """Dense search and BM25 together: the candidates of either are scored by both (`Fusion`).
+
+    embeddings_NE: anything that rows [B,C] of passages can be taken from as float32 [B,C,E], such as a memory map.
+    Both searches must be of one corpus with the same rows deleted: InputError.
+    """
+
+    def __init__(self, dense: Searcher, bm25: Rescorer, embeddings_NE: Any, fusion: Fusion | None = None) -> None:
+        self.dense, self.bm25, self.fusion = dense, bm25, fusion or Fusion()
+        self._embeddings_NE = embeddings_NE
+        one, other = dense.manifest, bm25.manifest
+        if one["corpus_hash"] != other["corpus_hash"]:
+            raise InputError(
+                f"dense search is of corpus {one['corpus_hash'][:16]}, BM25 of {other['corpus_hash'][:16]}; "
+                "build both of one corpus"
+            )
+        if dense.size != bm25.size:
+            raise InputError(
+                f"dense search returns {dense.size} passages, BM25 {bm25.size}; delete the same rows from both"
+            )
+        source = Source(one["corpus_hash"], one["encoder_hash"], one["step"])
+        parts = {"dense": dict(one), "bm25": dict(other)}
+        self.size = dense.size
+        self.manifest = manifest("hybrid", source, {**asdict(self.fusion), **parts})
+
+    def search(self, queries: Queries, k: int) -> SearchResult:
+        """Needs embeddings and texts. No more passages come back than the candidates of both searches."""
+        check_k(k)
+        ids_BC, dense_BC, bm25_BC = self.candidates(queries, max(k, self.fusion.candidates))
+        return best(ids_BC, fuse(ids_BC, dense_BC, bm25_BC, self.fusion), k)
+
+    def candidates(self, queries: Queries, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids_BC ascending, -1 behind them; dense scores_BC; BM25 scores_BC): the union of the n best of each."""
+        texts = query_texts(queries, n)
+        found = [searcher.search(queries, n).ids_BK for searcher in (self.dense, self.bm25)]
+        if len(texts) != len(found[0]):
+            raise InputError(f"{len(found[0])} embeddings and {len(texts)} texts of questions; they must be as many")
+        ids_BC = _union(*found)
+        queries_BE = np.asarray(queries.embeddings_BE, np.float32)
+        rows_BCE = np.asarray(self._embeddings_NE[np.maximum(ids_BC, 0)], np.float32)
+        return ids_BC, np.einsum("BE,BCE->BC", queries_BE, rows_BCE), self.bm25.scores(texts, ids_BC)
+
+
+def _union(one_BK: np.ndarray, other_BK: np.ndarray) -> np.ndarray:
+    """Ids of either, each once, ascending; then -1."""
+    last = np.iinfo(np.int32).max
+    both_BC = np.concatenate([one_BK, other_BK], 1)
+    both_BC = np.sort(np.where(both_BC < 0, last, both_BC), 1)
+    both_BC[:, 1:][both_BC[:, 1:] == both_BC[:, :-1]] = last
+    both_BC = np.sort(both_BC, 1)
+    width = max(1, int((both_BC != last).sum(1).max(initial=0)))
+    return np.where(both_BC == last, -1, both_BC)[:, :width].astype(np.int32)
+
+
+def fuse(ids_BC: np.ndarray, dense_BC: np.ndarray, bm25_BC: np.ndarray, fusion: Fusion) -> np.ndarray:
+    """Scores_BC of candidates from both scores of each; -inf where the id is -1."""
+    valid_BC = ids_BC >= 0
+    parts = []
+    for scores_BC in (dense_BC, bm25_BC):
+        scores_BC = np.where(valid_BC, scores_BC, 0).astype(np.float64)
+        ranked = fusion.kind == "rrf"
+        parts.append(_ranked(scores_BC, valid_BC, fusion.rrf_k) if ranked else NORMS[fusion.norm](scores_BC, valid_BC))
+    return np.where(valid_BC, fusion.weight * parts[0] + (1 - fusion.weight) * parts[1], -np.inf).astype(np.float32)
+
+
+def _ranked(scores_BC: np.ndarray, valid_BC: np.ndarray, rrf_k: int) -> np.ndarray:
+    """1 / (rrf_k + rank); equal scores have one rank."""
+    ordered_BC = np.sort(np.where(valid_BC, -scores_BC, np.inf), 1)
+    ahead = [np.searchsorted(row, -scores) for row, scores in zip(ordered_BC, scores_BC, strict=True)]
+    return 1 / (rrf_k + 1 + np.reshape(ahead, scores_BC.shape))
+
+
+def _minmax(scores_BC: np.ndarray, valid_BC: np.ndarray) -> np.ndarray:
+    """Of a question's candidates the worst is 0, the best 1."""
+    low_B1 = np.where(valid_BC, scores_BC, np.inf).min(1, keepdims=True)
+    span_B1 = np.where(valid_BC, scores_BC, -np.inf).max(1, keepdims=True) - low_B1
+    return (scores_BC - low_B1) / np.where(span_B1 > 0, span_B1, 1)
+
+
+def _zscore(scores_BC: np.ndarray, valid_BC: np.ndarray) -> np.ndarray:
+    """Of a question's candidates the mean is 0, the standard deviation 1."""
+    n_B1 = np.maximum(valid_BC.sum(1, keepdims=True), 1)
+    centred_BC = scores_BC - (scores_BC * valid_BC).sum(1, keepdims=True) / n_B1
+    deviation_B1 = np.sqrt((centred_BC**2 * valid_BC).sum(1, keepdims=True) / n_B1)
+    return centred_BC / np.where(deviation_B1 > 0, deviation_B1, 1)
+
+
+NORMS = {"minmax": _minmax, "zscore": _zscore}
