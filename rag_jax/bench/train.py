@@ -33,6 +33,7 @@ from rag_jax.rag import Params, Passages
 from rag_jax.retrieve import Batch, contexts
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
+from rag_jax.system.trace import Trace
 from rag_jax.training import train_step
 from rag_jax.training.retrieve_fresh import Retrieval, retrieve
 from rag_jax.training.stage import LossInput, Setting
@@ -177,9 +178,13 @@ def bench(load: Load, shape: dict[str, int], repeats: int, beside: bool, profile
         faster = statistics.median(seconds["transformers"][1:]) / statistics.median(seconds["ours"][1:])
         result |= {"transformers": their, "times_faster": faster, **compared}
     if profile:
-        with jax.profiler.trace(profile):
+        trace = Trace(Path(profile))
+        trace.start()
+        try:
             for i in range(TRACED):
                 ours_step(i % repeats)
+        finally:
+            trace.stop()
         result["profile"] = profile
     return result
 
@@ -214,6 +219,8 @@ def report(load: Load, shape: dict[str, int], repeats: int, alone: bool, profile
     profile: a directory for the trace of a few steps, or empty.
     """
     synthetic_load.check(load)
+    if profile:
+        Trace(Path(profile)).prepare()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU torch needs memory, too
     # transformers' RAG takes no decoder-only generator
     beside = not alone and load.generator == "bart" and importlib.util.find_spec("torch") is not None

@@ -272,6 +272,8 @@ def train(
     """Run every stage, going on from the run's last whole checkpoint if it has one; writes params/ and index/ at the
     end. At SIGTERM it saves a checkpoint and returns, with `preempted` in the result.
     """
+    if profile is not None:
+        profile.prepare()
     corpus, mesh = setup.opened(cfg, directory), sharding.make_mesh(cfg.mesh or None)
     setup.check(cfg, corpus, mesh, retriever_losses)
     data = setup.prepare(cfg, corpus, directory)
