@@ -173,6 +173,7 @@ def check_length(rag: Rag, corpus: Corpus) -> None:
         )
 
 
+@functools.lru_cache(maxsize=8)  # tracing what draws them takes seconds
 def abstract_params(rag: Rag) -> Any:
     """Shapes of the parameters, boxed with their logical axis names."""
     return jax.eval_shape(rag.init, jax.random.key(0))

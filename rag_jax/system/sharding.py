@@ -215,11 +215,13 @@ def init(mesh: Mesh, function: Callable[..., Any], *args: Any) -> Any:
     Raises ValueError for an array without names, unless it is a scalar.
     """
 
-    def unboxed(*args: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.value if _boxed(leaf) else leaf, function(*args), is_leaf=_boxed)
+    def boxed(leaf: Any, x: jax.ShapeDtypeStruct) -> Any:
+        return leaf.replace_boxed(x.sharding) if _boxed(leaf) else x.sharding
 
-    places = jax.tree.map(lambda x: x.sharding, described(mesh, jax.eval_shape(function, *args)))
-    return jax.jit(unboxed, out_shardings=places)(*args)
+    shapes = jax.eval_shape(function, *args)
+    shardings = jax.tree.map(boxed, shapes, described(mesh, shapes), is_leaf=_boxed)
+    made = jax.jit(function, out_shardings=shardings)(*args)  # of the same function, so it is traced once
+    return jax.tree.map(lambda leaf: leaf.value if _boxed(leaf) else leaf, made, is_leaf=_boxed)
 
 
 def described(mesh: Mesh, tree: Any) -> Any:

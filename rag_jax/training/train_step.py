@@ -14,6 +14,7 @@ from rag_jax.index import device_index, refresh
 from rag_jax.index.device_index import Index
 from rag_jax.rag import Params, Passages, Rag
 from rag_jax.retrieve import Batch, embed_questions, embed_rows
+from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 from rag_jax.training import optimizer
 from rag_jax.training.stage import Fresh, LossInput, Metrics, Setting, StageConfig, micro
@@ -30,7 +31,8 @@ class TrainState(NamedTuple):
 def first_optimizer_state(rag: Rag, stage: StageConfig) -> Any:
     """That of a stage before its first step, boxed with logical axis names as the parameters are."""
     tx = optimizer.make(stage.optimizer, stage.steps)
-    return tx.init(optimizer.split(stage.optimizer, rag.init(jax.random.key(0)))[0])
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), runs.abstract_params(rag))  # only shapes matter
+    return tx.init(optimizer.split(stage.optimizer, params)[0])
 
 
 def first_state(rag: Rag, stage: StageConfig, mesh: jax.sharding.Mesh, params: Params, step: int) -> TrainState:
