@@ -1,17 +1,22 @@
 """Eight fake CPU devices for every test, and the real data where it is there."""
 
 import atexit
+import contextlib
+import fcntl
+import fnmatch
+import gc
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+from repeats import QUICK
 
 # Before jax is imported: the backend reads these once. Tests that start processes pass them on.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,10 +36,28 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")  # without locks
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a look-up without a network takes minutes to fail
 
+gc.set_threshold(200_000, 50, 50)  # tracing makes many objects, few of them garbage: a tenth of the time
+
 hypothesis.settings.register_profile("tests", deadline=None)  # no test fails by time
 hypothesis.settings.load_profile("tests")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases that tests/repeats.py does not name are slow; a pattern there that no case has is an error."""
+    cases: dict[str, list[str]] = {}
+    for item in items:
+        test, _, case = item.nodeid.removeprefix("tests/").removesuffix("]").partition("[")
+        if test in QUICK:
+            cases.setdefault(test, []).append(case)
+            if not any(fnmatch.fnmatchcase(case, pattern) for pattern in QUICK[test]):
+                item.add_marker(pytest.mark.slow)
+    for test, there in cases.items():
+        unknown = [pattern for pattern in QUICK[test] if not fnmatch.filter(there, pattern)]
+        if unknown and len(there) > 1:  # one alone was asked for by its name
+            raise pytest.UsageError(f"tests/repeats.py: {test} has no case {unknown[0]}")
 
 
 @pytest.fixture(scope="session")
@@ -72,19 +95,35 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return saved
 
 
+@contextlib.contextmanager
+def shared_by_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory that all processes of this session share, while no other one has it."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    directory.mkdir(exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield directory
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Worlds and corpora of `tiny.make_data`."""
+    """Worlds and corpora of `tiny.make_data`; nobody writes to them."""
     import tiny
 
-    return tiny.make_data(tmp_path_factory.mktemp("tiny"))
+    with shared_by_workers(tmp_path_factory) as shared:
+        if not (shared / "tiny").exists():
+            tiny.make_data(shared / "building").rename(shared / "tiny")
+    return shared / "tiny"
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_data: Path) -> Path:
+def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory of `tiny.get_config`, trained to its end, with the printed result beside it in result.json."""
     import tiny
 
-    run = tiny_data / "run"
-    (tiny_data / "result.json").write_text(json.dumps(tiny.train(tiny_data, run)))
-    return run
+    with shared_by_workers(tmp_path_factory):
+        if not (tiny_data / "result.json").exists():
+            result = tiny.train(tiny_data, tiny_data / "run")
+            (tiny_data / "result.json").write_text(json.dumps(result))
+    return tiny_data / "run"

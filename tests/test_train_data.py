@@ -59,7 +59,7 @@ def test_killed_and_resumed_is_uninterrupted(tiny_data, words, tmp_path):
     said = tiny.train(tiny_data, whole, *words)["stderr"]
     assert said.count("retriever: first step with ") == 2 and said.count("joint: first step with ") >= 3
     for step in (5, 15):
-        process = tiny.start(tiny_data, "train", "--config", f"{tiny.__file__}:{tiny_data}", "--run", run, *words)
+        process = tiny.start("train", "--config", f"{tiny.__file__}:{tiny_data}", "--run", run, *words)
         while process.poll() is None and last_step(run) < step:
             time.sleep(0.005)
         assert process.poll() is None, process.communicate()

@@ -78,7 +78,7 @@ def test_killed_and_resumed_is_uninterrupted(mode, tiny_data, tiny_run, tmp_path
     tiny.train(tiny_data, tmp_path / "whole", *said)
     for step in (5, 10):
         config = ["--config", f"{tiny.__file__}:{tiny_data}", "--run", tmp_path / "run"]
-        process = tiny.start(tiny_data, "train", *config, *said)
+        process = tiny.start("train", *config, *said)
         while process.poll() is None and last_step(tmp_path / "run") < step:
             time.sleep(0.005)
         process.kill()
@@ -153,7 +153,7 @@ def test_killed_and_resumed_with_a_given_bfloat16_index_on_the_host(kind, tiny_d
     tiny.train(tiny_data, tmp_path / "whole", *said)
     for step in (5, 10):  # with the rows that were given, and with those made at step 8
         config = ["--config", f"{tiny.__file__}:{tiny_data}", "--run", tmp_path / "run"]
-        process = tiny.start(tiny_data, "train", *config, *said)
+        process = tiny.start("train", *config, *said)
         while process.poll() is None and last_step(tmp_path / "run") < step:
             time.sleep(0.005)
         process.kill()

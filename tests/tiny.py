@@ -89,7 +89,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")}
 
 
-def start(data: Path, *words: object) -> subprocess.Popen[str]:
+def start(*words: object) -> subprocess.Popen[str]:
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "rag_jax", *map(str, words)]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -97,7 +97,7 @@ def start(data: Path, *words: object) -> subprocess.Popen[str]:
 
 def train(data: Path, run: Path, *words: object) -> dict[str, Any]:
     """Trains in a process of its own; the printed result, and as "stderr" what it said on the way."""
-    process = start(data, "train", "--json", "--config", f"{__file__}:{data}", "--run", run, *words)
+    process = start("train", "--json", "--config", f"{__file__}:{data}", "--run", run, *words)
     out, said = process.communicate()
     assert process.returncode == 0, said
     return {**json.loads(out), "stderr": said}
