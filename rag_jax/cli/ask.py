@@ -1,4 +1,4 @@
-"""`rag-jax ask`: one question, its answer, and the passages it came from."""
+"""`rag-jax ask`: answers questions, and shows the passages that each answer came from."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ from rag_jax.system.plain_text import one_line, visible
 
 
 def render(question: str, found: Answer) -> str:
-    """What a reader sees."""
+    """The answer as text for a terminal: question, answer, and the passages with their prior and posterior."""
     lines = [f"question  {one_line(question)}", f"answer    {one_line(found.text)}   (log p = {found.score:.2f})", ""]
     if not found.passages:
         return "\n".join([*lines, "no passage was found or read: the generator answers from the question alone"])

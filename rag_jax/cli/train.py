@@ -1,4 +1,4 @@
-"""`rag-jax train`: the stages of a configuration one after another, killable at any moment."""
+"""`rag-jax train`: trains the stages of a configuration one after another, killable at any moment."""
 
 import argparse
 import dataclasses
@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def profile_from_argument(text: str) -> Profile:
-    """DIR@STEP."""
+    """A Profile from DIR@STEP."""
     directory, at, step = text.rpartition("@")
     if not (at and directory and step.isdigit() and int(step) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not DIR@STEP, as runs/trace@100")
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def configured(args: argparse.Namespace) -> TrainConfig:
-    """What the arguments make of the configuration file."""
+    """The configuration file with the changes that the arguments ask for; InputError for an unknown --stage."""
     start = [f"init={json.dumps(str(args.init))}"] if args.init else []
     cfg = config.load(args.config, [*args.set, *start])
     if args.stage:

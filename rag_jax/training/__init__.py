@@ -1,7 +1,8 @@
 """Training, from a configuration to checkpoints.
 
-`train` is the loop, top to bottom; `config` the stages it goes through; `setup` and `session` what stands ready
-before the first step and between steps; `train_step` is the jitted step; `stage_index` keeps the index of a stage
-fresh; `objectives/` has a file for each loss, after `stage`; `from_python` is `rag_jax.fit`; `data`, `optimizer`,
-`diverged` and `profile` are what their names say.
+`train` is the loop, to be read from top to bottom; `config` the configuration with its stages; `setup` prepares data
+and run directory before the first step, `session` holds what the steps share and saves checkpoints; `train_step` is the
+jitted step; `stage_index` refreshes the index of a stage; `stage` is the interface of objectives, `objectives/` has a
+file for each of them; `retrieve_fresh` is retrieval with gradients; `from_python` is `rag_jax.fit`; `data`,
+`optimizer`, `diverged` and `profile` are what their names say.
 """

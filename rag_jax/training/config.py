@@ -1,4 +1,4 @@
-"""How a run is trained: its stages, and what may not stand together in a configuration."""
+"""The configuration of a training run, how it is read from files, and the checks that refuse contradictory values."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -28,17 +28,28 @@ Objectives = Mapping[str, type[Objective]]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
-    """A whole run: data, model and stages. Vocabulary sizes of the model are those of the corpus' tokenizers.
+    """Configuration of a whole training run; the fields of RunConfig, and these.
 
-    train: an input with questions, or several with how often they come: "0.7*A + 0.3*B"; "" where no stage has
-    questions. answers: of a question that has several, its first one, one drawn in each epoch (`sample`), or a pair of
-    its own for every one (`every`).
-    init: a run directory, or a converted checkpoint, whose parameters are the start, "" for new ones; what `model` and
-    `answering` leave open is then as there. index: an index of the first parameters, made by rag-jax index, "" to embed
-    at the start. drift_sample: passages that the drift of the index is measured on. live: at every log line, training
-    looks whether `corpus` leads to an update of the one in use, and goes on with that. keep_best: besides the newest
-    `keep_checkpoints`, that many stay whose evaluation had the largest `best_metric`; each evaluation has a checkpoint.
-    stop_on_nonfinite: the run ends at the first loss or gradient that is not finite, with nothing written of it.
+    train: file of training questions, or a weighted mixture of files, "0.7*A + 0.3*B"; "" if no stage has questions.
+    stages: trained one after another; their names must differ.
+    init: run directory or converted checkpoint to take parameters from, "" for random ones; fields of `model` and
+      `answering` that the configuration does not set are then taken from there, too.
+    index: index of the initial parameters, made by `rag-jax index`, "" to embed the corpus at the start.
+    drift_sample: passages on which the overlap of the stored index with fresh embeddings is measured.
+    answers: for a question with several answers, train on the `first`, on one drawn in each epoch (`sample`), or on
+      `every` one as a pair of its own.
+    seed: of initialisation, data order and dropout.
+    log_every: updates between two rows of metrics. (Each stage ends with a row, and with a checkpoint.)
+    checkpoint_every: updates between two checkpoints, a multiple of log_every.
+    keep_checkpoints: number of newest checkpoints that are kept.
+    keep_best: number of checkpoints kept besides those, by largest `best_metric`; above 0, every evaluation saves one.
+    best_metric: name of a metric of the evaluation, with eval/ before it.
+    evaluate_every: updates between two evaluations on `dev`, a multiple of log_every; 0: never.
+    evaluate_questions: questions of `dev` in each evaluation, its first ones.
+    stop_on_nonfinite: end the run when a loss, gradient or parameter is not finite, before anything is saved of it.
+
+    With `live`, training looks at every log line whether the path `corpus` leads to an update of the corpus in use, and
+    continues with that. Vocabulary sizes of 0 in `model` become those of the corpus' tokenizers.
     """
 
     train: str
@@ -64,7 +75,7 @@ class TrainConfig(RunConfig):
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], where: str, objectives: Objectives = OBJECTIVES) -> "TrainConfig":
-        """From nested values; a stage is built with the options of its objective."""
+        """Builds the configuration from nested values; each stage is built with the options of its objective."""
         stages = values.get("stages")
         if isinstance(stages, tuple | list):
             built = (stage_from(stage, f"{where}.stages[{i}]", objectives) for i, stage in enumerate(stages))
@@ -73,8 +84,9 @@ class TrainConfig(RunConfig):
 
 
 def stage_from(values: Any, where: str, objectives: Objectives = OBJECTIVES) -> StageConfig:
-    """A stage from its values, those of its objective among them; InputError for unknown ones and for those of another
-    objective, unless they are what that has by default.
+    """A stage from one flat mapping that holds its own fields and the options of its objective.
+
+    InputError for an unknown key, and for an option of another objective, unless its value is that objective's default.
     """
     if isinstance(values, StageConfig):
         return values
@@ -102,12 +114,12 @@ def stage_from(values: Any, where: str, objectives: Objectives = OBJECTIVES) -> 
 
 
 def make_stage(name: str, **values: Any) -> StageConfig:
-    """A stage by its fields and the options of its objective, as a configuration has them."""
+    """A stage from keywords: fields of StageConfig, `objective` by name, and the options of that objective."""
     return stage_from({"name": name, **values}, f"stage {name}")
 
 
 def check(cfg: TrainConfig, retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES) -> None:
-    """InputError for values that contradict each other or would fail late."""
+    """InputError for values of a run that contradict each other or would fail only after training has begun."""
     if not cfg.stages or len({stage.name for stage in cfg.stages}) < len(cfg.stages):
         raise InputError(f"stages need different names: {', '.join(s.name for s in cfg.stages) or 'there are none'}")
     for name in ("log_every", "checkpoint_every", "keep_checkpoints", "evaluate_questions"):
@@ -138,7 +150,7 @@ def check(cfg: TrainConfig, retriever_losses: Mapping[str, RetrieverLoss] = RETR
 
 
 def check_stage(cfg: TrainConfig, stage: StageConfig, retriever_losses: Mapping[str, RetrieverLoss]) -> None:
-    """The same for one stage."""
+    """InputError for values of one stage that contradict each other or would fail only when it begins."""
     where = f"stage {stage.name}: "
     for name in ("steps", "batch", "accumulate"):
         at_least(1, where + name, getattr(stage, name))
@@ -167,12 +179,13 @@ def check_stage(cfg: TrainConfig, stage: StageConfig, retriever_losses: Mapping[
 
 
 def check_generator(cfg: TrainConfig, stage: StageConfig, where: str) -> None:
-    """What a stage that trains the generator needs of it."""
+    """InputError where a stage trains the generator and the model has none."""
     if "generator" in stage.objective.groups and cfg.model.generator is None:
         raise InputError(f"{where}objective={stage.objective.kind!r} needs a generator, and model.generator is None")
 
 
-# Which stages read a field of StageConfig, and in words; every stage reads those that are not here.
+# Field of StageConfig -> (whether a stage with this objective reads it, those stages in words). Every stage reads the
+# fields that are not here.
 READ_BY: dict[str, tuple[Callable[[Objective], bool], str]] = {
     "refresh": (lambda o: o.searches, "stages that search: documents='retrieved', or hard_negatives"),
     "drift_every": (lambda o: o.searches, "stages that search: documents='retrieved', or hard_negatives"),
@@ -184,7 +197,7 @@ READ_BY: dict[str, tuple[Callable[[Objective], bool], str]] = {
 
 
 def check_unread(stage: StageConfig, where: str) -> None:
-    """InputError for what is set, and what nothing of this stage would read."""
+    """InputError for a field or option that differs from its default although this stage never reads it."""
     unread = {name: words for name, (reads, words) in READ_BY.items() if not reads(stage.objective)}
     unread |= stage.objective.unread()
     for name, value in {**changed(stage), **changed(stage.objective)}.items():
@@ -198,7 +211,7 @@ def trained_groups(stage: StageConfig) -> set[str]:
 
 
 def check_refresh(cfg: TrainConfig, stage: StageConfig, where: str) -> None:
-    """What belongs to keeping the index fresh."""
+    """InputError for refresh and write_back that cannot be parsed, change nothing, or need another search."""
     try:
         when = refresh_schedule.parse(stage.refresh)
     except InputError as error:
@@ -222,21 +235,19 @@ def check_refresh(cfg: TrainConfig, stage: StageConfig, where: str) -> None:
 
 
 def check_widths(name: str, widths: tuple[int, ...], longest: int, of: str) -> None:
-    """InputError for widths of buckets that are not ascending, from 1 to below `longest`."""
+    """InputError for bucket widths, in tokens, that are not strictly ascending numbers from 1 to below `longest`."""
     if list(widths) != sorted({width for width in widths if 0 < width < longest}):
         said = ", ".join(map(str, widths))
         raise InputError(f"{name}={said} must be ascending numbers from 1 to below {of}={longest}")
 
 
 def load(path: str, assignments: Sequence[str] = ()) -> TrainConfig:
-    """The TrainConfig of a configuration file, with `key=value` overrides; `model` and `answering` are filled up from
-    `init`.
-    """
+    """Reads a configuration file, with `key=value` overrides; see `from_plain` for what comes from `init`."""
     return from_plain(evaluated(path, assignments))
 
 
 def from_plain(values: dict[str, Any]) -> TrainConfig:
-    """The TrainConfig of nested values, filled up from `init`."""
+    """TrainConfig from nested values; what `model` and `answering` do not set is taken from the run `init`."""
     start = Path(str(values.get("init") or "")) / "config.json"
     if values.get("init") and start.is_file():
         first = run_config.read(start)
@@ -246,28 +257,29 @@ def from_plain(values: dict[str, Any]) -> TrainConfig:
 
 
 def read_run(run_dir: Path, objectives: Objectives = MappingProxyType({})) -> TrainConfig:
-    """The configuration that a run was trained with; InputError where it is not the one that was written. objectives:
-    that it may have besides ours.
+    """The configuration that a run was trained with; InputError where its file was altered after it was written.
+
+    objectives: known besides those of OBJECTIVES, by name.
     """
     runs.check_written(run_dir)
     return read(run_dir / runs.CONFIG, objectives)
 
 
 def read(path: Path, objectives: Objectives = MappingProxyType({})) -> TrainConfig:
-    """The configuration in a config.json of a run."""
+    """TrainConfig from a run's config.json; InputError where it cannot be read. objectives: as in `read_run`."""
     return TrainConfig.from_values(renewed(run_config.stored(path)), str(path), {**OBJECTIVES, **objectives})
 
 
 def renewed(values: dict[str, Any]) -> dict[str, Any]:
-    """The stages of a run that an earlier version wrote, with the values of now."""
+    """Stored values with n_docs=0 in stages that do not retrieve and were written when its default was 5."""
     stages = values.get("stages")
-    if isinstance(stages, list):  # n_docs was 5 where a stage did not say it, also in stages that read nothing of it
+    if isinstance(stages, list):  # that default stood in every stage, also in those that do not read n_docs
         return {**values, "stages": [s | {"n_docs": 0} if _unread(s) else s for s in stages]}
     return values
 
 
 def _unread(stage: Any) -> bool:
-    """Whether a stage, as it is stored, has the n_docs of no retrieval."""
+    """Whether a stored stage has n_docs=5, the former default, but retrieves nothing."""
     if not isinstance(stage, dict) or stage.get("n_docs") != 5:
         return False
     return (stage.get("objective"), stage.get("documents")) != ("rag", "retrieved")

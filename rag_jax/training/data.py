@@ -1,4 +1,4 @@
-"""The questions that a stage trains on: those that bring what its objective needs, in batches."""
+"""The training questions of a run, and which of them a stage can use."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ from rag_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Data:
-    """Training examples of a corpus.
+    """Tokenised training questions with the corpus that their passages are rows of.
 
-    weights: of their inputs.
-    unkept: what the examples were made of, where they are not kept in the run directory yet.
+    weights: relative frequency of each input file in the batches.
+    unkept: key of the example cache (data/example_cache.py) under which the examples are still to be written to the
+      run directory; None if they are there, or there are none.
     """
 
     examples: Examples
@@ -26,10 +27,11 @@ class Data:
 
 
 class QuestionNeeds(NamedTuple):
-    """What a question must bring to be trained on.
+    """Requirements of a stage's objective on each question.
 
-    gold: a right passage. negatives: so many wrong ones are drawn from its own, 0 for none. window: the answer occurs
-    in the first right passage, of which so many tokens around it are read, 0 for the whole passage.
+    gold: whether a gold passage must be known.
+    negatives: number of negatives that are drawn from those given with the question; 0: none.
+    window: tokens of the first gold passage that are read around the answer, which must occur in it; 0: no window.
     """
 
     gold: bool = False
@@ -38,7 +40,7 @@ class QuestionNeeds(NamedTuple):
 
 
 def usable_pairs(needs: QuestionNeeds, found: Examples, stage: str) -> np.ndarray:
-    """The pairs of question and answer that a stage can train on; InputError where there are none."""
+    """Indices of the pairs of question and answer that a stage can train on; InputError where there are none."""
     pairs = np.arange(len(found.label))
     if needs.gold:
         pairs = pairs[found.gold.lengths(found.question_of(pairs)) > 0]

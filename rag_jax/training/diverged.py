@@ -1,5 +1,7 @@
-"""A run that has diverged ends before anything is written of it: found at log lines, which every checkpoint and
-evaluation follows, in values that the devices have handed over by then; no step waits for it.
+"""Ends a run that has diverged (loss, gradient or parameters not finite) before anything is saved of it.
+
+Losses and gradient norms are checked at log lines, which come before every checkpoint and evaluation, in values that
+the devices have computed by then: no step waits for the check.
 """
 
 import functools
@@ -19,12 +21,13 @@ from rag_jax.training.config import TrainConfig
 from rag_jax.training.data import Data
 
 Kept = Callable[[], int | None]
-NAMED = 16  # ids of the batch in the message
+NAMED = 16  # ids of the batch that the message lists at most
 
 
 def first_bad(rows: Sequence[dict[str, jax.Array]]) -> tuple[int, np.ndarray] | None:
-    """Which of consecutive steps is the first whose loss or gradient norm is not finite, and both of all steps, [n, 2];
-    None where all are finite.
+    """The first of n consecutive steps whose loss or gradient norm is not finite; None where all are finite.
+
+    Returns its position among them, and [n, 2]: loss and gradient norm of every step.
     """
     fetched = jax.device_get([(row["loss"], row["gradient_norm"]) for row in rows])
     values = np.asarray(fetched, np.float64).reshape(-1, 2)
@@ -33,9 +36,10 @@ def first_bad(rows: Sequence[dict[str, jax.Array]]) -> tuple[int, np.ndarray] | 
 
 
 def check(cfg: TrainConfig, data: Data, number: int, before: int, rows: Sequence[Any], kept: Kept) -> None:
-    """InputError where one of the steps since the last check has diverged: which, on what, and how to go on.
+    """InputError where a step since the last check has diverged; it names step, batch and a way to continue.
 
-    number: of the stage; before: steps of it that came before these; kept: gives the step of the newest checkpoint.
+    number: of the stage; before: steps of the stage before these; rows: metrics of these steps; kept: returns the step
+    of the newest checkpoint, or None.
     """
     found = first_bad(rows) if cfg.stop_on_nonfinite and rows else None
     if found is None:
@@ -51,7 +55,7 @@ def check(cfg: TrainConfig, data: Data, number: int, before: int, rows: Sequence
 
 
 def go_on(cfg: TrainConfig, number: int, kept: int | None) -> str:
-    """Advice: the checkpoint to go on from, and the settings that help."""
+    """Advice for the message: the checkpoint to resume from, and the settings that help."""
     stage = cfg.stages[number]
     where = f"The checkpoint of step {kept} is whole" if kept else "No checkpoint was written yet"
     rate = stage.optimizer.learning_rate
@@ -63,7 +67,7 @@ def go_on(cfg: TrainConfig, number: int, kept: int | None) -> str:
 
 
 def batch_ids(cfg: TrainConfig, data: Data, number: int, into: int) -> str:
-    """The ids of what step `into` of a stage is trained on: the order of the data is a matter of the seed alone."""
+    """Ids of the questions or passages of step `into` of a stage, whose batch is made again from seed and step."""
     stage = cfg.stages[number]
     batch = next(batching.iterate(setup.batches(stage, cfg, data, number), into))
     if stage.objective.asks:
@@ -76,7 +80,7 @@ def batch_ids(cfg: TrainConfig, data: Data, number: int, into: int) -> str:
 
 
 def question_ids(cfg: TrainConfig, data: Data, numbers: np.ndarray) -> list[str]:
-    """The ids of training questions, by the numbers that `examples` gives them; the files are read again."""
+    """Ids of training questions by their numbers in `examples`, which does not keep ids: the files are read again."""
     each = itertools.chain.from_iterable(
         tasks.each(formats.iterate_questions(one), cfg.task, data.corpus) for one in data.weights
     )
@@ -89,7 +93,7 @@ def question_ids(cfg: TrainConfig, data: Data, numbers: np.ndarray) -> list[str]
 
 
 def check_params(cfg: TrainConfig, params: Any, step: int, number: int, kept: Kept) -> None:
-    """InputError where an update has left parameters that are not finite, though loss and gradient were."""
+    """InputError where parameters are not finite after an update whose loss and gradient were; see `check`."""
     if cfg.stop_on_nonfinite and not bool(_finite()(params)):
         raise InputError(
             f"step {step}: an update has made parameters that are not finite. {go_on(cfg, number, kept())}"

@@ -1,4 +1,4 @@
-"""Training from Python: the loop of `rag-jax train`, with texts from memory, losses and hooks of one's own.
+"""Training from Python: the loop of `rag-jax train`, with texts from memory and your own losses and hooks.
 
     data = rag_jax.Texts(passages=[...], questions=[...], corpus={"tokenizers_from": "runs/converted/tokenizers"})
     result = rag_jax.fit("world", "runs/mine", data=data, losses={"mine": loss}, hooks=[print])
@@ -29,12 +29,12 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Texts:
-    """Passages and questions in memory, as the lines of JSONL files have them.
+    """Passages and questions in memory, each a mapping like a line of a JSONL file.
 
     passages: `id`, `text`, and `title` where there is one.
     questions, dev: `question`, `answers`, and, where they are known, `id` and `positive_passage_ids`.
-    corpus: options of corpus.build.Options, as encoder_length=256. Without tokenizers among them, those of the
-      configuration's `init` are taken, or small ones are trained on the passages.
+    corpus: options of corpus.build.Options, such as encoder_length=256. If they name no tokenizers, those of the
+      configuration's `init` are used or, without `init`, new ones of 8,192 tokens are trained on the passages.
     """
 
     passages: Iterable[Record]
@@ -73,8 +73,8 @@ def fit(
       `retriever_losses={name: weight}`.
     hooks: called at every log line with a `session.Moment`; the numbers that one returns go into the row of metrics.
 
-    An objective of one's own is a subclass of training.stage.Objective, in a StageConfig of the TrainConfig.
-    InputError for what cannot be, before anything is trained.
+    Your own objective is a subclass of training.stage.Objective, in a StageConfig of the TrainConfig. InputError for
+    configurations and data that cannot be trained, before the first step; InterruptedError at SIGTERM.
     """
     directory = Path(run)
     cfg = with_texts(config, Path(f"{directory}-data"), data)
@@ -85,7 +85,7 @@ def fit(
 
 
 def with_texts(config: TrainConfig | Mapping[str, Any] | str | Path, folder: Path, data: Texts | None) -> TrainConfig:
-    """The configuration, with `data` in place of its files where there is some."""
+    """The configuration as a TrainConfig, with paths of the written `data`, if any, in place of its own files."""
     if isinstance(config, TrainConfig):
         return replace(config, **write_texts(folder, data, config.init)) if data else config
     plain = configuration.plain(config) if isinstance(config, Mapping) else configuration.evaluated(str(config))

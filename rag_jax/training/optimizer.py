@@ -1,5 +1,6 @@
-"""AdamW or Adafactor with a schedule, per-group learning rates and freezing. A group is a top-level key of the
-parameters.
+"""AdamW or Adafactor with a learning-rate schedule, per-group learning rates and frozen groups.
+
+A group is a top-level key of the parameters.
 """
 
 from collections.abc import Mapping
@@ -17,15 +18,25 @@ GROUPS = ("question_encoder", "context_encoder", "generator")
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """`groups` multiplies the learning rate of each group; 0 freezes it: no gradient, no optimiser state.
+    """Settings of the optimiser of a stage.
 
-    adafactor (Shazeer and Stern 2018): a second moment for each row and column, no first one, no b1, b2, eps; the
-    learning rate is absolute. moments: how AdamW keeps its two, see ops/low_bit_adam.py.
+    learning_rate: at its peak, after the warm-up.
+    schedule: of the learning rate from the warm-up to the last step of the stage.
+    final: learning rate at the end of `linear` and `cosine`, as a share of learning_rate.
+    warmup_steps: updates in which the learning rate rises linearly from 0.
+    b1, b2, eps: of AdamW; Adafactor does not read them.
+    weight_decay: decoupled (AdamW); biases and LayerNorms are not decayed; 0: none.
+    clip_norm: gradients are scaled to this global norm at most; 0: no clipping.
+    groups: multiplier of the learning rate of each parameter group. 0, and a group that is not named, is frozen: it has
+      no gradient and no optimiser state.
+    kind: `adafactor` (Shazeer and Stern 2018) keeps a second moment for each row and column of a matrix and no first
+      moment; its learning rate is not relative to the scale of the parameters.
+    moments: type in which AdamW stores its two moments, see ops/low_bit_adam.py.
     """
 
     learning_rate: float = 3e-5
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    final: float = 0.0  # where linear and cosine end, as a share of learning_rate
+    final: float = 0.0
     warmup_steps: int = 0
     b1: float = 0.9
     b2: float = 0.999
@@ -38,7 +49,10 @@ class OptimizerConfig:
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step of the stage: linear warm-up, then constant, or falling to the final rate at `steps`."""
+    """Learning rate by step of the stage: linear warm-up, then constant, or falling to the final rate at `steps`.
+
+    InputError where the warm-up is not shorter than the stage.
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
     if warmup >= steps and warmup > 0:
         raise InputError(f"warmup_steps={warmup} must be fewer than the stage's steps={steps}")
@@ -73,7 +87,7 @@ def split(config: OptimizerConfig, params: dict[str, Any]) -> tuple[dict[str, An
 
 
 def statistics(config: OptimizerConfig) -> optax.GradientTransformation:
-    """What the gradients are divided by."""
+    """The transformation that normalises gradients by their second moments."""
     if config.kind == "adafactor":
         return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     if config.moments == "float32":
@@ -82,9 +96,9 @@ def statistics(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The transformation for the trainable groups. Biases and LayerNorms are not decayed."""
+    """The gradient transformation for the trainable groups of a stage of `steps` updates."""
 
-    def decays(params: Any) -> Any:
+    def decays(params: Any) -> Any:  # biases and LayerNorms have one axis
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
     def scale_groups(updates: Any, _state: Any, _params: Any = None) -> tuple[Any, Any]:

@@ -1,6 +1,7 @@
-"""Retrieval inside a training step: found in graph or given, scored so that gradients reach the encoders.
+"""Retrieval inside a training step: passages are found, and scored so that gradients reach the encoders.
 
-Passages that train are embedded afresh; with a prior over the whole corpus, its normaliser follows them.
+If the context encoder is trained, the passages found are re-embedded; with a prior over the whole corpus, its
+normaliser is corrected for the change of the embeddings.
 """
 
 from typing import Literal, NamedTuple
@@ -26,8 +27,13 @@ class Retrieval(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Passages for a batch: places in the tables, their numbers in the corpus (-1 where fewer were found), scores_BK =
-    q.d (losses.of_found), log Z or None.
+    """Passages for the questions of a batch, with their scores.
+
+    rows_BK: int32 rows of the token tables.
+    numbers_BK: int32 rows of the corpus, -1 where fewer than K were found.
+    scores_BK: inner products q.d, float32; of passages that were not found see losses.of_found.
+    log_z_B: log of the normaliser of a prior over the corpus, None for one over the K passages.
+    fresh: rows that were re-embedded on the way, None for none.
     """
 
     rows_BK: jax.Array
@@ -39,12 +45,14 @@ class Found(NamedTuple):
 
 
 def retrieve(s: Setting, how: Retrieval, params: Params, given: LossInput, keys: tuple[jax.Array, jax.Array]) -> Found:
-    """The passages of every question, found in graph or given (`documents`: their places in the tables, found on the
-    host; `document_rows`: their rows in the corpus, -1 where the search found fewer, which have no prior), and their
-    scores, through which the gradient reaches the encoders.
+    """Finds K passages for every question and scores them; the gradient of the scores reaches the encoders.
 
-    Passages that train are embedded afresh. With n_retrieved = L > n_docs, L are found, embedded as they are now, and
-    the K best of them by that are kept (Izacard et al. 2022, Atlas, section 2.4, re-ranking).
+    The search runs here, in graph, unless the host has searched: then the batch has `documents`, rows of the tables,
+    and `document_rows`, rows of the corpus, -1 where fewer were found; those get no share of the prior.
+
+    If the context encoder is trained, the K passages are re-embedded with gradient. With n_retrieved = L > n_docs = K,
+    L passages are found, re-embedded, and the K best by the new scores are kept (Izacard et al. 2022, Atlas, section
+    2.4, re-ranking). keys: for the dropout of questions and of passages.
     """
     question_key, passage_key = keys
     batch, passages, index = given.batch, given.passages, given.index
@@ -54,7 +62,7 @@ def retrieve(s: Setting, how: Retrieval, params: Params, given: LossInput, keys:
         rows_BK = batch["documents"]
     elif how.normaliser == "corpus":
         _, rows_BK, log_rest_B = mips.search_with_normaliser(q_BE, index.embeddings_NE, wanted, **table(s, index))
-        if index.drift_E is not None:  # rows are stored without what all have moved since
+        if index.drift_E is not None:  # rows are stored less the common drift, so every score lacks q . drift
             log_rest_B += q_BE @ index.drift_E
     else:
         _, rows_BK = find(s, q_BE, index, wanted)
@@ -72,7 +80,7 @@ def retrieve(s: Setting, how: Retrieval, params: Params, given: LossInput, keys:
     if given.trains_passages:
         d_BKE = embed_rows(s, params, passages, rows_BK, passage_key)
         as_now_BKE = jax.lax.stop_gradient(d_BKE)
-        # over-retrieval has moved the rest to where it is now; the gradient alone is still to come
+        # after re-ranking log_rest_B has the change already: this difference is 0, and only its gradient counts
         moved_E = mean_change(d_BKE, as_now_BKE if how.n_retrieved else stored_BKE)
         if fresh is None:
             fresh = Fresh(rows_BK.reshape(-1), as_now_BKE.reshape(-1, d_BKE.shape[-1]))
@@ -92,8 +100,9 @@ def retrieve(s: Setting, how: Retrieval, params: Params, given: LossInput, keys:
 
 
 def best_of(q_BE: jax.Array, d_BLE: jax.Array, found_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Which k of the L passages of a question score best [B, k], those that were not found last; and the logsumexp of
-    the scores of the others [B].
+    """Positions [B, k] of the k best scores among L passages, and the logsumexp [B] of the other L - k scores.
+
+    Passages that were not found come last.
     """
     scores_BL = jnp.where(found_BL, jnp.einsum("be,ble->bl", q_BE, d_BLE), losses.ABSENT)
     best_BK = jax.lax.top_k(jax.lax.stop_gradient(scores_BL), k)[1]
@@ -102,30 +111,34 @@ def best_of(q_BE: jax.Array, d_BLE: jax.Array, found_BL: jax.Array, k: int) -> t
 
 
 def mean_change(now_BKE: jax.Array, stored_BKE: jax.Array) -> jax.Array:
-    """How far embeddings have moved, on average over all passages of the batch [E]; see `fresh_normaliser`."""
+    """Mean change of the embeddings over all passages of the batch [E], float32; see `fresh_normaliser`."""
     return (now_BKE.astype(jnp.float32) - stored_BKE).mean((0, 1))
 
 
 def fresh_normaliser(
     log_rest_B: jax.Array, stored_BK: jax.Array, fresh_BK: jax.Array, moved_B: jax.Array | None = None
 ) -> jax.Array:
-    """log Z over the corpus [B], K passages of which have just been embedded afresh:
+    """log Z over the corpus [B] when K of its passages have just been re-embedded:
 
         Z = sum_k exp(fresh_k) + exp(moved) sum_j exp(stored_j), j the rest of the corpus
 
-    log_rest_B: log of the sum over j, without the K (`mips.search_with_normaliser`). The sum over k is exact; that over
-    j is an estimate, as the rest has not been embedded: each of its scores is taken to have moved by moved_B = q . m
-    since it was stored, m the mean change of the passages of this step (`mean_change`). Without moved_B it is the mean
-    of fresh - stored over the question's own K.
+    log_rest_B: log of the sum over j, without the K (`mips.search_with_normaliser`).
+    moved_B: q . m, where m is the mean change of the embeddings re-embedded in this step (`mean_change`); None: the
+      mean of fresh - stored over the question's own K.
 
-    A shift c of all embeddings adds q.c to fresh_k and to moved, hence to log Z, and leaves log p(z_k|x) as it is. So
-    does its gradient: q - (M q + (1 - M) q) = 0, with M the prior mass of the K. A rest that stays where it is would
-    leave (1 - M) q, and training would lift all passages together until the next refresh.
+    The sum over k is exact. The sum over j is an estimate, as the rest has not been re-embedded: the score of each j is
+    taken to have changed by moved_B since it was stored.
 
-    With e_j what the score of j has really moved beyond moved_B, log Z is wrong by at most the largest |e_j|: by
-    nothing where the index is fresh, or all has moved together. m is taken over the whole batch, not over the K of one
-    question: that would cancel what lifts them above the rest. (The context encoder's gradient beside that of a corpus
-    of 600 passages embedded whole, batch 16: cosine 0.9, with the K alone 0.5.) With `accumulate`, of each part.
+    Why: a shift c of all embeddings adds q.c to fresh_k and to moved_B, hence to log Z, and leaves log p(z_k|x)
+    unchanged. The gradient of log p(z_k|x) by c is then q - (M q + (1 - M) q) = 0, with M the prior mass of the K. If
+    the stored scores of the rest were used unchanged, (1 - M) q would remain, and training would lift all passages
+    together until the next refresh.
+
+    Error: if the score of j has really changed by moved_B + e_j, log Z is wrong by at most max |e_j|, which is 0 where
+    the index is fresh or all embeddings have changed alike. m is a mean over the whole batch (micro-batch, with
+    `accumulate`), not over the K of one question, which would cancel what lifts these above the rest. (Cosine of the
+    context encoder's gradient with that of a corpus of 600 passages embedded whole, batch 16: 0.9; with the K alone:
+    0.5.)
     """
     moved_B = (fresh_BK - stored_BK).mean(-1) if moved_B is None else moved_B
     return jnp.logaddexp(log_rest_B + moved_B, logsumexp(fresh_BK, axis=-1))

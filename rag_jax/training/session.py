@@ -1,4 +1,4 @@
-"""A run of training between its steps: what stays the same over all stages, how each begins, and its checkpoints."""
+"""State that all stages of a training run share, and its checkpoints: saved, restored, resumed from."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,8 +32,14 @@ from rag_jax.training.train_step import Setting, TrainState, first_state
 
 @dataclass(frozen=True)
 class Moment:
-    """Where training is at a log line, for hooks. step: updates so far; metrics: the row that is about to be
-    written.
+    """State of training at a log line, the argument of hooks.
+
+    step: updates of the run so far.
+    stage: its name.
+    metrics: the row that is about to be written.
+    params, index: present parameters and index; a stage without search may have index None. Use them only inside the
+      hook: the next step takes their memory.
+    loaded: model and corpus.
     """
 
     step: int
@@ -48,7 +54,7 @@ Hook = Callable[[Moment], Mapping[str, float] | None]
 
 
 class Session(NamedTuple):
-    """What stays the same over all stages of a run."""
+    """Everything that the stages of a run share; replaced as a whole when a live corpus changes."""
 
     cfg: TrainConfig
     directory: Path
@@ -56,15 +62,15 @@ class Session(NamedTuple):
     location: IndexLocation
     refresher: Refresher
     keeper: checkpoint.Checkpoints
-    writer: MetricWriter | None  # in the first process, from the first step on
+    writer: MetricWriter | None  # of metrics; only the first process has one, from the first step on
     preemption: Preemption
     batches: list[grain.MapDataset]
     dev: list[formats.Question]
     answering: AnswerConfig
     program: AnswerFn
     versions: live_corpus.Versions | None
-    lock: Lock | None = None  # of the run directory, in the first process
-    index_hash: str = ""  # of the index that the run began with, "" where it made its own
+    lock: Lock | None = None  # of the run directory; only the first process has it
+    index_hash: str = ""  # of the index that cfg.index names, "" for none
     retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES
     hooks: Sequence[Hook] = ()
     profile: Profile | None = None
@@ -75,24 +81,24 @@ class Session(NamedTuple):
         return self.location.loaded
 
     def upkeep(self, number: int, index: Any) -> Upkeep:
-        """What stage `number` does about its index."""
+        """The upkeep of the index of stage `number`; index: the present one, None to embed the corpus."""
         cfg, losses = self.cfg, self.retriever_losses
         return upkeep_of(cfg, self.location, self.data, self.refresher, number, index, losses)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
-        """A row of metrics."""
+        """Writes a row of metrics, in the first process; InputError as `check_lock`."""
         self.check_lock()
         if self.writer is not None:
             self.writer.write(step, row)
 
     def check_lock(self) -> None:
-        """InputError where another process trains here by now."""
+        """InputError where another process has taken the lock of the run directory, see runs/lock.py."""
         if self.lock is not None:
             self.lock.check()
 
 
 def init_params(loaded: runs.Loaded, seed: int, init_from: str) -> Any:
-    """New parameters, made sharded; or those of another run."""
+    """Initial parameters on the mesh: random ones, or those of the run directory `init_from`."""
     if init_from:
         return runs.read_params(Path(init_from), loaded.rag, loaded.mesh)
     params = sharding.init(loaded.mesh, loaded.rag.init, jax.random.key(seed))
@@ -107,7 +113,7 @@ def init_params(loaded: runs.Loaded, seed: int, init_from: str) -> Any:
 
 
 def make_refresher(location: IndexLocation) -> Refresher:
-    """What makes the run's index anew."""
+    """The Refresher that rebuilds the index of a run."""
     return Refresher(location.make(), location.loaded.mesh, location.loaded.rag.config.passage_side)
 
 
@@ -120,7 +126,7 @@ def upkeep_of(
     index: Any,
     retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES,
 ) -> Upkeep:
-    """What stage `number` does about its index, which is `index` so far."""
+    """The upkeep of the index of stage `number`; index: the present one, None to embed the corpus."""
     setting = setting_of(cfg, location.loaded, data, number, retriever_losses)
     return Upkeep(setting, location, data.examples.texts, refresher, cfg.seed, cfg.drift_sample, index)
 
@@ -132,7 +138,7 @@ def setting_of(
     number: int,
     retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES,
 ) -> Setting:
-    """What the step of stage `number` closes over."""
+    """Static arguments of the step of stage `number`."""
     stage = cfg.stages[number]
     return Setting(
         rag=loaded.rag,
@@ -149,8 +155,9 @@ def setting_of(
 def save(
     session: Session, state: TrainState, upkeep: Upkeep, seconds: float, measured: dict[str, float] | None = None
 ) -> None:
-    """A checkpoint of the step that the state has come to; measured: what an evaluation there found. InputError where
-    the parameters are not finite.
+    """Saves a checkpoint of the present step; InputError where the parameters are not finite.
+
+    seconds: training time of the run so far; measured: metrics of an evaluation at this step, None for none.
     """
     step, keeper = int(state.step), session.keeper
     session.check_lock()
@@ -163,7 +170,7 @@ def save(
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds: state and index of `step`, and the training seconds up to there."""
+    """A restored checkpoint: state and index after `step` updates, and the training time up to there in seconds."""
 
     step: int
     state: TrainState
@@ -172,8 +179,9 @@ class Restored(NamedTuple):
 
 
 def resume(session: Session) -> Restored | None:
-    """The last whole checkpoint, None where there are no checkpoints at all. Those after it are set aside, and a line
-    says why; InputError where none is whole.
+    """Restores the newest undamaged checkpoint; None where there are no checkpoints at all.
+
+    Damaged ones after it are renamed, with a warning in the log; InputError where all are damaged.
     """
     keeper, damaged = session.keeper, {}
     for step in keeper.steps():
@@ -194,7 +202,7 @@ def resume(session: Session) -> Restored | None:
 
 
 def stage_of(cfg: TrainConfig, step: int) -> int:
-    """The stage in which the run came to `step` steps."""
+    """Number of the stage that made update `step` of the run, counted from 1; InputError past the last stage."""
     end = 0
     for number, stage in enumerate(cfg.stages):
         end += stage.steps
@@ -204,14 +212,14 @@ def stage_of(cfg: TrainConfig, step: int) -> int:
 
 
 def restore(session: Session, step: int) -> Restored:
-    """A checkpoint; Damaged where it is not whole."""
+    """Restores one checkpoint; Damaged where its files are incomplete or altered."""
     location, refresher, number = session.location, session.refresher, stage_of(session.cfg, step)
     stage, position = session.cfg.stages[number], session.keeper.position(step)
     rag, mesh = location.loaded.rag, location.loaded.mesh
     places = runs.param_places(rag, mesh)
     like = {"state": first_state(rag, stage, mesh, places, 0)._asdict()}
     corpus = session.data.corpus
-    n = position.get("corpus", live_corpus.position(corpus))["n_passages"]  # fewer than now where that version is gone
+    n = position.get("corpus", live_corpus.position(corpus))["n_passages"]  # fewer than now if that version is gone
     if stage.objective.searches:
         like["index"] = location.blank(n)
     if "pending_step" in position:
@@ -227,21 +235,24 @@ def restore(session: Session, step: int) -> Restored:
 
 
 def begun_with(session: Session, done: int) -> str:
-    """The hash of the index that the configuration names, "" where it names none; a checkpoint has it, too."""
+    """Hash of the index that the run started from, "" where the configuration names none.
+
+    done: the step of a checkpoint, which has kept the hash; 0: the run has only begun.
+    """
     if not session.cfg.index:
         return ""
     return session.keeper.position(done)["index_hash"] if done else snapshots.open_snapshot(session.cfg.index).hash
 
 
 def first_snapshot(session: Session, done: int) -> snapshots.Snapshot | None:
-    """The index that the configuration names, if it is the one that the run began with; None where it names none."""
+    """The index that the configuration names; None where it names none, or that is not the one the run started from."""
     wanted = begun_with(session, done)
     found = snapshots.open_snapshot(session.cfg.index) if wanted else None
     return found if found is not None and found.hash == wanted else None
 
 
 def given_index(session: Session, params: Any) -> Any:
-    """The index that the configuration names; InputError where it is of another corpus or encoder."""
+    """Loads the index that the configuration names; InputError where it is of another corpus or encoder."""
     snapshot = snapshots.open_snapshot(session.cfg.index)
     runs.check_snapshot(session.loaded, params, snapshot)
     return session.location.of_snapshot(snapshot, trains=True)

@@ -1,4 +1,4 @@
-"""What a training run has to have before its first step: data in batches, a directory, and nothing that fails late."""
+"""Preparation of a training run before its first step: tokenised data, batches, checks and the run directory."""
 
 import json
 import shutil
@@ -26,12 +26,12 @@ from rag_jax.training.config import TrainConfig
 from rag_jax.training.data import Data, usable_pairs
 from rag_jax.training.stage import StageConfig
 
-MAY_CHANGE = ("learning_rate", "stop_on_nonfinite")  # of a configuration, while its run is under way
-EXAMPLES = "examples"  # of a run directory: the tokenised questions
+MAY_CHANGE = ("learning_rate", "stop_on_nonfinite")  # keys that a resumed run may have with another value
+EXAMPLES = "examples"  # directory of the tokenised questions in a run directory
 
 
 def prepare(cfg: TrainConfig, corpus: Corpus, directory: Path | None = None) -> Data:
-    """Examples of the configuration: those that a run directory keeps, if they are of the same, else made anew."""
+    """The tokenised training questions: from the cache in the run directory if it matches, else tokenised now."""
     corpus = runs.answered(cfg.model, corpus)
     if not cfg.train:
         return Data(examples.none(), corpus, {})
@@ -58,28 +58,29 @@ def prepare(cfg: TrainConfig, corpus: Corpus, directory: Path | None = None) -> 
 
 
 def keep(directory: Path, data: Data) -> None:
-    """Keeps examples that were made anew in the run directory; the first process writes."""
+    """Writes examples that were not read from the cache into the run directory, in the first process."""
     if data.unkept is not None and distributed.first():
         example_cache.write(directory / EXAMPLES, data.examples, dict(data.unkept))
 
 
 def same_questions(a: Data, b: Data) -> bool:
-    """Whether the questions are the same, whatever the corpus of each."""
+    """Whether the questions are the same, although their corpora may differ."""
     return a.examples.fingerprint(questions_only=True) == b.examples.fingerprint(questions_only=True)
 
 
 def batches(
     stage: StageConfig, cfg: TrainConfig, data: Data, number: int, mesh: jax.sharding.Mesh | None = None
 ) -> grain.MapDataset:
-    """The batches of stage `number`; InputError where the questions lack what the stage needs. mesh: only the rows that
-    this process feeds to it.
+    """Endless batches of stage `number`; InputError where the questions lack what the stage needs.
+
+    mesh: make only the rows of each batch that lie on devices of this process; None: all rows.
     """
     own = None if mesh is None else sharding.own_rows(mesh, stage.batch)
     seed = cfg.seed * len(cfg.stages) + number
     if not stage.objective.asks:
         return stage.objective.corpus_batches(stage, cfg, data, seed, own)
     needs, units = stage.objective.needs(), units_of(stage, cfg, data)
-    refresh_schedule.parse(stage.refresh, epoch(stage, cfg, data))  # now that an epoch is known
+    refresh_schedule.parse(stage.refresh, epoch(stage, cfg, data))  # checked again, now that an epoch is known
     wanted = batching.Wanted(
         batch=stage.batch,
         seed=seed,
@@ -100,13 +101,13 @@ def batches(
 
 
 def units_of(stage: StageConfig, cfg: TrainConfig, data: Data) -> batching.Units:
-    """Units of one epoch of the stage; InputError where there are none."""
+    """The units (questions, or pairs of question and answer) of an epoch; InputError where there are none."""
     pairs = usable_pairs(stage.objective.needs(), data.examples, stage.name)
     return batching.units_of(data.examples, pairs, cfg.answers == "sample", stage.questions)
 
 
 def epoch(stage: StageConfig, cfg: TrainConfig, data: Data) -> int:
-    """Steps in which as many questions come as the stage trains on (pairs, where each answer is one of its own)."""
+    """Steps of an epoch: units of the stage over its batch size, at least 1; 1 without questions."""
     return max(1, len(units_of(stage, cfg, data)) // stage.batch) if stage.objective.asks else 1
 
 
@@ -116,7 +117,7 @@ def check(
     mesh: jax.sharding.Mesh,
     retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES,
 ) -> None:
-    """What would fail late, said early."""
+    """InputError for a configuration that would fail later, also given this corpus and mesh; see `config.check`."""
     config.check(cfg, retriever_losses)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if cfg.live and jax.process_count() > 1:
@@ -136,9 +137,10 @@ def check(
 
 
 def open_run(cfg: TrainConfig, directory: Path, data: Data) -> None:
-    """Make the run directory, or agree to go on in it; InputError where it was started with something else.
+    """Makes the run directory, or checks that an existing one can be resumed.
 
-    The first process writes; each of them looks for itself.
+    InputError where it was started with another configuration (but for MAY_CHANGE) or other data. The first process
+    writes; all of them check.
     """
     known = directory / "config.json"
     identity = runs.identity(data.corpus) | {"questions": data.examples.fingerprint(questions_only=cfg.live)}
@@ -170,7 +172,7 @@ def open_run(cfg: TrainConfig, directory: Path, data: Data) -> None:
 
 
 def _begin(cfg: TrainConfig, directory: Path, data: Data, identity: dict[str, Any]) -> None:
-    """Makes the run directory; config.json comes last."""
+    """Writes a new run directory; config.json comes last, as its presence says that the rest is there."""
     (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     (directory / runs.IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
     corpus = data.corpus
@@ -188,7 +190,7 @@ def _write_config(cfg: TrainConfig, directory: Path) -> None:
 
 
 def take_changes(old: Any, new: Any, path: str = "") -> list[str]:
-    """Puts the values of MAY_CHANGE of one plain configuration into another; what was changed, in words."""
+    """Copies the values of MAY_CHANGE from `new` into `old`, both plain; returns the changes, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for name in old.keys() & new.keys():
@@ -207,7 +209,7 @@ def take_changes(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def differences(old: Any, new: Any, path: str = "") -> str:
-    """The first key in which two plain configurations differ, with both values; "" where they agree."""
+    """The path of the first key in which two plain configurations differ, with both values; "" if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in {**old, **new}:
             found = differences(old.get(name), new.get(name), f"{path}.{name}".strip("."))
@@ -222,7 +224,7 @@ def differences(old: Any, new: Any, path: str = "") -> str:
 
 
 def opened(cfg: TrainConfig, directory: Path) -> Corpus:
-    """The corpus of the configuration; where its versions are followed, that of the run's last checkpoint."""
+    """Opens the corpus of the configuration or, with `live`, the version that the run's last checkpoint names."""
     if not cfg.live:
         return Corpus.open(cfg.corpus)
     if (directory / "checkpoints").is_dir():

@@ -1,4 +1,4 @@
-"""The index of a stage of training: made anew when the schedule says so, given to each step, kept in checkpoints."""
+"""The index of a training stage: refreshed by its schedule, passed to each step, kept in checkpoints."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +15,11 @@ from rag_jax.system import sharding
 from rag_jax.training.stage import Setting
 from rag_jax.training.train_step import make_drift
 
-Texts = Callable[[np.ndarray], list[str]]  # gives the questions that `source` of a batch counts
+Texts = Callable[[np.ndarray], list[str]]  # numbers of questions (`source` of a batch) -> their texts
 
 
 def feed(setting: Setting, location: IndexLocation, texts: Texts, params: Params, batch: Arrays, index: Any) -> Given:
-    """What a step is called with besides its state and key."""
+    """Arguments of a step besides its state and key: the batch on the devices, index rows and token tables."""
     objective = setting.stage.objective
 
     def read(arrays: Arrays, found: SearchResult | None) -> tuple[np.ndarray, Arrays]:
@@ -31,7 +31,11 @@ def feed(setting: Setting, location: IndexLocation, texts: Texts, params: Params
 
 
 class Upkeep:
-    """Before each step: is the index made anew? After it: what a checkpoint keeps of it."""
+    """Keeps the index of one stage: rebuilds it before a step where the schedule says so, and has it for checkpoints.
+
+    seed, sample: of the passages on which the overlap with fresh embeddings is measured, and how many they are.
+    index: the index at the start; None to embed the corpus before the first step.
+    """
 
     def __init__(
         self,
@@ -49,8 +53,9 @@ class Upkeep:
         self._drift = make_drift(setting) if setting.stage.objective.searches else None
 
     def move(self, setting: Setting, location: IndexLocation, texts: Texts, refresher: Refresher, index: Any) -> None:
-        """Goes on with another version of the corpus, whose index this is; a build under way begins again, with the
-        encoder that it was begun with.
+        """Continues with another version of the corpus, of which `index` is the index.
+
+        A background build is started again on the new version, with the encoder and step that it was begun with.
         """
         if self._drift is not None and setting != self.setting:
             self._drift = make_drift(setting)
@@ -61,7 +66,7 @@ class Upkeep:
             refresher.resume(pending[1], pending[0])
 
     def before(self, params: Params, into: int, step: int, batch: Arrays) -> dict[str, float]:
-        """Brings the index to where step `into` of the stage wants it; returns what was measured on the way."""
+        """Refreshes the index before step `into` of the stage, if it is due; returns metrics measured on the way."""
         stage, when = self.setting.stage, self.when
         measured: dict[str, float] = {}
         if not stage.objective.searches:
@@ -85,12 +90,12 @@ class Upkeep:
         return measured
 
     def after(self, index: Index | None) -> None:
-        """Takes the index that a step gave back."""
+        """Takes over the index that a step returned; None: the step does not change it."""
         if index is not None:
             self.index = index
 
     def age(self, step: int) -> dict[str, float]:
-        """Steps since the encoder of the index' rows, on average over all rows, where the stage searches."""
+        """Metric index_age: mean updates since valid rows (not deleted) were embedded; {} in a stage without search."""
         if not self.setting.stage.objective.searches:
             return {}
         step_N, live_N = self.index.step_N, self.index.live_N
@@ -98,20 +103,20 @@ class Upkeep:
         return {"index_age": step - float(mean)}
 
     def arrays(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the index, and the encoder of a build that is under way."""
+        """Arrays for a checkpoint: the index, and the encoder of an unfinished background build."""
         searches = self.setting.stage.objective.searches
         kept: dict[str, Any] = {"index": self.location.kept(self.index)} if searches else {}
         return kept | ({"pending": self.refresher.pending[1]} if self.refresher.pending else {})
 
     def position(self) -> dict[str, Any]:
-        """The step of that build, for the JSON part of the checkpoint."""
+        """The step of an unfinished background build, for the JSON part of the checkpoint."""
         return {"pending_step": self.refresher.pending[0]} if self.refresher.pending else {}
 
     def overlap(self, params: Params, step: int, batch: Arrays) -> float:
-        """Recall@k of the stale index against a fresh one, on a sample of passages and this batch's questions."""
+        """Recall@k of the present index against fresh embeddings, on sampled passages and this batch's questions."""
         live_N = self.index.live_N
         usable = None if live_N is None else np.flatnonzero(np.asarray(live_N)).astype(np.int32)
-        # on the host the index has the rows of the corpus alone, on the devices maybe some to fill up the tables
+        # on the host the index has exactly the rows of the corpus, on the devices perhaps padding rows after them
         n = min(self.setting.n_passages, len(self.index.step_N)) if usable is None else len(usable)
         rows = refresh.sample((self.seed, step), n, self.sample)
         rows = rows if usable is None else usable[rows]
@@ -122,5 +127,5 @@ class Upkeep:
         return float(self._drift(params, on_device, index, passages, at))
 
     def feed(self, params: Params, batch: Arrays) -> Given:
-        """What the step is called with besides its state and key."""
+        """Arguments of the step besides its state and key, see the function `feed`."""
         return feed(self.setting, self.location, self.texts, params, batch, self.index)

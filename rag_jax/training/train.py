@@ -1,9 +1,9 @@
-"""The stages of a configuration one after another, killable at any moment.
+"""The training loop: all stages of a configuration one after another, killable at any moment.
 
     config, corpus, questions -> for each stage: optimiser, index, batches, one jitted step -> params/, index/
 
-The same command started again goes on from the last checkpoint and ends with bit-identical parameters. It runs as one
-process or as many, each of which feeds its own rows of every batch; the first one writes.
+The same command started again resumes from the last checkpoint and ends with bit-identical parameters. It runs as one
+or several processes; each feeds its own rows of every batch, and the first one writes.
 """
 
 import contextlib
@@ -47,8 +47,9 @@ MAY_BE_ABSENT = ("recall", "prior_entropy", "unique_documents", "posterior_prior
 
 
 def average(rows: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Mean of every metric over the interval; NaN is passed over where it says that there was nothing to measure; the
-    last learning rate.
+    """Mean of every metric over the steps of an interval, and the last learning rate.
+
+    NaN is skipped in metrics that are NaN when there is nothing to measure (MAY_BE_ABSENT), and kept in all others.
     """
     fetched = jax.device_get(rows)
     means = {}
@@ -62,21 +63,21 @@ def average(rows: list[dict[str, jax.Array]]) -> dict[str, float]:
 
 
 class Interval:
-    """Metrics since the last log line, and where the time went."""
+    """Metrics and times of the steps since the last log line."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, jax.Array]] = []
-        self.measured: dict[str, float] = {}  # the last of what is not measured in every step
-        self.shares: list[np.ndarray] = []  # of each batch, how much of it is of each input
+        self.measured: dict[str, float] = {}  # latest values of metrics that only some steps have
+        self.shares: list[np.ndarray] = []  # for each batch, the share of each input file
         self.begun = time.perf_counter()
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves the steps up to now out of the times, unless no other follows: they compiled."""
+        """Excludes the steps so far, which compiled, from the step time, unless no other step follows."""
         self.host_seconds, self.started, self.untimed = 0.0, time.perf_counter(), len(self.rows)
 
     def summary(self, inputs: Iterable[str] = ()) -> dict[str, float]:
-        """The means, and, where the questions are of several inputs, how much of the batches was of each."""
+        """Mean metrics, times per step and, with several input files, the share of each in the batches."""
         values = average(self.rows)
         timed = len(self.rows) - self.untimed
         seconds = time.perf_counter() - (self.started if timed else self.begun)
@@ -94,10 +95,10 @@ class Interval:
 
 
 def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int) -> Session:
-    """Between two steps: the newest version of the corpus, if there is another one, in place of the one in use.
+    """Replaces the corpus between two steps by its newest version, if there is a newer one.
 
-    Only its new rows are embedded, with these parameters. A version that cannot be used is refused by a line in the
-    log, and training goes on.
+    Only the new rows are embedded, with the present parameters. A version that cannot be used is refused with a line in
+    the log, and training continues with the old one.
     """
     cfg, old = session.cfg, session.data.corpus
     corpus = session.versions.look(old) if session.versions else None
@@ -134,7 +135,7 @@ def follow(session: Session, number: int, upkeep: Upkeep, params: Any, step: int
 
 
 def said_of(stage: StageConfig, widths: tuple[int, ...]) -> str:
-    """The widths in words, where a stage has several."""
+    """Question and target width for the log, if the stage has buckets."""
     if not stage.buckets and not stage.target_buckets:
         return ""
     return f" with {widths[0]} tokens a question and {widths[1]} a target"
@@ -143,8 +144,10 @@ def said_of(stage: StageConfig, widths: tuple[int, ...]) -> str:
 def run_stage(
     session: Session, number: int, start: int, state: TrainState, upkeep: Upkeep, seconds: float
 ) -> tuple[Session, TrainState, float]:
-    """The steps of one stage that are still to do; returns the session, which changes with the version of the corpus,
-    the state, and the training seconds of the run so far.
+    """Runs the remaining steps of one stage.
+
+    number: of the stage; start: steps of the run before this stage; seconds: training time of the run so far.
+    Returns the session, which changes with the version of the corpus, the state and the training time.
     """
     cfg = session.cfg
     stage = cfg.stages[number]
@@ -182,7 +185,9 @@ def run_stage(
             upkeep.after(changed)
             interval.rows.append(metrics)
             interval.shares += [drawn["share"]] if "share" in drawn else []
-            behind = 1 if compiles else min(2, len(interval.rows))  # at most two steps under way
+            # at most two steps are in flight: the host prepares the next one while the device computes, but does not
+            # run ahead of it without limit
+            behind = 1 if compiles else min(2, len(interval.rows))
             jax.block_until_ready(interval.rows[-behind])
             if compiles:  # compilation is not step time
                 spent = time.perf_counter() - before
@@ -191,7 +196,7 @@ def run_stage(
                 interval.restart_clock()
             progress.update(1, loss=metrics["loss"])
             logged = (into + 1) % cfg.log_every == 0 or step + 1 == end
-            if step + 1 == end:
+            if step + 1 == end:  # the next stage begins with its own index: a background build is of no use any more
                 upkeep.refresher.drop()
             measured: dict[str, float] = {}
             if logged:
@@ -216,12 +221,12 @@ def run_stage(
 
 
 def hooked(session: Session, moment: Moment) -> dict[str, float]:
-    """What the hooks measure at a log line."""
+    """Calls all hooks at a log line; the numbers that they return, by name."""
     return {name: float(value) for hook in session.hooks for name, value in (hook(moment) or {}).items()}
 
 
 def check_finite(session: Session, number: int, done: int, interval: Interval) -> None:
-    """InputError where one of the interval's steps has diverged; `done` steps of the stage there were so far."""
+    """InputError where a step of the interval has diverged; done: steps of the stage so far."""
     rows = interval.rows
     diverged.check(session.cfg, session.data, number, done - len(rows), rows, session.keeper.newest)
 
@@ -229,8 +234,10 @@ def check_finite(session: Session, number: int, done: int, interval: Interval) -
 def stop(
     session: Session, number: int, state: TrainState, upkeep: Upkeep, interval: Interval, into: int, seconds: float
 ) -> None:
-    """Ends the run after `into` steps of stage `number`, with what was measured since the last log line and with a
-    checkpoint (that of the stage before, where there are none); raises Preempted.
+    """Stops the run after `into` steps of stage `number`; always raises Preempted.
+
+    Writes the metrics since the last log line and a checkpoint; none with into=0, where the last checkpoint of the
+    stage before is of this very step.
     """
     step = int(state.step)
     if interval.rows:
@@ -244,7 +251,7 @@ def stop(
 
 
 def evaluate_dev(session: Session, params: Any, index: Any, step: int) -> dict[str, float]:
-    """The figures of the first `evaluate_questions` of the dev questions, as eval/... metrics."""
+    """Evaluates the first `evaluate_questions` dev questions with the present parameters; metrics named eval/..."""
     index = session.refresher.full(params, step) if index is None else index
     cfg, answering = session.cfg, session.answering
     rows = evaluate.predict(session.location, params, index, session.dev, answering, session.program, cfg.task.match)
@@ -257,7 +264,7 @@ def evaluate_dev(session: Session, params: Any, index: Any, step: int) -> dict[s
 
 
 def all_batches(cfg: TrainConfig, data: Data, mesh: jax.sharding.Mesh) -> list[Any]:
-    """The batches of every stage, this process's rows of them."""
+    """The batches of every stage, of which this process makes only its own rows."""
     return [setup.batches(stage, cfg, data, number, mesh) for number, stage in enumerate(cfg.stages)]
 
 
@@ -269,8 +276,12 @@ def train(
     hooks: Sequence[Hook] = (),
     profile: Profile | None = None,
 ) -> dict[str, Any]:
-    """Run every stage, going on from the run's last whole checkpoint if it has one; writes params/ and index/ at the
-    end. At SIGTERM it saves a checkpoint and returns, with `preempted` in the result.
+    """Trains all stages in a run directory, or resumes from its last undamaged checkpoint; writes params/ and index/.
+
+    Returns run directory, steps, training seconds and the last row of metrics. At SIGTERM it saves a checkpoint and
+    returns early, with `preempted` in the result. InputError for a configuration or data that cannot be trained.
+
+    retriever_losses: by the names that stages may use; hooks: called at every log line; profile: steps to trace.
     """
     if profile is not None:
         profile.prepare()
@@ -280,7 +291,7 @@ def train(
     every_batch = all_batches(cfg, data, mesh)
     dev = formats.read_questions(cfg.dev)[: cfg.evaluate_questions] if cfg.evaluate_every else []
     dev = tasks.posed(dev, cfg.task, corpus) if dev else []
-    if not cfg.live:  # else what the corpus lacks may still come
+    if not cfg.live:  # a later version of a live corpus may bring the passages that the dev questions name
         evaluate.gold_ids(dev, corpus, Path(cfg.dev), answer_config.answering(cfg))
     if cfg.init and not (directory / "config.json").exists():
         runs.check_init(Path(cfg.init), cfg.model, corpus, mesh)
@@ -300,7 +311,7 @@ def train_in(
     hooks: Sequence[Hook],
     profile: Profile | None,
 ) -> dict[str, Any]:
-    """`train` in a run directory that nobody else writes to."""
+    """`train` after its checks, with the lock of the run directory held."""
     corpus = data.corpus
     setup.open_run(cfg, directory, data)
     setup.keep(directory, data)
@@ -345,7 +356,7 @@ def train_in(
 
 
 def run_stages(session: Session, total: int) -> dict[str, Any]:
-    """The stages that are still to do, and what is written at the end."""
+    """Runs the remaining stages, then writes params/ and index/."""
     cfg, directory, loaded = session.cfg, session.directory, session.loaded
     restored = sessions.resume(session)
     done = restored.step if restored else 0
@@ -384,7 +395,7 @@ def run_stages(session: Session, total: int) -> dict[str, Any]:
 
 
 def finished(directory: Path, total: int) -> bool:
-    """Whether everything that a run writes at its end is there."""
+    """Whether params/ and index/, which a run writes at its end, are there, the index as of its last step."""
     try:
         checkpoint.check_params(directory / "params")
         return snapshots.open_snapshot(directory / "index").manifest.step == total

@@ -1,5 +1,6 @@
-"""One training step as one pure function: the loss of the stage's objective, its gradients, the update of parameters
-and index; jitted, donated, with no visit to the host.
+"""One training step as one pure function: loss of the stage's objective, gradients, update of parameters and index.
+
+It is jitted, takes the memory of its arguments (donation), and never visits the host.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from rag_jax.training.stage import Fresh, LossInput, Metrics, Setting, StageConf
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes. `step` counts over the whole run."""
+    """Everything that a step updates besides the index; step: int32 scalar, updates since the start of the run."""
 
     step: jax.Array
     params: Params
@@ -29,21 +30,23 @@ class TrainState(NamedTuple):
 
 
 def first_optimizer_state(rag: Rag, stage: StageConfig) -> Any:
-    """That of a stage before its first step, boxed with logical axis names as the parameters are."""
+    """Initial optimiser state of a stage, boxed with logical axis names as the parameters are."""
     tx = optimizer.make(stage.optimizer, stage.steps)
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), runs.abstract_params(rag))  # only shapes matter
     return tx.init(optimizer.split(stage.optimizer, params)[0])
 
 
 def first_state(rag: Rag, stage: StageConfig, mesh: jax.sharding.Mesh, params: Params, step: int) -> TrainState:
-    """The state at the start of a stage: a fresh optimiser, sharded as its parameters are."""
+    """The state at the start of a stage: given parameters, a new optimiser state sharded as they are, and `step`."""
     opt_state = sharding.init(mesh, lambda: first_optimizer_state(rag, stage))
     return TrainState(jax.device_put(np.int32(step), sharding.replicated(mesh)), params, opt_state)
 
 
 def accumulated(s: Setting, differentiate: Callable, trainable: Params, batch: Batch, key: jax.Array) -> Any:
-    """What `differentiate(trainable, batch, key)`, a value_and_grad, gives for the batch, from micro-batches one after
-    another: value and gradient are those of the whole batch (but for dropout), metrics mostly means of theirs.
+    """`differentiate(trainable, batch, key)`, a value_and_grad, computed in micro-batches one after another.
+
+    Value and gradient are those of the whole batch (but for dropout); metrics are means over micro-batches, or as in
+    TOGETHER; fresh rows are concatenated.
     """
     count = s.stage.accumulate
     parts = {name: micro(x, count) for name, x in batch.items()}
@@ -63,22 +66,23 @@ def accumulated(s: Setting, differentiate: Callable, trainable: Params, batch: B
     return (values.sum(), (metrics, fresh)), gradients
 
 
+# How a metric of micro-batches becomes that of the batch; all others by the mean of those that are not NaN.
 TOGETHER: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tokens": jnp.sum,
     "row_age_max": jnp.max,
-}  # of the metrics of micro-batches; of the others the mean
+}
 
 
 def changes_index(s: Setting) -> bool:
-    """Whether the step gives an index back: rolling refresh, and write-back."""
+    """Whether the step returns an updated index: with rolling refresh and with write-back."""
     return s.when.kind == "rolling" or s.stage.write_back
 
 
 def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, Index | None, Metrics]]:
-    """step(state, batch, index, passages, key) -> (state, index or None, metrics), not yet jitted. `steps_before`:
-    those of earlier stages.
+    """The step of a stage, not yet jitted: (state, batch, index, passages, key) -> (state, index or None, metrics).
 
-    The index comes back where the step changes it. Rolling refresh and write-back use the parameters before the update.
+    The index is returned only where the step changes it. Rolling refresh and write-back store embeddings of the
+    parameters before the update. steps_before: updates of earlier stages, which the learning rate does not count.
     """
     config = s.stage.optimizer
     tx, rate = optimizer.make(config, s.stage.steps), optimizer.schedule(config, s.stage.steps)
@@ -118,7 +122,7 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
             if when.kind == "rolling":
                 new_index = refresh.roll(s.rag, s.mesh, state.params, new_index, passages, state.step, when.turn)
             if s.stage.write_back and fresh is not None:
-                measure = when.kind != "rolling"
+                measure = when.kind != "rolling"  # `roll` has measured the drift in this step already
                 new_index = refresh.put(new_index, fresh.rows, fresh.embeddings, state.step, measure)
         updates, opt_state = tx.update(gradients, state.opt_state, trainable)
         params = {**frozen, **optax.apply_updates(trainable, updates)}
@@ -133,10 +137,10 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
 
 
 def jit_step(s: Setting, steps_before: int, state: TrainState, index: Index | None = None) -> Any:
-    """The step, jitted; it takes the memory of the old state (and of an index that it changes), and each array of the
-    new one lies where the old one lay.
+    """The step, jitted; it takes the memory of the old state, and of an index that it changes.
 
-    (Left free, the compiler may move them after the first step, and a resumed run would compile another program.)
+    The shardings of the new state are pinned to those of the old one: left free, the compiler may choose others after
+    the first step, and a resumed run would compile another program.
     """
     places = jax.tree.map(lambda x: x.sharding, (state, index if changes_index(s) else None))
     donated = (0, 2) if changes_index(s) else 0
@@ -144,8 +148,9 @@ def jit_step(s: Setting, steps_before: int, state: TrainState, index: Index | No
 
 
 def make_drift(s: Setting) -> Any:
-    """drift(params, batch, index, passages, rows_S) -> recall@k of the index as it stands against one made now, for
-    this batch's questions, among the passages at rows_S; jitted. k: the objective's n_ranked.
+    """Jitted function (params, batch, index, passages, rows_S) -> recall@k of the index against fresh embeddings.
+
+    It ranks only the passages at rows_S, for the questions of the batch; k is the objective's n_ranked.
     """
     k = s.stage.objective.n_ranked
 

@@ -1,8 +1,8 @@
-"""What a stage can minimise: a file an objective, a row in OBJECTIVES.
+"""The objectives that a stage can minimise: one file each, and a row in OBJECTIVES.
 
 An objective is a frozen dataclass (`training.stage.Objective`): its fields are options of the stage, its methods say
 what it needs of batches and search, and compute its loss. `rag` is the paper's; `contrastive` and `inverse_cloze`
-train the encoders alone, `denoise` the generator. docs/extending.md adds one step by step.
+train the encoders alone, `denoise` the generator alone. docs/extending.md shows how to add one.
 """
 
 from rag_jax.training.objectives.contrastive import Contrastive

@@ -23,10 +23,11 @@ from rag_jax.training.stage import Computed, LossInput, Objective, Setting, Stag
 
 @dataclass(frozen=True)
 class Contrastive(Objective):
-    """Each question's first gold passage against all passages of the batch.
+    """DPR's loss: the first gold passage of each question against all passages of the batch.
 
-    hard_negatives: so many passages a question are negatives too.
-    negatives: those that the search finds for it (`retrieved`), or drawn from its hard_negative_passage_ids (`given`).
+    hard_negatives: additional negative passages per question.
+    negatives: where hard negatives come from: the index (`retrieved`), or `given` with the question: its
+      hard_negative_passage_ids and, where they are too few, its negative_passage_ids.
     """
 
     kind: ClassVar[str] = "contrastive"
@@ -78,10 +79,10 @@ class Contrastive(Objective):
 def contrastive_loss(s: Setting, params: Params, given: LossInput, hard_negatives: int = 0) -> Computed:
     """Contrastive loss of each question against the first gold passages of all questions of the (global) batch.
 
-    With `hard_negatives`, also against the passages that the index now ranks highest for any of them (as ANCE, Xiong et
-    al. 2021, section 4), or against those given in the batch; right ones among those are left out, and -1. Where the
-    batch brings its passages along (inverse cloze), those are embedded. With `accumulate`, a part of the batch is
-    embedded at a time; the loss is the same.
+    With `hard_negatives`, also against the passages that the index now ranks highest for each question (ANCE, Xiong et
+    al. 2021, section 4), or against those given in the batch. All questions share all negatives; a gold passage of the
+    question is left out of its own, and so are rows of -1. A batch with `passage_ids` brings its own passages (inverse
+    cloze). With `accumulate`, one micro-batch is embedded at a time; the loss is the same.
     """
     question_key, passage_key = jax.random.split(given.key)
     batch, index, passages = given.batch, given.index, given.passages
@@ -114,7 +115,7 @@ def contrastive_loss(s: Setting, params: Params, given: LossInput, hard_negative
 
 
 def question_shapes(B: int, run: RunConfig) -> dict[str, tuple[int, ...]]:
-    """Of a batch of B questions with one gold passage each, as `batching.question_batches` makes it."""
+    """Shapes of the arrays of a batch of B questions with one gold passage each (`batching.question_batches`)."""
     Q = run.model.question_length
     return {
         "tail_ids": (B, min(Q, run.model.tail_length)),
@@ -127,9 +128,10 @@ def question_shapes(B: int, run: RunConfig) -> dict[str, tuple[int, ...]]:
 
 
 def in_turns(embed: Callable[..., jax.Array], count: int, key: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """embed(key, *arrays) [B, E] with a `count`th of the rows at a time, each computed again in the backward pass.
+    """embed(key, *arrays) [B, E], computed in `count` micro-batches one after another, as GradCache (Gao et al. 2021).
 
-    The loss sees all rows, memory the activations of one part: GradCache (Gao et al. 2021).
+    The loss sees the embeddings of all rows, but the activations of only one micro-batch are in memory: the backward
+    pass computes them again.
     """
     if count == 1:
         return embed(key, *arrays)

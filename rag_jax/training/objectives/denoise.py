@@ -1,4 +1,4 @@
-"""BART's pre-training (Lewis et al. 2019, section 2.2): passages of the corpus from their corrupted form."""
+"""BART's pre-training by text infilling (Lewis et al. 2019, section 2.2) on passages of the corpus."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,12 +19,12 @@ from rag_jax.training.stage import Computed, LossInput, Objective, Setting, Stag
 
 @dataclass(frozen=True)
 class Denoise(Objective):
-    """The generator writes a passage, a share of whose tokens is masked in spans; the loss is a mean over tokens.
+    """-log p(passage | passage with masked spans) of the generator, mean over tokens.
 
-    source_length: tokens of a passage, 0: the model's.
-    label_smoothing: share of the targets' probability that is spread over the vocabulary.
-    logit_chunk: so much of the vocabulary has logits at a time, and the gradient computes them again; 0: all of them
-      are kept, 4 bytes each of batch * length * vocabulary, for a quarter less work in the output layer.
+    source_length: tokens of the generator's input and of its target at most; 0: model.source_length.
+    label_smoothing: share of the probability of the targets that is spread over the vocabulary.
+    logit_chunk: vocabulary entries whose logits are in memory at a time; the backward pass computes them again. 0: keep
+      all logits, 4 bytes each of batch * length * vocabulary, for a quarter less work in the output layer.
     """
 
     kind: ClassVar[str] = "denoise"
@@ -36,7 +36,7 @@ class Denoise(Objective):
     logit_chunk: int = 2048
 
     def length(self, run: RunConfig) -> int:
-        """Tokens of the generator's input, and of its target."""
+        """Tokens of the generator's input, and of its target, with special tokens."""
         return self.source_length or run.model.source_length
 
     def check(self, stage: StageConfig, run: RunConfig, where: str) -> None:
@@ -79,7 +79,7 @@ class Denoise(Objective):
         return Computed(nll, {"nll_per_token": nll, "tokens": mask.sum() + counted})
 
     def shares(self, s: Setting, batch: Batch, count: int) -> jax.Array:
-        """By tokens, as the loss is a mean over them."""
+        """Each micro-batch's share of the target tokens, as the loss is a mean over these."""
         counted = shift_left(batch["labels"], s.rag.config.reader)[1].sum(-1)
         tokens_C = micro(counted, count).sum(-1)
         return tokens_C / tokens_C.sum()

@@ -18,7 +18,7 @@ from rag_jax.training.stage import Computed, LossInput, Objective, Setting, Stag
 
 @dataclass(frozen=True)
 class InverseCloze(Objective):
-    """Each sentence against the passages that the sentences of the batch were taken from."""
+    """Contrastive loss of each sentence against the passages that the sentences of the batch were taken from."""
 
     kind: ClassVar[str] = "inverse_cloze"
     asks: ClassVar[bool] = False

@@ -1,5 +1,5 @@
-"""The marginal likelihood of answers (Lewis et al. 2020, section 2), of retrieved, right or no passages, and losses of
-the retriever beside it.
+"""RAG's marginal likelihood of answers (Lewis et al. 2020, section 2), given retrieved passages, a gold passage or no
+passage, and auxiliary losses of the retriever.
 """
 
 import dataclasses
@@ -27,23 +27,24 @@ RETRIEVES, READS = "objective='rag' with documents='retrieved'", "objective='rag
 
 @dataclass(frozen=True)
 class MarginalLikelihood(Objective):
-    """-log p(y|x), the mean over questions.
+    """-log p(y|x), summed over the tokens of an answer, mean over questions.
 
-    documents: `retrieved` searches the index, `gold` reads the first gold passage alone, `none` nothing but the
-      question.
-    n_docs: so many are read, 0 for as many as model.n_docs says.
-    n_retrieved: that many are found, embedded as they are now, and the n_docs best of them read; 0: the n_docs found.
-    normaliser: p(z|x) is over what was retrieved, or over the whole corpus.
-    prior_gradient: False stops the gradient of the likelihood to the retriever; that of retriever_losses stays.
-    retriever_losses: names of losses.RETRIEVER_LOSSES (or of those given to rag_jax.fit) with the weight of each in the
-      sum.
-    source_length: tokens of the generator's input, 0: the model's.
-    window: with gold documents, only that many tokens of the passage around the answer, 0 for the whole.
-    label_smoothing: share of the targets' probability that is spread over the vocabulary.
+    documents: the passages that the generator reads: `retrieved` from the index, the question's first `gold` passage,
+      or `none`, the question alone.
+    n_docs: passages read per question, K; 0: model.n_docs.
+    n_retrieved: passages found per question, which are re-embedded and ranked again to choose the n_docs that are read;
+      0: the n_docs that the search finds are read.
+    normaliser: p(z|x) is a softmax over the passages read (`retrieved`) or over the whole `corpus`.
+    prior_gradient: False stops the gradient of the likelihood to the retriever, but not that of retriever_losses.
+    retriever_losses: weights of losses that are added, by their names in losses.RETRIEVER_LOSSES or rag_jax.fit.
+    source_length: tokens of the generator's input at most; 0: model.source_length.
+    window: with documents="gold", read only a window of at most this many tokens around the answer; 0: the whole
+      passage.
+    label_smoothing: share of the probability of the targets that is spread over the vocabulary.
     hf_compat: the likelihood as transformers computes it, see losses.sequence_joint.
-    doc_chunk: so many of the n_docs are read at a time, 0 for all.
-    logit_chunk: so much of the vocabulary has logits at a time, and the gradient computes them again; 0: all of them
-      are kept, 4 bytes each of batch * n_docs * target length * vocabulary, for a quarter less work in the output
+    doc_chunk: passages that the generator reads at a time, to save memory, a divisor of n_docs; 0: all.
+    logit_chunk: vocabulary entries whose logits are in memory at a time; the backward pass computes them again. 0: keep
+      all logits, 4 bytes each of batch * n_docs * target length * vocabulary, for a quarter less work in the output
       layer.
     """
 
@@ -72,7 +73,7 @@ class MarginalLikelihood(Objective):
 
     @property
     def retrieves(self) -> bool:
-        """Whether the generator reads what was retrieved."""
+        """Whether the generator reads retrieved passages."""
         return self.documents == "retrieved"
 
     @property
@@ -160,7 +161,7 @@ class MarginalLikelihood(Objective):
         if self.documents != "retrieved":
             rows_BK = batch["documents"] if "documents" in batch else batch["gold"][:, :1]
             scores_BK = jnp.zeros(rows_BK.shape, jnp.float32)
-            if self.documents == "none":  # any passage, and nothing of it
+            if self.documents == "none":  # any row, with an empty window of it: `contexts` joins passages only
                 rows_BK = jnp.zeros_like(rows_BK)
                 batch = batch | {"window": jnp.zeros((len(rows_BK), 2), jnp.int32)}
         else:
@@ -172,6 +173,7 @@ class MarginalLikelihood(Objective):
         labels_BT = batch["labels"]
         if self.hf_compat and len(s.rag.config.reader.opening(s.prefix_ids)) > 1:
             labels_BT = labels_BT[:, 1:]  # transformers' RAG does not put the start token before the labels
+        # the unstopped scores_BK is used again below: retriever_losses keep their gradient
         prior = (scores_BK, log_z_B) if self.prior_gradient else jax.lax.stop_gradient((scores_BK, log_z_B))
         read = s.rag.likelihood(
             params,
@@ -199,9 +201,14 @@ class MarginalLikelihood(Objective):
 
 
 def retrieval_metrics(rows_BK: jax.Array, scores_BK: jax.Array, posterior_BK: jax.Array, gold_BG: jax.Array) -> Metrics:
-    """The signs of health and of collapse: entropy of the prior (nats), share of different documents in the batch,
-    distance from prior to posterior (KL, nats), recall of gold passages where they are known. A row of -1 was not found
-    and counts nowhere; NaN where there is nothing to measure.
+    """Scalar metrics of retrieval that show a collapse of the retriever early.
+
+    prior_entropy: mean entropy of p(z|x), in nats.
+    unique_documents: share of distinct passages among those found for the batch.
+    posterior_prior_gap: mean KL(p(z|x,y) || p(z|x)), in nats.
+    recall_at_1, recall_at_K: share of questions with a known gold passage that have one among the first 1, K.
+
+    A row of -1 was not found and counts nowhere. A metric is NaN where there is nothing to measure.
     """
     prior_BK = losses.prior_logp(scores_BK)
     there_BK = rows_BK >= 0
