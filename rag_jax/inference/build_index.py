@@ -1,4 +1,4 @@
-"""An index of an encode job, of a run and a corpus in one go, or of an older index and an update of its corpus."""
+"""Makes an index from an encode job, from a run and a corpus in one go, or from an older index of a smaller corpus."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from rag_jax.inference.encode_corpus import read_encoder
 
 
 def from_job(job_dir: Path, corpus_dir: Path | None, out: Path, overwrite: bool = False) -> snapshots.Snapshot:
-    """The snapshot of a finished job."""
+    """The snapshot of a finished encode job; corpus_dir: None for the path that the job was begun with."""
     return snapshots.from_job(job_dir, Corpus.open(corpus_dir or encode_job.read_job(job_dir).corpus), out, overwrite)
 
 
 def from_run(
     run_dir: Path, corpus_dir: Path, out: Path, overwrite: bool = False, dtype: str = "float32"
 ) -> snapshots.Snapshot:
-    """Embeds a corpus into a snapshot in one go."""
+    """Embeds a corpus with a run's encoder and writes the snapshot, in one go."""
     corpus = Corpus.open(corpus_dir)
     encoder = read_encoder(run_dir, corpus)
     blocks = encode_job.blocks(encoder.rows(corpus), range(len(corpus)))
@@ -26,7 +26,7 @@ def from_run(
 def from_snapshot(
     old_dir: Path, run_dir: Path, corpus_dir: Path, out: Path, overwrite: bool = False
 ) -> snapshots.Snapshot:
-    """Embeds only what an updated corpus has more than the old snapshot's."""
+    """The snapshot of an updated corpus: embeds only the rows that the old snapshot's corpus lacks."""
     old, corpus = snapshots.open_snapshot(old_dir), Corpus.open(corpus_dir)
     encoder = read_encoder(run_dir, corpus)
     manifest = encoder.manifest(corpus, old.manifest.dtype)

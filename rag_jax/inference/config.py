@@ -1,4 +1,4 @@
-"""How questions are answered: the settings of `answer`, which a run's configuration and the command line fill in."""
+"""Settings of answering questions, which a run's configuration (`answering`) and the command line fill in."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,14 +9,33 @@ from rag_jax.system.configuration import build
 
 @dataclass(frozen=True)
 class AnswerConfig:
-    """How to answer. n_retrieved passages are found (for recall), the first n_docs of them are read; 0: the model's.
+    """How questions are answered; names and meanings of decoding are those of decoding.search.Options.
 
-    closed_book: no passage is read. oracle: the question's right passages are read first, then what was retrieved.
-    retrieval_only: passages are found, and no answer is written. mode and candidates (of each document, 0: all its
-    beams) are of RAG-Sequence. allowed_answers: the only answers there may be, and bad_words what none may say, as
-    texts; bad_word_ids: the same as tokens. doc_chunk: documents held in memory at a time, 0: all. seed: of do_sample.
-    start_id, forced_bos_id, forced_eos_id, end_ids: -1 (empty) for the model's, -2 for nothing forced. The rest is as
-    in decoding.search.Options.
+    n_docs: passages read per question; 0: model.n_docs.
+    n_retrieved: passages found per question, of which the first n_docs are read; the others count for recall.
+    num_beams: beams of the search; 1: greedy.
+    max_length: tokens of an answer, with start and end tokens.
+    mode: decoding of RAG-Sequence (section 2.5 of the paper): `thorough` scores every candidate under every passage,
+      `fast` takes p(y|x,z) as 0 where the beams of z did not produce y.
+    batch: questions answered at once, over all devices.
+    closed_book: read no passage.
+    oracle: read the gold passages of the question first, then retrieved ones.
+    retrieval_only: find passages and write no answer.
+    prior: p(z|x) from inner products of the embeddings (`dense`), or from the scores of the `search`, e.g. BM25.
+    candidates: of RAG-Sequence, answers taken from each passage; 0: all its beams.
+    doc_chunk: passages held in memory at a time; 0: all.
+    min_length: tokens of an answer at least, with the start token.
+    length_penalty: the log-probability of an answer is divided by its length to this power.
+    early_stopping: when a search ends, see Options.
+    no_repeat_ngram_size: size of n-grams that may not occur twice in an answer; 0: all may.
+    repetition_penalty: makes tokens of the answer so far less likely to come again; 1: not.
+    bad_words, bad_word_ids: what no answer may contain, as texts and as token sequences.
+    suppress_ids, begin_suppress_ids: tokens that no answer may contain, or begin with.
+    start_id, forced_bos_id, forced_eos_id: token ids; -1: the model's; the forced ones also -2: none.
+    end_ids: tokens that end an answer; (): the model's.
+    allowed_answers: the only answers that may be given, as texts; (): any.
+    do_sample: draw tokens at random, after temperature, the top_k most likely (0: all) and the nucleus top_p.
+    seed: of do_sample.
     """
 
     n_docs: int = 0
@@ -53,6 +72,9 @@ class AnswerConfig:
 
 
 def answering(cfg: RunConfig, **defaults: object) -> AnswerConfig:
-    """How a run answers by default: what its configuration says, over `defaults`, over what its model is made for."""
+    """How a run answers by default.
+
+    Values of its configuration come before `defaults`, and those before model.n_docs and target_length.
+    """
     made_for = {"n_docs": cfg.model.n_docs, "max_length": cfg.target_length}
     return build(AnswerConfig, {**made_for, **defaults, **cfg.answering}, "config.answering")

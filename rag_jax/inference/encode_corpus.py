@@ -1,4 +1,4 @@
-"""A corpus embedded with a run's context encoder, shard by shard; killed, it goes on where it was.
+"""Embeds a corpus with a run's context encoder, shard by shard; killed, it resumes with the shards that are missing.
 
 Every process works with its own devices and shares only the output directory with the others.
 """
@@ -22,7 +22,11 @@ from rag_jax.system import sharding
 
 @dataclass(frozen=True)
 class Encoder:
-    """The side of a run that embeds passages, with its parameters alone."""
+    """A run's passage encoder, with its parameters alone.
+
+    embed: (params, ids_BL, mask_BL) -> d_BE.
+    hash: of the parameters; step: updates they were trained for; width: E; form: see `RagConfig.passage_form`.
+    """
 
     embed: encode.Embed
     params: Params
@@ -32,16 +36,16 @@ class Encoder:
     form: str
 
     def rows(self, corpus: Corpus, batch: int = encode.BATCH) -> encode.EmbedRows:
-        """Embeds ranges of rows of the corpus on all devices of this process."""
+        """A function that embeds ranges of corpus rows on all devices of this process, `batch` at a time."""
         return encode.row_embedder(self.embed, self.params, corpus.encoder_ids, corpus.encoder_length, batch)
 
     def manifest(self, corpus: Corpus, dtype: str = "float32") -> snapshot.Manifest:
-        """That of a snapshot of the corpus."""
+        """The manifest of a snapshot of all passages of the corpus; dtype: of the stored embeddings."""
         return snapshot.Manifest.of(corpus, self.hash, self.step, self.width, dtype, self.form)
 
 
 def read_encoder(run_dir: Path, corpus: Corpus) -> Encoder:
-    """A run's passage encoder, for a corpus; InputError where the corpus was not tokenised for it."""
+    """Reads a run's passage encoder; InputError where it has none or the corpus was not tokenised for it."""
     config = runs.read_config(run_dir)
     runs.check_tokenizers(run_dir, corpus)
     rag = runs.run_model(run_dir, config)
@@ -75,10 +79,11 @@ def encode_corpus(
     shard_rows: int = encode_job.SHARD_ROWS,
     batch: int = encode.BATCH,
 ) -> dict[str, Any]:
-    """Begins the job in `out` or resumes it; says what it is, and how many shards this process made.
+    """Begins the encode job in `out`, or resumes it; returns a summary with the number of shards made here.
 
-    dtype: as stored, one of shards.DTYPES. shard_rows: passages a file. batch: passages embedded at once, over all
-    devices.
+    dtype: of the stored embeddings, a key of shards.DTYPES.
+    shard_rows: passages per file.
+    batch: passages embedded at once, over all devices of this process.
     """
     corpus = Corpus.open(corpus_dir)
     encoder = read_encoder(run_dir, corpus)

@@ -37,8 +37,13 @@ from rag_jax.system.logs import Progress
 
 
 class Answers(NamedTuple):
-    """Arrays of a batch: sequences [B,T], scores [B], rows of what was retrieved [B,R] and of what was read [B,K], the
-    prior and posterior of that [B,K]; of RAG-Token also the posterior of every token [B,T-1,K].
+    """Arrays of the answers to B questions.
+
+    sequences: int [B, T], tokens of the answer with start and end.
+    scores: [B], log p(y|x).
+    rows, read: corpus rows of the passages retrieved [B, R] and read [B, K], -1 for none.
+    prior, posterior: [B, K], probabilities p(z|x) and p(z|x,y) of the passages read.
+    token_posterior: [B, T - 1, K], p(z|x,y_t,y_<t) of every token after the start; None but for RAG-Token.
     """
 
     sequences: jax.Array
@@ -63,12 +68,15 @@ class Passage:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer, its log p(y|x), the passages read (best prior first) and the ids of all that were retrieved.
+    """The answer to one question.
 
-    Where the search found nothing there are none, and the generator answered from the question alone.
-
-    tokens: the answer's parts, without special tokens; of RAG-Token token_posterior has p(z|x,y_t,y_<t) for each of
-    them, over the passages as they stand in `passages` (the paper's figure 2).
+    score: log p(y|x).
+    passages: those read, largest prior first; () with closed_book and where the search found none, when the generator
+      answered from the question alone.
+    retrieved: ids of all passages found, in the order of the search.
+    tokens: texts of the answer's tokens, without special ones.
+    token_posterior: p(z|x,y_t,y_<t) for each of `tokens`, over the passages in the order of `passages` (figure 2 of the
+      paper); None but for RAG-Token.
     """
 
     text: str
@@ -80,25 +88,23 @@ class Answer:
 
 
 class AnswerFn(Protocol):
-    """A jitted program; `number` is that of the batch, which what is drawn (do_sample) depends on."""
+    """A jitted program that answers a batch; number: of the batch, for which do_sample has a random key of its own."""
 
     def __call__(
         self, params: Params, index: Index | None, passages: Passages, batch: Batch, number: int = 0
     ) -> Answers: ...
 
 
-# what decoding.search.Options and AnswerConfig have in common; bad_words are texts in one and ids in the other
+# fields that decoding.search.Options and AnswerConfig share; not bad_words, which are ids in one and texts in the other
 OPTIONS = tuple(
     {f.name for f in dataclasses.fields(decoding_search.Options)}
     & {f.name for f in dataclasses.fields(AnswerConfig)} - {"bad_words"}
 )
-MODELS, NOTHING = -1, -2  # of a special token in AnswerConfig: the model's, none
+MODELS, NOTHING = -1, -2  # values of a special token in AnswerConfig: take the model's, force none
 
 
 def options_of(cfg: AnswerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The fields of decoding.search.Options that a configuration sets; what it leaves to the model is not among
-    them.
-    """
+    """The fields of decoding.search.Options that a configuration sets, without those that it leaves to the model."""
     options: dict[str, Any] = {name: getattr(cfg, name) for name in OPTIONS}
     for name in ("start_id", "forced_bos_id", "forced_eos_id", "end_ids"):
         if options[name] in (MODELS, ()):
@@ -110,16 +116,16 @@ def options_of(cfg: AnswerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """The token sequences of words, at the beginning of a text and inside of one."""
+    """Token sequences of words, each as it is tokenised at the start of a text and after a space."""
     both = [text for word in words for text in (word.strip(), f" {word.strip()}")]
     return tuple(dict.fromkeys(tuple(ids) for ids in tokenizer.encode_batch(both) if ids))
 
 
 def allowed_ids(loaded: runs.Loaded, answers: Sequence[str], max_length: int) -> list[list[int]]:
-    """The token sequences of the allowed answers, without the start; InputError for one that is empty or too long.
+    """Token sequences of the allowed answers, without the start token; InputError for one that is empty or too long.
 
-    Each as it stands at the beginning of a text, as released checkpoints write it, and inside of one, as training here
-    does; the model knows which of the two it learned.
+    Each answer is tokenised twice: without a space before it, as released checkpoints write it, and with one, as
+    training here does. Both are allowed, as the model assigns probability to the form that it learned.
     """
     tokenizer, start_id = loaded.corpus.generator_tokenizer, loaded.rag.config.reader.start_id
     made = []
@@ -137,7 +143,7 @@ def allowed_ids(loaded: runs.Loaded, answers: Sequence[str], max_length: int) ->
 
 
 def check_answering(loaded: runs.Loaded, cfg: AnswerConfig) -> None:
-    """InputError for values out of range or that exclude each other."""
+    """InputError for settings that are out of range or exclude each other."""
     for name, value, least in (
         ("n_docs", cfg.n_docs or loaded.rag.config.n_docs, 1),
         ("n_retrieved", cfg.n_retrieved, 1),
@@ -155,7 +161,7 @@ def check_answering(loaded: runs.Loaded, cfg: AnswerConfig) -> None:
 
 
 def decoding_of(loaded: runs.Loaded, cfg: AnswerConfig) -> tuple[dict[str, Any], decoding_search.PrefixTree | None]:
-    """Arguments of Rag.generate, and the tree of allowed answers; nothing of either where none is written."""
+    """Arguments of Rag.generate, and the tree of allowed answers or None; ({}, None) for retrieval alone."""
     if cfg.retrieval_only:
         return {}, None
     model, tree = loaded.rag.config, None
@@ -172,8 +178,10 @@ def decoding_of(loaded: runs.Loaded, cfg: AnswerConfig) -> tuple[dict[str, Any],
 
 
 def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
-    """The program, jitted; compiled anew only where a batch has other shapes. Without passages (closed book) the
-    generator sees an empty passage before the question. InputError for what cannot be.
+    """The jitted program that answers a batch; it is compiled again only for a batch of other shapes.
+
+    With closed_book the generator reads an empty passage before the question. InputError for settings that are out of
+    range, exclude each other, or do not fit the model.
     """
     n_rows, n_docs = loaded.n_rows, cfg.n_docs or loaded.rag.config.n_docs
     check_answering(loaded, cfg)
@@ -237,14 +245,16 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
 
 
 def corpus_rows(batch: Batch, rows_BR: jax.Array, read_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows of the corpus: what was retrieved and what was read. They differ from rows of the tables where those are of
-    a batch alone; -1 is nothing.
+    """Corpus rows of the passages retrieved [B, R] and read [B, K], -1 for none.
+
+    With a search on the host rows_BR and read_BK count in the small tables of the batch, and the batch has the corpus
+    rows beside them; in graph they are corpus rows already.
     """
     return batch.get("retrieved_rows", rows_BR), batch.get("document_rows", read_BK)
 
 
 def gold_first(gold_BG: jax.Array, rows_BR: jax.Array, n_docs: int) -> jax.Array:
-    """Rows [B, K]: the right passages (-1 is none), then those retrieved that are not among them, in their order."""
+    """Rows [B, K]: the gold passages, then the retrieved ones that are not gold, in their order; -1 for none."""
     gold_BG = gold_BG.astype(rows_BR.dtype)
     repeated_BR = (rows_BR[:, :, None] == gold_BG[:, None, :]).any(-1)
     both_BX = jnp.concatenate([gold_BG, jnp.where(repeated_BR, -1, rows_BR)], axis=1)
@@ -252,22 +262,23 @@ def gold_first(gold_BG: jax.Array, rows_BR: jax.Array, n_docs: int) -> jax.Array
 
 
 def right_rows(questions: Sequence[Question], corpus: Corpus) -> np.ndarray:
-    """Rows [N, G] of the right passages of the questions (gold.right_rows), -1 where there are fewer; those that the
-    corpus lacks are left out.
+    """Corpus rows [N, G] of the questions' gold passages, -1 where there are fewer (see gold.right_rows).
+
+    Passages that the corpus lacks are left out.
     """
     found = gold.right_rows(questions, corpus)
     return pad_rows(found, max(1, *map(len, found)) if found else 1, -1, np.int32)[0]
 
 
 def check_docs(loaded: runs.Loaded, cfg: AnswerConfig) -> None:
-    """InputError where more passages are to be read than there are."""
+    """InputError where more passages are to be read than the corpus has."""
     n_docs, n = cfg.n_docs or loaded.rag.config.n_docs, loaded.corpus.n_live
     if n_docs > n:
         raise InputError(f"n_docs={n_docs}, but the corpus has {n} passages; ask for at most {n}")
 
 
 def depth(loaded: runs.Loaded, cfg: AnswerConfig) -> int:
-    """How many passages are looked for, of which a search may find fewer; 0 for closed book."""
+    """Number of passages to search for each question (a search may find fewer); 0 for closed_book."""
     wanted = max(cfg.n_retrieved, cfg.n_docs or loaded.rag.config.n_docs)
     return 0 if cfg.closed_book else min(wanted, loaded.corpus.n_live)
 
@@ -275,7 +286,7 @@ def depth(loaded: runs.Loaded, cfg: AnswerConfig) -> int:
 def lookup(
     loaded: runs.Loaded, cfg: AnswerConfig, questions: Sequence[str], known: SearchResult | None = None
 ) -> Lookup:
-    """What this process's questions of a batch want of an index on the host; known: what was found for them before."""
+    """The request of this process's questions to an index on the host; known: an earlier search result to use."""
     n_docs = cfg.n_docs or loaded.rag.config.n_docs
 
     def read(arrays: Arrays, found: SearchResult | None) -> tuple[np.ndarray, Arrays]:
@@ -295,7 +306,7 @@ def lookup(
 
 
 def bucket(length: int, longest: int, least: int = 16) -> int:
-    """The next of 16, 32, 64, ..., longest: shapes that are few need few programs."""
+    """Rounds a length up to least, 2 * least, 4 * least, ..., longest: few different shapes need few programs."""
     size = min(least, longest)
     while size < min(length, longest):
         size *= 2
@@ -312,13 +323,16 @@ def answer_questions(
     gold_NG: np.ndarray | None = None,
     known: SearchResult | None = None,
 ) -> list[Answer]:
-    """Answers in the order of the questions. gold_NG: their `right_rows`, which an oracle reads first. known: what a
-    search found for them, [N, n_docs or more], with nothing missing where the index is on the devices; then none is
-    made.
+    """Answers to questions, in their order.
 
-    Questions of like length go together, and lengths and the number of questions are padded to a few sizes (`bucket`),
-    so that other questions of the same sizes need no compilation. With several processes all ask the same, and all get
-    the answers.
+    program: of `make_answer`, None to make it here.
+    gold_NG: the `right_rows` of the questions, which cfg.oracle needs.
+    known: an earlier search result for them, [N, n_docs or more], used in place of a search; without -1 where the index
+      is on the devices.
+
+    Questions of similar length are batched together, and lengths and batch size are rounded up to a few sizes
+    (`bucket`), so that other questions of the same sizes need no compilation. With several processes all pass the same
+    questions, and all get all answers.
     """
     loaded = location.loaded
     check_docs(loaded, cfg)
@@ -356,11 +370,11 @@ def answer_questions(
 
 
 def collect(corpus: Corpus, out: Any, count: int, closed_book: bool) -> list[Answer]:
-    """Arrays of one batch -> answers with texts."""
+    """Turns the arrays of the first `count` answers of a batch into answers with texts and passages."""
     answers, tokenizer = [], corpus.generator_tokenizer
     for i in range(count):
         read = []
-        order = np.argsort(-out.prior[i], kind="stable")  # a search on the host may rank by something else
+        order = np.argsort(-out.prior[i], kind="stable")  # a search on the host may have ranked by other scores
         order = order[out.read[i][order] >= 0]
         for place in order:
             p = corpus[int(out.read[i][place])]
@@ -379,10 +393,12 @@ def collect(corpus: Corpus, out: Any, count: int, closed_book: bool) -> list[Ans
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A trained run, ready to answer: `Pipeline.from_run(path).ask("Who ...?")`. Programs are compiled once each.
+    """A trained run, ready to answer: `Pipeline.from_run(path).ask("Who ...?")`.
 
-    `with_index` gives one with other passages, which shares parameters and programs; a server changes over by one
-    assignment, and questions under way are answered from the old one.
+    It does not change: `with_index` returns another pipeline with other passages, which shares parameters and programs.
+    A server switches by one assignment, while questions in progress are still answered from the old pipeline.
+
+    programs: compiled programs by their settings, filled as they are needed.
     """
 
     directory: Path
@@ -407,9 +423,12 @@ class Pipeline:
     def from_run(
         cls, path: str | Path, index: str | Path | None = None, search: SearchConfig | None = None, live: bool = False
     ) -> "Pipeline":
-        """Open a run with its own index, or with another made by `rag-jax index` (hot swap: other passages, no
-        retraining). search: how passages are searched, if not as the run was trained. live: tables with spare rows
-        (`runs.directory.capacity`), so that `with_index` to an update of the corpus that fits in them compiles nothing.
+        """Opens a run to answer questions.
+
+        index: an index made by `rag-jax index`, to answer from other passages without training; None: the run's own.
+        search: how passages are searched; None: as the run was trained.
+        live: give the tables spare rows (`runs.directory.capacity`), so that `with_index` needs no compilation for an
+          update of the corpus that fits in them.
 
         InputError where the index was made by another encoder, or its corpus with other tokenizers or passages.
         """
@@ -428,11 +447,11 @@ class Pipeline:
         return cls(directory, config, location, params, location.of_snapshot(snapshot), snapshot)
 
     def with_index(self, path: str | Path) -> "Pipeline":
-        """The same with another snapshot, usually of an update of the corpus; this one stays as it is, and both share
-        what is the same in both. Answers are those of the run opened with that snapshot.
+        """A pipeline with another index snapshot, usually of an update of the corpus; this one stays as it is.
 
-        Compiled programs stay of use where the tables have as many rows as before (see `live` of from_run), and always
-        where the search is on the host. InputError as in from_run.
+        Both share parameters and the arrays that are equal in both. Its answers are those of `from_run` with that
+        snapshot. Compiled programs are kept if the tables have as many rows as before (see `live` of from_run), and
+        always with a search on the host. InputError as in from_run.
         """
         snapshot = snapshots.open_snapshot(path)
         corpus = Corpus.open(snapshot.manifest.corpus)
@@ -445,11 +464,11 @@ class Pipeline:
         return dataclasses.replace(self, location=location, index=index, snapshot=snapshot, programs=programs)
 
     def search_manifest(self) -> dict[str, Any]:
-        """What the search is made of, for reports."""
+        """Description of the search, for reports."""
         return self.location.manifest(self.index)
 
     def answer_config(self, **changes: Any) -> AnswerConfig:
-        """How the run answers by default, with changes."""
+        """The run's default AnswerConfig, with changed fields."""
         return dataclasses.replace(answer_config.answering(self.config), **changes)
 
     def answer(
@@ -459,8 +478,9 @@ class Pipeline:
         gold_NG: np.ndarray | None = None,
         known: SearchResult | None = None,
     ) -> list[Answer]:
-        """Answers in the order of the questions. gold_NG: their `right_rows`, for an oracle. known: see
-        answer_questions. InputError for an empty question.
+        """Answers to questions, in their order; InputError for an empty question.
+
+        gold_NG, known: see answer_questions.
         """
         if not all(question.strip() for question in questions):
             raise InputError("a question is empty; give some words")
@@ -470,7 +490,7 @@ class Pipeline:
         return answer_questions(self.location, self.params, self.index, questions, cfg, program, gold_NG, known)
 
     def ask(self, question: str, n_docs: int = 0, num_beams: int = 0) -> Answer:
-        """One answer, with the passages it came from; 0: as the run answers by default."""
+        """The answer to one question, with the passages it came from; 0: the run's default."""
         given = {"n_docs": n_docs, "num_beams": num_beams}
         changes = {name: value for name, value in given.items() if value}
         return self.answer([question], self.answer_config(batch=1, n_retrieved=1, **changes))[0]
