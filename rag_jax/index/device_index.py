@@ -1,4 +1,4 @@
-"""The index while training: rows on the devices, each with the step of its encoder; how they are stored and read."""
+"""The index on the devices: how embeddings are stored, read and extended, each row with the step of its encoder."""
 
 from typing import Any, NamedTuple
 
@@ -12,10 +12,14 @@ from rag_jax.system import sharding
 
 
 class Index(NamedTuple):
-    """Passage embeddings, rows sharded over the mesh and padded, and for each row the step of its encoder.
+    """Passage embeddings on the devices, rows sharded over the whole mesh and padded to a multiple of its devices.
 
-    scale_N: of int8 rows, which are row * scale. live_N: False for deleted passages; None: there are none. drift_E: how
-    far embeddings have moved together since all were rebuilt; each row is stored less what that was at its time.
+    embeddings_NE: float32, bfloat16 or int8.
+    step_N: int32, training step of the encoder that embedded the row.
+    scale_N: float32 factor of each int8 row; None for other types.
+    live_N: bool, False for rows that are not valid (deleted or spare); None: all rows of the corpus are valid.
+    drift_E: float32, common change of all embeddings since the last full rebuild (see index/refresh.py); a row is
+      stored less the drift at the time it was embedded. None: 0.
     """
 
     embeddings_NE: jax.Array
@@ -26,13 +30,16 @@ class Index(NamedTuple):
 
 
 def encoded(embeddings: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
-    """Embeddings [..., E] as an index of this type holds them, and their scales where it is int8."""
+    """Embeddings [..., E] converted to the type of an index, and the scales [...] of int8, else None."""
     return mips.quantise(embeddings) if dtype == jnp.int8 else (embeddings.astype(dtype), None)
 
 
 def extended(index: Index, first: int, new_ME: Any, step: int, rows: int, live_N: jax.Array) -> Index:
-    """The index with embeddings [M, E] float32, made at `step`, at the rows from `first` on, of other ones that are
-    live. It has `rows` rows, a multiple of the devices; where that is as many as before nothing is compiled.
+    """The index with new rows from `first` on, for an update of the corpus.
+
+    new_ME: float32 embeddings of the new rows, computed with the encoder of `step`.
+    rows: rows of the result, a multiple of the devices; if it has as many as before, nothing is compiled.
+    live_N: valid rows of the result.
     """
     other = ("live_N", "drift_E")
     kept: dict[str, Any] = {name: x for name, x in index._asdict().items() if x is not None and name not in other}
@@ -48,13 +55,13 @@ def extended(index: Index, first: int, new_ME: Any, step: int, rows: int, live_N
 
 
 def stored(index: Index, rows: jax.Array) -> jax.Array:
-    """Embeddings of rows [...] by the index, with the drift since they were embedded: float32 [..., E]."""
+    """Embeddings of rows [...] as the index has them, with the drift added: float32 [..., E]."""
     found = mips.rows_at(index.embeddings_NE, rows, index.scale_N)
     return found if index.drift_E is None else found + index.drift_E
 
 
 def blank(mesh: jax.sharding.Mesh, n: int, width: int, dtype: str = "float32", live_N: Any = None) -> Index:
-    """Zeros in the shape of an index of n rows (already a multiple of the devices)."""
+    """An index of n rows of zeros, sharded over the mesh; n must be a multiple of the devices."""
     rows, table = sharding.sharding(mesh, ("rows",)), sharding.sharding(mesh, ("rows", None))
     return Index(
         jnp.zeros((n, width), jnp.dtype(dtype), device=table),
@@ -66,5 +73,5 @@ def blank(mesh: jax.sharding.Mesh, n: int, width: int, dtype: str = "float32", l
 
 
 def no_drift(mesh: jax.sharding.Mesh, width: int) -> jax.Array:
-    """drift_E of an index that has just been made."""
+    """The drift_E of an index that has just been rebuilt: zeros [width]."""
     return jnp.zeros(width, jnp.float32, device=sharding.replicated(mesh))

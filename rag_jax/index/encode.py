@@ -1,4 +1,4 @@
-"""Passages -> embeddings, range by range from a table that need not fit in memory."""
+"""Embeds passages range by range, from a token table that need not fit in memory."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ BATCH = 256
 
 @functools.lru_cache(maxsize=8)
 def _program(embed: Embed) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """One for each function, so that embedding again with other parameters compiles nothing."""
+    """The jitted `embed`, cached so that embedding again with other parameters needs no compilation."""
 
     @jax.jit
     def block(params: Any, ids: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -30,7 +30,7 @@ EmbedRows = Callable[[int, int, Callable[[int], None]], np.ndarray]  # (first, l
 
 
 def plan(length_X: np.ndarray, batch: int, width: int) -> list[tuple[np.ndarray, int]]:
-    """Batches of rows in order of length, each with the width it is padded to: the next eighth of `width`."""
+    """Batches of positions in order of length, each with the width each is padded to (the next eighth of `width`)."""
     order, step = np.argsort(length_X, kind="stable"), -(-width // 8)
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     return [(here, min(max(-(-int(length_X[here].max()) // step), 1) * step, width)) for here in batches]
@@ -39,13 +39,14 @@ def plan(length_X: np.ndarray, batch: int, width: int) -> list[tuple[np.ndarray,
 def row_embedder(
     embed: Embed, params: Any, ids_NL: Any, length_N: Any, batch: int = BATCH, devices: list[jax.Device] | None = None
 ) -> EmbedRows:
-    """A function (first, last, done) -> float32 embeddings [last - first, E] of these rows of the tables; `done` hears
-    how many more are ready.
+    """A function (first, last, done) -> float32 embeddings [last - first, E] of rows first to last - 1 of the tables.
 
-    Within a range the passages go in order of length, and a batch is as wide as its longest one needs, up to the next
-    eighth of the table's width: short passages cost little, and no more than eight programs are compiled. The batch is
-    cut over the devices (default: all of this process; the parameters are on each), and the next one is on its way
-    before the last is fetched. Equal ranges give equal bytes.
+    It calls done(n) when n more rows are embedded.
+
+    Within a range the passages are batched in order of length, and a batch is padded to its longest one, up to the next
+    eighth of the table's width: short passages cost little, and at most eight programs are compiled. A batch is sharded
+    over the devices (default: all of this process), each of which has all parameters. The next batch is dispatched
+    before the last one is fetched. Equal ranges give equal bytes.
     """
     devices = devices or jax.local_devices()
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)

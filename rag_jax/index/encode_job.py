@@ -1,7 +1,7 @@
-"""A job that embeds a corpus: a directory of finished shards, and job.json, which says what they are of.
+"""A job that embeds a corpus: a directory of finished shards, and job.json, which says what they contain.
 
-Every shard is written once, whole, by whichever process claims it; whoever is killed loses the shard it was at. The
-job goes on with the same command, on as many processes as there are.
+Every shard is written once, whole, by the process that claims it; a process that is killed loses the shard it was
+working on. The same command resumes the job, on any number of processes.
 """
 
 import time
@@ -26,7 +26,14 @@ POLL = 0.2  # seconds between looks at shards that other processes are making
 
 @dataclass(frozen=True)
 class Job:
-    """What a job embeds, with which parameters, and how; run and corpus are paths, the hashes say what was there."""
+    """Description of an encode job: which passages it embeds, with which parameters, into which shards.
+
+    run, corpus: paths; the hashes say what was there.
+    step: updates the run was trained for.
+    width: E; dtype: of the stored embeddings.
+    shard_rows: passages per shard; batch: passages embedded at once.
+    form: see `RagConfig.passage_form`, "" in jobs begun before there was one.
+    """
 
     run: str
     corpus: str
@@ -39,7 +46,7 @@ class Job:
     dtype: str
     shard_rows: int
     batch: int
-    form: str = ""  # as in index.Manifest
+    form: str = ""
 
     @property
     def shards(self) -> list[Identity]:
@@ -52,7 +59,7 @@ def is_job(directory: Path) -> bool:
 
 
 def read_job(directory: Path) -> Job:
-    """InputError where there is no job."""
+    """Reads job.json; InputError where there is none or it is damaged."""
     again = "name a directory made by rag-jax encode"
     found = files.read_sealed(directory / JOB, KIND, VERSION, again)
     with files.described(directory / JOB, again):
@@ -66,7 +73,7 @@ def read_job(directory: Path) -> Job:
 
 
 def begin(directory: Path, job: Job) -> None:
-    """Writes job.json, or finds that the one there is of the same job; InputError with both values if it is not."""
+    """Writes job.json, or checks that an existing one is of the same job; InputError with both values if it is not."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # looked at before job.json, which is written first: another process may be beginning the same job
@@ -88,16 +95,16 @@ def begin(directory: Path, job: Job) -> None:
 
 
 def finished(directory: Path, job: Job) -> Iterator[shards.Shard]:
-    """The shards that are there, checked; InputError for one that is damaged, or of something else."""
+    """The finished shards, by their checked headers; InputError for one that is damaged or of another job."""
     there = [identity for identity in job.shards if (directory / identity.name).exists()]
     return shards.read_all(directory, there, "remove that file and give the rag-jax encode command again")
 
 
 def make(directory: Path, job: Job, embed_rows: EmbedRows, process: int = 0, processes: int = 1) -> int:
-    """Embeds what is missing until all is there; how many shards were made here.
+    """Embeds missing shards until the job is done; returns the number of shards made here.
 
-    Each of several processes begins with every P-th shard and goes on with those that nobody has claimed. It ends when
-    the job is done, whoever did it: a shard that a killed process leaves is taken over.
+    Each of P processes first takes every P-th shard, then those of the others that nobody has claimed. It returns when
+    the whole job is done, by whichever process: a shard that a killed process leaves is claimed by another.
     """
     work, made = job.shards, 0
     order = [shard for turn in range(processes) for shard in work[(process + turn) % processes :: processes]]
@@ -125,9 +132,9 @@ def make(directory: Path, job: Job, embed_rows: EmbedRows, process: int = 0, pro
 def blocks(
     embed_rows: EmbedRows, rows: range, shard_rows: int = SHARD_ROWS, alone: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows [X], embeddings [X, E]) shard by shard, for `snapshot.write`: the same work in one go, with progress.
+    """Embeds rows without a job directory: (rows [X], embeddings [X, E]) shard by shard, for `snapshot.write`.
 
-    Several processes share the work, and each gets all of it; alone: this one does everything by itself.
+    Several processes share the work, and each gets all embeddings. alone: this process embeds everything by itself.
     """
     embed = embed_rows if alone or jax.process_count() == 1 else shared(embed_rows)
     with logs.Progress(len(rows), "embedding passages", "passage") as progress:
@@ -137,11 +144,11 @@ def blocks(
 
 
 def shared(embed_rows: EmbedRows) -> EmbedRows:
-    """The same for all processes together: each embeds one of equal parts of a range, and all get the whole."""
+    """An `embed_rows` shared by all processes: each embeds an equal part of a range, and all get the whole range."""
 
     def embed(first: int, last: int, done: Callable[[int], None]) -> np.ndarray:
         part = -(-(last - first) // jax.process_count())
-        begin = min(first + jax.process_index() * part, last - 1)  # past the end: a row that nobody looks at
+        begin = min(first + jax.process_index() * part, last - 1)  # past the end: one row, which is cut off below
         mine_XE = embed_rows(begin, min(begin + part, last), lambda n: None)
         padded_XE = np.pad(mine_XE, ((0, part - len(mine_XE)), (0, 0)))
         done(last - first)
@@ -151,7 +158,7 @@ def shared(embed_rows: EmbedRows) -> EmbedRows:
 
 
 def _make_one(directory: Path, identity: Identity, embed_rows: EmbedRows, progress: logs.Progress) -> bool:
-    """Whether the shard was claimed, and made."""
+    """Makes one shard; False where it is there already or another process has claimed it."""
     path = directory / identity.name
     try:
         with files.claimed(path) as stream:

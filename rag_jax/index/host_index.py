@@ -1,6 +1,6 @@
-"""Search on the host: ScaNN, BM25 or both find passages between steps, and what a step needs of them is gathered here.
+"""The index on the host: ScaNN, BM25 or both find passages between steps, and their table rows are gathered here.
 
-The step is the same as in graph: its tables are small ones, of the passages of its batch alone.
+The step is the same as with the search in graph, but its tables are small: they have only the passages of its batch.
 """
 
 from collections.abc import Callable
@@ -26,12 +26,16 @@ from rag_jax.system import files, sharding
 from rag_jax.system.configuration import plain
 from rag_jax.system.logs import info
 
-STALE = 0.1  # share of ScaNN's rows that came or went since it was built: time to build it anew
+STALE = 0.1  # ScaNN's index is rebuilt when a larger share of its rows was added or deleted since it was built
 
 
 class HostIndex(NamedTuple):
-    """Embeddings, rows in memory or in files (float32, or what those of a given index have), the step of each row's
-    encoder, what searches them, and False for deleted rows, or None.
+    """The index on the host.
+
+    embeddings_NE: in memory or in files; float32, or the type of a snapshot's.
+    step_N: int32, training step of the encoder that embedded the row.
+    searcher: what searches them.
+    live_N: bool, False for deleted rows; None: none is deleted.
     """
 
     embeddings_NE: Any
@@ -41,10 +45,10 @@ class HostIndex(NamedTuple):
 
 
 def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple[Index | None, Passages]:
-    """Tables of these rows alone, from the memory-mapped ones of the corpus.
+    """Tables of only the rows rows_X, in this order, from the memory-mapped ones of the corpus.
 
-    A row of -1, where a search found nothing, is an empty passage to the generator, and to the encoder, whose
-    embeddings have to be finite, some passage; what scores it has to leave it out (losses.of_found).
+    A row of -1, where a search found nothing, becomes an empty passage for the generator. For the encoder it is row 0,
+    as embeddings must be finite; whoever scores it has to leave it out (losses.of_found).
     """
     tables: Any = (corpus.encoder_ids, corpus.encoder_length, corpus.generator_ids, corpus.generator_length)
     there_X, rows_X = rows_X >= 0, np.maximum(rows_X, 0)
@@ -55,8 +59,9 @@ def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple
 
 
 def places(mesh: jax.sharding.Mesh, rows: np.ndarray) -> np.ndarray:
-    """Where rows [b, ...] for this process's part of a batch stand in tables that `gather` and `shard_batch` make of
-    them: int32 [b, ...].
+    """Positions, int32 [b, ...], of rows [b, ...] in the global tables made of them by `gather` and `shard_batch`.
+
+    rows: those of this process's part of a batch.
     """
     cuts = mesh.shape["data"] * mesh.shape["fsdp"]
     total = rows.size // len(sharding.own_rows(mesh, cuts)) * cuts
@@ -64,14 +69,18 @@ def places(mesh: jax.sharding.Mesh, rows: np.ndarray) -> np.ndarray:
 
 
 class Searchers:
-    """Makes the searches of a configuration. `cache`: a directory that keeps what takes long, or None."""
+    """Builds the searches of a configuration. cache: directory in which slow builds are kept, None for none."""
 
     def __init__(self, cfg: SearchConfig, corpus: Corpus, mesh: jax.sharding.Mesh, cache: Path | None = None) -> None:
         self.cfg, self.corpus, self.mesh, self.cache = cfg, corpus, mesh, cache
         self._bm25: Bm25 | None = None
 
     def make(self, embeddings_NE: Any, encoder_hash: str | None, step: int, keep: bool = False) -> Searcher:
-        """The search over these embeddings; keep: look for it in the cache, and put it there."""
+        """Builds the search over these embeddings.
+
+        encoder_hash, step: of the encoder that made them, for the manifest.
+        keep: look for the search in the cache, and store it there.
+        """
         return self._of(self.cfg.kind, embeddings_NE, Source(self.corpus.hash, encoder_hash, step), keep)
 
     def _of(self, kind: str, embeddings_NE: Any, source: Source, keep: bool) -> Searcher:
@@ -85,8 +94,10 @@ class Searchers:
         return self._with_bm25(self._of(self.cfg.dense, embeddings_NE, source, keep), embeddings_NE)
 
     def update(self, searcher: Searcher, old: Corpus, embeddings_NE: Any, step: int) -> Searcher:
-        """The search over an update of the corpus of `searcher`: ScaNN's own index stays as it is, until STALE of it is
-        no longer right; the others are made anew.
+        """The search over an update of the corpus `old`, of which `searcher` is the search.
+
+        ScaNN's index is updated, and rebuilt only if a share above STALE of its rows has changed since it was built.
+        All other searches are rebuilt.
         """
         dense = searcher.dense if isinstance(searcher, Hybrid) else searcher
         if not isinstance(dense, scann_index.Scann):
@@ -104,7 +115,7 @@ class Searchers:
         return Hybrid(dense, self.bm25(), embeddings_NE, self.cfg.fusion)
 
     def bm25(self) -> Bm25:
-        """That of the corpus, built once."""
+        """BM25 over the corpus, built once."""
         if self._bm25 is None:
 
             def build() -> Bm25:
@@ -144,8 +155,8 @@ class Searchers:
         return made
 
 
-# By SearchConfig.kind and .dense: (searchers, embeddings_NE, source, keep) -> what searches. One of your own is a row
-# here and its name among the kinds of SearchConfig.
+# By SearchConfig.kind and .dense: (searchers, embeddings_NE, source, keep) -> Searcher. Your own search is a row here,
+# and its name one of the kinds of SearchConfig.
 SEARCHERS: dict[str, Callable[[Searchers, Any, Source, bool], Searcher]] = {
     "exact": Searchers.exact,
     "scann": Searchers.scann,
@@ -155,11 +166,11 @@ SEARCHERS: dict[str, Callable[[Searchers, Any, Source, bool], Searcher]] = {
 
 
 def on_host(rag: Rag, searchers: Searchers) -> Make:
-    """Embeds all passages into memory and makes the search over them."""
+    """A function that embeds all passages into memory and builds the search over them."""
     corpus = searchers.corpus
 
     def make(encoder: Params, step: int, old: Any, quiet: bool) -> HostIndex:
-        # beside training (quiet) processes must not wait for each other: each embeds everything
+        # in the thread beside training (quiet) each process embeds everything: it must not wait for the others there
         embeddings_NE = embedded(rag, encoder, corpus, 0, alone=quiet)
         step_N = np.full(len(corpus), step, np.int32)
         return HostIndex(embeddings_NE, step_N, searchers.make(embeddings_NE, None, step), corpus.live_N)
@@ -168,9 +179,9 @@ def on_host(rag: Rag, searchers: Searchers) -> Make:
 
 
 def embedded(rag: Rag, encoder: Params, corpus: Corpus, first: int, alone: bool = False) -> np.ndarray:
-    """Embeddings [N - first, E] float32 of the corpus' rows from `first` on; encoder: the part that embeds passages.
+    """Float32 embeddings [N - first, E] of the corpus' rows from `first` on.
 
-    alone: see `encode_job.blocks`.
+    encoder: the parameters that embed passages; alone: see `encode_job.blocks`.
     """
     params = jax.tree.map(np.asarray, encoder)
     embed_rows = encode.row_embedder(rag.embed_passages, params, corpus.encoder_ids, corpus.encoder_length)

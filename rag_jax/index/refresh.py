@@ -1,12 +1,13 @@
-"""The ways to rebuild the index while training: all at once, beside training, a block in every step, or row by row.
+"""The ways to refresh the index while training: all at once, beside training, a block in every step, or single rows.
 
 One program embeds a block of every device's own rows. All blocks one after another are a synchronous refresh; the same
-beside training is a background one; one block in every training step is a rolling one. None has a collective over rows.
+in a thread beside training is a background refresh; one block in every training step is a rolling refresh. None of them
+needs a collective over rows.
 
-Rows of different ages cannot be compared as they are: an encoder that trains moves all embeddings together, mostly
-along their mean, and inner products with the newest rows become the largest (or smallest) whatever they say. So a row
-that is re-embedded alone is stored less the drift up to then, the sum of the mean changes of rows re-embedded before;
-what all rows share does not change the order of a search.
+Rows of different ages cannot be compared directly: training moves all embeddings together, mostly along their mean, so
+that inner products with the newest rows become the largest (or smallest) of all, whatever their passages say. So a row
+that is re-embedded by itself is stored less the drift so far, drift_E, which is the sum of the mean changes of the rows
+re-embedded until then. What is common to all rows does not change the order of a search.
 """
 
 import functools
@@ -27,22 +28,24 @@ from rag_jax.retrieval import mips_one_device
 from rag_jax.system import sharding
 from rag_jax.system.logs import Progress
 
-CHUNK = 64  # passages of one device that are embedded at once
-BLOCK = 8 * CHUNK  # rows of one device that one dispatch embeds
+CHUNK = 64  # passages that a device embeds at once
+BLOCK = 8 * CHUNK  # rows that a device embeds in one dispatch
 
-# (encoder, step, the old index, whose memory may be taken, or None; say nothing) -> a fresh index
+# (encoder, step, old index whose memory may be taken, or None, quiet: without a progress line) -> a fresh index
 Make = Callable[[Params, int, Any, bool], Any]
 
 
 def drifted(index: Index, rows: jax.Array, embeddings: jax.Array) -> jax.Array:
-    """drift_E now, seen on rows [...] that have just been embedded [..., E]: their mean change is the change of all."""
+    """The new drift_E [E], estimated from rows [...] with fresh embeddings [..., E]: all are taken to change alike."""
     change = embeddings - stored(index, rows)
     return (0 if index.drift_E is None else index.drift_E) + change.reshape(-1, change.shape[-1]).mean(0)
 
 
 def put(index: Index, rows: jax.Array, embeddings: jax.Array, step: jax.Array, measure: bool = True) -> Index:
-    """The index with other embeddings [X, E] at rows [X], made at `step`. A row that is named twice has to have the
-    same embedding twice. measure: see `drifted`; not where other rows of this step have told.
+    """The index with fresh embeddings [X, E] at rows [X], made at `step`.
+
+    A row that occurs twice must have the same embedding twice, as the order of writes is undefined.
+    measure: update the drift from these rows (`drifted`); False if other rows of this step have done so.
     """
     drift_E = index.drift_E
     if drift_E is not None:
@@ -58,14 +61,14 @@ def put(index: Index, rows: jax.Array, embeddings: jax.Array, step: jax.Array, m
 
 
 def rows_at_once(n: int, devices: int, turn: int) -> int:
-    """How many of its rows a device has to embed in each step, so that all n are done within `turn` steps."""
+    """Rows that each device has to embed per step so that all n rows are embedded within `turn` steps."""
     return -(-(n // devices) // min(turn, n // devices))
 
 
 def embed_own(rag: Rag, mesh: jax.sharding.Mesh, params: Params, passages: Passages, rows_S: jax.Array) -> jax.Array:
-    """Each device embeds its own rows at rows_S, CHUNK at a time: float32 [devices, S, E], without dropout.
+    """Embeddings of each device's own rows at rows_S, float32 [devices, S, E], without dropout and gradient.
 
-    params: the part that embeds passages is enough.
+    Each device embeds CHUNK passages at a time. params: those of the encoder that embeds passages are enough.
     """
     devices, size = mesh.size, len(rows_S)
     chunk = min(CHUNK, size)
@@ -91,13 +94,13 @@ def _by_device(table: jax.Array, devices: int) -> jax.Array:
 
 
 def _own(index: Index, rows_S: jax.Array, devices: int) -> jax.Array:
-    """What the index has at each device's own rows, as it stands there: float32 [devices, S, E]."""
+    """Stored embeddings of each device's own rows at rows_S, without the drift: float32 [devices, S, E]."""
     found = mips_one_device.decoded(_by_device(index.embeddings_NE, devices)[:, rows_S])
     return found if index.scale_N is None else found * _by_device(index.scale_N, devices)[:, rows_S][..., None]
 
 
 def _put_own(index: Index, rows_S: jax.Array, fresh_DSE: jax.Array, step: Any) -> Index:
-    """`fresh_DSE` as it is, at each device's own rows."""
+    """The index with fresh_DSE, encoded in its type but otherwise unchanged, at each device's own rows rows_S."""
     (devices, size, width), dtype = fresh_DSE.shape, index.embeddings_NE.dtype
     new, scale = encoded(fresh_DSE.reshape(-1, width), dtype)
 
@@ -122,8 +125,9 @@ def embed_block(
     step: Any,
     size: int,
 ) -> Index:
-    """Block `number` of a whole rebuild: each device embeds `size` of its own rows, one after another; the last
-    block reaches back to be full. `step` is written beside the rows.
+    """Block `number` of a full rebuild: each device embeds `size` consecutive rows of its own, made at `step`.
+
+    The last block overlaps the one before, so that all blocks have the same shape.
     """
     local = len(index.embeddings_NE) // mesh.size
     size = min(size, local)
@@ -134,13 +138,15 @@ def embed_block(
 def roll(
     rag: Rag, mesh: jax.sharding.Mesh, params: Params, index: Index, passages: Passages, step: jax.Array, turn: int
 ) -> Index:
-    """The block that step `step` of a rolling refresh embeds: after `turn` steps every row has been.
+    """One step of a rolling refresh: re-embeds a block of rows so that every row is embedded within `turn` steps.
 
-    Its rows lie evenly over the corpus, so that their mean change is that of the corpus (`drifted`).
+    The rows of a block are spread evenly over the corpus, so that their mean change is an estimate of that of all rows
+    (`drifted`); deleted rows do not count in it.
     """
     devices, local = mesh.size, len(index.embeddings_NE) // mesh.size
     size = rows_at_once(len(index.embeddings_NE), devices, turn)
     blocks = -(-local // size)
+    # clamped to the last row, which may then occur twice, with the same embedding twice
     rows_S = jnp.minimum(step % blocks + blocks * jnp.arange(size), local - 1)
     fresh_DSE = embed_own(rag, mesh, params, passages, rows_S)
     drift_E = index.drift_E
@@ -157,8 +163,10 @@ def roll(
 
 @functools.lru_cache(maxsize=8)
 def _block_program(rag: Rag, mesh: jax.sharding.Mesh, size: int, chunk: int) -> Any:
-    """(params, index, passages, number, step) -> index, jitted; kept, so that another version of the corpus with tables
-    of the same size compiles nothing. chunk: CHUNK, which the program was made with.
+    """Jitted `embed_block`: (params, index, passages, number, step) -> index, which takes the memory of the old index.
+
+    It is cached, so that another version of the corpus with tables of the same size needs no compilation. chunk: CHUNK,
+    a part of the key of the cache because the program depends on it.
     """
 
     @functools.partial(jax.jit, donate_argnums=1)
@@ -171,8 +179,10 @@ def _block_program(rag: Rag, mesh: jax.sharding.Mesh, size: int, chunk: int) -> 
 def on_devices(
     rag: Rag, mesh: jax.sharding.Mesh, passages: Passages, dtype: str, live_N: np.ndarray | None = None
 ) -> Make:
-    """Makes an Index of all passages on the devices, a block at a time. live_N: on the host, of as many rows as the
-    tables or fewer; the index says the same, whatever an older one said.
+    """A function that builds the Index of all passages on the devices, block by block.
+
+    live_N: bool on the host, False for deleted rows, of the rows of the tables or fewer; None: no row is deleted. The
+    new index has these, not those of the old one.
     """
     block = _block_program(rag, mesh, BLOCK, CHUNK)
     rows = len(passages.encoder_length_N)
@@ -186,10 +196,11 @@ def on_devices(
         with shown or nullcontext():
             for number in range(blocks):
                 index = block(encoder, index, passages, np.int32(number), np.int32(step))
-                jax.block_until_ready(index.embeddings_NE)  # one at a time: steps of training get in between
+                # one block in the queue of the devices at a time, so that training steps can run between two blocks
+                jax.block_until_ready(index.embeddings_NE)
                 if shown:
                     shown.update(min(BLOCK, local - number * BLOCK) * mesh.size)
-        # arrays of their own: a step that is given the index may take its memory
+        # new arrays for each index: a training step may take their memory
         return index._replace(
             live_N=None if live_N is None else sharding.shard_rows(mesh, live_N, False, rows),
             drift_E=no_drift(mesh, index.embeddings_NE.shape[1]),
@@ -199,7 +210,10 @@ def on_devices(
 
 
 class Refresher:
-    """Rebuilds the index, while the caller waits or in a thread beside training."""
+    """Rebuilds the index, while the caller waits or in a thread beside training.
+
+    make: builds an index from an encoder. side: group of the parameters that embeds passages.
+    """
 
     def __init__(self, make: Make, mesh: jax.sharding.Mesh, side: str) -> None:
         self.make, self.mesh, self.side = make, mesh, side
@@ -207,7 +221,7 @@ class Refresher:
         self._begun: tuple[int, Params, Future[Any]] | None = None
 
     def encoder(self, params: Params) -> Params:
-        """The part that embeds passages, copied to every device: training may go on with its own."""
+        """A copy of the parameters that embed passages, on every device, which training does not change or donate."""
         copied = jax.tree.map(lambda x: jnp.array(x, copy=True), params[self.side])
         return {self.side: jax.device_put(copied, sharding.replicated(self.mesh))}
 
@@ -222,39 +236,42 @@ class Refresher:
         return self.make(self.encoder(params), step, old, False)
 
     def begin(self, params: Params, step: int) -> None:
-        """Begin the same in a thread; `take` has the result."""
+        """Begins to build a fresh index in a thread; `take` returns it."""
         self.resume(self.encoder(params), step)
 
     def resume(self, encoder: Params, step: int) -> None:
-        """As `begin`, with an encoder that a checkpoint kept (`pending`)."""
+        """Begins a build with a given encoder, such as that of a checkpoint (`pending`)."""
         self._begun = step, encoder, self._thread.submit(self.make, encoder, step, None, True)
 
     @property
     def pending(self) -> tuple[int, Params] | None:
-        """(step, encoder) of what was begun and not yet taken: what a checkpoint needs to begin it again."""
+        """(step, encoder) of a build that was begun and not yet taken, with which a checkpoint can begin it again."""
         return None if self._begun is None else self._begun[:2]
 
     def take(self) -> Any:
-        """What was begun, when it is done."""
+        """Waits for the build that was begun, and returns its index."""
         assert self._begun is not None
         future, self._begun = self._begun[2], None
         return future.result()
 
     def drop(self) -> None:
-        """Wait for what was begun, and forget it."""
+        """Waits for the build that was begun, if any, and discards its index."""
         if self._begun is not None:
             self.take()
 
 
 def sample(seed: tuple[int, ...], n: int, size: int) -> np.ndarray:
-    """min(size, n) different rows of n, ascending int32: one drawn from each of equally long stretches."""
+    """min(size, n) different rows below n, ascending int32: a random one of each of equally long ranges."""
     size = min(size, n)
     edges = (np.arange(size + 1, dtype=np.int64) * n) // size
     return np.random.default_rng(seed).integers(edges[:-1], edges[1:]).astype(np.int32)
 
 
 def overlap(q_BE: jax.Array, stored_SE: jax.Array, fresh_SE: jax.Array, live_S: jax.Array, k: int) -> jax.Array:
-    """Recall@k of stored against fresh embeddings of the same S passages: a scalar, 1 where the k best are the same."""
+    """Recall@k of stored against fresh embeddings of the same S passages: scalar share of the k best in common, 0 to 1.
+
+    live_S: bool, False for deleted passages, which are never among the k best.
+    """
 
     def best(d_SE: jax.Array) -> jax.Array:
         scores = jnp.where(live_S, jnp.einsum("be,se->bs", q_BE, d_SE), -jnp.inf)

@@ -1,13 +1,14 @@
-"""When the index is made anew while training: the words of `refresh` in a stage, and what they say of a step.
+"""When the index is refreshed while training: the syntax of a stage's `refresh`, and which steps it makes due.
 
-""                       at the stage's start only
+""                       only at the start of the stage
 250                      every 250 steps; also `epoch`, `2epoch`
 0-1000:250,1000-:1000    every 250 steps up to step 1000 of the stage, then every 1000
 rolling:500              N/500 rows in every step, inside it: no row is ever older than 500 steps
-background:250           begun every 250 steps beside training, put in place 250 steps later
-background+50:250        put in place 50 steps after it was begun
-                         (both earlier where another span begins the next one before that)
-when:overlap<0.9         when the stored index and fresh embeddings disagree: measured every 50 steps
+background:250           a build is begun every 250 steps beside training, and used 250 steps later
+background+50:250        used 50 steps after it was begun
+                         (both earlier where another span begins the next build before that)
+when:overlap<0.9         rebuilt when recall@k of the stored index against fresh embeddings is below 0.9; measured every
+                         50 steps
 when:overlap<0.9:20      measured every 20 steps
 """
 
@@ -19,7 +20,7 @@ from typing import Literal
 from rag_jax.errors import InputError
 
 CHECK_EVERY = 50
-UNKNOWN = 2**30  # steps of an epoch before the questions are read
+UNKNOWN = 2**30  # stands for the steps of an epoch until the questions are read
 WORDS = (
     "expected steps (250, epoch, 2epoch), a schedule (0-1000:250,1000-:1000), rolling:500, background:250, "
     "background+50:250 or when:overlap<0.9"
@@ -28,8 +29,12 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Schedule:
-    """spans: (first step, last step or None, every), in order; turn: steps of a rolling turn; lag: steps from the
-    beginning of a background build to its use; overlap: the least that is borne. Steps count from the stage's start.
+    """A parsed refresh schedule; steps count from the start of the stage.
+
+    spans: (first step, step after the last or None for no end, steps between two refreshes), ascending.
+    turn: steps in which a rolling refresh embeds every row once.
+    lag: steps from the beginning of a background build to its use; 0: as many as between two builds.
+    overlap: of `when`, the recall@k below which the index is rebuilt.
     """
 
     kind: Literal["synchronous", "rolling", "background", "when"] = "synchronous"
@@ -39,17 +44,17 @@ class Schedule:
     overlap: float = 0.0
 
     def due(self, into: int) -> bool:
-        """Whether step `into` of the stage is one of the spans' steps."""
+        """Whether a refresh, a background build or a measurement begins at step `into` of the stage."""
         for first, stop, every in self.spans:
             if first <= into and (stop is None or into < stop):
                 return (into - first) % every == 0
         return False
 
     def begun(self, into: int) -> int | None:
-        """The step at which the background build that is put in place at step `into` was begun; None if none is.
+        """The step at which the background build to be used from step `into` on was begun; None if none is due.
 
-        One build is under way at a time, so the last one is put in place before the next begins, however little of its
-        lag is over: indexes come in the order of their steps, and each once.
+        Only one build runs at a time, so a build is used at the latest when the next one begins, even if its lag is not
+        over: indexes are used in the order of their steps, and each once.
         """
         began, every = max((span_last(span, into) for span in self.spans), default=(0, 0))
         if not began:
@@ -59,8 +64,9 @@ class Schedule:
 
 
 def span_last(span: tuple[int, int | None, int], into: int) -> tuple[int, int]:
-    """The last step before `into` at which a build of the span begins, and the steps from one to the next; (0, 0) where
-    there is none. (At step 0 of a stage its index has just been made.)
+    """The last step before `into` at which a build of the span begins, and the steps between builds; (0, 0) for none.
+
+    No build begins at step 0 of a stage, when its index has just been built.
     """
     first, stop, every = span
     last = min(into, into if stop is None else stop) - 1
@@ -88,8 +94,8 @@ def when_overlap(rest: str, lag: str, epoch: int, text: str) -> Schedule:
     return Schedule("when", ((0, None, every),), overlap=float(match[1]))
 
 
-# WORD of `WORD:REST` or `WORD+LAG:REST` -> (REST, LAG, steps of an epoch, the whole text) -> its schedule. All other
-# texts are spans. One of your own is a row here; a subclass of Schedule may decide otherwise which steps are due.
+# WORD of `WORD:REST` or `WORD+LAG:REST` -> function (REST, LAG, steps of an epoch, the whole text) -> Schedule. All
+# other texts are spans. Your own schedule is a row here; a subclass of Schedule may override which steps are due.
 SCHEDULES: dict[str, Callable[[str, str, int, str], Schedule]] = {
     "rolling": rolling,
     "background": background,
@@ -98,7 +104,7 @@ SCHEDULES: dict[str, Callable[[str, str, int, str], Schedule]] = {
 
 
 def parse(text: str, epoch: int = UNKNOWN) -> Schedule:
-    """InputError for what is none of the words above. epoch: steps of one."""
+    """The schedule of a stage's `refresh`; InputError for a text that is none of the above. epoch: its steps."""
     word, _, rest = text.partition(":")
     name, _, lag = word.partition("+")
     if name in SCHEDULES and (word == name or (name == "background" and lag.isdigit())):
@@ -107,7 +113,7 @@ def parse(text: str, epoch: int = UNKNOWN) -> Schedule:
 
 
 def count(text: str, epoch: int, whole: str) -> int:
-    """Steps, from `250`, `epoch` or `2epoch`."""
+    """Number of steps in `250`, `epoch` or `2epoch`; whole: the text that the InputError shows."""
     match = re.fullmatch(r"(\d+)|(\d*)epoch", text)
     steps = 0 if not match else int(match[1]) if match[1] else int(match[2] or 1) * epoch
     if steps < 1:
@@ -116,7 +122,7 @@ def count(text: str, epoch: int, whole: str) -> int:
 
 
 def spans(text: str, epoch: int, whole: str) -> tuple[tuple[int, int | None, int], ...]:
-    """`250` or `0-1000:250,1000-:1000`; they may not overlap."""
+    """Parses `250` or `0-1000:250,1000-:1000`; InputError for spans that are empty, overlap or do not ascend."""
     if ":" not in text:
         return ((0, None, count(text, epoch, whole)),)
     found: list[tuple[int, int | None, int]] = []

@@ -1,4 +1,4 @@
-"""A shard: the embeddings of consecutive passages in one file, which says what it is.
+"""Shard files: embeddings of consecutive passages, with a header that says which passages and encoder they are of.
 
 The file is in the safetensors format. Its tensors are `embeddings` [X, E] (F32, BF16 or I8) and, for I8, `scale` [X]
 F32; its metadata is the shard's identity and the sha256 of all that comes after the header.
@@ -26,8 +26,10 @@ AGAIN = "restore the file, or build the index again"
 
 @dataclass(frozen=True)
 class Identity:
-    """Rows first ... last - 1 of a corpus under an encoder; corpus_hash is that of the corpus that they were read from,
-    which a later one may extend.
+    """Identity of a shard: it has the embeddings of rows first to last - 1 of a corpus by an encoder.
+
+    corpus_hash: of the corpus that was embedded; updates of the corpus keep its rows, and the shard with them.
+    width: E; dtype: a key of DTYPES.
     """
 
     corpus_hash: str
@@ -39,7 +41,7 @@ class Identity:
 
     @property
     def name(self) -> str:
-        """The file's; names are in the order of the rows."""
+        """Name of the file; names sort in the order of rows."""
         return f"rows-{self.first:012d}-{self.last:012d}.safetensors"
 
     @property
@@ -48,7 +50,7 @@ class Identity:
 
 
 def cut(corpus_hash: str, encoder_hash: str, rows: range, shard_rows: int, width: int, dtype: str) -> list[Identity]:
-    """The shards that `rows` make, each of `shard_rows` but the last."""
+    """Divides `rows` into shards of `shard_rows` rows each, the last with what is left."""
     return [
         Identity(corpus_hash, encoder_hash, first, min(first + shard_rows, rows.stop), width, dtype)
         for first in range(rows.start, rows.stop, shard_rows)
@@ -56,19 +58,19 @@ def cut(corpus_hash: str, encoder_hash: str, rows: range, shard_rows: int, width
 
 
 def tensors(embeddings_XE: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
-    """What is stored for float32 embeddings; int8: row / scale rounded, with scale = max |row| / 127."""
+    """The tensors stored for float32 embeddings; for int8, row / scale rounded, with scale = max |row| / 127."""
     if dtype == "float32":
         return {"embeddings": np.ascontiguousarray(embeddings_XE, np.float32)}
     if dtype == "bfloat16":
         return {"embeddings": embeddings_XE.astype(jnp.bfloat16)}
     scale_X = np.abs(embeddings_XE).max(1, initial=0).astype(np.float32) / np.float32(127)
     steps_XE = embeddings_XE / np.where(scale_X > 0, scale_X, 1)[:, None]
-    # the scale first: it wants to begin at a multiple of 4 bytes
+    # the scale comes first: float32 must begin at a multiple of 4 bytes, and int8 rows of any length may end elsewhere
     return {"scale": scale_X, "embeddings": np.rint(steps_XE).clip(-127, 127).astype(np.int8)}
 
 
 def write(stream: BinaryIO, identity: Identity, embeddings_XE: np.ndarray) -> None:
-    """Fills an empty unbuffered file; InputError for an embedding that is not finite."""
+    """Writes a shard into an empty unbuffered file; InputError for an embedding that is not finite."""
     if embeddings_XE.shape != (identity.rows, identity.width):
         raise ValueError(f"embeddings {embeddings_XE.shape} for rows [{identity.rows}, {identity.width}]")
     finite_X = np.isfinite(embeddings_XE).all(1)
@@ -84,36 +86,34 @@ def write(stream: BinaryIO, identity: Identity, embeddings_XE: np.ndarray) -> No
 
 
 def header_of(identity: Identity, sha256: str) -> bytes:
-    """The only header that a shard may have: any other one is damaged."""
+    """The header of a shard, byte for byte: a file with any other header is damaged."""
     about = {**{name: str(value) for name, value in asdict(identity).items()}, "sha256": sha256}
     return safetensors_header.header(_stored(identity), about)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """An opened shard file: its header alone was read."""
+    """An opened shard file, of which only the header was read."""
 
     path: Path
     identity: Identity
-    sha256: str
-    start: int  # of the data in the file
-    offsets: dict[str, int]  # of each tensor, from there
-    blocks: Blocks  # its sums, where the manifest of an index has them
+    sha256: str  # of the data after the header, as the header says
+    start: int  # offset of the data in the file, in bytes
+    offsets: dict[str, int]  # of each tensor in the data, in bytes
+    blocks: Blocks  # checksums by block, if the manifest of an index has them
 
     def embeddings_XE(self) -> Checked:
-        """Memory-mapped, as stored."""
+        """Memory-mapped embeddings in the stored type."""
         identity = self.identity
         kind = jnp.dtype(identity.dtype)
         return self._map("embeddings", kind, (identity.rows, identity.width))
 
     def scale_X(self) -> Checked:
-        """Memory-mapped; of int8 alone."""
+        """Memory-mapped scales of the rows; only int8 has them."""
         return self._map("scale", np.dtype(np.float32), (self.identity.rows,))
 
     def entry(self) -> Entry:
-        """Size, hash and sums of the whole file, after the checksum that it carries was found right; InputError if it
-        is not.
-        """
+        """Size, hash and block checksums of the whole file, for a manifest; InputError where its data is damaged."""
         data = self.blocks.map()
         found = hashlib.sha256(data[self.start :].data).hexdigest()
         if found != self.sha256:
@@ -125,9 +125,9 @@ class Shard:
 
 
 def read(path: Path, entry: Entry | None = None) -> Shard:
-    """Opens a shard by its header; InputError where that is none, or the file has not the size that it says.
+    """Opens a shard and reads its header; InputError for another header, or a file of another size than it says.
 
-    entry: of the manifest of an index, to verify what is read.
+    entry: of the file in the manifest of an index, by which data is verified when it is read; None: it is not.
     """
     try:
         with path.open("rb") as stream:
@@ -154,13 +154,13 @@ def read(path: Path, entry: Entry | None = None) -> Shard:
 
 
 def _stored(identity: Identity) -> safetensors_header.Tensors:
-    """The tensors of a shard, with their types and shapes, in the order of the file."""
+    """Types and shapes of the tensors of a shard, in the order of the file."""
     rows = {"embeddings": (DTYPES[identity.dtype], (identity.rows, identity.width))}
     return {"scale": ("F32", (identity.rows,)), **rows} if identity.dtype == "int8" else rows
 
 
 def check(shard: Shard, wanted: Identity) -> None:
-    """InputError with both values where a shard is not the one that was wanted."""
+    """InputError with both values where a shard has another identity than the wanted one."""
     for name, have in asdict(shard.identity).items():
         want = getattr(wanted, name)
         if have != want:
@@ -174,8 +174,9 @@ def _short(value: Any) -> str:
 def read_all(
     directory: Path, wanted: list[Identity], mend: str, entries: Mapping[str, Entry] | None = None
 ) -> Iterator[Shard]:
-    """The shards of a directory, each checked; an InputError ends in the words `mend`. entries: of an index' manifest,
-    by file.
+    """Opens shards of a directory one after another and checks their identities.
+
+    mend: how to mend a damaged shard, the end of every InputError; entries: files of an index' manifest, see `read`.
     """
     for identity in wanted:
         try:

@@ -1,6 +1,6 @@
 """An index snapshot on disk: embeddings [N, E] in shard files, bound to a corpus and to the encoder that made them.
 
-A snapshot never changes. One made of an encode job, or of an older snapshot, shares their files.
+A snapshot never changes. One made from an encode job or an older snapshot shares their files.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,9 +24,13 @@ KIND, VERSION, OLDEST = "index", 3, 2  # version 2 has no checksums by block
 
 @dataclass(frozen=True)
 class Manifest:
-    """corpus: where the passages are, corpus_hash: what they were; encoder_hash and step: which parameters embedded
-    them; tokenizer_hash: the tokenizer of both; form: see `RagConfig.passage_form`, "" in those made before there was
-    one.
+    """Description of a snapshot.
+
+    corpus: path of the corpus; corpus_hash: its content.
+    encoder_hash, step: the parameters that embedded it, and the updates they were trained for.
+    tokenizer_hash: the encoder's tokenizer.
+    width: E; dtype: of the stored embeddings.
+    form: see `RagConfig.passage_form`, "" in snapshots made before there was one.
     """
 
     corpus: str
@@ -43,7 +47,7 @@ class Manifest:
     def of(
         cls, corpus: Corpus, encoder_hash: str, step: int, width: int, dtype: str = "float32", form: str = ""
     ) -> Self:
-        """That of all passages of a corpus."""
+        """The manifest of a snapshot of all passages of a corpus."""
         return cls(
             corpus=str(corpus.directory.resolve()),
             corpus_hash=corpus.hash,
@@ -59,10 +63,10 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An opened snapshot. Nothing is read but what is asked for.
+    """An opened snapshot, whose embeddings are read only where they are indexed.
 
-    embeddings_NE: array-like (see `stacked.Rows`), float32 where they are stored as int8, else as stored.
-    rows_NE and scale_N: as stored; scale_N is None but for int8, where embeddings = rows * scale.
+    embeddings_NE: array-like (see `stacked_arrays.Rows`), in the stored type, but float32 where int8 is stored.
+    rows_NE, scale_N: as stored; embeddings = rows * scale for int8, scale_N is None for other types.
     """
 
     directory: Path
@@ -81,11 +85,14 @@ def write(
     overwrite: bool = False,
     shared: Sequence[tuple[Shard, Entry]] = (),
 ) -> Snapshot:
-    """Write the blocks (rows [X], embeddings [X, E]), a file each, and open the result; it appears whole or not at all.
+    """Writes a snapshot, which appears whole or not at all, and opens it.
 
-    Rows ascend without gaps, from 0 or from where `shared` ends: shards that exist, with their entries.
+    blocks: (rows [X], embeddings [X, E]), each written as one file; rows ascend without gaps, from the end of `shared`.
+    overwrite: replace an index that is there.
+    shared: existing shards with the first rows, and their entries in a manifest; their files are linked or copied.
+
     InputError for an embedding that is not finite, and for a directory that is there and is no index (or without
-    `overwrite`); ValueError where the blocks are not n_passages rows together.
+    `overwrite`); ValueError where shared and blocks together are not n_passages rows.
     """
     m = manifest
     with files.new_directory(directory, KIND, overwrite) as temporary:
@@ -111,9 +118,9 @@ def write(
 
 
 def from_job(job_dir: str | Path, corpus: Corpus, out: str | Path, overwrite: bool = False) -> Snapshot:
-    """The snapshot of a finished encode job, whose files it shares; the corpus as it is now.
+    """The snapshot of a finished encode job, whose files it shares.
 
-    InputError where shards are missing, damaged or of another corpus.
+    corpus: the present corpus; InputError where it is not the one that was embedded, or shards are missing or damaged.
     """
     directory = Path(job_dir)
     job = encode_job.read_job(directory)
@@ -146,7 +153,7 @@ def update(
     out: str | Path,
     overwrite: bool = False,
 ) -> Snapshot:
-    """The snapshot of an updated corpus: the old one's files, and blocks (see `write`) for the rows after them.
+    """The snapshot of an updated corpus: shares the files of the old one; `blocks` (see `write`) are the rows after.
 
     InputError where the encoder is another one, or the corpus is no update of the old one.
     """
@@ -157,7 +164,7 @@ def update(
 
 
 def check_update(old: Snapshot, manifest: Manifest, corpus: Corpus) -> None:
-    """InputError with both hashes where the old embeddings are not the first ones of the new manifest's."""
+    """InputError with both values where the rows of the old snapshot cannot be the first rows of the new one."""
     was = old.manifest
     anew = f"embed it all: rag-jax index RUN --corpus {corpus.directory} --out DIR"
     for name in ("encoder_hash", "tokenizer_hash", "width", "dtype"):
@@ -174,7 +181,7 @@ def check_update(old: Snapshot, manifest: Manifest, corpus: Corpus) -> None:
 
 
 def shared_rows(one: Snapshot, other: Snapshot) -> int:
-    """How many first rows of both snapshots have the same embeddings, bit for bit: those of equal shards."""
+    """Number of first rows whose embeddings are equal bit for bit in both snapshots, by their leading equal shards."""
     rows = 0
     for a, b in zip(one.shards, other.shards, strict=False):
         places = [(s.identity.first, s.identity.last, s.identity.dtype, s.sha256) for s in (a, b)]
@@ -185,10 +192,10 @@ def shared_rows(one: Snapshot, other: Snapshot) -> int:
 
 
 def open_snapshot(directory: str | Path) -> Snapshot:
-    """InputError where the directory is no snapshot, is of another format, or does not match its own manifest; and
-    later, where rows are read, for damaged ones.
+    """Opens a snapshot by its manifest and the sizes and headers of its files.
 
-    Looks at the sizes and headers of the files.
+    InputError where the directory is no snapshot, is of another format, or does not match its own manifest; damaged
+    rows raise it later, when they are read.
     """
     directory = Path(directory)
     found = files.read_manifest(directory, KIND, VERSION, OLDEST)
@@ -217,8 +224,9 @@ def _opened(directory: Path, found: dict[str, Any]) -> Snapshot:
 
 
 def same_form(stored: str, form: str) -> bool:
-    """Whether vectors of these two forms are of one kind. One that was not kept is of a time without prefixes, when
-    there were cls and mean alone.
+    """Whether embeddings of two forms (`RagConfig.passage_form`) may be compared.
+
+    stored: "" in old snapshots, which were made when there were no prefixes and only the poolings cls and mean.
     """
     return stored == form if stored else "ids" not in form and form.split()[0] in ("cls", "mean")
 
@@ -226,8 +234,9 @@ def same_form(stored: str, form: str) -> bool:
 def check(
     snapshot: Snapshot, corpus_hash: str, encoder_hash: str, tokenizer_hash: str | None = None, form: str | None = None
 ) -> None:
-    """InputError with both hashes where the snapshot is of another tokenizer, corpus or encoder, and where its vectors
-    were pooled otherwise or lack the encoder's prefix.
+    """InputError with both values where a snapshot is of another tokenizer, corpus or encoder, or of another form.
+
+    tokenizer_hash, form: None to skip their check.
     """
     found = snapshot.manifest
     for have, want, now in (

@@ -28,7 +28,7 @@ class AnswerConfig:
     length_penalty: the log-probability of an answer is divided by its length to this power.
     early_stopping: when a search ends, see Options.
     no_repeat_ngram_size: size of n-grams that may not occur twice in an answer; 0: all may.
-    repetition_penalty: makes tokens of the answer so far less likely to come again; 1: not.
+    repetition_penalty: above 1, tokens of the answer so far become less likely to come again; 1: none.
     bad_words, bad_word_ids: what no answer may contain, as texts and as token sequences.
     suppress_ids, begin_suppress_ids: tokens that no answer may contain, or begin with.
     start_id, forced_bos_id, forced_eos_id: token ids; -1: the model's; the forced ones also -2: none.
