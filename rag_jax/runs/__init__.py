@@ -1,7 +1,7 @@
-"""A run directory: what training leaves behind and everything else opens.
+"""A run directory: what training writes and all other commands open.
 
-`directory` knows its files and loads model and corpus; `checkpoint` saves and restores all of a run, with
-`array_checksums`; `index_location` is the index, on the devices or on the host; `live_corpus` follows a corpus that
-changes; `lock` keeps two commands apart;
-`verify_artifacts` reads whole runs, and what they were made from, and names what is damaged.
+`directory` knows its files and loads model and corpus; `config` is the part of its configuration that all commands
+read; `checkpoint` saves and restores the state of training, with `array_checksums`; `index_location` is the index, on
+the devices or on the host; `live_corpus` follows a corpus that changes; `lock` keeps two commands from training in one
+directory; `verify_artifacts` reads whole artifacts and names what is damaged.
 """

@@ -1,10 +1,10 @@
-"""A number for each array that any flipped bit changes, however the array lies over devices and processes.
+"""Checksums of arrays that do not depend on their sharding: any flipped bit changes the checksum.
 
     sum over elements i of bits(i) * odd(i)  mod 2**32
 
-`bits` are the element's bits as a number below 2**32, and `odd` a fixed odd number for each place. A change of one
-element changes the sum, because an odd factor has an inverse mod 2**32; two elements that change places change it, too,
-but for one case in 2**31. The order of the sum does not matter, so every device adds up its own part.
+bits(i) are the bits of element i as a number below 2**32, and odd(i) is a fixed odd number for each position. A change
+of one element changes the sum, because an odd factor has an inverse mod 2**32; swapping two elements changes it, too,
+but for one case in 2**31. The order of summation does not matter, so every device adds up its own shard.
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ from jax import lax
 
 from rag_jax.ops import position_hash
 
-CHUNK = 1 << 22  # elements of a host array that are added up at once
+CHUNK = 1 << 22  # elements of a host array that are summed at once
 
 
 def of_tree(tree: Any) -> dict[str, int]:
-    """The checksum of every array, by its path: on the devices for those that lie there, else on the host."""
+    """The checksum of every array, by its path in the tree; computed on the devices for arrays that are there."""
     named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
     on_devices = {name: leaf for name, leaf in named.items() if isinstance(leaf, jax.Array)}
     sums = jax.device_get(_program(on_devices))
@@ -28,12 +28,12 @@ def of_tree(tree: Any) -> dict[str, int]:
 
 
 def of_array(array: jax.Array) -> int:
-    """The checksum of one array; arrays of one shape share a program, so that a model that is read compiles few."""
+    """The checksum of one array; arrays of one shape share a program, so that reading a model compiles few of them."""
     return int(_one(array))
 
 
 def on_device(array: jax.Array) -> jax.Array:
-    """The checksum as a uint32 scalar, for a program on devices; elements of at most 32 bits."""
+    """The checksum as a uint32 scalar, for use inside jit; elements may have at most 32 bits."""
     if array.dtype == jnp.bool_:
         bits = array.astype(jnp.uint32)
     else:
@@ -42,7 +42,7 @@ def on_device(array: jax.Array) -> jax.Array:
 
 
 def on_host(array: np.ndarray) -> int:
-    """The same of an array in memory or in a file, a part at a time."""
+    """The checksum of an array in memory or in a file, computed CHUNK elements at a time."""
     flat, total = array.reshape(-1), 0
     for first in range(0, len(flat), CHUNK):
         part = np.ascontiguousarray(flat[first : first + CHUNK])
@@ -53,7 +53,7 @@ def on_host(array: np.ndarray) -> int:
 
 
 def _odd(place: Any) -> Any:
-    """Odd numbers that look random: the mixing steps of MurmurHash3, for uint32 of NumPy or JAX."""
+    """Pseudorandom odd numbers for positions, uint32 of NumPy or JAX, by the mixing steps of MurmurHash3."""
     mixed = (place ^ (place >> 16)) * np.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
     return mixed | np.uint32(1)

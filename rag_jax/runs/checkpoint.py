@@ -1,5 +1,6 @@
-"""Checkpoints of everything a run needs to go on: parameters, optimiser, data position, index. The only file that
-imports Orbax.
+"""Checkpoints of everything a run needs to resume: parameters, optimiser, data position, index.
+
+The only file that imports Orbax.
 """
 
 import contextlib
@@ -22,13 +23,15 @@ from rag_jax.errors import InputError
 from rag_jax.runs import array_checksums
 from rag_jax.system import distributed, files, sharding
 
-# Orbax warns where a save waits for the one before, which is as it is meant
+# a save waits for the one before, which is intended: no warning of Orbax about it
 logging.getLogger("absl").addFilter(lambda record: "Waiting for previous save" not in record.getMessage())
 
 
 def _without_closed_loops(before: Any) -> Any:
-    """`sys.excepthook` without what tensorstore's threads print when one array of several could not be read: they want
-    to tell an event loop that has ended with the error, which is raised anyway.
+    """`before`, an excepthook, without the "Event loop is closed" errors of tensorstore's threads.
+
+    They report to an event loop that has already ended when one of several arrays could not be read; that error itself
+    is raised anyway.
     """
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -48,14 +51,14 @@ AT_ONCE = 10**8  # bytes of parameters that are read together
 
 
 class Damaged(Exception):
-    """A checkpoint that is not whole, and what is wrong with it."""
+    """Raised for a checkpoint that is incomplete or altered; the message says what is wrong with it."""
 
 
 class Checkpoints:
-    """Numbered checkpoints in a directory: the newest `keep` stay, and those `keep_best` with the largest `metric`.
+    """Numbered checkpoints in a directory; the `keep` newest are kept, and the `keep_best` with the largest `metric`.
 
-    A save goes on beside training and is atomic: killed, it leaves the one before. Every array has a checksum, so that
-    flipped bits are seen. With several processes all call the same methods in the same order.
+    A save runs beside training and is atomic: if it is killed, the checkpoint before remains. Every array has a
+    checksum, so that flipped bits are noticed. Several processes must call the same methods in the same order.
     """
 
     def __init__(self, directory: Path, keep: int = 2, keep_best: int = 0, metric: str = "") -> None:
@@ -66,14 +69,14 @@ class Checkpoints:
             preservation_policy=preservation.AnyPreservationPolicy([newest, best]),
             best_fn=_value if keep_best else None,
         )
-        self._manager: ocp.CheckpointManager | None = None  # from the first save on: it reads what is there
+        self._manager: ocp.CheckpointManager | None = None  # made at the first save: making it reads the directory
 
     def steps(self) -> list[int]:
-        """Those that are there, whole or not, newest first."""
+        """Steps of all checkpoints, damaged or not, newest first."""
         return distributed.from_first(numbers(self.directory))
 
     def latest(self) -> int | None:
-        """The newest whose position can be read; its arrays may still be damaged."""
+        """Step of the newest checkpoint whose position can be read; its arrays may still be damaged; None for none."""
         for step in self.steps():
             try:
                 self.position(step)
@@ -83,17 +86,17 @@ class Checkpoints:
         return None
 
     def newest(self) -> int | None:
-        """`latest`, after what is being saved."""
+        """`latest`, after waiting for the save in progress."""
         self.wait()
         return self.latest()
 
     def save(
         self, step: int, arrays: Tree, position: dict[str, Any], metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Write arrays (a pytree) and a JSON-able position as checkpoint `step`; an existing one of that step is kept.
+        """Saves arrays (a pytree) and a JSON-able position as checkpoint `step`, unless there is one of that step.
 
-        Returns when the arrays may change. An error of the one before is raised here. InputError where `metrics` were
-        measured and the one that says which checkpoint is best is not among them.
+        It returns when the arrays may change, and writes in the background; an error of the save before is raised here.
+        metrics: of an evaluation at this step; InputError where `metric`, which ranks checkpoints, is not among them.
         """
         if self._manager is None:
             self._manager = ocp.CheckpointManager(self.directory, options=self._options)
@@ -112,7 +115,7 @@ class Checkpoints:
             self._manager.save(step, args=items, metrics=best)
 
     def position(self, step: int) -> dict[str, Any]:
-        """What `save` was given; Damaged where it cannot be read."""
+        """The position that was saved, with shapes and checksums of the arrays; Damaged where it cannot be read."""
         directory = self.directory / str(step) / "position"
         try:
             found = ocp.JsonCheckpointHandler().restore(directory)
@@ -129,10 +132,10 @@ class Checkpoints:
         return found
 
     def restore(self, step: int, like: Tree) -> Tree:
-        """The arrays of a checkpoint, in the shapes, types and shardings of `like` (arrays or ShapeDtypeStructs).
+        """The arrays of a checkpoint, with the shardings of `like`, a pytree of arrays or ShapeDtypeStructs.
 
-        Damaged where they cannot be read or are not those that were saved, in any process; InputError where others are
-        wanted.
+        Damaged where they cannot be read or were altered, in any process; InputError where shapes or types differ from
+        those of `like`.
         """
         saved, wanted = self.position(step), shapes(like)
         for name in sorted(set(saved["shapes"]) | set(wanted)):
@@ -158,7 +161,7 @@ class Checkpoints:
         return arrays
 
     def verify(self, step: int) -> None:
-        """Damaged where a checkpoint is not what was saved; it is read into memory, in the shapes that it has."""
+        """Reads a whole checkpoint into memory; Damaged where it is not what was saved."""
         saved, directory = self.position(step), self.directory / str(step) / "arrays"
         try:
             handler = ocp.PyTreeCheckpointHandler()
@@ -168,13 +171,13 @@ class Checkpoints:
             arrays = handler.restore(directory, args=ocp.args.PyTreeRestore(restore_args=on_host))
         except Exception as error:  # as in `restore`
             raise Damaged(f"its arrays are unreadable ({' '.join(str(error).split())[:200]})") from error
-        # Orbax gives its own names back, so that only the sums themselves can be compared
+        # Orbax returns its own names of arrays, so only the sorted checksums can be compared
         found = sorted(array_checksums.of_tree(jax.tree.map(np.asarray, arrays)).values())
         if found != sorted(saved["checksums"].values()):
             raise Damaged("some of its arrays were altered after they were saved")
 
     def set_aside(self, step: int) -> Path:
-        """Renames a damaged checkpoint, so that the step can be saved again; what it is called now."""
+        """Renames a damaged checkpoint, so that its step can be saved again; returns the new path."""
         old, new = self.directory / str(step), self.directory / f"{step}.damaged"
         if distributed.first():
             if new.exists():
@@ -184,7 +187,7 @@ class Checkpoints:
         return new
 
     def wait(self) -> None:
-        """Until all that was saved is on disk."""
+        """Waits until everything saved is on disk."""
         if self._manager is not None:
             with self._swept():
                 self._manager.wait_until_finished()
@@ -196,7 +199,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _swept(self) -> Iterator[None]:
-        """Removes what a failed save leaves half written, which may be what fills the disk."""
+        """Removes the half-written files of a save that fails inside, as they may be what fills the disk."""
         try:
             yield
         except Exception:
@@ -207,7 +210,7 @@ class Checkpoints:
 
 
 def numbers(directory: Path) -> list[int]:
-    """Steps of which there are checkpoints, newest first."""
+    """Steps of the checkpoints in a directory, newest first."""
     there = directory.iterdir() if directory.is_dir() else ()
     return sorted((int(path.name) for path in there if path.name.isdigit() and path.is_dir()), reverse=True)
 
@@ -217,10 +220,10 @@ def _value(metrics: dict[str, float]) -> float:
 
 
 def save_params(directory: Path, parts: Iterable[tuple[str, Tree]]) -> None:
-    """Parameters alone, for evaluation and sharing; whole or not at all, in place of an older copy.
+    """Writes parameters alone, for evaluation and sharing, in place of an older copy; whole or not at all.
 
-    `parts`, such as `params.items()`, are taken and written one after another: a generator that makes each when it is
-    asked for never holds them all.
+    parts: (name, pytree), such as `params.items()`, written one after another: a generator that makes each of them when
+    it is asked for never holds all of them in memory.
     """
     described: dict[str, list] = {}
     sums: dict[str, int] = {}
@@ -242,7 +245,7 @@ def save_params(directory: Path, parts: Iterable[tuple[str, Tree]]) -> None:
 
 
 def _checkpointer(tree: Tree) -> ocp.Checkpointer:
-    """One that copies only some arrays at a time on their way; by itself it would copy all of them first."""
+    """An Orbax checkpointer that copies few arrays at once; by default it would copy all of them before it writes."""
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)]
     at_once = max(1.01 * max(sizes), sum(sizes) / 8) / 1e9
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=at_once, restore_concurrent_gb=at_once)
@@ -250,14 +253,12 @@ def _checkpointer(tree: Tree) -> ocp.Checkpointer:
 
 
 def shapes(params: Tree) -> dict[str, list]:
-    """[shape, type] of every array, by its path."""
+    """[shape, type] of every array, by its path in the tree."""
     return {jax.tree_util.keystr(k): [list(v.shape), str(v.dtype)] for k, v in jax.tree.leaves_with_path(params)}
 
 
 def check_params(directory: Path, like: Tree | None = None) -> dict[str, Any]:
-    """The manifest of parameters; InputError where the directory does not hold whole ones, or not in the shapes of
-    `like`.
-    """
+    """The manifest of saved parameters; InputError where they are incomplete or have other shapes than `like`."""
     if not directory.exists():
         raise InputError(f"{directory}: no parameters here; finish rag-jax train first, or name another run directory")
     manifest = files.read_manifest(directory, KIND, VERSION, OLDEST)
@@ -273,16 +274,16 @@ def check_params(directory: Path, like: Tree | None = None) -> dict[str, Any]:
 
 
 def load_params(directory: Path, like: Tree) -> Tree:
-    """Parameters written by `save_params`, checked against the shapes of `like`."""
+    """Parameters written by `save_params`, with the shardings of `like`; InputError where shapes or content differ."""
     check_params(directory, like)
     return {name: unflatten_dict(dict(read_part(directory, name, tree)), sep="/") for name, tree in like.items()}
 
 
 def read_part(directory: Path, name: str, like: Tree) -> Iterator[tuple[str, jax.Array]]:
-    """(path with slashes, array) of one part, in the shapes, types and shardings of `like`; see `check_params`.
+    """(path with slashes, array) of one part, with the shapes, types and shardings of `like`; see `check_params`.
 
-    Some arrays are read at a time: whoever lets go of them never holds the part, and what Orbax needs on the way is
-    small, too. InputError for arrays that are not those that were saved.
+    Groups of arrays are read one after another: a caller that drops each array never holds the whole part, and Orbax
+    needs little memory besides. InputError for arrays that are not those that were saved.
     """
     manifest = files.read_manifest(directory, KIND, VERSION, OLDEST)
     for group in _groups(flatten_dict(like, sep="/")):
@@ -295,12 +296,12 @@ def read_part(directory: Path, name: str, like: Tree) -> Iterator[tuple[str, jax
 
 
 def _key(name: str, path: str) -> str:
-    """What the manifest calls an array."""
+    """The name of an array in the manifest."""
     return jax.tree_util.keystr(tuple(jax.tree_util.DictKey(part) for part in (name, *path.split("/"))))
 
 
 def _as_stored(manifest: Mapping[str, Any], name: str, path: str, leaf: Any) -> jax.ShapeDtypeStruct:
-    """The array as it was saved, which may be of another type than is wanted."""
+    """Shape and type with which an array was saved, with the sharding of `leaf`, whose type may be another."""
     shape, dtype = manifest["shapes"][_key(name, path)]
     return jax.ShapeDtypeStruct(tuple(shape), jax.numpy.dtype(dtype), sharding=getattr(leaf, "sharding", None))
 
@@ -347,7 +348,7 @@ def leaf_is_here(leaf: Any) -> bool:
 
 
 def tree_hash(params: Tree) -> str:
-    """sha256 over names, shapes and bytes: which encoder made an index."""
+    """sha256 over names, shapes, types and bytes of parameters; it identifies the encoder that made an index."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(params):
         array = np.asarray(leaf if leaf_is_here(leaf) else sharding.fetched(leaf))

@@ -1,4 +1,4 @@
-"""The configuration of a run as far as others use what it trained; `training.config` adds how it is trained."""
+"""The part of a run's configuration that all commands read; `training.config` adds how it is trained."""
 
 import json
 from collections.abc import Mapping
@@ -15,11 +15,17 @@ from rag_jax.system.configuration import build, plain
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What evaluation, `ask` and export read of a run's config.json.
+    """The part of a run's config.json that evaluation, `ask` and export read.
 
-    corpus, dev: as it was trained on and is evaluated on by default. task: what is read and written. answering: how the
-    run answers by default: fields of AnswerConfig over those that follow from the model. target_length: tokens of an
-    answer. live: the corpus may be updated while a program runs. mesh: sizes of its axes.
+    corpus: directory of the corpus.
+    dev: file of questions for evaluation.
+    model: see rag.RagConfig.
+    task: what the model reads and writes, see data.tasks.
+    answering: fields of inference.config.AnswerConfig that the run sets for answering.
+    search: how passages are searched, see retrieval.config.
+    live: the corpus may be replaced by an update of it while a program runs.
+    mesh: number of devices on each mesh axis (data, fsdp, tensor), -1 for the rest; {}: all devices on data.
+    target_length: tokens of a target at most, with start and end.
     """
 
     corpus: str
@@ -34,7 +40,7 @@ class RunConfig:
 
 
 def read(path: Path) -> RunConfig:
-    """The part of a run's config.json that RunConfig has; InputError where it cannot be read."""
+    """RunConfig from a run's config.json, without its other fields; InputError where it cannot be read."""
     values, known = stored(path), {f.name for f in fields(RunConfig)}
     return build(RunConfig, {name: value for name, value in values.items() if name in known}, str(path))
 
@@ -44,7 +50,7 @@ def save(config: RunConfig, path: Path) -> None:
 
 
 def stored(path: Path) -> dict[str, Any]:
-    """The values of a run's config.json, with the names of now; InputError where it cannot be read."""
+    """All values of a run's config.json, under their present names; InputError where it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if text else None
@@ -61,7 +67,7 @@ def stored(path: Path) -> dict[str, Any]:
 
 
 def renewed(values: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a run that an earlier version wrote, with the names of now in its model."""
+    """Stored values with `generate_from_eos`, as earlier versions wrote it, replaced by the generator's start_id."""
     model = values.get("model")
     generator = model.get("generator") if isinstance(model, Mapping) else None
     if isinstance(model, Mapping) and isinstance(generator, Mapping) and "generate_from_eos" in generator:

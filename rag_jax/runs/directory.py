@@ -1,9 +1,10 @@
-"""A run directory and what belongs to it: configuration, model, corpus on device.
+"""A run directory: its files, and the model, corpus and index that it loads onto devices.
 
-config.json   the configuration          corpus.json   which corpus and tokenizers it was trained with
-manifest.json what these, tokenizers/ and hf/ were when the run began
-checkpoints/  everything, to go on       params/       the parameters of the last finished stage
-index/        snapshot for those         metrics.jsonl, tensorboard/, report.json, ...
+config.json   the configuration              corpus.json   hashes of the corpus and tokenizers it was trained with
+manifest.json checksums of these two, tokenizers/ and hf/, as they were when the run began
+checkpoints/  everything needed to resume    params/       parameters after the last stage
+index/        snapshot of the corpus by these parameters
+metrics.jsonl, tensorboard/, report.json, ...
 """
 
 import collections
@@ -41,7 +42,10 @@ PROVENANCE = "hf"  # the configuration files that converted parameters came with
 
 
 def resolve(model: RagConfig, encoder: Tokenizer, generator: Tokenizer) -> RagConfig:
-    """The model with vocabularies and special ids as the corpus' tokenizers have them; InputError on contradiction."""
+    """The model with vocabulary sizes and special ids filled in from the corpus' tokenizers.
+
+    InputError where a vocabulary size that the model sets is smaller than that of its tokenizer.
+    """
     for side, vocab, tokenizer in (
         ("encoder", model.encoder.vocab_size, encoder),
         ("generator", model.generator.vocab_size if model.generator else 0, generator),
@@ -63,8 +67,10 @@ def resolve(model: RagConfig, encoder: Tokenizer, generator: Tokenizer) -> RagCo
 
 
 def with_tokens(c: GeneratorConfig, tokenizer: Tokenizer) -> GeneratorConfig:
-    """The generator with the special tokens of the tokenizer; of those that came with weights, only which of the ends a
-    label has. InputError for an id that the vocabulary has not.
+    """The generator with the special tokens of the tokenizer.
+
+    If its special tokens came with the weights (tokens_from="checkpoint") they stay, and only eos_id, which ends a
+    label, is chosen among its end tokens. InputError for an id that is not in the vocabulary.
     """
     c = dataclasses.replace(c, vocab_size=c.vocab_size or tokenizer.vocab_size)
     if c.tokens_from == "checkpoint":
@@ -85,7 +91,7 @@ def with_tokens(c: GeneratorConfig, tokenizer: Tokenizer) -> GeneratorConfig:
 
 
 def answered(model: RagConfig, corpus: Corpus) -> Corpus:
-    """The corpus, with a tokenizer that writes labels as the generator begins, ends and pads them."""
+    """The corpus, whose tokenizer gives labels the start, end and padding tokens of the generator."""
     if model.generator is None:
         return corpus
     tokenizer = corpus.generator_tokenizer
@@ -96,16 +102,20 @@ def answered(model: RagConfig, corpus: Corpus) -> Corpus:
 
 
 def capacity(n: int) -> int:
-    """Rows of tables for n passages that may become more: the next multiple of an eighth of a power of two up to n."""
+    """Rows of the tables for n passages of a live corpus: the next multiple above n of an eighth of 2^floor(log2 n).
+
+    So tables have up to an eighth of spare rows, and few different sizes: programs are rarely compiled again.
+    """
     step = 1 << max(n.bit_length() - 4, 0)
     return (n // step + 1) * step
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its corpus on a mesh; the token table's rows lie over all devices. None: it stays on the host.
+    """A model with its corpus on a mesh.
 
-    live: the tables have spare rows, for versions of the corpus that come later.
+    passages: token tables, rows sharded over all devices; None: they stay on the host.
+    live: the tables have spare rows for later versions of the corpus.
     """
 
     rag: Rag
@@ -116,17 +126,17 @@ class Loaded:
 
     @property
     def n_rows(self) -> int:
-        """Rows that a search is told of; `live_N` says which of them are passages."""
+        """Rows that a search scans; `live_N` says which of them are valid."""
         return self.table_rows() if self.live else len(self.corpus)
 
     def table_rows(self, n: int = 0) -> int:
-        """Rows of the tables on the devices, for n passages or those of the corpus: a multiple of the devices."""
+        """Rows of the tables on the devices, a multiple of the devices; n: passages, 0 for those of the corpus."""
         n = n or len(self.corpus)
         return -(-(capacity(n) if self.live else n) // self.mesh.size) * self.mesh.size
 
     @property
     def live_N(self) -> np.ndarray | None:
-        """[n_rows], False for deleted passages and spare rows; None where there are none of either."""
+        """Valid rows: bool [n_rows], False for deleted passages and spare rows; None where there are neither."""
         live_N = self.corpus.live_N
         if not self.live:
             return live_N
@@ -138,7 +148,7 @@ class Loaded:
 def load(
     model: RagConfig, corpus: Corpus, mesh: jax.sharding.Mesh, on_devices: bool = True, live: bool = False
 ) -> Loaded:
-    """The model for a corpus; on_devices: with the token table there, for the search in graph. live: see Loaded."""
+    """The model for a corpus; on_devices: put the token tables there, for a search in graph; live: see Loaded."""
     rag = Rag(resolve(model, corpus.encoder_tokenizer, corpus.generator_tokenizer))
     corpus = answered(model, corpus)
     check_length(rag, corpus)
@@ -147,13 +157,13 @@ def load(
 
 
 def token_tables(loaded: Loaded) -> Passages:
-    """The corpus' token table over the devices."""
+    """The corpus' token tables, rows sharded over all devices."""
     columns = token_columns(loaded.corpus)
     return Passages(*(sharding.shard_rows(loaded.mesh, table, fill, loaded.n_rows) for table, fill in columns))
 
 
 def token_columns(corpus: Corpus) -> tuple[tuple[Any, int], ...]:
-    """The tables of `Passages` on the host, with what fills them up."""
+    """The tables of `Passages` on the host, each with the value that fills padding rows."""
     return (
         (corpus.encoder_ids, corpus.encoder_tokenizer.pad_id),
         (corpus.encoder_length, 1),
@@ -180,7 +190,7 @@ def abstract_params(rag: Rag) -> Any:
 
 
 def index_on_device(loaded: Loaded, snapshot: snapshots.Snapshot, dtype: str = "float32") -> Index:
-    """A snapshot's embeddings on the devices, as this type; all rows made at the snapshot's step."""
+    """A snapshot's embeddings on the devices, converted to `dtype`; all rows have the snapshot's step."""
 
     def placed(array_NX: Any) -> jax.Array:
         return sharding.shard_rows(loaded.mesh, array_NX, 0, loaded.n_rows)
@@ -196,20 +206,20 @@ def index_on_device(loaded: Loaded, snapshot: snapshots.Snapshot, dtype: str = "
 
 
 def live_on_device(loaded: Loaded) -> jax.Array | None:
-    """`live_N` as an index has it."""
+    """`Loaded.live_N` sharded over the devices, as an index has it."""
     live_N = loaded.live_N
     return None if live_N is None else sharding.shard_rows(loaded.mesh, live_N, False)
 
 
 @functools.lru_cache(maxsize=8)
 def _encode_program(mesh: jax.sharding.Mesh, dtype: str) -> Any:
-    """rows_NE -> (rows, scales or None) of an index of this type, jitted."""
+    """Jitted conversion of float rows_NE to (rows, scales or None) of an index of this type."""
     places = sharding.sharding(mesh, ("rows", None)), sharding.sharding(mesh, ("rows",)) if dtype == "int8" else None
     return jax.jit(lambda x: encoded(x, jnp.dtype(dtype)), out_shardings=places)
 
 
 def identity(corpus: Corpus) -> dict[str, Any]:
-    """What a run must agree with: the corpus and the tokenizers."""
+    """Hashes of the corpus and its tokenizers, which a run is bound to."""
     return {
         "corpus_hash": corpus.hash,
         "encoder_tokenizer": corpus.encoder_tokenizer.hash,
@@ -218,7 +228,7 @@ def identity(corpus: Corpus) -> dict[str, Any]:
 
 
 def read_identity(run_dir: Path) -> dict[str, Any]:
-    """What the run was started with."""
+    """The `identity` that a run was started with; InputError where its file is missing or damaged."""
     check_written(run_dir)
     path, wanted = run_dir / IDENTITY, "make one with rag-jax train"
     try:
@@ -233,14 +243,17 @@ def read_identity(run_dir: Path) -> dict[str, Any]:
 
 
 def check_written(run_dir: Path) -> None:
-    """InputError where the configuration is not the one that was written."""
+    """InputError where the configuration files of a run were altered after they were written."""
     there = files.check_listed(run_dir, (CONFIG, IDENTITY), kinds=(KIND, "converted model"))
     if not there and (run_dir / CONFIG).is_file():
         files.told_without_sums(run_dir, KIND)
 
 
 def write_manifest(run_dir: Path, known: Mapping[str, Path]) -> None:
-    """What the small files are that a run keeps from its beginning on; known: those that lie elsewhere so far."""
+    """Writes manifest.json with checksums of the small files that a run has from its beginning.
+
+    known: files by name that are still at a temporary path.
+    """
     kept = {IDENTITY: run_dir / IDENTITY, **known}
     for folder in ("tokenizers", PROVENANCE):
         kept |= {p.relative_to(run_dir).as_posix(): p for p in sorted((run_dir / folder).rglob("*")) if p.is_file()}
@@ -249,7 +262,7 @@ def write_manifest(run_dir: Path, known: Mapping[str, Path]) -> None:
 
 
 def check_tokenizers(run_dir: Path, corpus: Corpus) -> None:
-    """InputError with both hashes where the corpus was tokenised otherwise than the one that the run was trained on."""
+    """InputError with both hashes where the corpus has other tokenizers than the one that the run was trained on."""
     known, now = read_identity(run_dir), identity(corpus)
     for name in ("encoder_tokenizer", "generator_tokenizer"):
         if name not in known:
@@ -266,13 +279,13 @@ def check_tokenizers(run_dir: Path, corpus: Corpus) -> None:
 
 
 def read_config(run_dir: Path) -> RunConfig:
-    """What others use of the configuration of a run; InputError where it is not the one that was written."""
+    """The RunConfig of a run; InputError where its file was altered after it was written."""
     check_written(run_dir)
     return run_config.read(run_dir / CONFIG)
 
 
 def trained_steps(run_dir: Path) -> int:
-    """Steps of all stages that a run was configured with."""
+    """Total steps of all stages of a run's configuration; 0 for a converted model."""
     return sum(stage["steps"] for stage in run_config.stored(run_dir / CONFIG).get("stages", []))
 
 
@@ -282,19 +295,19 @@ def param_places(rag: Rag, mesh: jax.sharding.Mesh) -> Any:
 
 
 def read_params(run_dir: Path, rag: Rag, mesh: jax.sharding.Mesh) -> Params:
-    """The run's parameters on the mesh."""
+    """Reads a run's parameters onto the mesh."""
     return checkpoint.load_params(run_dir / "params", param_places(rag, mesh))
 
 
 def check_init(run_dir: Path, model: RagConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
-    """InputError where the parameters of a run cannot be the start of this model on this corpus."""
+    """InputError where the parameters of a run cannot initialise this model on this corpus."""
     check_tokenizers(run_dir, corpus)
     rag = Rag(resolve(model, corpus.encoder_tokenizer, corpus.generator_tokenizer))
     checkpoint.check_params(run_dir / "params", param_places(rag, mesh))
 
 
 def run_model(directory: Path, config: RunConfig) -> Rag:
-    """The model of a run, with vocabularies and special ids as its tokenizers have them."""
+    """The model of a run, with vocabulary sizes and special ids of its tokenizers."""
     if not (directory / "tokenizers" / "generator").is_dir():  # converted from weights that came without
         return Rag(config.model)
     return Rag(
@@ -305,19 +318,19 @@ def run_model(directory: Path, config: RunConfig) -> Rag:
 def write_empty_run(
     directory: Path, model: RagConfig, identity: dict[str, Any], answering: Mapping[str, Any] | None = None
 ) -> None:
-    """The configuration files of a run with no stages, whose parameters come from elsewhere."""
+    """Writes the configuration files of a run without stages, whose parameters come from elsewhere."""
     made = RunConfig(corpus="", dev="", model=model, answering=answering or {})
     run_config.save(made, directory / CONFIG)
     (directory / IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
 
 
 def encoder_hash(loaded: Loaded, params: Params) -> str:
-    """Which parameters embed passages."""
+    """Hash of the parameters that embed passages."""
     return checkpoint.tree_hash(params[loaded.rag.config.passage_side])
 
 
 def stored_encoder_hash(run_dir: Path, rag: Rag) -> str:
-    """The same of the parameters that a run keeps, of which only that part is read."""
+    """The `encoder_hash` of a run's saved parameters, of which only those are read; "" where it has none of them."""
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     side = rag.config.passage_side
     like = param_places(rag, mesh)
@@ -349,8 +362,10 @@ def write_index(
     overwrite: bool = False,
     known: snapshots.Snapshot | None = None,
 ) -> snapshots.Snapshot:
-    """Embed the corpus, all processes together, and write the snapshot. known: one whose files are shared, with nothing
-    embedded, where it is of this encoder and corpus.
+    """Embeds the corpus, shared by all processes, and writes the index snapshot.
+
+    step: updates the parameters were trained for.
+    known: a snapshot that is taken over without embedding anything, if it is of the same encoder and corpus.
     """
     rag, corpus = loaded.rag, loaded.corpus
     side = sharding.fetched(params[rag.config.passage_side])  # from however many devices and processes it lies on
@@ -373,6 +388,6 @@ def write_index(
     if distributed.first():
         snapshots.write(out, manifest, blocks, overwrite)
     else:
-        collections.deque(blocks, maxlen=0)
+        collections.deque(blocks, maxlen=0)  # takes part in embedding, and drops the result
     distributed.barrier("index written")
     return snapshots.open_snapshot(out)

@@ -1,7 +1,7 @@
-"""Where the index of a run lies, and all that training and answering do differently by it.
+"""One interface to the index of a run, for training and answering, whether it is on the devices or on the host.
 
-`OnDevices`: its rows lie over the mesh, and the program that reads the passages finds them, too. `OnHost`: ScaNN, BM25
-or both find them between two programs, and what the next one needs of them is gathered here as small tables.
+`OnDevices`: rows are sharded over the mesh, and the program that reads the passages also searches them. `OnHost`:
+ScaNN, BM25 or both search between two programs, and the rows that the next program needs are gathered as small tables.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Given(NamedTuple):
-    """What a program is called with besides parameters: a batch on the devices, and tables with the rows it reads."""
+    """Arguments of a program besides its parameters: batch, index rows (or None) and token tables, on the devices."""
 
     batch: Batch
     table: Index | None
@@ -40,12 +40,13 @@ class Given(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """What this process's part of a batch wants of the index, for a program that does not search by itself.
+    """A search for this process's part of a batch, made on the host if the program does not search itself.
 
-    n: so many passages are found for each question; 0: none are.
-    texts: gives the questions in words.
-    read: (arrays of the batch, what was found or None) -> rows [b, ...] that are read, and arrays beside them.
-    known: what was found before, in place of a search.
+    n: passages to find per question; 0: no search.
+    texts: returns the questions as texts.
+    read: (arrays of the batch, result of the search or None) -> corpus rows [b, ...] that the program reads, and arrays
+      to add to the batch.
+    known: an earlier result to use in place of a search.
     """
 
     n: int
@@ -55,10 +56,10 @@ class Lookup(NamedTuple):
 
 
 class IndexLocation(Protocol):
-    """The index of a run: made, kept, followed from version to version of the corpus, and given to programs.
+    """Interface of an index location: how an index is built, checkpointed, updated, and passed to programs.
 
-    loaded: the model and the corpus; cfg: how it is searched.
-    table_rows: rows of the tables that programs are compiled for; 0 where those are of a batch alone.
+    loaded: model and corpus; cfg: how passages are searched.
+    table_rows: rows of the tables that programs are compiled for; 0 if these are gathered for each batch.
     """
 
     @property
@@ -71,44 +72,47 @@ class IndexLocation(Protocol):
     def table_rows(self) -> int: ...
 
     def make(self) -> Make:
-        """What embeds all passages."""
+        """A function that embeds all passages and builds the index."""
 
     def of_snapshot(self, snapshot: Snapshot, trains: bool = False) -> Any:
-        """The index of a snapshot; trains: it is the first of a training, whose steps count from 0."""
+        """The index from a snapshot; trains: training starts from it, so its rows count as embedded at step 0."""
 
     def of_next_snapshot(self, index: Any, old: Snapshot, new: Snapshot) -> Any:
-        """The index of a snapshot of the corpus here, in place of this one of another; shares what is the same."""
+        """The index from the snapshot `new` of this corpus; shares arrays with `index`, from the snapshot `old`."""
 
     def kept(self, index: Any) -> dict[str, Any]:
-        """The arrays of an index that a checkpoint keeps."""
+        """The arrays of an index that a checkpoint saves."""
 
     def blank(self, n: int) -> dict[str, Any]:
-        """Zeros in the shapes and places of those, for n passages."""
+        """Arrays of zeros with shapes, types and shardings of `kept`, for n passages."""
 
     def of_kept(
         self, arrays: dict[str, Any], n: int, encoder: Params, step: int, first: Callable[[], Snapshot | None]
     ) -> Any:
-        """The index of what a checkpoint kept for n passages; rows that came since are embedded as in `followed`.
-        first: the snapshot that the run began with.
+        """The index from the arrays of a checkpoint (`kept`) for n passages.
+
+        If the corpus has more rows by now, they are embedded with `encoder` as of `step`, as in `followed`.
+        first: returns the snapshot that the run started from, or None.
         """
 
     def followed(self, index: Any, old: Corpus, encoder: Params, step: int) -> Any:
-        """The index after an update of its corpus `old` to the one here: new rows are embedded by the part `encoder` of
-        the parameters of now, `step`; the others stay as they are.
+        """The index after an update of its corpus from `old` to the one here.
+
+        New rows are embedded with `encoder`, the parameters that embed passages as of `step`; others stay as they are.
         """
 
     def given(self, params: Params, index: Any, batch: Arrays, wanted: Lookup) -> Given:
-        """A batch, this process's rows of it, with the tables that it reads."""
+        """Arguments of a program for a batch; batch: this process's rows; wanted: its search."""
 
     def sampled(self, index: Any, rows_S: np.ndarray) -> tuple[Index | None, Passages, np.ndarray]:
-        """Tables that hold these rows of the corpus, and their places there."""
+        """Tables that have these corpus rows, and their positions in the tables, int32 [S]."""
 
     def manifest(self, index: Any) -> dict[str, Any]:
-        """What the search is made of, for reports."""
+        """Description of the search, for reports."""
 
 
 def location_of(loaded: Loaded, cfg: SearchConfig, cache: Path | None = None) -> IndexLocation:
-    """The location that a configuration of the search asks for. cache: a directory for what takes long, or None."""
+    """The location of the index by the kind of search; cache: directory for slow builds on the host, None for none."""
     if cfg.in_graph:
         return OnDevices(loaded, cfg)
     return OnHost(loaded, Searchers(cfg, loaded.corpus, loaded.mesh, cache))
@@ -120,7 +124,7 @@ def without_host_arrays(batch: Arrays) -> Arrays:
 
 @dataclass(frozen=True)
 class OnDevices:
-    """Rows over the mesh, searched in graph."""
+    """The index sharded over the mesh and searched in graph, inside the program that reads the passages."""
 
     loaded: Loaded
     cfg: SearchConfig
@@ -180,10 +184,10 @@ class OnDevices:
         return self._longer(index, len(old), encoder, step)
 
     def _longer(self, index: Index, n: int, encoder: Params, step: int) -> Index:
-        """The index of the first n rows, with those of the corpus that follow."""
+        """The index of the corpus' first n rows, extended by its other rows, embedded with `encoder`."""
         loaded = self.loaded
         live_N = runs.live_on_device(loaded)
-        assert live_N is not None  # tables with spare rows
+        assert live_N is not None  # only a live corpus is updated, and its tables have spare rows
         new_ME = embedded(loaded.rag, encoder, loaded.corpus, n)
         return device_index.extended(index, n, new_ME, step, loaded.table_rows(), live_N)
 
@@ -202,7 +206,7 @@ class OnDevices:
 
 @dataclass(frozen=True)
 class OnHost:
-    """Rows in memory or in files, searched between programs. Each process does so for its own part of a batch."""
+    """The index in memory or in files, searched between programs, by each process for its own part of a batch."""
 
     loaded: Loaded
     searchers: Searchers
@@ -229,7 +233,7 @@ class OnHost:
         return self.of_snapshot(new)
 
     def kept(self, index: HostIndex) -> dict[str, Any]:
-        # of whatever type they are
+        # always float32, also where the index is that of a snapshot of another type: `blank` has one type
         return {"embeddings_NE": np.asarray(index.embeddings_NE, np.float32), "step_N": index.step_N}
 
     def blank(self, n: int) -> dict[str, Any]:
@@ -242,7 +246,8 @@ class OnHost:
         embeddings_NE, step_N = (np.asarray(arrays[name]) for name in ("embeddings_NE", "step_N"))
         given = None if step_N.any() else first()
         if given is not None and len(given.embeddings_NE) == len(embeddings_NE):
-            embeddings_NE = given.embeddings_NE  # in the type that it was searched in so far
+            # all rows are of step 0, hence the snapshot's: search them in its type, as before the checkpoint
+            embeddings_NE = given.embeddings_NE
         if n < len(self.loaded.corpus):
             embeddings_NE, step_N = self._longer(embeddings_NE, step_N, encoder, step)
         searcher = self.searchers.make(embeddings_NE, None, int(step_N.max()))

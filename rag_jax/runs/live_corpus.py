@@ -1,7 +1,7 @@
-"""A corpus that changes while a program runs: which version is the newest, and that one in place of the one in use.
+"""A live corpus, which changes while a program runs: finds its newest version, and loads it in place of the old one.
 
-Rows keep their numbers from version to version, so most of every table stays. Tables of the same size share the shards
-without a new row, and no program is compiled again; nothing that is in use is changed.
+Rows keep their numbers from version to version, so most of every table stays. If the new tables have the same size,
+shards without a new row are shared by both versions, and no program is compiled again. Arrays in use are never changed.
 """
 
 import dataclasses
@@ -19,15 +19,16 @@ from rag_jax.system.logs import info
 
 
 class Versions:
-    """Looks whether a path, usually a symbolic link, leads to another version of a corpus than before."""
+    """Watches a path, usually a symbolic link, for another version of a corpus."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._seen: tuple[Path, int, int] | None = None
 
     def look(self, corpus: Corpus) -> Corpus | None:
-        """The corpus that the path leads to, every file opened, if it is an update of this one; None where it is this
-        one. A line in the log says why another one is not taken, once.
+        """The corpus that the path leads to now, if it is an update of `corpus`; None if it is the same or not usable.
+
+        Every file of the new version is open. The log says once why a version is not used.
         """
         mark = self._mark()
         if mark is None or mark == self._seen:
@@ -41,13 +42,13 @@ class Versions:
         except InputError as error:
             info(f"{error}; the corpus {corpus.directory} ({corpus.hash[:16]}) stays in use")
             return None
-        if self._mark() != mark:  # replaced between two files
+        if self._mark() != mark:  # replaced while its files were opened: look again next time
             self._seen = None
             return None
         return found
 
     def _mark(self) -> tuple[Path, int, int] | None:
-        """What changes with the version; None where nothing is there, as between the renames of two directories."""
+        """A value that changes with the version; None if the path leads nowhere, as while a directory is replaced."""
         directory = self.path.resolve()
         try:
             about = os.stat(directory / files.MANIFEST)
@@ -57,7 +58,7 @@ class Versions:
 
 
 def open_version(path: str | Path) -> Corpus:
-    """The corpus that a path leads to now, under its own name, every file opened: it may be replaced."""
+    """Opens the corpus that a path leads to now, under its real path, and every file of it, as it may be replaced."""
     corpus = Corpus.open(Path(path).resolve())
     try:
         corpus.hold()
@@ -67,7 +68,7 @@ def open_version(path: str | Path) -> Corpus:
 
 
 def check_update(old: Corpus, new: Corpus) -> None:
-    """InputError with both hashes where the new corpus was not made of the old one by updates."""
+    """InputError with both hashes where the new corpus was not made from the old one by updates."""
     if not new.is_update_of(old.hash, len(old)):
         raise InputError(
             f"{new.directory}: the corpus with hash {new.hash[:16]} is no update of {old.hash[:16]}; make it with: "
@@ -76,12 +77,12 @@ def check_update(old: Corpus, new: Corpus) -> None:
 
 
 def position(corpus: Corpus) -> dict[str, Any]:
-    """Which version this is, for a checkpoint."""
+    """Path, hash and number of rows of a version, for a checkpoint."""
     return {"directory": str(corpus.directory), "hash": corpus.hash, "n_passages": len(corpus)}
 
 
 def reopen(position: dict[str, Any], path: str | Path) -> Corpus:
-    """The version that a checkpoint names; where that is gone, the one at `path`, which must be an update of it.
+    """Opens the version that a checkpoint names or, if that is gone, the one at `path`, which must be an update of it.
 
     InputError with both hashes where it is not.
     """
@@ -101,7 +102,7 @@ def reopen(position: dict[str, Any], path: str | Path) -> Corpus:
 
 
 def updated(loaded: Loaded, corpus: Corpus) -> Loaded:
-    """The same model with another corpus of the same tokenizers."""
+    """The model with an update of its corpus; InputError where passages are longer than the encoder can embed."""
     runs.check_length(loaded.rag, corpus)
     corpus = runs.answered(loaded.rag.config, corpus)
     new = dataclasses.replace(loaded, corpus=corpus, passages=None)

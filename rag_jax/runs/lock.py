@@ -1,9 +1,9 @@
-"""A directory that one command at a time writes to: `train.lock` names who that is.
+"""A lock on a directory that only one command at a time may write to; the file `train.lock` names its holder.
 
-Two ways at once, since neither is enough. The kernel's lock (flock) ends with its process, at once, but on some shared
-file systems it is unknown, or reaches no other host. The words in the file (host, process, when it started) reach
-everywhere; a holder that is dead is told on its own host by its process, from other hosts by the time of the file,
-which the holder renews.
+Two mechanisms together, as neither is enough. The kernel's lock (flock) is released as soon as its process ends, but
+some shared file systems do not support it, or not between hosts. The content of the file (host, process, when that
+started) is visible everywhere. Whether the holder still runs is seen on its own host by its process, and on other hosts
+by the modification time of the file, which the holder renews.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from rag_jax.errors import InputError
 NAME = "train.lock"
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0  # a holder on another host that has not renewed the file for so long is dead
-SETTLE_SECONDS = 0.5  # without flock: two that take a stale lock at once see which of them wrote last
+SETTLE_SECONDS = 0.5  # without flock: after this, two processes that took a stale lock at once see who wrote last
 NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class Lock:
-    """A lock that is held. `check` before every write that must not be done twice."""
+    """A lock that this process holds; call `check` before every write that two processes must not both do."""
 
     def __init__(self, path: Path, descriptor: int, token: str) -> None:
         self.path, self._descriptor, self._token = path, descriptor, token
@@ -38,7 +38,7 @@ class Lock:
         self._thread.start()
 
     def check(self) -> None:
-        """InputError where another process has taken the lock, since this one was taken for dead."""
+        """InputError where another process has taken the lock because this one seemed dead."""
         holder = read(self.path)
         if holder.get("token") != self._token:
             raise InputError(
@@ -62,8 +62,9 @@ class Lock:
 
 @contextlib.contextmanager
 def held(directory: Path) -> Iterator[Lock]:
-    """The lock of a directory, which is made if need be; InputError with the holder's host and process where another
-    one has it.
+    """Holds the lock of a directory, which is made if it is missing.
+
+    InputError with the holder's host and process where another process has the lock.
     """
     path = directory / NAME
     try:
@@ -78,7 +79,7 @@ def held(directory: Path) -> Iterator[Lock]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The words of the holder in the lock file; {} where there are none."""
+    """The content of a lock file, which describes the holder; {} where there is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -97,7 +98,7 @@ def _take(path: Path) -> Lock:
             locked = _flock(descriptor)
             if locked is False:
                 raise _refused(path, read(path))
-            if not _same(descriptor, path):  # its holder has ended and removed it in between
+            if not _same(descriptor, path):  # the holder removed the file after it was opened here: lock the new one
                 os.close(descriptor)
                 continue
             holder = read(path)
@@ -116,7 +117,7 @@ def _take(path: Path) -> Lock:
 
 
 def _flock(descriptor: int) -> bool | None:
-    """Whether it is ours; None where the file system does not know such locks."""
+    """Takes the kernel's lock; False where another process has it, None where the file system does not support it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -145,7 +146,11 @@ def _write(descriptor: int) -> str:
 
 
 def _alive(holder: dict[str, Any], path: Path) -> bool:
-    """Whether a holder that is named still runs; the kernel's lock, where there is one, was ours to take."""
+    """Whether the holder named in the file still runs; called when the kernel's lock was free, or is not supported.
+
+    On its own host: the boot is the same, and a process of that number and start time is there. On another host: the
+    file was renewed less than STALE_SECONDS ago.
+    """
     if holder.get("host") != socket.gethostname():
         return _age(path) < STALE_SECONDS
     pid = holder.get("pid")
@@ -154,7 +159,7 @@ def _alive(holder: dict[str, Any], path: Path) -> bool:
 
 
 def _age(path: Path) -> float:
-    """Seconds since the holder renewed the file, by the clock of the file system alone."""
+    """Seconds since the holder renewed the file, by the clock of the file system, as clocks of hosts may differ."""
     probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         probe.touch()
@@ -164,7 +169,7 @@ def _age(path: Path) -> float:
 
 
 def _boot() -> str:
-    """Identity of this boot of the machine, "" where the system has none."""
+    """Identifier of this boot of the machine, "" where the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -172,8 +177,9 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started, in ticks, so that a later one of the same number is another; None where
-    there is none.
+    """Start time of a process of this machine in clock ticks since boot, which tells apart processes of one number.
+
+    None where there is no such process, "" where the time cannot be read.
     """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

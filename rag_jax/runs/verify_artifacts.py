@@ -1,4 +1,4 @@
-"""Reads everything of a corpus, index, encode job, run, converted model or export, and names what is damaged."""
+"""Reads all files of a corpus, index, encode job, run, converted model or export, and names those that are damaged."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from rag_jax.runs import checkpoint
 from rag_jax.runs import directory as runs
 from rag_jax.system import block_checksums, files, logs
 
-ROWS = 1 << 16  # of an array that are looked at together
+ROWS = 1 << 16  # rows of an array that are checked at once
 RESTORE = "restore it from a copy"
 UNKNOWN = "artifact of an unknown kind"
 MEND = files.MEND | {
@@ -33,14 +33,14 @@ MEND = files.MEND | {
 
 @dataclass
 class Found:
-    """Bytes read so far, and the messages of the damage found."""
+    """Progress of a verification: bytes read so far, and a message for each damage found."""
 
     progress: logs.Progress
     read: int = 0  # bytes
     damaged: list[str] = field(default_factory=list)
 
     def look(self, check: Callable[..., object], *args: Any) -> bool:
-        """Whether a check found nothing wrong."""
+        """Runs a check; False, with its message in `damaged`, where it found something wrong."""
         try:
             check(*args)
         except (InputError, checkpoint.Damaged, OSError) as error:
@@ -50,7 +50,7 @@ class Found:
         return True
 
     def file(self, path: Path, entry: block_checksums.Entry, mend: str) -> None:
-        """Reads a whole file against its entry of a manifest."""
+        """Reads a whole file and compares it with its entry in a manifest."""
         self.progress.update(1)
         self.look(_file, path, entry, mend)
         self.read += entry["bytes"]
@@ -67,7 +67,7 @@ def _file(path: Path, entry: block_checksums.Entry, mend: str) -> None:
 
 
 def listed(directory: Path, found: Found) -> bool:
-    """Everything that a manifest lists; whether all of it is whole."""
+    """Checks all files that a manifest lists; False where any is damaged."""
     before, kind = len(found.damaged), files.kind_of(directory)
     mend = MEND.get(str(kind), RESTORE)
 
@@ -81,7 +81,7 @@ def listed(directory: Path, found: Found) -> bool:
 
 
 def corpus(directory: Path, found: Found) -> None:
-    """All files; and tables, offsets, ids and tokenizers fit each other."""
+    """Checks all files, and that tables, offsets, ids and tokenizers fit each other."""
     if listed(directory, found):
         found.look(lambda: _fits(Corpus.open(directory)))
 
@@ -107,7 +107,7 @@ def _fits(one: Corpus) -> None:
 
 
 def snapshot(directory: Path, found: Found) -> None:
-    """All files; and the index is of the corpus that it names, where that is there."""
+    """Checks all files, and that the index is of the corpus that it names, if that is there."""
     if listed(directory, found):
         found.look(lambda: _of_its_corpus(snapshots.open_snapshot(directory)))
 
@@ -126,7 +126,7 @@ def _of_its_corpus(one: snapshots.Snapshot) -> None:
 
 
 def job(directory: Path, found: Found) -> None:
-    """All shards that are there; those that are missing are no damage."""
+    """Checks all shards that are there; missing ones are no damage."""
 
     def read() -> None:
         about = encode_job.read_job(directory)
@@ -151,8 +151,8 @@ def _shard(directory: Path, identity: shards.Identity, mend: str) -> None:
 
 
 def run_directory(directory: Path, found: Found) -> None:
-    """Configuration, tokenizers, parameters, index, checkpoints, metrics and caches; and the index is of the run's
-    corpus and encoder.
+    """Checks configuration, tokenizers, parameters, index, checkpoints, metrics and caches of a run, and that the index
+    is of the run's corpus and encoder.
     """
     if (directory / files.MANIFEST).exists():
         listed(directory, found)
@@ -197,12 +197,12 @@ def _index_of_run(directory: Path) -> None:
 
 
 def unreadable(directory: Path, found: Found) -> None:
-    """A manifest that says nothing of its kind any more."""
+    """Reports a manifest that no longer says what kind of artifact it is of."""
     path = directory / files.MANIFEST
     found.damaged.append(f"{path}: damaged: not a manifest; {RESTORE}, or make {directory} again")
 
 
-# By kind; of others, such as exports and caches, `listed` says all.
+# Checks by kind of artifact; for others, such as exports and caches, `listed` checks everything.
 CHECKS: dict[str, Callable[[Path, Found], object]] = {
     CORPUS: corpus,
     snapshots.KIND: snapshot,
@@ -230,7 +230,7 @@ def kind_of(directory: Path) -> str:
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """Reads an artifact: its kind, the bytes read, and a line for each damaged file that says what to do."""
+    """Reads an artifact; returns its kind, the bytes read, and a message for each damage that says how to mend it."""
     kind = kind_of(directory)
     with logs.Progress(None, f"verifying {kind}", "file") as progress:
         found = Found(progress)
