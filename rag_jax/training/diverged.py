@@ -67,7 +67,7 @@ def go_on(cfg: TrainConfig, number: int, kept: int | None) -> str:
 
 
 def batch_ids(cfg: TrainConfig, data: Data, number: int, into: int) -> str:
-    """Ids of the questions or passages of step `into` of a stage, whose batch is made again from seed and step."""
+    """Ids of the questions or passages of step `into` of a stage, whose batch is recomputed from seed and step."""
     stage = cfg.stages[number]
     batch = next(batching.iterate(setup.batches(stage, cfg, data, number), into))
     if stage.objective.asks:

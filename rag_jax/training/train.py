@@ -155,6 +155,7 @@ def run_stage(
     first, end = int(state.step), start + stage.steps
     step_fn: Any = None
     compiled: set[tuple[int, ...]] = set()  # widths of the batches that the step has been compiled for
+    # a batch depends on seed and step alone, so that a resumed run continues with the batch that is next
     iterator = batching.iterate(session.batches[number], first - start)
     key = jax.random.key(cfg.seed)
     interval = Interval()

@@ -108,7 +108,7 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
 
     def on_mesh(state: TrainState, batch: Batch, index: Index, passages: Passages, key: jax.Array) -> Any:
         trainable, frozen = optimizer.split(config, state.params)
-        key = jax.random.fold_in(key, state.step)
+        key = jax.random.fold_in(key, state.step)  # depends on the step alone: a resumed run has the same dropout
         differentiate = jax.value_and_grad(
             lambda trainable, batch, key: loss(trainable, frozen, batch, index, passages, key, state.step), has_aux=True
         )
