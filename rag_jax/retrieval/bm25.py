@@ -1,9 +1,9 @@
 """BM25 over titles and texts (Robertson et al. 1995, with Lucene's idf), in an index of bm25s (Lù 2024).
 
-The score of every word in every passage is worked out when the index is built; a question's scores are sums of those.
+The score of every word in every passage is computed when the index is built; a question's scores are sums of those.
 
 manifest.json   corpus_hash, settings with the stop words, files with their hashes
-index/          as bm25s writes it: vocabulary, and by word the rows that have it and its scores there
+index/          as bm25s writes it: the vocabulary, and for each word the rows that have it and its scores there
 deleted.npy     int32 rows that are not returned, ascending
 """
 
@@ -24,12 +24,17 @@ from rag_jax.system import files
 from rag_jax.system.logs import Progress, info
 
 KIND, VERSION = "bm25", 1
-BLOCK = 256  # scores of which the maximum is looked at first
+BLOCK = 256  # scores that `_top` reduces to their maximum first
 
 
 @dataclass(frozen=True)
 class Bm25Config:
-    """k1: how soon more of a word counts no more. b: how far long passages are held back. The rest: see `words`."""
+    """Settings of BM25.
+
+    k1: saturation; the smaller, the sooner further occurrences of a word add nothing. At least 0.
+    b: how much the score of long passages is reduced, 0 (not at all) to 1.
+    language, stopwords: see `bm25_words.splitter` and `bm25_words.stopwords`.
+    """
 
     k1: float = 0.9
     b: float = 0.4
@@ -42,13 +47,18 @@ class Bm25Config:
 
 
 def passage_texts(corpus: Corpus) -> Iterator[str]:
-    """What BM25 indexes: title and text."""
+    """The texts that BM25 indexes, row by row: title and text of a passage."""
     return (f"{passage.title} {passage.text}" for passage in map(corpus.__getitem__, range(len(corpus))))
 
 
 @dataclass(frozen=True)
 class Bm25:
-    """An index; one without some rows is another one over the same arrays. `index` is a bm25s.BM25."""
+    """A BM25 index, immutable: `without` returns another one over the same arrays.
+
+    index: a bm25s.BM25.
+    split: from text to words.
+    deleted: int32 rows that are not returned, ascending.
+    """
 
     index: Any
     corpus_hash: str
@@ -61,8 +71,9 @@ class Bm25:
     def build(
         cls, texts: Iterable[str], corpus_hash: str, config: Bm25Config | None = None, total: int | None = None
     ) -> Self:
-        """Indexes texts in the order of the corpus' rows (`passage_texts`); `total` of them, for the progress.
+        """Indexes texts in the order of the corpus' rows (`passage_texts`).
 
+        total: number of texts, for the progress bar.
         Takes about 25 bytes of memory a word. InputError where no text has a word.
         """
         config = config or Bm25Config()
@@ -92,7 +103,7 @@ class Bm25:
     def load(cls, directory: str | Path, corpus_hash: str | None = None) -> Self:
         """Opens a directory, memory-mapped, after verifying its files.
 
-        InputError, with both hashes, where it is of another corpus than `corpus_hash`.
+        corpus_hash: the corpus it must be built from; None: any. InputError, with both hashes, for another one.
         """
         directory = Path(directory)
         found = files.read_verified(directory, KIND, VERSION)
@@ -112,7 +123,7 @@ class Bm25:
         return cls(index, found["corpus_hash"], config, stopwords, split, deleted)
 
     def without(self, rows: Sequence[int] | np.ndarray) -> Self:
-        """The index that does not return these rows either. The idf and the mean length stay as they were."""
+        """This index with these rows deleted too. Idf and mean length stay those of all passages of the build."""
         rows = np.asarray(rows, np.int32)
         if rows.size and not 0 <= rows.min() <= rows.max() < self.n_passages:
             raise InputError(f"rows {rows.min()} to {rows.max()} of {self.n_passages} passages cannot be deleted")
@@ -131,7 +142,7 @@ class Bm25:
         return search.manifest(KIND, Source(self.corpus_hash), asdict(self.config))
 
     def search(self, queries: Queries, k: int) -> SearchResult:
-        """Only passages that share a word with the question come back: where it has no known word, none."""
+        """Returns only passages that share a word with the question; none where no word of it is in the vocabulary."""
         texts = search.query_texts(queries, k)
 
         def one(text: str) -> SearchResult:
@@ -162,15 +173,15 @@ class Bm25:
         return np.where(ids_BK < 0, -np.inf, scores_BK).astype(np.float32)
 
     def _word_ids(self, text: str) -> list[int]:
-        """Known words; one that comes twice counts twice."""
+        """Ids of the words that are in the vocabulary, in order; a word that occurs twice counts twice."""
         known = self.index.vocab_dict
         return [known[word] for word in self.split(text) if word in known]
 
 
 def _top(scores_N: np.ndarray, k: int) -> np.ndarray:
-    """Rows among which are the k best with a score above 0, those that tie with the last of them included."""
+    """Rows that include the k best with a score above 0 and all that tie with the last of them."""
     maxima_R = scores_N[: len(scores_N) // BLOCK * BLOCK].reshape(-1, BLOCK).max(1)
-    # k blocks have a score from here on, so the k-th best is no lower: most rows need no ranking
+    # k blocks have a maximum of at least this, so the k-th best score is no lower: most rows need no ranking.
     least = np.partition(maxima_R, -k)[-k] if k <= len(maxima_R) else 0
     rows_X = np.flatnonzero(scores_N >= least if least > 0 else scores_N)
     if len(rows_X) <= k:

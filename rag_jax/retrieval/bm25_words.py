@@ -1,4 +1,4 @@
-"""Text to the words that BM25 counts: lower case, no stop words, stems; for Chinese characters and their pairs."""
+"""The words that BM25 counts in a text: lower-case stems, no stop words; for Chinese, characters and their pairs."""
 
 import logging
 import re
@@ -14,9 +14,9 @@ Split = Callable[[str], list[str]]
 
 
 def stopwords(language: str, size: str) -> tuple[str, ...]:
-    """bm25s' stop words of a language, none where it has no list.
+    """The stop words that bm25s lists for a language; () where it lists none.
 
-    size: for English "short" is Lucene's 33 and "long" NLTK's; other languages have one list. "none": none at all.
+    size: "short" (English: Lucene's 33), "long" (English: NLTK's) or "none"; other languages have one list.
     """
     if size not in ("short", "long", "none"):
         raise InputError(f"stop words {size!r}; there are: short, long, none")
@@ -28,7 +28,7 @@ def stopwords(language: str, size: str) -> tuple[str, ...]:
 
 
 def splitter(language: str, stopwords: tuple[str, ...]) -> Split:
-    """A function from text to words, for one of Snowball's languages, "chinese" or "none" (no stemming).
+    """A function from text to words; language: one of Snowball's, "chinese" or "none" (no stemming).
 
     InputError for another language, and where PyStemmer is not installed.
     """
@@ -38,7 +38,7 @@ def splitter(language: str, stopwords: tuple[str, ...]) -> Split:
 
 
 class _Stems:
-    """Splits into stems; a word that was seen before is looked up."""
+    """Splits a text into stems; keeps the stem of every word it has seen, "" for a stop word."""
 
     def __init__(self, stem: Callable[[str], str], stopwords: frozenset[str]) -> None:
         self._stem, self._stopwords = stem, stopwords
@@ -56,7 +56,7 @@ class _Stems:
 
 
 def _chinese(text: str) -> list[str]:
-    """Words of other scripts whole; of each run of Chinese characters every one and every pair."""
+    """Words of other scripts whole; each run of Chinese characters as its characters, then its pairs of neighbours."""
     found = []
     for word in WORD.findall(text.lower()):
         start = 0

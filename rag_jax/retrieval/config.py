@@ -13,11 +13,14 @@ from rag_jax.system.configuration import changed
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How passages are searched. `exact`: on the devices, inside the step; the others on the host, between steps.
+    """How passages are searched.
 
-    dtype: of the index on the devices. recall_target: below 1, the search may miss that share where this is faster
-    (TPU). scann, bm25: how those are built. fusion: how `hybrid` makes one ranking of BM25's and that of the `dense`
-    search.
+    kind: `exact` searches on the devices, inside the step; the others on the host, between steps.
+    dtype: type of the index on the devices.
+    recall_target: recall that suffices; below 1 the search may miss the rest where that is faster (TPU).
+    dense: the dense half of a `hybrid` search.
+    scann, bm25: how those two indexes are built.
+    fusion: how `hybrid` makes one ranking from those of the `dense` search and BM25.
     """
 
     kind: Literal["exact", "scann", "bm25", "hybrid"] = "exact"
@@ -34,7 +37,8 @@ class SearchConfig:
         return self.kind == "exact"
 
 
-# The same of SearchConfig. Its sections are each of the search they are named after, whichever is chosen now.
+# Fields of SearchConfig that only one kind reads: (is this search of that kind, the kind as the error names it). The
+# sections scann, bm25 and fusion are not among them: they may be filled in whichever kind is chosen.
 SEARCHED_BY: dict[str, tuple[Callable[[SearchConfig], bool], str]] = {
     "dtype": (lambda search: search.in_graph, "kind='exact'"),
     "recall_target": (lambda search: search.in_graph, "kind='exact'"),
@@ -43,7 +47,7 @@ SEARCHED_BY: dict[str, tuple[Callable[[SearchConfig], bool], str]] = {
 
 
 def check_search_config(search: SearchConfig) -> None:
-    """InputError for what is set of a search of another kind."""
+    """Raise InputError where a field is set that only another kind of search reads."""
     for name, value in changed(search).items():
         belongs, place = SEARCHED_BY.get(name, (None, ""))
         if belongs is not None and not belongs(search):

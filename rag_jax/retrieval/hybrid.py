@@ -1,4 +1,4 @@
-"""Dense search and BM25 together: how their scores become one."""
+"""Hybrid search: the candidates of dense search and BM25, ranked by one score from those of both."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,9 +23,12 @@ from rag_jax.retrieval.search import (
 class Fusion:
     """How the scores of dense search and BM25 become one.
 
-    candidates: of each search, as many go into the union that both score. kind "linear": `weight` times the dense
-    score plus the rest times that of BM25, each scaled per question by NORMS[norm]. kind "rrf": reciprocal rank fusion
-    (Cormack et al. 2009), the sum of 1 / (rrf_k + rank); here too `weight` is the dense part's share.
+    kind: "linear": weight * dense + (1 - weight) * BM25, each scaled per question by NORMS[norm]. "rrf": reciprocal
+        rank fusion (Cormack et al. 2009): the same sum of 1 / (rrf_k + rank) instead of scores.
+    candidates: passages that each search adds to the union that both score.
+    weight: the share of the dense search, 0 to 1.
+    norm: "minmax" or "zscore"; kind "linear" only.
+    rrf_k: constant of kind "rrf"; the larger, the less the first ranks stand out.
     """
 
     kind: str = "linear"
@@ -45,8 +48,8 @@ class Fusion:
 class Hybrid:
     """Dense search and BM25 together: the candidates of either are scored by both (`Fusion`).
 
-    embeddings_NE: anything that rows [B,C] of passages can be taken from as float32 [B,C,E], such as a memory map.
-    Both searches must be of one corpus with the same rows deleted: InputError.
+    embeddings_NE: the passages' embeddings, indexed by rows [B,C] into [B,C,E]; an array, a memory map or the like.
+    InputError where the two searches are of different corpora or return different numbers of passages.
     """
 
     def __init__(self, dense: Searcher, bm25: Rescorer, embeddings_NE: Any, fusion: Fusion | None = None) -> None:
@@ -68,13 +71,13 @@ class Hybrid:
         self.manifest = manifest("hybrid", source, {**asdict(self.fusion), **parts})
 
     def search(self, queries: Queries, k: int) -> SearchResult:
-        """Needs embeddings and texts. No more passages come back than the candidates of both searches."""
+        """Needs embeddings and texts of the questions. Returns at most the candidates of both searches."""
         check_k(k)
         ids_BC, dense_BC, bm25_BC = self.candidates(queries, max(k, self.fusion.candidates))
         return best(ids_BC, fuse(ids_BC, dense_BC, bm25_BC, self.fusion), k)
 
     def candidates(self, queries: Queries, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids_BC ascending, -1 behind them; dense scores_BC; BM25 scores_BC): the union of the n best of each."""
+        """The union of the n best of each search: (ids_BC ascending, then -1; dense scores_BC; BM25 scores_BC)."""
         texts = query_texts(queries, n)
         found = [searcher.search(queries, n).ids_BK for searcher in (self.dense, self.bm25)]
         if len(texts) != len(found[0]):
@@ -86,7 +89,7 @@ class Hybrid:
 
 
 def _union(one_BK: np.ndarray, other_BK: np.ndarray) -> np.ndarray:
-    """Ids of either, each once, ascending; then -1."""
+    """The ids of either array, each once, ascending, padded with -1 to the longest row."""
     last = np.iinfo(np.int32).max
     both_BC = np.concatenate([one_BK, other_BK], 1)
     both_BC = np.sort(np.where(both_BC < 0, last, both_BC), 1)
@@ -97,7 +100,7 @@ def _union(one_BK: np.ndarray, other_BK: np.ndarray) -> np.ndarray:
 
 
 def fuse(ids_BC: np.ndarray, dense_BC: np.ndarray, bm25_BC: np.ndarray, fusion: Fusion) -> np.ndarray:
-    """Scores_BC of candidates from both scores of each; -inf where the id is -1."""
+    """One score for each candidate from its two, float32 [B,C]; -inf where the id is -1."""
     valid_BC = ids_BC >= 0
     parts = []
     for scores_BC in (dense_BC, bm25_BC):
@@ -108,21 +111,21 @@ def fuse(ids_BC: np.ndarray, dense_BC: np.ndarray, bm25_BC: np.ndarray, fusion: 
 
 
 def _ranked(scores_BC: np.ndarray, valid_BC: np.ndarray, rrf_k: int) -> np.ndarray:
-    """1 / (rrf_k + rank); equal scores have one rank."""
+    """1 / (rrf_k + rank), ranks from 1; equal scores share a rank."""
     ordered_BC = np.sort(np.where(valid_BC, -scores_BC, np.inf), 1)
     ahead = [np.searchsorted(row, -scores) for row, scores in zip(ordered_BC, scores_BC, strict=True)]
     return 1 / (rrf_k + 1 + np.reshape(ahead, scores_BC.shape))
 
 
 def _minmax(scores_BC: np.ndarray, valid_BC: np.ndarray) -> np.ndarray:
-    """Of a question's candidates the worst is 0, the best 1."""
+    """Scores scaled per question: the worst candidate becomes 0, the best 1."""
     low_B1 = np.where(valid_BC, scores_BC, np.inf).min(1, keepdims=True)
     span_B1 = np.where(valid_BC, scores_BC, -np.inf).max(1, keepdims=True) - low_B1
     return (scores_BC - low_B1) / np.where(span_B1 > 0, span_B1, 1)
 
 
 def _zscore(scores_BC: np.ndarray, valid_BC: np.ndarray) -> np.ndarray:
-    """Of a question's candidates the mean is 0, the standard deviation 1."""
+    """Scores scaled per question: the candidates get mean 0 and standard deviation 1."""
     n_B1 = np.maximum(valid_BC.sum(1, keepdims=True), 1)
     centred_BC = scores_BC - (scores_BC * valid_BC).sum(1, keepdims=True) / n_B1
     deviation_B1 = np.sqrt((centred_BC**2 * valid_BC).sum(1, keepdims=True) / n_B1)

@@ -1,10 +1,10 @@
-"""Exact maximum inner product search over an index whose rows lie on many devices, inside any jitted program.
+"""Exact maximum inner product search over an index whose rows are sharded over many devices, inside any jitted program.
 
 Each device scans its own rows (`mips_one_device`); then the candidates [B,k] of all devices, and nothing larger, are
-exchanged and merged. The index may be float32, bfloat16 or int8. Of the two small types the candidates are found with
-queries rounded alike, where that multiplies faster, more of them than asked for, and then scored again with the full
-queries. The log of the sum of exponentials of all scores, log Z, or of those that were not found, can be had, with its
-gradient.
+exchanged and merged. The index may be float32, bfloat16 or int8. For the two small types, where it multiplies faster,
+the scan rounds the queries to the type of the rows, takes more candidates than asked for, and rescores them with the
+unrounded queries. `search_with_normaliser` also gives the log of the sum of exponentials of the scores of all other
+rows, with its gradient; log Z follows from it.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from rag_jax.system import sharding
 
 __all__ = ["OVERSAMPLE", "quantise", "rows_at", "search", "search_with_normaliser"]
 
+# Candidates for each of the k, by type of the index: scores of rounded queries may rank a row of the k best below k.
 OVERSAMPLE = {"float32": 1, "bfloat16": 2, "uint16": 2, "int8": 2}
 
 
@@ -44,20 +45,23 @@ def search(
 ) -> Best:
     """The k rows with the largest inner product: (scores_BK float32, ids_BK int32), best first, ties to the lower id.
 
-    index_NE: float32, bfloat16 (or uint16, its bits: on a CPU XLA copies a bfloat16 index at every call, and not its
-    bits), or int8 with scale_N (`quantise`). live_N: bool, false for deleted rows. Rows from n_valid on are padding.
-    Neither is ever returned; where fewer than k rows are live the missing places have score -inf and id -1. A score of
-    NaN counts as -inf. Products and sums may overflow and denormal numbers may count as zero, as the device has it.
-
-    With a mesh the rows of index_NE, scale_N and live_N are cut over all its axes (`sharding.shard_rows`). The results
-    are replicated, or have their batch cut over `out_axes` of the mesh, which then must divide B. Queries may lie
-    anywhere: they are gathered, the index never is. Results depend neither on the mesh nor on the chunk, up to the
-    rounding of the products. No gradient flows.
-
-    chunk: rows whose scores are ranked at once; without it, as many as `mips_one_device.default_chunk` thinks good.
-    oversample: candidates looked at for each of the k, where queries are rounded (OVERSAMPLE for the index's type).
+    index_NE: float32, bfloat16, uint16 (the bits of bfloat16: on a CPU XLA copies a bfloat16 index at every call, but
+        not a uint16 one) or int8 with scale_N.
+    scale_N: float32 scales of int8 rows (`quantise`).
+    live_N: bool, False for deleted rows; they are never returned.
+    n_valid: rows from n_valid on are padding and never returned; None: there is no padding.
+    mesh: the rows of index_NE, scale_N and live_N are sharded over all its axes (`sharding.shard_rows`). Queries may
+        have any sharding: they are gathered, the index never is.
+    out_axes: axes of the mesh over which the batch of the results is sharded; their sizes must divide B. Without any,
+        the results are replicated.
+    chunk: rows whose scores are ranked at once; None: `mips_one_device.default_chunk`.
+    oversample: candidates for each of the k, where queries are rounded; None: OVERSAMPLE of the index's type.
     recall_target: below 1, a TPU ranks each chunk with `lax.approx_max_k`, and the lower id of a tie may lose. Other
-    devices have no such instruction (XLA sorts everything there) and stay exact.
+        devices have no such instruction (XLA sorts everything there) and stay exact.
+
+    With fewer than k valid rows the remaining positions have score -inf and id -1. A score of NaN counts as -inf.
+    Products and sums may overflow, and denormal numbers may count as zero, as on the device. Results depend neither on
+    the mesh nor on the chunk, up to the rounding of the products. No gradient flows.
     Memory beyond the arguments: [B,chunk] scores and some rows (on a CPU 2,048, else a chunk) on each device.
     Raises InputError, when traced, for k outside 1..n_valid and for shapes and types that do not fit.
     """
@@ -67,7 +71,7 @@ def search(
     oversample = OVERSAMPLE[str(index_NE.dtype)] if oversample is None else oversample
     if oversample < 1 or not 0 < recall_target <= 1:
         raise InputError(f"oversample = {oversample} must be at least 1, recall_target = {recall_target} in (0, 1]")
-    # A CPU multiplies bfloat16 rows with full queries anyway.
+    # With bfloat16 rows a CPU does not round the queries (`rounded`), so there is nothing to rescore.
     exact = index_NE.dtype == jnp.float32 or (index_NE.dtype != jnp.int8 and how.platform == "cpu")
     candidates = k if exact else min(k * oversample, how.n_valid)
     how = dataclasses.replace(how, k=candidates, exact=exact, recall_target=recall_target)
@@ -89,13 +93,16 @@ def search_with_normaliser(
     chunk: int | None = None,
     out_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`search` by exact scores, and the part of the normaliser that the k do not have: (scores_BK, ids_BK, log_rest_B).
+    """`search` with unrounded queries, and the normaliser over all other rows: (scores_BK, ids_BK, log_rest_B).
 
-    log_rest_B: the logsumexp over all other live rows, so log Z = logaddexp(log_rest_B, logsumexp(scores_BK)); of the
-    stored rows in small types. NaN counts as -inf; it is -inf, with gradient 0, where no other row is live. It is
-    summed in a second pass, without the k: taken from log Z they would leave nothing but its rounding where they have
-    nearly all of it. Its gradient to the queries is the mean of those rows under their softmax, accumulated in that
-    pass, with twice the products, only where a gradient is taken. None flows to the index, none through the scores.
+    log_rest_B: float32 logsumexp of the scores of all valid rows but the k, so that
+        log Z = logaddexp(log_rest_B, logsumexp(scores_BK)). Small types are scored as stored. A score of NaN counts as
+        -inf. Where no other row is valid it is -inf, with gradient 0.
+
+    A first pass finds the k, a second one sums all others. One pass that sums everything, and a subtraction of the k,
+    would leave only rounding errors where the k have nearly all of the mass. The gradient of log_rest_B to the queries
+    is the mean of the other rows under their softmax; the second pass accumulates it, with twice the products, only
+    where a gradient is taken. No gradient flows to the index or through the scores.
     """
     rows, how = _checked(queries_BE, index_NE, scale_N, live_N, mesh, n_valid, chunk, out_axes)
     if not 1 <= k <= how.n_valid:
@@ -106,11 +113,13 @@ def search_with_normaliser(
 
 
 def rows_at(index_NE: jax.Array, ids_X: jax.Array, scale_N: jax.Array | None = None) -> jax.Array:
-    """The rows with these ids [...,E] in float32, whatever the type of the index. An id of -1 gives the last row."""
+    """The rows with these ids, float32 [...,E], whatever the type of the index. An id of -1 gives the last row."""
     rows_XE = decoded(index_NE[ids_X])
     return rows_XE if scale_N is None else rows_XE * scale_N[ids_X][..., None]
 
 
+# A custom gradient, because the derivative of a scan keeps the scores of every chunk, [B,N] in all. The gradient of a
+# logsumexp of inner products is the mean of the rows under their softmax, [B,E], which the scan itself can accumulate.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _mass(
     how: Pass,
@@ -120,7 +129,7 @@ def _mass(
     rows: Rows,
     left_out_BX: jax.Array,
 ) -> jax.Array:
-    """The logsumexp of the scores of all rows but those left out."""
+    """The logsumexp, float32 [B], of the scores of all valid rows but those with ids left_out_BX."""
     mass = _on_mesh(queries_BE, rows, how, 0, mesh, out_axes, left_out_BX)[1]
     assert mass is not None
     return mass.top_B + jnp.log(mass.sum_B)
@@ -136,7 +145,7 @@ def _mass_forward(
 ) -> tuple[jax.Array, jax.Array]:
     mass = _on_mesh(queries_BE, rows, dataclasses.replace(how, mass="mean"), 0, mesh, out_axes, left_out_BX)[1]
     assert mass is not None and mass.weighted_BE is not None
-    mean_BE = mass.weighted_BE / jnp.where(mass.sum_B > 0, mass.sum_B, 1)[:, None]
+    mean_BE = mass.weighted_BE / jnp.where(mass.sum_B > 0, mass.sum_B, 1)[:, None]  # no row counted: gradient 0
     return mass.top_B + jnp.log(mass.sum_B), mean_BE.astype(queries_BE.dtype)
 
 
@@ -159,7 +168,10 @@ def _checked(
     chunk: int | None,
     out_axes: tuple[str, ...],
 ) -> tuple[Rows, Pass]:
-    """The rows as they are scanned, and a pass that finds nothing yet. Raises InputError."""
+    """The rows in the type that is scanned, and a `Pass` with k and mass still to be set.
+
+    Raises InputError for shapes and types that do not fit, and for too many rows.
+    """
     queries, index, dtype = queries_BE.shape, index_NE.shape, str(index_NE.dtype)
     if len(queries) != 2 or len(index) != 2 or queries[1] != index[1]:
         raise InputError(f"queries {queries} and index {index} must be [B,E] and [N,E] with the same E")
@@ -205,6 +217,8 @@ def _on_mesh(
     out_axes: tuple[str, ...],
     left_out_BX: jax.Array | None = None,
 ) -> tuple[Best | None, Mass | None]:
+    """One pass (`how`) over the rows of all devices: the k best of its how.k candidates, and the mass."""
+
     def on_device(queries_BE: jax.Array, rows: Rows, left_out_BX: jax.Array | None) -> tuple[Best | None, Mass | None]:
         offset = lax.axis_index(how.axes) * rows.embeddings_NE.shape[0] if how.axes else 0
         best, mass = mips_one_device.scan(queries_BE, rows, offset, how, left_out_BX)
@@ -212,12 +226,13 @@ def _on_mesh(
             mass = _total(mass, how.axes, out_axes)
         if best is None:
             return None, mass
+        # Each device rescores its own candidates before they are exchanged: no other device has these rows.
         found = [*best] if how.exact else [*best, mips_one_device.rescored(queries_BE, rows, best[1], offset)]
         if how.axes:
             found = _merged(found, how, out_axes)
         if not how.exact:
-            found = _best([found[2], found[1]], k)
-        return (jnp.where(found[0] > LOWEST, found[0], -jnp.inf), found[1]), mass
+            found = _best([found[2], found[1]], k)  # from the how.k candidates to k, by the scores of full queries
+        return (jnp.where(found[0] > LOWEST, found[0], -jnp.inf), found[1]), mass  # LOWEST stood for NaN and -inf
 
     if mesh is None:
         return on_device(queries_BE, rows, left_out_BX)
@@ -227,17 +242,20 @@ def _on_mesh(
 
 
 def _best(found: list[jax.Array], k: int) -> list[jax.Array]:
-    """The k best of [B,X] arrays: by the first, which are scores, then by the second, which are ids."""
+    """The k best columns of each row of [B,X] arrays: highest score (the first array), then lowest id (the second)."""
     scores, *others = lax.sort([-found[0], *found[1:]], num_keys=2)
     return [x[:, :k] for x in (-scores, *others)]
 
 
 def _merged(found: list[jax.Array], how: Pass, out_axes: tuple[str, ...]) -> list[jax.Array]:
-    """The how.k best of all devices. Where the devices divide the batch each merges a part of it and passes that on,
-    which moves 2 B k entries to a device instead of B k from each.
+    """The how.k best candidates of all devices, with their batch sharded over out_axes.
+
+    Where the number of devices divides the batch, each device merges the candidates of its part of the batch and sends
+    on the result: 2 B k entries reach a device instead of B k from every other one.
     """
     rest = tuple(axis for axis in how.axes if axis not in out_axes)
     even = found[0].shape[0] % lax.axis_size(how.axes) == 0
+    # out_axes first: the gather over the rest then puts parts of the batch together that are neighbours in it.
     split = (*out_axes, *rest) if even else out_axes
     if split:
         found = [lax.all_to_all(x, split, 0, 1, tiled=True) for x in found]
@@ -248,8 +266,10 @@ def _merged(found: list[jax.Array], how: Pass, out_axes: tuple[str, ...]) -> lis
 
 
 def _total(mass: Mass, axes: tuple[str, ...], out_axes: tuple[str, ...]) -> Mass:
-    """The mass of all devices, for this device's part of the batch."""
+    """The mass summed over all devices, for this device's part of the batch (sharded over out_axes)."""
     top_B = lax.pmax(mass.top_B, axes)
+    # Each device's sums are relative to its own maximum: rescale them to the common one. Without any row both are -inf,
+    # and their difference would be NaN.
     share_B = jnp.exp(mass.top_B - jnp.where(jnp.isfinite(top_B), top_B, 0))
     sum_B = lax.psum(mass.sum_B * share_B, axes)
     weighted_BE = None

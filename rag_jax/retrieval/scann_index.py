@@ -1,14 +1,14 @@
-"""Approximate search with ScaNN (Guo et al. 2020; SOAR, Sun et al. 2023): a tree, short codes, the best scored again.
+"""Approximate search with ScaNN (Guo et al. 2020; SOAR, Sun et al. 2023): a tree, short codes, the best rescored.
 
-ScaNN's own index is never changed: rows that came later lie beside it and are searched exactly, rows that are gone are
-left out of what it finds. (ScaNN can insert and delete, but with SOAR the heap is corrupted after some of each.) Two
-builds from the same rows differ, on one thread too: what a resumed run must find again has to be saved.
+ScaNN's own index is never changed: rows added later are kept beside it and searched exactly, deleted rows are removed
+from its results. (ScaNN can insert and delete, but with SOAR the heap is corrupted after some of each.) Two builds from
+the same rows differ, on one thread too: a run that is to resume with the same results must save its index.
 
 manifest.json        source (hashes of corpus and encoder, step), settings, files with their hashes
 scann/               what ScaNN writes
-rows.npy             int32 [N] corpus row of every point that was indexed, ascending
-gone.npy             int32, ascending: rows that ScaNN must not return, deleted or changed since
-new_rows.npy, new_embeddings.npy   rows that came or changed since, ascending, and their float32 embeddings
+rows.npy             int32 [N] corpus row of every point in ScaNN's index, ascending
+gone.npy             int32, ascending: rows that ScaNN must not return, deleted or changed since it was built
+new_rows.npy, new_embeddings.npy   rows added or changed since, ascending, and their float32 embeddings
 """
 
 import math
@@ -27,15 +27,21 @@ from rag_jax.system.logs import info
 
 KIND, VERSION = "ann", 1
 LEAST = 16  # short codes have 16 values; fewer rows cannot train them
-BLOCK = 65536  # rows looked through at once
+BLOCK = 65536  # rows checked at once for NaN and infinity
 
 
 @dataclass(frozen=True)
 class AnnConfig:
-    """0 means: by the number of rows. A search looks into `leaves_to_search` of the tree's `leaves` and scores the
-    `reorder` best of their rows again (0: 4 k, at least 100), in `reorder_dtype`.
+    """Settings of ScaNN.
 
-    Fewer rows than `exact_below` are searched one by one, unless `leaves` is given. threads: for building, 0: all.
+    leaves: leaves of the tree; 0: twice the square root of the number of rows.
+    leaves_to_search: leaves that a search scores; 0: a twentieth of them, at least 10.
+    reorder: best rows of those leaves that are rescored; 0: 4 k, at least 100.
+    reorder_dtype: type of the rows they are rescored with: "float32", "bfloat16" or "int8".
+    exact_below: fewer rows than this are searched exactly, without a tree, unless `leaves` is given.
+    soar_lambda: weight of SOAR's term for the second leaf of a row.
+    anisotropic_threshold: threshold of the anisotropic quantisation of the short codes.
+    threads: threads for building; 0: all.
     """
 
     leaves: int = 0
@@ -54,7 +60,10 @@ class AnnConfig:
             raise InputError(f"{self}: numbers are 0 or more")
 
     def resolved(self, n: int) -> Self:
-        """With numbers for n rows; leaves = 0 means no tree. InputError where there are fewer rows than leaves."""
+        """These settings with the leaves for n rows filled in; leaves = 0 then means no tree.
+
+        InputError where there are fewer rows than leaves.
+        """
         leaves = self.leaves or (0 if n < max(self.exact_below, LEAST) else round(2 * math.sqrt(n)))
         if leaves > n or (leaves and n < LEAST):
             raise InputError(f"{n} passages are too few for {leaves} leaves; leave `leaves` at 0 for exact search")
@@ -64,7 +73,14 @@ class AnnConfig:
 
 @dataclass(frozen=True)
 class Scann:
-    """An index; `upsert` and `delete` give another one over the same arrays. `index` is ScaNN's searcher."""
+    """A ScaNN index, immutable: `upsert` and `delete` return another one over the same arrays.
+
+    index: ScaNN's searcher.
+    rows_N: int32 corpus row of every point in it, ascending.
+    width: E of the embeddings.
+    gone: int32 rows that ScaNN must not return, deleted or changed since it was built, ascending.
+    new_rows, new_embeddings: int32 rows added or changed since, ascending, and their float32 embeddings [M,E].
+    """
 
     index: Any
     rows_N: np.ndarray
@@ -81,7 +97,7 @@ class Scann:
 
     @property
     def stale(self) -> float:
-        """Share of the rows that came, changed or went since ScaNN's index was built; 0.1 is time for a new one."""
+        """Share of the rows added, changed or deleted since ScaNN's index was built; rebuild it from 0.1 on."""
         return len(np.union1d(self.gone, self.new_rows)) / max(self.size, 1)
 
     @property
@@ -90,9 +106,9 @@ class Scann:
         return search.manifest(KIND, self.source, {**asdict(self.config), **changed})
 
     def search(self, queries: Queries, k: int) -> SearchResult:
-        """Scores are those of `reorder_dtype`. Fewer than k may come back: a search sees `leaves_to_search` leaves.
+        """Scores are those of `reorder_dtype`. May return fewer than k: it sees no more than `leaves_to_search` leaves.
 
-        Equal scores are in order of their ids, but which of them are among those scored again is for ScaNN to say.
+        Equal scores are in order of their ids, but which of them are rescored at all is up to ScaNN.
         """
         queries_BE = search.query_embeddings(queries, self.width, k)
         if not len(queries_BE):
@@ -106,14 +122,15 @@ class Scann:
         return search.best(ids_BX, scores_BX, k)
 
     def _indexed(self, queries_BE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The best of ScaNN's index that are not gone, -1 for none: all that were scored again, to order equal scores.
+        """Ids [B,X] and scores [B,X] of the valid rows that ScaNN rescored; the id of the others is -1.
 
-        Those that are gone do not count: as many others are scored again as if they had never been.
+        All of them, not just k, so that `search` can order equal scores. As many valid rows are rescored as if the
+        deleted ones had never been there.
         """
         most = len(self.rows_N)
         wanted = min(max(self.config.reorder or max(4 * k, 100), k), most)
         n = min(wanted + min(len(self.gone), wanted), most)
-        while True:
+        while True:  # ask for more until enough of the rows are valid
             leaves = self.config.leaves_to_search or None
             ids_BX, scores_BX = self.index.search_batched_parallel(queries_BE, n, n, leaves)
             found_BX = np.isfinite(scores_BX)  # what ScaNN could not fill has id 0 and score NaN
@@ -125,7 +142,7 @@ class Scann:
             n = min(2 * n, most)
 
     def upsert(self, rows: Sequence[int] | np.ndarray, embeddings_ME: np.ndarray) -> Self:
-        """The index with these rows, new or in place of what they were. InputError for embeddings that do not fit."""
+        """This index with these rows added, or replaced if it has them. InputError for embeddings that do not fit."""
         rows = _rows(rows, len(embeddings_ME))
         embeddings_ME = np.ascontiguousarray(embeddings_ME, np.float32)
         if embeddings_ME.ndim != 2 or embeddings_ME.shape[1] != self.width:
@@ -139,7 +156,7 @@ class Scann:
         return replace(self, gone=gone, new_rows=new_rows[order], new_embeddings=embeddings)
 
     def delete(self, rows: Sequence[int] | np.ndarray) -> Self:
-        """The index without these rows. InputError for a row that it does not have."""
+        """This index without these rows. InputError for a row that it does not have."""
         rows = _rows(rows)
         known = np.union1d(np.setdiff1d(self.rows_N, self.gone), self.new_rows)
         unknown = np.setdiff1d(rows, known)
@@ -150,10 +167,11 @@ class Scann:
         return replace(self, gone=gone, new_rows=self.new_rows[kept], new_embeddings=self.new_embeddings[kept])
 
     def tune(self, queries_BE: np.ndarray, truth_BK: np.ndarray, recall: float = 0.95) -> Self:
-        """The index with the fewest leaves, then the shortest reordering, that find this share of truth_BK.
+        """This index with the smallest `leaves_to_search`, then the smallest `reorder`, that reach a recall.
 
-        truth_BK: the rows that exact search gives for these questions, such as `search.Exact` does. Where not even all
-        leaves reach the recall, they are what is used, and a line on stderr says so.
+        truth_BK: the rows that exact search (`search.Exact`) returns for these questions.
+        recall: share of them to be found. Where searching all leaves does not reach it, all are searched, and a line on
+            stderr says so.
         """
         k = truth_BK.shape[1]
         if not self.config.leaves:
@@ -186,7 +204,7 @@ class Scann:
 
     @classmethod
     def load(cls, directory: str | Path, source: Source | None = None) -> Self:
-        """Opens a directory after verifying its files. InputError, with both hashes, where it is not of `source`."""
+        """Opens a directory after verifying its files. InputError, with both hashes, if built from another source."""
         directory = Path(directory)
         found = files.read_verified(directory, KIND, VERSION)
         with files.described(directory / files.MANIFEST, "build it again"):
@@ -217,9 +235,11 @@ def build(
     config: AnnConfig | None = None,
     rows_N: Sequence[int] | np.ndarray | None = None,
 ) -> Scann:
-    """Indexes embeddings, float32 or to be made float32, a memory map or not; rows_N: their rows in the corpus.
+    """Builds a ScaNN index.
 
-    InputError for a row that is not finite (ScaNN would end the process), for too few rows, and without ScaNN.
+    embeddings_NE: an array or a memory map; converted to float32.
+    rows_N: their rows in the corpus; None: 0 to N - 1.
+    InputError for a row that is not finite (ScaNN would abort the process), for too few rows, and without ScaNN.
     """
     if embeddings_NE.ndim != 2 or not len(embeddings_NE):
         raise InputError(f"embeddings {embeddings_NE.shape} must be [N,E] with at least one row")
@@ -272,14 +292,14 @@ def _check_finite(embeddings_NE: np.ndarray, rows_N: np.ndarray) -> None:
 
 
 def recall_at(ids_BK: np.ndarray, truth_BK: np.ndarray) -> float:
-    """Share of the right rows that were found."""
+    """Share of the rows in truth_BK, those of -1 aside, that are among the question's ids_BK."""
     wanted_BK = truth_BK >= 0
     found_BK = (truth_BK[:, :, None] == ids_BK[:, None, :]).any(2) & wanted_BK
     return float(found_BK.sum() / max(wanted_BK.sum(), 1))
 
 
 def _least(low: int, high: int, enough: Any) -> int:
-    """The least number in low..high that is enough, which more is too; high if none is."""
+    """The smallest number in low..high that is enough, by bisection: whatever is above it is too. high if none is."""
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle + 1, high)

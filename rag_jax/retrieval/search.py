@@ -1,6 +1,6 @@
 """One interface to every search that a host program calls (ScaNN, BM25, `hybrid`), and exact search behind it.
 
-Rows of the corpus go out, best first; what a search was made of stands in its `manifest`.
+A search returns rows of the corpus, best first. Its `manifest` names the corpus, encoder and settings behind it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,15 +18,20 @@ BATCH = 256  # questions searched at once on the devices
 
 
 class Queries(NamedTuple):
-    """What a search may need; each takes its part. embeddings_BE: float32, for dense ones. texts: for BM25."""
+    """Questions in the forms that searches read.
+
+    embeddings_BE: float32, for dense searches.
+    texts: for BM25.
+    """
 
     embeddings_BE: np.ndarray | None = None
     texts: Sequence[str] | None = None
 
 
 class SearchResult(NamedTuple):
-    """ids_BK: int32 rows of the corpus, best first, ties to the lower id; -1 where there are fewer than k.
+    """The passages that a search returns for each question.
 
+    ids_BK: int32 rows of the corpus, best first, ties to the lower id; -1 where there are fewer than k.
     scores_BK: float32, -inf where the id is -1.
     """
 
@@ -35,7 +40,12 @@ class SearchResult(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Which passages, and for dense searches which encoder, after how many steps, embedded them."""
+    """The corpus and encoder that an index was built from.
+
+    corpus_hash: hash of the corpus with the passages.
+    encoder_hash: hash of the context encoder that embedded them; None: no dense search, or not recorded.
+    step: training steps of that encoder.
+    """
 
     corpus_hash: str
     encoder_hash: str | None = None
@@ -43,7 +53,11 @@ class Source(NamedTuple):
 
 
 class Searcher(Protocol):
-    """size: passages that can be returned. manifest: kind, corpus_hash, encoder_hash, step, settings; for reports."""
+    """A search that a host program calls.
+
+    size: passages that can be returned.
+    manifest: kind, corpus_hash, encoder_hash, step and settings, for reports.
+    """
 
     @property
     def size(self) -> int: ...
@@ -55,18 +69,21 @@ class Searcher(Protocol):
 
 
 class Rescorer(Searcher, Protocol):
-    """A search that can also score given rows."""
+    """A search that can also score given rows: float32 [B,K] for texts [B] and ids_BK."""
 
     def scores(self, texts: Sequence[str], ids_BK: np.ndarray) -> np.ndarray: ...
 
 
 def manifest(kind: str, source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The `manifest` of a search."""
+    """The `manifest` of a search, as a dict for JSON."""
     return {"kind": kind, **source._asdict(), "settings": dict(settings)}
 
 
 def query_embeddings(queries: Queries, width: int, k: int) -> np.ndarray:
-    """The embeddings [B,E] float32, contiguous. InputError where they are missing, of another width or not finite."""
+    """The questions' embeddings, float32 [B,E], contiguous.
+
+    InputError where they are missing, of another width or not finite, and for k below 1.
+    """
     check_k(k)
     if queries.embeddings_BE is None:
         raise InputError("a dense search needs the questions' embeddings: Queries(embeddings_BE=...)")
@@ -80,7 +97,7 @@ def query_embeddings(queries: Queries, width: int, k: int) -> np.ndarray:
 
 
 def query_texts(queries: Queries, k: int) -> Sequence[str]:
-    """The questions' texts; InputError where they are missing."""
+    """The questions' texts; InputError where they are missing, and for k below 1."""
     check_k(k)
     if queries.texts is None:
         raise InputError("BM25 needs the questions' texts: Queries(texts=...)")
@@ -93,7 +110,7 @@ def check_k(k: int) -> None:
 
 
 def best(ids_BX: np.ndarray, scores_BX: np.ndarray, k: int) -> SearchResult:
-    """The k best of candidates: by score, then id. Those with id -1 or a score of NaN or -inf are none."""
+    """The k best candidates of each question, by score, then id; without those of id -1 or a score of NaN or -inf."""
     valid_BX = (ids_BX >= 0) & (scores_BX > -np.inf)  # false for NaN
     scores_BX = np.where(valid_BX, scores_BX, -np.inf).astype(np.float32)
     ids_BX = np.where(valid_BX, ids_BX, -1).astype(np.int32)
@@ -108,9 +125,11 @@ def best(ids_BX: np.ndarray, scores_BX: np.ndarray, k: int) -> SearchResult:
 class Exact:
     """Exact search on the devices (`mips.search`), for callers on the host.
 
-    embeddings_NE, scale_N, live_N: as in `mips.search`; host arrays, cut over the mesh here, or the sharded arrays of a
-    training state with their `n_valid`. Questions are padded to a few batch sizes, so that few programs are compiled.
-    With several processes all must search for the same questions at the same time.
+    embeddings_NE, scale_N, live_N, n_valid: as in `mips.search`; host arrays, which are sharded over the mesh here, or
+        the sharded arrays of a training state.
+
+    Questions are padded to a few batch sizes, so that few programs are compiled. With several processes all must search
+    for the same questions at the same time.
     """
 
     def __init__(
@@ -157,5 +176,5 @@ class Exact:
 
 
 def _padded(n: int) -> int:
-    """1, or a power of two from 8 on."""
+    """The batch size to which n questions are padded: 1, or a power of two from 8 on."""
     return 1 if n == 1 else max(8, 1 << (n - 1).bit_length())
