@@ -1,4 +1,8 @@
-"""Writing a corpus: pass 1 stores texts and ids, pass 2 tokenises them; memory does not grow with the texts."""
+"""Builds a corpus: pass 1 stores texts and ids, pass 2 tokenises them; the texts are never all in memory.
+
+Two passes, because tokenizers may be trained on the stored texts, and because the size of the token tables, which are
+written row by row, is known only when all passages have been read.
+"""
 
 import json
 import os
@@ -23,17 +27,27 @@ from rag_jax.errors import InputError
 from rag_jax.system import files, logs
 
 T = TypeVar("T")
-INPUTS = "inputs.json"  # beside tokenizers: the passage length that an encoder was made for
-CHUNK = 2048
-TRAIN_SAMPLE = 100_000
-CHECK_SAMPLE = 256
+INPUTS = "inputs.json"  # beside the tokenizers of a model: the passage length that its encoder was trained with
+CHUNK = 2048  # passages read, or tokenised, at a time
+TRAIN_SAMPLE = 100_000  # passages that a tokenizer is trained on
+CHECK_SAMPLE = 256  # passages for which the joining of ids is checked
 SHOWN_BAD_LINES = 20
-Check = Callable[[Sequence[Located], Sequence[Sequence[Passage]]], None]  # passages and what each was cut into
+Check = Callable[[Sequence[Located], Sequence[Sequence[Passage]]], None]  # passages, and the pieces each was cut into
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to build. Tokenizers: given, taken from another corpus, or trained with (encoder, generator) sizes."""
+    """How to build a corpus. Each role needs a tokenizer: passed in, of another corpus or model, or trained.
+
+    encoder_tokenizer, generator_tokenizer: an object, a directory or the name of one on the hub.
+    tokenizers_from: a corpus, a model or a directory whose two tokenizers and lengths are taken.
+    train_tokenizer: vocabulary sizes (encoder, generator) of tokenizers trained on this corpus.
+    encoder_length, generator_length: tokens of a passage; None: those of `tokenizers_from`, else 160.
+    passage_words: words of the passages that longer documents are cut into; 0: never cut.
+    skip_bad_lines: report unreadable lines and repeated ids, and go on.
+    workers: threads of the tokenizers; 0: all cores.
+    overwrite: replace a corpus that is there.
+    """
 
     encoder_tokenizer: Tokenizer | str | Path | None = None
     generator_tokenizer: Tokenizer | str | Path | None = None
@@ -62,10 +76,9 @@ def build(
     workers: int = 0,
     overwrite: bool = False,
 ) -> Corpus:
-    """Makes the directory `out`, whole or not at all, and opens it.
+    """Builds the corpus directory `out`, whole or not at all, and opens it.
 
-    Tokenizers: given (objects, directories or hub names), those of another corpus, or trained on this one with
-    `train_tokenizer` = sizes of the (encoder's, generator's) vocabulary. Lengths default to 160, or the other corpus'.
+    inputs: files or data sets of passages, as `rag-jax corpus` takes them. The other arguments: see `Options`.
     """
     options = Options(
         encoder_tokenizer=encoder_tokenizer,
@@ -84,9 +97,9 @@ def build(
 
 
 def write(inputs: Sequence[str | Path], out: str | Path, options: Options) -> None:
-    """Makes the directory `out`, whole or not at all."""
+    """Builds the corpus directory `out`, whole or not at all."""
     if options.workers > 0:
-        os.environ["RAYON_NUM_THREADS"] = str(options.workers)  # heeded if nothing was tokenised in this process yet
+        os.environ["RAYON_NUM_THREADS"] = str(options.workers)  # only read before the first tokenising of a process
     sources = expand(inputs)
     options, given = _given(options)
     with files.new_directory(out, KIND, options.overwrite) as directory:
@@ -100,7 +113,7 @@ def write(inputs: Sequence[str | Path], out: str | Path, options: Options) -> No
 
 
 def _given(options: Options) -> tuple[Options, dict[str, Tokenizer | None]]:
-    """Options with lengths filled in, and the tokenizers that are not to be trained."""
+    """Checked options with lengths filled in, and the tokenizer of each role; None for one that is to be trained."""
     named = {"encoder": options.encoder_tokenizer, "generator": options.generator_tokenizer}
     lengths = {"encoder": 160, "generator": 160}
     if options.tokenizers_from is not None:
@@ -135,7 +148,7 @@ def _given(options: Options) -> tuple[Options, dict[str, Tokenizer | None]]:
 
 
 def _made_for(path: Path) -> int:
-    """The passage length of a model's encoder."""
+    """The passage length in the INPUTS file of a model, in tokens."""
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["encoder_length"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -147,7 +160,10 @@ def _normalised(passage: Passage) -> Passage:
 
 
 def store(sources: Sequence[Source], directory: Path, options: Options, check: Check | None = None) -> dict[str, Any]:
-    """Pass 1: texts and ids of the sources into a directory; counts of them. `check` may refuse passages."""
+    """Pass 1: writes texts and ids of the sources into a directory, and returns counts.
+
+    check: called with each batch of passages before it is stored; raises to refuse one.
+    """
     skipped = 0
 
     def on_bad(message: str) -> None:
@@ -184,7 +200,7 @@ def store(sources: Sequence[Source], directory: Path, options: Options, check: C
 
 
 def _repeated(store: PassageStore, batch: list[Located], pieces: Sequence[Sequence[Passage]]) -> dict[int, str]:
-    """Positions in the batch whose id, or the id of one of whose pieces, is taken."""
+    """Positions in the batch whose id, or an id of whose pieces, is taken -> where that id occurs first."""
     entries, owner = [], []
     for position, (item, cuts) in enumerate(zip(batch, pieces, strict=True)):
         for passage in [item.passage, *cuts] if len(cuts) > 1 else [item.passage]:
@@ -194,7 +210,7 @@ def _repeated(store: PassageStore, batch: list[Located], pieces: Sequence[Sequen
 
 
 def stored(directory: Path, rows: Iterable[int] | None = None) -> Iterator[Passage]:
-    """All stored passages, or those of ascending `rows`."""
+    """The stored passages of a directory, in order; rows: only these, ascending."""
     wanted = None if rows is None else iter(rows)
     following = None if wanted is None else next(wanted, -1)
     with (directory / "passages.jsonl").open("rb") as stream:
@@ -205,7 +221,7 @@ def stored(directory: Path, rows: Iterable[int] | None = None) -> Iterator[Passa
 
 
 def _train(role: str, directory: Path, options: Options) -> Tokenizer:
-    """Trained on the corpus, or on evenly spread passages of a large one."""
+    """A tokenizer trained on the stored passages; on evenly spaced ones where there are more than TRAIN_SAMPLE."""
     assert options.train_tokenizer is not None
     n = len(np.load(directory / "offsets.npy", mmap_mode="r")) - 1
     rows = None if n <= TRAIN_SAMPLE else (i * n // TRAIN_SAMPLE for i in range(TRAIN_SAMPLE))
@@ -218,7 +234,7 @@ def _train(role: str, directory: Path, options: Options) -> Tokenizer:
 
 
 class _Table:
-    """Two .npy files written row block by row block: ids [N, L] and lengths [N]."""
+    """Writer of a token table, two .npy files that grow block by block: ids [N, L] and lengths uint16 [N]."""
 
     def __init__(self, directory: Path, role: str, n: int, length: int, tokenizer: Tokenizer) -> None:
         self.length, self.pad_id, self.truncated = length, tokenizer.pad_id, 0
@@ -250,9 +266,10 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 
 def encoder_rows(tokenizer: Tokenizer, passages: Sequence[Passage], length: int) -> tuple[list[list[int]], list[int]]:
-    """[CLS] title [SEP] text [SEP] of each (without a title: [CLS] text [SEP]), cut to `length`, and lengths before.
+    """Encoder inputs [CLS] title [SEP] text [SEP] (without a title: [CLS] text [SEP]), and their lengths when uncut.
 
-    The closing tokens stay; a title takes at most half of the room where the whole does not fit.
+    length: most tokens of a row. The closing tokens are never cut off; where the whole does not fit, the title gets at
+    most half of the room, or more if the text is short.
     """
     prefix, middle, suffix = map(list, (tokenizer.prefix_ids, tokenizer.middle_ids, tokenizer.suffix_ids))
     rows, full_lengths = [], []
@@ -269,7 +286,10 @@ def encoder_rows(tokenizer: Tokenizer, passages: Sequence[Passage], length: int)
 
 
 def tokenise(directory: Path, n: int, encoder: Tokenizer, generator: Tokenizer, options: Options) -> dict[str, int]:
-    """Pass 2: both tables, each filled by one thread: one packs rows while the other tokenises on all cores."""
+    """Pass 2: writes both token tables, and returns how many passages each of them cuts.
+
+    One thread fills each table, so that one packs rows while the other tokenises on all cores.
+    """
     assert options.encoder_length is not None and options.generator_length is not None
     encoder_table = _Table(directory, "encoder", n, options.encoder_length, encoder)
     generator_table = _Table(directory, "generator", n, options.generator_length, generator)
@@ -285,7 +305,7 @@ def tokenise(directory: Path, n: int, encoder: Tokenizer, generator: Tokenizer, 
     with ThreadPoolExecutor(2) as pool, logs.Progress(n, "tokenising", unit="passages") as progress:
         done = 0
         for chunk in _chunks(stored(directory), CHUNK):
-            for future in waiting:
+            for future in waiting:  # a chunk at a time: rows stay in order, and few texts are in memory
                 future.result()
             progress.update(done)
             waiting, done = [pool.submit(encode, chunk), pool.submit(generate, chunk)], len(chunk)
@@ -305,7 +325,7 @@ def _finish(
     both: dict[str, Tokenizer],
     options: Options,
 ) -> None:
-    """The manifest; the corpus' hash covers texts, token tables and tokenizers."""
+    """Writes the manifest; the hash of the corpus covers texts, token tables and tokenizers."""
     content = content_hashes(directory) | {role: tokenizer.hash for role, tokenizer in both.items()}
     corpus_hash = files.canonical_sha256(content)
     fields = {
@@ -326,12 +346,15 @@ def _finish(
 
 
 def content_hashes(directory: Path) -> dict[str, str]:
-    """Of the files that say all about the passages of a segment."""
+    """SHA-256 of the texts and token tables of a segment, by file name; the hash of a corpus is made from them."""
     return {name: files.file_sha256(directory / name) for name in ("passages.jsonl", *TABLES)}
 
 
 def inputs_of(sources: Sequence[Source], passages: Sequence[int]) -> list[dict[str, Any]]:
-    """Name, hash and passages of each input as it was named; of several files: the hash of their names and hashes."""
+    """Name, number of files, hash and number of passages of each input as the user named it, for the manifest.
+
+    The hash of an input of several files is that of their names and hashes.
+    """
     inputs = []
     for number, count in enumerate(passages):
         ours = [source for source in sources if source.input == number]

@@ -5,9 +5,9 @@ passages.jsonl         {"id", "title", "text", "document"} a line; offsets.npy u
 encoder_ids.npy        [N, Le] [CLS] title [SEP] text [SEP], padded; encoder_length.npy [N]
 generator_ids.npy      [N, Lg] `title / text` without specials, padded; generator_length.npy [N]
 id_hashes.npy, id_rows.npy   row of an id; tokenizers/encoder, tokenizers/generator
-segments/0001/         the same files for the passages of an update; deleted.npy int64, rows that are no longer there
+segments/0001/         the same files for the passages of an update; deleted.npy int64, deleted rows
 
-An update makes a new directory, which shares the files of the one before. Rows keep their numbers.
+An update writes a new directory, which shares the files of the one before. Rows keep their numbers.
 """
 
 import copy
@@ -35,10 +35,15 @@ DELETED = "deleted.npy"
 
 
 class Corpus:
-    """An opened corpus directory. Nothing is read into memory but what is asked for.
+    """An opened corpus directory: a sequence of passages, read from disk when they are asked for.
 
-    len, rows and iteration count deleted passages, too, so that embeddings stay where they are; `live_N` tells them
-    apart, and no id leads to one. chain: (hash, number of rows) of the corpus as it was built and after each update.
+    len, rows and iteration include deleted passages, so that row i of the embeddings stays the passage at row i;
+    `live_N` marks them, and no id leads to one.
+
+    hash: of the corpus as it is now.
+    chain: (hash, number of rows) of the corpus as it was built, and after each update.
+    segments: the parts with passages: one of the build, one of each update.
+    encoder_ids, generator_ids: token tables [N, L], padded; encoder_length, generator_length: uint16 [N].
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
@@ -51,7 +56,7 @@ class Corpus:
             for entry, end in zip(manifest["segments"], ends, strict=True)
             if entry["n_passages"]
         ]
-        # array-like, see stacked.Rows
+        # array-like, see stacked_arrays.Rows
         self.encoder_ids = self._table("encoder_ids.npy", manifest["dtype"]["encoder"], manifest["lengths"]["encoder"])
         self.encoder_length = self._table("encoder_length.npy", "<u2")
         self.generator_ids = self._table(
@@ -84,7 +89,7 @@ class Corpus:
 
     @cached_property
     def live_N(self) -> np.ndarray | None:
-        """False for the rows that were deleted or replaced; None where there are none."""
+        """bool [N], False for rows that were deleted or replaced; None where none was."""
         if not self.manifest["n_deleted"]:
             return None
         live_N = np.ones(len(self), bool)
@@ -97,25 +102,25 @@ class Corpus:
 
     @property
     def n_live(self) -> int:
-        """Passages that are there."""
+        """Number of passages that are not deleted."""
         return len(self) - self.manifest["n_deleted"]
 
     @property
     def n_cut(self) -> int:
-        """Documents that were cut into passages when they were read."""
+        """Number of documents that were cut into passages at build."""
         return self.manifest["n_cut"]
 
     def shared_rows(self, other: "Corpus") -> int:
-        """How many first rows are the same in both, because they come from the same builds and updates."""
+        """Number of rows, from the first, that both corpora have in common: those of the same build and updates."""
         known = set(other.chain)
         return max((rows for digest, rows in self.chain if (digest, rows) in known), default=0)
 
     def is_update_of(self, corpus_hash: str, rows: int) -> bool:
-        """Whether this is the corpus with that hash and number of rows, or was made of it by updates."""
+        """Whether this is the corpus with that hash and number of rows, or one that updates made from it."""
         return (corpus_hash, rows) in self.chain
 
     def hold(self) -> None:
-        """Opens every file now: the corpus stays readable when another directory takes its place."""
+        """Opens every file now, so that the corpus stays readable when another directory takes over its name."""
         first_S = np.array([segment.first for segment in self.segments], np.int64)
         for table in (self.encoder_ids, self.encoder_length, self.generator_ids, self.generator_length):
             table[first_S]
@@ -128,7 +133,7 @@ class Corpus:
         return int(self.rows([passage_id])[0])
 
     def rows(self, passage_ids: Sequence[str], missing: int | None = None) -> np.ndarray:
-        """Rows [n] int64 of ids; an unknown one gives `missing`, or raises InputError where that is None."""
+        """Rows, int64 [n], of passage ids; an unknown one gives `missing`, or raises InputError where that is None."""
         rows = np.full(len(passage_ids), -1, np.int64)
         for position, row in self._candidates(passage_ids):
             if self._live(row) and self[row].id == passage_ids[position]:
@@ -144,7 +149,7 @@ class Corpus:
         return rows
 
     def pieces(self, passage_id: str) -> list[int]:
-        """Rows of a passage, or of all it was cut into at build; empty if it is unknown."""
+        """Rows of a passage, or of all pieces of a document that was cut at build; empty if the id is unknown."""
         rows = [row for _, row in self._candidates([passage_id])]
         for row in rows:
             whole = range(row, row + 1) if self[row].id == passage_id else self._cut(passage_id, row, rows)
@@ -153,9 +158,9 @@ class Corpus:
         return []
 
     def cut_from(self, row: int) -> str | None:
-        """The id of the document that the passage at a row was cut from at build; None where it stands as it was given.
+        """The id of the document that the passage at this row was cut from at build; None if it was not cut.
 
-        An id such as d1-0 alone does not tell: a file may have passages of such ids.
+        An id such as d1-0 alone does not tell: a file may have passages with such ids.
         """
         document, dash, number = self[row].id.rpartition("-")
         if not self.n_cut or not dash or not number.isdecimal():
@@ -164,7 +169,7 @@ class Corpus:
         return document if any(row in self._cut(document, first, rows) for first in rows) else None
 
     def deleted(self, passage_id: str) -> bool:
-        """Whether there was a passage, or a document, of this id that is no longer there."""
+        """Whether a passage, or a document, of this id was deleted and not added again."""
         names = (passage_id, f"{passage_id}-0")
         was = any(self[row].id in names for _, row in self._candidates([passage_id]))
         return was and not self.pieces(passage_id)
@@ -178,11 +183,16 @@ class Corpus:
         return self._tokenizer("generator")
 
     def _cut(self, document: str, first: int, found: Sequence[int]) -> range:
-        """The rows that a document was cut into, if its first piece is at row `first`; found: all rows of its id."""
+        """The rows that a document was cut into, if its first piece is at row `first`; else an empty range.
+
+        found: all rows under the hash of its id.
+        """
         if self[first].id != f"{document}-0":
             return range(0)
         last = max((row for row in found if row > first and self[row].id == f"{document}-{row - first}"), default=None)
-        if last is None:  # built before the last piece was noted: pieces have ids that count on, of one document
+        # A corpus of an older build has no entry for the last piece: follow the ids, which count up, while the document
+        # stays the same.
+        if last is None:
             last = first
             while last + 1 < len(self) and self[last + 1].id == f"{document}-{last + 1 - first}":
                 if self[last + 1].document != self[first].document:
@@ -192,7 +202,7 @@ class Corpus:
         return range(first, last + 1)
 
     def with_labels(self, wrapping: Wrapping) -> Self:
-        """The same corpus, whose generator tokenizer wraps labels so; what is open is shared."""
+        """A copy of this corpus whose generator tokenizer wraps labels this way; open files are shared."""
         other = copy.copy(self)
         other.__dict__["generator_tokenizer"] = replace(self.generator_tokenizer, wrapping=wrapping)
         return other
@@ -208,7 +218,7 @@ class Corpus:
         ]
 
     def _files(self, segment: dict[str, Any]) -> dict[str, Entry]:
-        """Entries of the files of a segment, without its directory."""
+        """Manifest entries of the files of a segment, by file name without the segment's directory."""
         prefix = f"{segment['directory']}/" if segment["directory"] else ""
         known = self.manifest["files"].items()
         return {name.removeprefix(prefix): entry for name, entry in known if name.startswith(prefix)}

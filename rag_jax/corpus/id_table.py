@@ -1,4 +1,7 @@
-"""Passage ids without their strings: sorted 8-byte hashes beside row numbers, 12 bytes a passage."""
+"""Look-up from passage ids to rows without the strings: sorted 8-byte hashes beside row numbers, 12 bytes a passage.
+
+Hashes may collide, so a look-up gives candidates, and the caller compares the id that is stored at the row.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +16,10 @@ def hash_ids(ids: Sequence[str]) -> np.ndarray:
 
 
 class IdTable:
-    """Grows by batches: sorted runs, each more than twice the next, merged as they come (a log-structured merge)."""
+    """Table that grows by batches, as sorted runs each more than twice the next (a log-structured merge tree).
+
+    So every entry is merged only a logarithmic number of times, and a look-up searches few runs.
+    """
 
     def __init__(self) -> None:
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []
@@ -38,7 +44,7 @@ class IdTable:
 
 
 def matches(sorted_hashes: np.ndarray, hashes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(position in `hashes`, place in `sorted_hashes`) of every equal pair."""
+    """(position in `hashes`, position in `sorted_hashes`) of every equal pair."""
     left = np.searchsorted(sorted_hashes, hashes, side="left")
     right = np.searchsorted(sorted_hashes, hashes, side="right")
     for position in np.flatnonzero(right > left):

@@ -1,7 +1,7 @@
 """Questions for a retriever from a corpus alone: the inverse cloze task (Lee et al. 2019, section 4).
 
-A title or a sentence of a passage is the question, and the passage is what it has to find: without it in 90% of the
-cases, so that more than the same words has to be learned, with it in the others.
+The question is the title or a sentence of a passage, and its gold passage is that passage. In 90% of the cases the
+question is removed from the passage, so that matching words alone does not solve the task; in the others it stays.
 """
 
 import re
@@ -15,19 +15,19 @@ from rag_jax.data.batching import Batch, passage_batches
 from rag_jax.data.readers.formats import Passage
 from rag_jax.data.tokenizers import pad_rows, wrap
 
-REMOVED = 0.9
+REMOVED = 0.9  # share of the examples whose passage loses the question
 _BETWEEN = re.compile(r"(?<=[.!?…؟۔।])\s+|(?<=[。！？])")
 
 
 def sentences(text: str) -> list[str]:
-    """The text cut behind marks that end a sentence, in any script."""
+    """The sentences of a text, cut after the marks that end one in any script."""
     return [part.strip() for part in _BETWEEN.split(text) if part.strip()]
 
 
 def example(passage: Passage, rng: np.random.Generator, removed: float = REMOVED) -> tuple[str, Passage]:
-    """(question, passage): a part of it drawn evenly, its title and its sentences being the parts, and what is left.
+    """(question, passage) from a passage: its title or one of its sentences, drawn uniformly, and the passage.
 
-    A passage of one part is left whole.
+    removed: probability that the question is removed from the passage; one that has no other part stays whole.
     """
     title, parts = [passage.title] if passage.title else [], sentences(passage.text)
     drawn = int(rng.integers(len(title) + len(parts)))
@@ -43,8 +43,9 @@ def example(passage: Passage, rng: np.random.Generator, removed: float = REMOVED
 def batches(
     corpus: Corpus, batch: int, seed: int, question_length: int, own: np.ndarray | None = None
 ) -> grain.MapDataset:
-    """Endless shuffled batches of questions with passages of their own, `passage_ids`; deleted ones are left out. own:
-    only these rows of each batch are made, as they would be among all; None for all.
+    """Endless shuffled batches of questions, each with its own passage as `passage_ids`; deleted passages are left out.
+
+    own: rows of each batch that this process makes, the same as in the whole batch; None: all.
     """
     tokenizer, length = corpus.encoder_tokenizer, int(corpus.encoder_ids.shape[1])
 

@@ -1,4 +1,4 @@
-"""Passages appended to disk, with their offsets, the row of every id, and the input line each came from."""
+"""Pass 1 of a build: appends passages to disk, with offsets, the row of every id, and the input line of each."""
 
 import json
 import os
@@ -16,7 +16,7 @@ _LINE_BITS = 40  # a place is source << 40 | line
 
 
 class Column:
-    """An appended-to .npy of one dimension, readable while it grows."""
+    """A one-dimensional .npy file that is appended to and can be read while it grows."""
 
     def __init__(self, path: Path, dtype: Any) -> None:
         self._file = path.open("w+b")
@@ -36,8 +36,8 @@ class Column:
 
     def close(self) -> None:
         self._file.seek(0)
-        self._header()
-        if self._file.tell() != self._start:  # NumPy leaves room for the count to grow
+        self._header()  # again, now with the final count
+        if self._file.tell() != self._start:  # NumPy pads the header so that the count can grow
             raise AssertionError("the .npy header changed its size")
         self._file.close()
 
@@ -47,7 +47,10 @@ class Column:
 
 
 class PassageStore:
-    """Pass 1: passages.jsonl, offsets, id table; knows where every passage came from, on disk."""
+    """Writes passages.jsonl, offsets.npy and the id table of a directory.
+
+    The input line of every passage is in places.npy, for messages on repeated ids; it is removed at the end.
+    """
 
     def __init__(self, directory: Path, sources: Sequence[Source]) -> None:
         self.directory, self.sources = directory, sources
@@ -73,7 +76,10 @@ class PassageStore:
             np.save(self.directory / "id_rows.npy", rows)
 
     def duplicates(self, batch: Sequence[Located]) -> dict[int, str]:
-        """Position in the batch -> where that id stood first; a document's id counts, cut or not."""
+        """Positions in the batch whose id is taken -> "file:line" of its first use.
+
+        The id of a document that was cut is taken as well as those of its pieces.
+        """
         found: dict[int, str] = {}
         ids = [located.passage.id for located in batch]
         for position, row in self.ids.candidates(hash_ids(ids)):
@@ -86,8 +92,10 @@ class PassageStore:
         return found
 
     def add(self, batch: Sequence[Located], pieces: Sequence[Sequence[Passage]]) -> None:
-        """Writes the pieces of each passage. One that was cut is also found under its old id, at its first and its last
-        piece: a passage that follows may have an id that looks like a further piece.
+        """Writes the pieces of each passage.
+
+        The id of a passage that was cut leads to its first and its last piece. The last is needed because the next
+        passage may have an id that looks like a further piece.
         """
         rows: list[int] = []
         ids: list[str] = []

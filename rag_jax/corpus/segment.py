@@ -1,4 +1,4 @@
-"""One part of a corpus on disk: what a build or an update wrote. Rows are counted from its own first one."""
+"""One part of a corpus on disk: the passages that one build or update wrote. Rows count from its own first one."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,12 @@ AGAIN = "restore the file, or build the corpus again"
 
 
 class Segment:
-    """The files of one directory; each is opened when something is asked of it. entries: of the manifest, by file."""
+    """The files of one segment; each is opened when it is first read.
+
+    first: the row of its first passage in the corpus.
+    rows: number of passages.
+    entries: entries of the manifest, by file name.
+    """
 
     def __init__(self, directory: Path, first: int, rows: int, entries: Mapping[str, Entry]) -> None:
         self.directory, self.first, self.rows = directory, first, rows
@@ -40,11 +45,11 @@ class Segment:
             raise InputError(f"{blocks.path}: damaged: row {row} is no passage ({error}); {AGAIN}") from error
 
     def hold(self) -> None:
-        """Opens what is not a table."""
+        """Opens the files other than the token tables: offsets, id table, texts."""
         _ = self.offsets, self.id_table, self._texts
 
     def candidates(self, passage_ids: Sequence[str]) -> list[tuple[int, int]]:
-        """(position in `passage_ids`, row) for every row whose id may be that one."""
+        """(position in `passage_ids`, row) for every row whose id has the same hash; compare the ids themselves."""
         hashes, rows = self.id_table
         places = list(matches(hashes, hash_ids(passage_ids)))
         found = rows[[place for _, place in places]].tolist() if places else []
@@ -69,7 +74,10 @@ class Segment:
 
     @cached_property
     def id_table(self) -> tuple[np.ndarray, Checked]:
-        """The hashes are verified as a whole, since a search by halves looks everywhere: 8 bytes a passage."""
+        """(hashes, rows) of the ids, sorted by hash; 8 + 4 bytes a passage.
+
+        The hashes are verified as a whole, because a bisection jumps across the file.
+        """
         return self.array("id_hashes.npy", "<u8").whole(), self.array("id_rows.npy", "<u4")
 
     @cached_property

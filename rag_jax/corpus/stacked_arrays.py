@@ -1,4 +1,4 @@
-"""Arrays in several files, one below the other, seen as one: sliced and indexed by rows, never read as a whole."""
+"""Arrays in several files as one array, stacked along the rows: sliced and indexed by rows, never read as a whole."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -10,16 +10,20 @@ OPEN = 256  # parts kept open at a time: a memory map holds a file descriptor, a
 
 
 class Part(NamedTuple):
-    """`rows` rows, and the function that opens them (usually as a memory map)."""
+    """One file of a stacked array.
+
+    rows: number of rows in it.
+    open: returns them as an array or array-like, usually a memory map.
+    """
 
     rows: int
-    open: Callable[[], Any]  # an array, or what reads like one
+    open: Callable[[], Any]
 
 
 class Rows:
-    """What reads like an array of some rows: shape, dtype, len, iteration, and `a[rows]` or `a[rows, columns]`.
+    """Base class of read-only array-likes on disk: shape, dtype, len, iteration, and `a[rows]` or `a[rows, columns]`.
 
-    rows: a number, a slice, or an array of numbers or booleans. A subclass gives `shape`, `dtype` and `_take`.
+    rows: a number, a slice, or an array of numbers or booleans. A subclass defines `shape`, `dtype` and `_take`.
     """
 
     shape: tuple[int, ...]
@@ -60,7 +64,7 @@ class Rows:
         return found[(*(slice(None),) * index.ndim, *rest)]
 
     def astype(self, dtype: Any) -> np.ndarray:
-        """All of it in memory, as this type."""
+        """The whole array in memory, as this type."""
         return self.__array__(dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -77,7 +81,10 @@ class Rows:
 
 
 class Stacked(Rows):
-    """Parts of one dtype and one shape but for their rows."""
+    """Array-like of several parts, stacked along the rows; all have the same dtype and columns.
+
+    columns: shape of one row.
+    """
 
     def __init__(self, parts: Sequence[Part], dtype: Any, columns: tuple[int, ...] = ()) -> None:
         self._parts = [part for part in parts if part.rows]
@@ -115,7 +122,7 @@ class Stacked(Rows):
 
 
 class Scaled(Rows):
-    """Rows of int8 times their scale, as float32."""
+    """Array-like of int8 rows times their scales, float32 [N,E]."""
 
     def __init__(self, rows_NE: Rows, scale_N: Rows) -> None:
         self._rows, self._scale = rows_NE, scale_N
@@ -129,5 +136,5 @@ class Scaled(Rows):
 
 
 def stack(parts: Sequence[Part], dtype: Any, columns: tuple[int, ...] = ()) -> Any:
-    """Stacked parts; a single one as the array it is."""
+    """The parts as one array-like; a single part is opened as it is."""
     return parts[0].open() if len(parts) == 1 else Stacked(parts, dtype, columns)

@@ -1,7 +1,7 @@
-"""A corpus with changes: a new directory that shares the files of the old one, and holds only what is new.
+"""Updates a corpus: a new directory that shares the files of the old one and adds a segment with the new passages.
 
-A replaced passage is deleted and added again. Deleted rows stay in the tables, and every row keeps its number, so
-embeddings of the old corpus are the first ones of the new.
+A replaced passage is deleted and added again. Deleted rows stay in the tables, and every row keeps its number, so the
+embeddings of the old corpus are the first rows of those of the new one.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from rag_jax.data.readers.formats import Located, Passage, Source, expand
 from rag_jax.errors import InputError
 from rag_jax.system import files
 
-MOST = 100  # updates of updates: every one has files of its own to open
+MOST = 100  # updates on top of one build: each has files of its own to open
 
 
 def update(
@@ -30,10 +30,13 @@ def update(
     delete: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Corpus:
-    """Makes the corpus `out` of `base` with passages added, replaced and deleted, and opens it; `base` stays as it is.
+    """Writes the corpus `out`, which is `base` with passages added, replaced and deleted, and opens it.
 
-    add, replace: inputs as for `build`, of ids that are new, and that are there. delete: ids of passages, or of
-    documents, whose pieces all go. InputError names the id that is not as it should be.
+    base: a corpus directory; it is not changed.
+    add: inputs as for `build`, with ids that `base` does not have.
+    replace: inputs as for `build`, with ids that `base` has.
+    delete: ids of passages, or of documents, all of whose pieces are deleted.
+    InputError names an id for which that is not so.
     """
     _write(Corpus.open(base), out, add, replace, delete, overwrite)
     return Corpus.open(out)
@@ -47,7 +50,7 @@ def _write(
     delete: Sequence[str],
     overwrite: bool,
 ) -> None:
-    """The directory of `update`."""
+    """Writes the directory of `update`."""
     if not add and not replace and not delete:
         raise InputError("nothing to do: pass --add, --replace or --delete")
     number = len(base.manifest["segments"])
@@ -79,7 +82,7 @@ def _write(
 
 
 def _deleted(base: Corpus, delete: Sequence[str]) -> set[int]:
-    """Rows that were dead, and those of these ids; InputError for an unknown one."""
+    """The deleted rows of the base and the rows of the ids to delete; InputError for an unknown id."""
     dead = set() if base.live_N is None else set(np.flatnonzero(~base.live_N).tolist())
     for passage_id in delete:
         rows = base.pieces(passage_id)
@@ -97,7 +100,7 @@ def _write_segment(
     deleted: set[str],
     dead: set[int],
 ) -> dict[str, Any]:
-    """The files of the new passages, and counts; the rows that they replace are added to `dead`."""
+    """Writes the files of the new passages, and returns counts; adds the rows that they replace to `dead`."""
     sources = expand([*add, *replace])
 
     def check(batch: Sequence[Located], pieces: Sequence[Sequence[Passage]]) -> None:
@@ -122,7 +125,10 @@ def _write_segment(
 def _replaced(
     base: Corpus, source: Source, located: Located, cuts: Sequence[Passage], deleted: set[str], n_add: int
 ) -> list[int]:
-    """Rows that a new passage takes the place of; InputError where it must not have its id."""
+    """Rows of the base that a new passage replaces; InputError where its id does not fit --add or --replace.
+
+    n_add: inputs up to this number were given as --add, the others as --replace.
+    """
     passage_id, place = located.passage.id, f"{source.path}:{located.line}"
     rows = base.pieces(passage_id)
     if passage_id in deleted:
@@ -143,7 +149,7 @@ def _replaced(
 
 
 def _fields(base: Corpus, segment: dict[str, Any], found: dict[str, Any], n_deleted: int) -> dict[str, Any]:
-    """Those of the base's manifest, with what was added."""
+    """Fields of the new manifest: those of the base, with the counts and inputs of the new segment added."""
     old = {name: value for name, value in base.manifest.items() if name not in ("kind", "format_version", "files")}
     truncated = {role: count + found["truncated"].get(role, 0) for role, count in old["truncated"].items()}
     return {

@@ -1,4 +1,4 @@
-"""Arrays in files whose blocks are verified where they are first read."""
+"""Arrays in files, each block of which is checked against its checksum when it is first read."""
 
 import io
 from collections.abc import Mapping
@@ -13,9 +13,10 @@ from rag_jax.system.block_checksums import SIZE, Blocks
 
 
 class Checked(Rows):
-    """An array of rows in a memory-mapped file: reads like the array (see `Rows`); slices are views.
+    """An array in a memory-mapped file (see `Rows`), checked by blocks; slices are views of the map.
 
-    offset: of the array in the file, in bytes.
+    data: the whole file as bytes.
+    offset: where the array starts in it, in bytes.
     """
 
     def __init__(self, blocks: Blocks, data: np.ndarray, offset: int, dtype: Any, shape: tuple[int, ...]) -> None:
@@ -40,14 +41,19 @@ class Checked(Rows):
         return self._array[rows_X]
 
     def whole(self) -> np.ndarray:
-        """All of it as the memory-mapped array, for a search that jumps about in it."""
+        """The whole array, checked, as a memory map, for a search that jumps across it."""
         return self._slice(0, len(self))
 
 
 def open_npy(
     path: Path, entry: Mapping[str, Any] | Blocks, mend: str, dtype: Any, shape: tuple[int, ...] | None = None
 ) -> Checked:
-    """A .npy file; InputError where it is unreadable, or of another type or shape (None: any of one dimension)."""
+    """Opens a .npy file; InputError where it is unreadable or of another type or shape.
+
+    entry: its entry of the manifest, with checksums.
+    mend: what the user can do about damage, for the message.
+    shape: the shape it must have; None: any of one dimension.
+    """
     blocks = entry if isinstance(entry, Blocks) else Blocks(path, entry, mend)
     data = blocks.map()
     blocks.verify(data, 0, min(SIZE, len(data)))
