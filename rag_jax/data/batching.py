@@ -1,6 +1,8 @@
-"""Examples -> batches of arrays: chosen, shuffled, mixed, bucketed, windowed and batched by grain.
+"""From examples to batches of arrays: grain chooses, shuffles, mixes, buckets, windows and batches them.
 
 A batch is a pure function of (seed, stage, step), so the step number is the whole data position and resuming is exact.
+With several processes each makes only its own rows of a batch. All of them still draw the random numbers of the whole
+batch, so that a batch is the same however many processes share it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,7 @@ from rag_jax.data.tokenizers import Tokenizer, pad_rows
 from rag_jax.errors import InputError
 
 Batch = Mapping[str, np.ndarray]
-ON_HOST = ("source", "share")  # of a batch, what the devices have no use for
+ON_HOST = ("source", "share")  # keys of a batch that stay on the host
 
 
 def encode_questions(
@@ -28,8 +30,11 @@ def encode_questions(
     keeps: str = "start",
     tail_length: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Both sides of each question, as the keys of a batch. Questions longer than `length` keep their beginning, or
-    their end; tail_length: another limit for the generator's side.
+    """Both forms of each question under the keys of a batch: `question` for the encoder, `tail` for the generator.
+
+    length: most tokens of either.
+    keeps: the part of a longer question that is kept, "start" or "end".
+    tail_length: another limit for the generator's form; 0: `length`.
     """
     rows, tails = examples.both_sides(questions, encoder, generator, length, keeps, tail_length)
     ids, lengths = pad_rows(rows, length, encoder.pad_id, np.int32)
@@ -39,9 +44,11 @@ def encode_questions(
 
 @dataclass(frozen=True)
 class Units:
-    """What a stage goes through once an epoch: U units, each a question with those of its answers that are drawn from.
+    """The U units of an epoch of a stage, each a question with the answers from which one is drawn.
 
-    Unit u has the pairs pairs[first_U[u]:first_U[u] + count_U[u]].
+    pairs: (question, answer) pairs, as numbers into `Examples`, unit after unit.
+    first_U, count_U: unit u has the pairs pairs[first_U[u] : first_U[u] + count_U[u]].
+    question_U: the question of each unit.
     """
 
     pairs: np.ndarray
@@ -53,14 +60,17 @@ class Units:
         return len(self.first_U)
 
     def drawn(self, units: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One pair of each of these units; the draws are those of all of them, whichever are used."""
+        """One pair of each of these units, drawn uniformly."""
         first, count = self.first_U[units], self.count_U[units]
         return self.pairs[first + rng.integers(count) if (self.count_U > 1).any() else first]
 
 
 def units_of(found: Examples, pairs: np.ndarray, sample: bool, most: int = 0) -> Units:
-    """Units of these pairs, ascending: each one, or (sample) all of a question together. most: so many of the first of
-    every input, 0 for all.
+    """The units of these pairs.
+
+    pairs: ascending numbers of pairs.
+    sample: a unit is all pairs of a question; False: every pair is a unit of its own.
+    most: keep this many units of every input, the first ones; 0: all.
     """
     question_P = found.question_of(pairs)
     first_U = np.flatnonzero(np.diff(question_P, prepend=-1)) if sample else np.arange(len(pairs))
@@ -73,9 +83,10 @@ def units_of(found: Examples, pairs: np.ndarray, sample: bool, most: int = 0) ->
 
 
 def window_around(answer_B2: np.ndarray, length_B: np.ndarray, widest: int, rng: np.random.Generator) -> np.ndarray:
-    """Random windows [B, 2] of a third of `widest` to `widest` tokens, each around the answer (or its first tokens).
+    """Random windows, int32 [B, 2] (start, end), of widest / 3 to widest tokens around the answer or its first tokens.
 
-    The widths differ so that the question after the window does not always stand at the same position.
+    answer_B2: first position of the answer in the passage, and the one after its last. length_B: tokens of the passage.
+    The widths vary so that the question after the window is not always at the same position.
     """
     width_B = rng.integers(-(-widest // 3), widest + 1, len(length_B))
     lowest = np.clip(answer_B2[:, 1] - width_B, 0, None)
@@ -87,8 +98,9 @@ def window_around(answer_B2: np.ndarray, length_B: np.ndarray, widest: int, rng:
 def negatives_of(
     found: Examples, questions_B: np.ndarray, count: int, rng: np.random.Generator, own: Any
 ) -> np.ndarray:
-    """int32 [b, count] for the `own` ones of these questions: different rows of the corpus, drawn from the hard
-    negatives of each, and where these are too few from the others; -1 where there are no more.
+    """Wrong passages, int32 [b, count], for the `own` ones of these questions: distinct rows of the corpus.
+
+    Drawn from the hard negatives of a question, and where these are too few from its other ones; -1 after the last.
     """
     hard_B, other_B = found.hard.lengths(questions_B), found.other.lengths(questions_B)
     order_BW = rng.random((len(questions_B), max(1, int((hard_B + other_B).max()))))
@@ -103,13 +115,17 @@ def negatives_of(
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the batches of a stage are like; own: only these rows of each batch are made, as they
-    would be among all; None for all.
+    """Settings of the batches of a stage.
 
-    lengths: of questions and targets; tail_length: of the generator's side of a question, 0: that of the question.
-    question_widths, target_widths: of buckets, beside those. window: with `window` >
-    0 each question has a part `window` of its first gold passage that holds the answer: the reading curriculum.
-    negatives: so many wrong passages a question. weights: of the inputs, in their order.
+    batch: questions per batch, over all processes.
+    lengths: most tokens of a question, and of a target.
+    question_widths, target_widths: widths of further, narrower buckets, in tokens.
+    window: most tokens of the part of the first gold passage, around the answer, that is read (the reading curriculum);
+        0: no windows.
+    negatives: wrong passages per question.
+    weights: relative weight of each input, in their order.
+    own: rows of each batch that this process makes, the same as in the whole batch; None: all.
+    tail_length: most tokens of the generator's form of a question; 0: that of the question.
     """
 
     batch: int
@@ -125,11 +141,11 @@ class Wanted:
 
 
 def question_batches(found: Examples, units: Units, corpus: PassageTable, wanted: Wanted) -> grain.MapDataset:
-    """Endless shuffled batches of questions; `batches[step]` is one, `source` says of which questions, `share` how much
-    of it is of each input where there are several.
+    """Endless shuffled batches of questions: `batches[step]` is the batch of a step.
 
-    Every bucket has a shuffled order of its own for each input, and comes as often as its units ask for: every unit of
-    an input as often as any other.
+    Its key `source` has the numbers of the questions; `share`, with several inputs, the share of the batch that is from
+    each. A batch has one width, so it is drawn from one bucket. Every bucket shuffles each input on its own, and comes
+    as often as the weights of its units say, so that all units of an input come equally often.
     """
     if len(units) < wanted.batch:
         raise InputError(
@@ -137,11 +153,11 @@ def question_batches(found: Examples, units: Units, corpus: PassageTable, wanted
         )
     input_U = found.input_N[units.question_U]
     count_I = np.bincount(input_U, minlength=len(wanted.weights))
-    weight_U = (np.asarray(wanted.weights) / np.maximum(count_I, 1))[input_U]  # how often a unit comes
+    weight_U = (np.asarray(wanted.weights) / np.maximum(count_I, 1))[input_U]  # how often a unit is drawn
     parts = bucketed(found, units, wanted)
     sets = []
     for number, bucket in enumerate(parts):
-        leaves, shares = [], []  # a leaf has the places in bucket.units of the units of one input, which follow there
+        leaves, shares = [], []  # a leaf has the positions in bucket.units, a range, of the units of one input
         for i in np.unique(input_U[bucket.units]):
             first, last = (int(np.searchsorted(input_U[bucket.units], i, side)) for side in ("left", "right"))
             leaf_seed = seed_of(wanted.seed, number * len(wanted.weights) + int(i))
@@ -153,7 +169,7 @@ def question_batches(found: Examples, units: Units, corpus: PassageTable, wanted
 
 
 def bucketed(found: Examples, units: Units, wanted: Wanted) -> list[Bucket]:
-    """The buckets of a stage: a unit is as long as the longer side of its question, and as its longest answer."""
+    """The buckets of a stage, by the longer form of a unit's question and by its longest answer."""
     questions = units.question_U
     longest_U = np.maximum(found.question.lengths(questions), found.tail.lengths(questions))
     targets_U = np.maximum.reduceat(found.label.lengths(units.pairs), units.first_U)
@@ -162,14 +178,14 @@ def bucketed(found: Examples, units: Units, wanted: Wanted) -> list[Bucket]:
 
 
 def seed_of(seed: int, number: int) -> int:
-    """A seed for each of several orders of one stage; the first has that of the stage."""
+    """The seed of one of several shuffled orders of a stage; number 0 has the seed of the stage itself."""
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0]) if number else seed
 
 
 def assembler(
     found: Examples, units: Units, corpus: PassageTable, wanted: Wanted, bucket: Bucket
 ) -> Callable[[np.ndarray, np.random.Generator], Batch]:
-    """(places in bucket.units [B], randomness of the batch) -> the own rows of the batch."""
+    """A function (positions in bucket.units [B], random generator of the batch) -> the own rows of the batch."""
     gold_width = max(1, int(found.gold.lengths().max()))
     own: Any = slice(None) if wanted.own is None else wanted.own
     encoder_pad, generator_pad = corpus.encoder_tokenizer.pad_id, corpus.generator_tokenizer.pad_id
@@ -177,6 +193,7 @@ def assembler(
 
     def assemble(places: np.ndarray, rng: np.random.Generator) -> Batch:
         rows = bucket.units[places]
+        # Drawn for the whole batch, own rows or not: every process must take the same numbers from `rng`.
         pairs, questions = units.drawn(rows, rng), units.question_U[rows]
         mine = questions[own]
         batch = {
@@ -205,8 +222,9 @@ def assembler(
 
 
 def widths_of(batch: Batch) -> tuple[int, ...]:
-    """Of the questions (or passages) and of the targets: which program of the step takes this batch. Empty where the
-    generator reads nothing.
+    """Widths, in tokens, of the tails and labels of a batch: each combination has a compiled step of its own.
+
+    Empty where the generator reads nothing.
     """
     return tuple(batch[name].shape[1] for name in ("tail_ids", "labels") if name in batch)
 
@@ -214,8 +232,9 @@ def widths_of(batch: Batch) -> tuple[int, ...]:
 def corrupt(
     ids: np.ndarray, mask_id: int, rng: np.random.Generator, share: float = 0.3, mean_span: float = 3.0
 ) -> np.ndarray:
-    """BART's text infilling (Lewis et al. 2019, section 2.2): spans of Poisson length, together about `share` of the
-    tokens, each replaced by one mask token.
+    """BART's text infilling (Lewis et al. 2019, section 2.2): each of some spans is replaced by one mask token.
+
+    share: share of the tokens that the spans cover, about. mean_span: mean of their Poisson lengths, in tokens.
     """
     keep = np.ones(len(ids), bool)
     out = ids.copy()
@@ -236,15 +255,16 @@ def passage_batches(
     own: np.ndarray | None,
     assemble: Callable[[list[tuple[int, np.random.Generator]]], Batch],
 ) -> grain.MapDataset:
-    """Endless shuffled batches made of the corpus alone, by `assemble` from rows, each with randomness of its own;
-    deleted passages are left out. own: as in `Wanted`.
+    """Endless shuffled batches made from the corpus alone; deleted passages are left out.
+
+    own: as in `Wanted`. assemble: from (row, its own random generator) pairs to a batch.
     """
     live = None if corpus.live_N is None else np.flatnonzero(corpus.live_N)
     mine: Any = slice(None) if own is None else own
 
     def drawn(numbers: np.ndarray, rng: np.random.Generator) -> Batch:
         rows = (numbers if live is None else live[numbers])[mine]
-        seeds = rng.integers(2**63, size=len(numbers))[mine]  # one for each row, whichever others are made here
+        seeds = rng.integers(2**63, size=len(numbers))[mine]  # drawn for all rows, so each has the same on any process
         return assemble([(int(row), np.random.default_rng(one)) for row, one in zip(rows, seeds, strict=True)])
 
     return (
@@ -266,8 +286,10 @@ def denoise_batches(
     share: float = 0.3,
     own: np.ndarray | None = None,
 ) -> grain.MapDataset:
-    """Endless batches of corrupted passages (`tail`, a whole generator input less the prefix) and `labels`, the
-    passage itself; deleted passages are left out. own: as in `Wanted`.
+    """Endless batches for denoising: corrupted passages as `tail`, and the passages themselves as `labels`.
+
+    length: most tokens of a generator input; a `tail` is all of it but the prefix. share: see `corrupt`.
+    own: as in `Wanted`. Deleted passages are left out.
     """
     tokenizer = corpus.generator_tokenizer
     mask_id = tokenizer.mask_id
@@ -292,7 +314,7 @@ def denoise_batches(
 
 
 def iterate(batches: grain.MapDataset, start: int) -> "grain.DatasetIterator":
-    """Batches from step `start` on, prepared ahead in a thread."""
+    """Iterates over the batches from step `start` on; a thread prepares them ahead."""
     iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
     iterator.set_state({"next_index": start})
     return iterator

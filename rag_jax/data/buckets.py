@@ -1,4 +1,4 @@
-"""Examples of like length together: batches as wide as they need to be, in a few shapes."""
+"""Groups examples by length, so that batches are no wider than needed and have few different shapes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,11 @@ import numpy as np
 
 
 class Bucket(NamedTuple):
-    """Units (see pipeline.Units), ascending, whose questions and targets fit these widths, in tokens."""
+    """Units (see batching.Units) whose questions and targets fit the same widths.
+
+    question, target: widths of the batch, in tokens.
+    units: their numbers, ascending.
+    """
 
     question: int
     target: int
@@ -17,10 +21,13 @@ class Bucket(NamedTuple):
 def grouped(
     lengths_U2: np.ndarray, questions: Sequence[int], targets: Sequence[int], longest: tuple[int, int], least: int
 ) -> list[Bucket]:
-    """Every unit in the narrowest bucket that it fits, from narrow to wide.
+    """Puts every unit into the narrowest bucket that it fits; returns the buckets from narrow to wide.
 
-    lengths_U2: of question and target; questions, targets: widths of buckets, ascending, beside `longest`. Units of a
-    bucket that has fewer than `least` go into a wider one; where there is none, it gets the longest units of others.
+    lengths_U2: tokens of the question and the target of each unit.
+    questions, targets: widths of the narrower buckets, ascending.
+    longest: widths (question, target) of the widest bucket.
+    least: units that a bucket needs, one batch. The units of a smaller one move to a wider bucket; where there is no
+        wider one, it gets the longest units of others.
     """
     sides = [np.asarray([*widths, last]) for widths, last in zip((questions, targets), longest, strict=True)]
     widths_U2 = np.stack([side[np.searchsorted(side, lengths_U2[:, i])] for i, side in enumerate(sides)], axis=1)
@@ -40,7 +47,7 @@ def _area(widths: tuple[int, int]) -> tuple[int, int]:
 
 
 def _fill_up(groups: dict[tuple[int, int], np.ndarray], length_U: np.ndarray, least: int) -> None:
-    """Makes one group of those that are too small, with the longest units of the largest ones if that is, too."""
+    """Merges the groups with fewer than `least` units, and adds the longest units of the largest groups if need be."""
     small = [widths for widths, units in groups.items() if len(units) < least]
     if not small:
         return

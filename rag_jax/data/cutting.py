@@ -1,4 +1,4 @@
-"""Long documents cut into passages of about equal length, at sentence ends where there are some."""
+"""Cuts long documents into passages of about equal length, at the ends of sentences where there are some."""
 
 import re
 from bisect import bisect_left, bisect_right
@@ -18,7 +18,10 @@ _CLOSERS = frozenset("。！？．｡”’」』）")
 
 
 def cut(passage: Passage, words: int) -> list[Passage]:
-    """Pieces `<id>-<n>` of about `words` words that keep the document id; up to twice that, or words=0: left whole."""
+    """The pieces of a passage, of about `words` words, with ids `<id>-<n>` and the same document.
+
+    A passage of up to twice that many words stays whole; every passage does with words=0.
+    """
     text = passage.text
     if not words or len(text) <= 4 * words:  # a word takes two characters with its space, a CJK half-word one
         return [passage]

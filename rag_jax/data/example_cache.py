@@ -1,4 +1,4 @@
-"""Tokenised questions on disk, memory-mapped: a run that goes on does not tokenise again."""
+"""Cache of tokenised questions on disk, memory-mapped, so that a resumed run does not tokenise again."""
 
 import shutil
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ KIND, VERSION = "tokenised questions", 2
 
 
 def made_of(inputs: Sequence[str], corpus: PassageTable, corpus_hash: str, **settings: Any) -> dict[str, Any]:
-    """What decides the arrays: the content of the question files, the tokenizers, the corpus, and settings (JSON)."""
+    """Key of the cache, for JSON: hashes of the question files, tokenizers and corpus, and the settings."""
     sources = [[digests(source) for source in formats.expand([one], "questions")] for one in inputs]
     tokenizers = [corpus.encoder_tokenizer.hash, corpus.generator_tokenizer.hash]
     return {"inputs": sources, "tokenizers": tokenizers, "corpus": corpus_hash, **settings}
@@ -30,7 +30,7 @@ def digests(source: formats.Source) -> list[str]:
 
 
 def read(directory: Path, wanted: dict[str, Any]) -> Examples | None:
-    """The examples made of what is wanted; None where there are none, and a line says why those there are not used."""
+    """The cached examples with the key `wanted`, or None; a line on stderr says why examples there are not used."""
     if not directory.is_dir():
         return None
     try:
@@ -46,7 +46,7 @@ def read(directory: Path, wanted: dict[str, Any]) -> Examples | None:
 
 
 def write(directory: Path, examples: Examples, wanted: dict[str, Any]) -> None:
-    """Keeps them in place of others that are there; where that cannot be, a line says so."""
+    """Writes the examples with the key `wanted`, replacing those that are there; a line says so where that fails."""
     try:
         if directory.exists():
             shutil.rmtree(directory)

@@ -1,4 +1,4 @@
-"""Questions and answers as arrays: tokenised once, a few thousand at a time, each text as long as it is."""
+"""Questions and answers as arrays: tokenised once, a few thousand at a time, without padding."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,11 +20,11 @@ from rag_jax.system.logs import Progress
 Answers = Literal["first", "sample", "every"]
 
 CHUNK = 8192  # questions that are Python objects at a time
-OF_THE_CORPUS = ("gold", "hard", "other", "answer_P2")  # what another version of the corpus may change
+OF_THE_CORPUS = ("gold", "hard", "other", "answer_P2")  # fields that may differ with another version of the corpus
 
 
 class PassageTable(right.Passages, Protocol):
-    """What examples need of a corpus."""
+    """The part of a corpus that examples read."""
 
     generator_ids: np.ndarray
     generator_length: np.ndarray
@@ -40,12 +40,16 @@ class PassageTable(right.Passages, Protocol):
 
 @dataclass(frozen=True)
 class Examples:
-    """N questions, each with one or more of P answers: those of question i are the pairs first_N1[i]:first_N1[i + 1].
+    """N questions with P answers as arrays; question i has the answers (pairs) first_N1[i] to first_N1[i + 1].
 
-    Ids of tokens as models read them: `question` for the encoder, `tail` (" // question" and the suffix) for the
-    generator, `label` is `<s> answer </s>`. `text` is the question in UTF-8. `gold`, `hard`, `other`: rows in the
-    corpus of the right passages, of hard negatives and of other wrong ones. `answer_P2` is where the answer's tokens
-    stand in the first gold passage, or (0, 0). `input_N`: which input the question is from.
+    question: N rows of token ids, the input of the question encoder.
+    tail: N rows of token ids, the end of the generator's input: " // question" and the suffix.
+    text: N rows of bytes, the question in UTF-8.
+    gold, hard, other: N rows of corpus rows: the right passages, hard negatives, other wrong passages.
+    label: P rows of token ids, `<s> answer </s>`.
+    answer_P2: first position of the answer's tokens in the first gold passage and the one after the last; or (0, 0).
+    first_N1: int64 [N + 1].
+    input_N: number of the input that the question is from.
     """
 
     question: Ragged
@@ -63,14 +67,14 @@ class Examples:
         return len(self.question)
 
     def question_of(self, pairs: np.ndarray) -> np.ndarray:
-        """Which question each of these pairs is of."""
+        """The question of each of these pairs."""
         return np.searchsorted(self.first_N1, pairs, side="right") - 1
 
     def texts(self, questions: Iterable[int]) -> list[str]:
         return [bytes(self.text[i]).decode() for i in questions]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Every array by name; `of` makes the same examples of them."""
+        """Every array by name, as `of` reads them."""
         found: dict[str, np.ndarray] = {}
         for name, value in vars(self).items():
             if isinstance(value, Ragged):
@@ -81,7 +85,7 @@ class Examples:
 
     @classmethod
     def of(cls, arrays: dict[str, np.ndarray]) -> "Examples":
-        """KeyError where one is missing."""
+        """Examples from their arrays by name; KeyError where one is missing."""
         made: dict[str, Any] = {}
         for field in fields(cls):
             name = field.name
@@ -90,8 +94,9 @@ class Examples:
         return cls(**made)
 
     def fingerprint(self, questions_only: bool = False) -> str:
-        """Hash of every array: a checkpoint's data position means nothing for other data. questions_only: of those that
-        are the same whatever the corpus holds.
+        """Hash of the arrays, with which a checkpoint refuses to resume on other data.
+
+        questions_only: only of the arrays that do not depend on the corpus.
         """
         digest = hashlib.sha256()
         for name, value in self.arrays().items():
@@ -102,7 +107,7 @@ class Examples:
 
 
 def joined(parts: Sequence[Examples]) -> Examples:
-    """Those of several inputs, one after another."""
+    """The examples of several inputs as one, in order; `input_N` numbers the inputs."""
     if len(parts) == 1:
         return parts[0]
     made: dict[str, Any] = {}
@@ -115,7 +120,7 @@ def joined(parts: Sequence[Examples]) -> Examples:
 
 
 def none() -> Examples:
-    """Those of a run whose stages have no questions."""
+    """No examples, for a run whose stages have no questions."""
     empty = {"text": np.uint8, **dict.fromkeys(("question", "tail", "gold", "hard", "other", "label"), np.int32)}
     tables = {name: Growing(dtype).whole() for name, dtype in empty.items()}
     return Examples(**tables, answer_P2=np.zeros((0, 2), np.int32), first_N1=ragged.starts(np.zeros(0, np.int32)),
@@ -130,8 +135,9 @@ def both_sides(
     keeps: str = "start",
     tail_length: int = 0,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """(question, tail) of each as `Examples` has them. Those longer than `length` (tail_length, where one is given for
-    the tail) keep their beginning, or end.
+    """Token ids of each question in both forms, (question, tail), as in `Examples`.
+
+    length, keeps, tail_length: as in `batching.encode_questions`.
     """
     room = max(length - len(encoder.prefix_ids) - len(encoder.suffix_ids), 0)
     short = [kept(ids, room, keeps) for ids in encoder.encode_batch(list(questions))]
@@ -142,7 +148,7 @@ def both_sides(
 
 
 def kept(ids: list[int], room: int, keeps: str, head: int = 0) -> list[int]:
-    """At most `room` of the ids: the first, or, where keeps is "end", the `head` first and the last."""
+    """At most `room` of the ids: the first ones; or with keeps="end" the first `head` and the last ones."""
     if len(ids) <= room or keeps == "start":
         return ids[:room]
     return [*ids[:head], *ids[len(ids) - room + head :]]
@@ -161,11 +167,16 @@ def tokenise(
     name: str = "the questions",
     tail_length: int = 0,
 ) -> Examples:
-    """Examples of one input: of every question its target, or its first answer, or (`sample`, `every`) all of them.
+    """Tokenises the questions of one input; those without an answer or target are left out.
 
-    Questions with no answer are left out. Gold passages that the corpus lacks are none: they are counted and named, and
-    refused where they are most (gold.Tally), but with `live` they may still come. negatives: read those, too; ones that
-    the corpus has not are left out. name: of the input, for messages.
+    question_length, tail_length, keeps: as in `batching.encode_questions`.
+    target_length: most tokens of a label.
+    answers: "first": the target or first answer of a question; "sample", "every": all its answers.
+    negatives: also look up hard and other negatives; those that the corpus lacks are left out.
+    live: the corpus may still get the gold passages it lacks, so many of them are no error.
+    name: of the input, for messages.
+    Gold passages that the corpus lacks are counted and reported; InputError where they are the most (gold.Tally), and
+    where no question has an answer.
     """
     encoder, generator = corpus.encoder_tokenizer, corpus.generator_tokenizer
     ids = {side: np.uint16 if t.vocab_size <= 2**16 else np.uint32 for side, t in (("e", encoder), ("g", generator))}
@@ -183,7 +194,7 @@ def tokenise(
             texts = [question.question for question in asked]
             both = both_sides(texts, encoder, generator, question_length, keeps, tail_length)
             gold = right.right_rows(asked, corpus, tally)
-            of = np.repeat(np.arange(len(asked)), list(map(len, wanted)))
+            of = np.repeat(np.arange(len(asked)), list(map(len, wanted)))  # the question of each pair
             written, stand_P2 = as_they_stand([a for some in wanted for a in some], [gold[i] for i in of], corpus)
             spans.append(stand_P2)
             sides = wrong_rows(asked, gold, corpus) if negatives else ([[]] * len(asked), [[]] * len(asked))
@@ -207,14 +218,14 @@ def tokenise(
 
 
 def chunks(questions: Iterable[Question]) -> Iterator[list[Question]]:
-    """CHUNK of them at a time."""
+    """The questions in lists of CHUNK."""
     left = iter(questions)
     while chunk := list(islice(left, CHUNK)):
         yield chunk
 
 
 def wanted_answers(question: Question, answers: Answers) -> list[str]:
-    """What the generator may learn to write."""
+    """The texts that the generator learns to write for a question: its target, else its first or all its answers."""
     texts = [question.target] if question.target else list(question.answers)
     texts = [text.strip() for text in texts if text.strip()]
     return texts[:1] if answers == "first" else texts
@@ -222,6 +233,7 @@ def wanted_answers(question: Question, answers: Answers) -> list[str]:
 
 def find(needle: Sequence[int], haystack: np.ndarray) -> int:
     """First position of the ids `needle` in `haystack`, or -1."""
+    # Searched as bytes: a match that does not begin at a multiple of 4 straddles ids and is none.
     wanted, row = np.asarray(needle, np.int32).tobytes(), np.asarray(haystack, np.int32).tobytes()
     at = row.find(wanted)
     while at % 4 and at >= 0:
@@ -232,10 +244,11 @@ def find(needle: Sequence[int], haystack: np.ndarray) -> int:
 def as_they_stand(
     answers: Sequence[str], gold: Sequence[Sequence[int]], corpus: PassageTable
 ) -> tuple[list[list[int]], np.ndarray]:
-    """Ids of each answer, and Examples.answer_P2; gold: of the question of each answer.
+    """Token ids of each answer as the gold passage spells it, and `Examples.answer_P2`.
 
-    An answer in the middle of a text follows a space. One that stands there without it alone, as behind a bracket or
-    in Chinese, is written without: labels made of the passage's tokens can be copied.
+    gold: rows of the right passages of each answer's question.
+    An answer is tokenised with a space before it, as in the middle of a text. Where the passage has it only without,
+    as after a bracket or in Chinese, so is the label: a label of the passage's own tokens can be copied.
     """
     tokenizer = corpus.generator_tokenizer
     written, bare = (tokenizer.encode_batch([space + answer for answer in answers]) for space in (" ", ""))
@@ -253,14 +266,14 @@ def as_they_stand(
 def wrong_rows(
     questions: Sequence[Question], gold: Sequence[Sequence[int]], corpus: PassageTable
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows of the (hard, other) negatives of each question; right passages are none, whatever the file says."""
+    """Rows of the (hard, other) negatives of each question, without its gold passages, whatever the file says."""
 
     leads = right.rows_of(
         (one for q in questions for one in (*q.hard_negative_passage_ids, *q.negative_passage_ids)), corpus
     )
 
     def without(ids: Sequence[str], known: Sequence[int]) -> list[int]:
-        """Rows of the ids, all of those of a document that was cut, each once, without those that are known."""
+        """Rows of the ids, each once, without known ones; a document that was cut gives all its pieces."""
         return [row for row in dict.fromkeys(row for one in ids for row in leads[one]) if row not in known]
 
     hard = [without(q.hard_negative_passage_ids, rows) for q, rows in zip(questions, gold, strict=True)]

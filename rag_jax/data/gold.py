@@ -1,7 +1,7 @@
-"""The right passages of questions in a corpus: which passages their ids name, and which ids the corpus lacks.
+"""The right (gold) passages of questions in a corpus: the rows that their ids name, and the ids that the corpus lacks.
 
 An id names a passage, or a document that was cut into passages when the corpus was built. Training, the oracle and
-evaluation all ask here, so that what one refuses the others refuse, too.
+evaluation all use this, so that what one refuses the others refuse, too.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,13 +18,13 @@ from rag_jax.system.logs import info
 
 Level = Literal["passage", "document"]
 
-MOST = 0.5  # share of unknown gold ids beyond which a file was made for another corpus
-FEW = 20  # up to so many unknown ids it may be chance
-SHOWN = 3  # unknown ids that are named
+MOST = 0.5  # with a larger share of unknown gold ids, a file seems to be made for another corpus
+FEW = 20  # so many unknown ids are never refused: with few questions a large share may be chance
+SHOWN = 3  # unknown ids that a message names
 
 
 class Passages(Protocol):
-    """The part of a corpus that is used here."""
+    """The part of a corpus (corpus.directory.Corpus) that finding right passages needs."""
 
     directory: Path
 
@@ -47,8 +47,8 @@ def rows_of(ids: Iterable[str], corpus: Passages) -> dict[str, list[int]]:
 def right_rows(questions: Sequence[Question], corpus: Passages, tally: "Tally | None" = None) -> list[list[int]]:
     """Rows of the right passages of each question, each once.
 
-    Of a document that was cut, the passages that hold an answer, or all of them where none does. The tally, where one
-    is given, counts the ids.
+    A document that was cut counts with those of its passages that hold an answer, or with all where none does.
+    tally: counts the ids of these questions, too.
     """
     leads = rows_of((one for question in questions for one in question.right_passage_ids), corpus)
     found = []
@@ -71,7 +71,13 @@ def holders(rows: Sequence[int], answers: Sequence[str], corpus: Passages) -> li
 
 @dataclass
 class Tally:
-    """How many gold ids questions name, how many of those the corpus lacks, and how many were deleted from it."""
+    """Counts of gold ids.
+
+    named: ids that questions name.
+    missing: those that the corpus never had.
+    deleted: those that were deleted from it.
+    first_missing: the first SHOWN missing ids.
+    """
 
     named: int = 0
     missing: int = 0
@@ -102,8 +108,10 @@ class Tally:
         return "; ".join(parts)
 
     def settle(self, name: object, where: object, effect: str, mend: str, refuse: bool = True) -> None:
-        """Says what is wrong with the gold ids of the questions `name`, and what comes of it (`effect`). InputError,
-        with how to mend it, where most of them are unknown.
+        """Warns of unknown and deleted gold ids; InputError where most are unknown and `refuse` is set.
+
+        name: of the questions. where: the corpus. effect: what follows from such ids, for the warning. mend: what the
+        user can do, for the error.
         """
         words = self.words(where)
         if refuse and self.missing > max(FEW, MOST * self.named):
@@ -120,11 +128,11 @@ def tally(questions: Sequence[Question], corpus: Passages) -> Tally:
 
 
 def levels(questions: Sequence[Question], corpus: Passages) -> list[Level]:
-    """By what the ranking of each question is judged: by passage, or by document, as files name them before they are
-    cut.
+    """Whether the ranking of each question is judged by passage or by document (the texts before the build cut them).
 
-    A question that names a cut document is judged by document, and one that names a piece of one by passage. The others
-    name what was not cut: by passage where all that tells does so, else by document, since files name those.
+    A question that names a cut document is judged by document, one that names a piece of one by passage. Questions that
+    only name uncut texts are judged by passage if others are and none is by document; else by document, since it is
+    documents that files usually name.
     """
     if not corpus.n_cut:
         return ["passage"] * len(questions)

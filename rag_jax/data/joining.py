@@ -1,8 +1,9 @@
 """The generator's input `title / passage // question`, joined from ids so that it equals tokenising the joined text.
 
-REFERENCE section 2. The text is cut at the seam before " // ": the left side ends in a character that is no space and
-the right side starts with exactly one, so replacing double spaces on each side is replacing them in the whole, and a
-tokenizer that never carries a token from one word into the next gives the same ids on both sides as on the whole.
+REFERENCE section 2. Passages are tokenised once, at corpus build, and questions apart from them. The text is cut at the
+seam before " // ": its left side ends in a character that is no space, and its right side starts with exactly one. So
+double spaces can be replaced on each side alone, and a tokenizer whose tokens never span two words gives the ids of the
+left side, then those of the right side, for the whole text.
 """
 
 from collections.abc import Sequence
@@ -20,27 +21,27 @@ _QUESTIONS = (
 
 
 def normalize_title(title: str) -> str:
-    """Without surrounding space and without one leading and one trailing double quote."""
+    """The title without surrounding space and without one leading and one trailing double quote."""
     return title.strip().removeprefix('"').removesuffix('"').strip()
 
 
 def passage_text(title: str, text: str) -> str:
-    """Left of the seam; title and text as the corpus stores them (normalised, stripped)."""
+    """The text left of the seam; title and text as the corpus stores them (normalised, stripped)."""
     return (title + TITLE_SEPARATOR + text).replace("  ", " ")
 
 
 def question_text(question: str) -> str:
-    """Right of the seam."""
+    """The text right of the seam."""
     return (QUESTION_SEPARATOR + question).replace("  ", " ")
 
 
 def joined_text(title: str, text: str, question: str) -> str:
-    """The whole, as REFERENCE section 2 writes it; title and text as the corpus stores them."""
+    """The generator's input as one text (REFERENCE section 2); title and text as the corpus stores them."""
     return (title + TITLE_SEPARATOR + text + QUESTION_SEPARATOR + question).replace("  ", " ")
 
 
 def join_tail(tokenizer: Tokenizer, questions: Sequence[str]) -> list[list[int]]:
-    """Ids of " // " + question and the suffix, one row a question."""
+    """Token ids of " // " + question and the suffix, a row for each question."""
     suffix = list(tokenizer.suffix_ids)
     return [ids + suffix for ids in tokenizer.encode_batch([question_text(question) for question in questions])]
 
@@ -52,7 +53,11 @@ def join(
     max_length: int,
     suffix_length: int = 1,
 ) -> list[int]:
-    """prefix + passage + tail, the passage cut to fit; only a tail that is too long alone is cut, before its suffix."""
+    """prefix + passage + tail, in at most `max_length` ids.
+
+    The passage is cut to fit; the tail only if it is too long even without a passage, and then before its suffix.
+    InputError where not even one id of a question fits.
+    """
     room = max_length - len(prefix_ids) - len(tail_ids)
     if room >= 0:
         return [*prefix_ids, *passage_ids[:room], *tail_ids]
@@ -63,7 +68,7 @@ def join(
 
 
 def check_join(tokenizer: Tokenizer, passages: Sequence[tuple[str, str]]) -> None:
-    """Raises InputError if, for (title, text) passages, joined ids differ from the ids of the joined text."""
+    """Raises InputError if the joined ids of a (title, text) passage differ from the ids of the joined text."""
     pairs = [(*passage, _QUESTIONS[(i + j) % len(_QUESTIONS)]) for i, passage in enumerate(passages) for j in (0, 7)]
     left = tokenizer.encode_batch([passage_text(title, text) for title, text, _ in pairs])
     right = join_tail(tokenizer, [question for *_, question in pairs])

@@ -1,5 +1,5 @@
-"""Special tokens written in a text are text: `<s>`, `[SEP]` or `<|im_end|>` in a passage is what a user wrote, no
-control token.
+"""Makes a tokenizer read special tokens in a text as text: `<s>`, `[SEP]` or `<|im_end|>` in a passage is what a user
+wrote, no control token.
 """
 
 import json
@@ -11,15 +11,15 @@ _UNREACHABLE = "\ufdd0"  # a code point that Unicode keeps out of texts
 
 
 def text_backend(backend: Backend) -> Backend:
-    """The same tokenizer with no special token to be found in a text; ids are the same, and it adds none of its own.
+    """A copy of a tokenizer that finds no special tokens in a text and adds none; all other ids are the same.
 
-    The library's `encode_special_tokens` is half of it: a special token that the vocabulary itself holds (Unigram,
-    WordLevel) would still be matched as a word. So in the copy those have names that no text contains.
+    The library's `encode_special_tokens` does half of it: a special token that the vocabulary itself holds (Unigram,
+    WordLevel) would still be matched as a word. So special tokens get names in the copy that no text contains.
     """
     made = json.loads(backend.to_str())
     made["post_processor"] = made["truncation"] = made["padding"] = None
     model: dict[str, Any] = made["model"]
-    merged = set()  # by a merge a text may reach it, and its name must stay as the merge has it
+    merged = set()  # tokens of merges keep their names, which the merges refer to: ordinary text may become them
     for pair in model.get("merges") or ():
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         merged |= {left, right, left + right}

@@ -1,4 +1,4 @@
-"""Several data sets as one, in fixed shares: which of them comes when."""
+"""Mixes several data sets into one in fixed shares, deterministically."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -10,11 +10,11 @@ _SCALE = 2**40
 
 
 class Shares(grain.transforms.DatasetSelectionMap):
-    """Which data set element k of a mixture is of, and which of its elements.
+    """Maps element k of a mixture to (number of the data set, element of that set).
 
-    After any number of elements a set has had less than one element more than its share of them, and less than n - 1
-    fewer, with n sets: the first takes its share rounded up, the second its share of the rest, and so on. The rest
-    after i sets, rounded down i times, is then less than i too small, and the next set takes its share of that.
+    Of any number of first elements, each of n sets gets less than one more than its share and less than n - 1 fewer.
+    Why: the first set takes its share rounded up, the second its share of the rest, and so on. The rest after i sets
+    was rounded down i times, so it is too small by less than i, and the next set takes its share of that.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -26,7 +26,9 @@ class Shares(grain.transforms.DatasetSelectionMap):
 
     def __getitem__(self, k: int) -> tuple[int, int]:
         left = sum(self._parts)
-        before, after = int(k), int(k) + 1  # elements of the sets that are left, without and with this one
+        # How many of the elements before k, and up to k, go to the sets not yet looked at. The set where these counts
+        # take one element more apart is the one that element k is from.
+        before, after = int(k), int(k) + 1
         for number, part in enumerate(self._parts):
             rest_before, rest_after = before * (left - part) // left, after * (left - part) // left
             if before - rest_before != after - rest_after:
@@ -36,7 +38,7 @@ class Shares(grain.transforms.DatasetSelectionMap):
 
 
 def mixed(sets: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
-    """Endless data sets in these shares, each in its own order and at its own pace."""
+    """One endless data set from several endless ones, in these shares; each keeps its own order."""
     if len(sets) == 1:
         return sets[0]
     return grain.MapDataset.select_from_datasets(sets, Shares(weights))

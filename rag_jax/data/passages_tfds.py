@@ -1,4 +1,4 @@
-"""Passages as a TensorFlow Datasets builder that needs no tensorflow: any corpus input into array_record files."""
+"""Passages as a TensorFlow Datasets builder that needs no tensorflow: writes any corpus input to array_record files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,11 @@ _FIELDS = ("id", "title", "text", "document")
 
 @dataclass(eq=False)
 class PassagesConfig(tfds.core.BuilderConfig):
-    """Which inputs to read, as `rag-jax corpus` takes them, and a name for them."""
+    """Configuration of `PassagesBuilder`.
+
+    name: a name for the inputs.
+    inputs: files or data sets, as `rag-jax corpus` takes them.
+    """
 
     name: str = ""
     inputs: tuple[str, ...] = ()
@@ -25,7 +29,7 @@ class PassagesConfig(tfds.core.BuilderConfig):
 
 
 class PassagesBuilder(tfds.core.GeneratorBasedBuilder):
-    """One split, `passages`, in the order of the inputs.
+    """Builder with one split, `passages`, in the order of the inputs.
 
     `PassagesBuilder(data_dir=..., config=PassagesConfig(name="wiki", inputs=("psgs_w100.tsv.gz",)))`, then
     `download_and_prepare()`; `rag-jax corpus tfds:passages/wiki/passages?data_dir=...` reads it again.

@@ -1,4 +1,4 @@
-"""Rows of different lengths without padding: one flat array and where each row begins."""
+"""Rows of different lengths without padding: one flat array, and the position where each row begins in it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Ragged:
-    """Row i is values[start_N1[i]:start_N1[i + 1]]. Both may be memory-mapped files."""
+    """N rows of different lengths; row i is values[start_N1[i] : start_N1[i + 1]]. Both may be memory maps."""
 
     values: np.ndarray
     start_N1: np.ndarray
@@ -22,11 +22,11 @@ class Ragged:
         return self.values[self.start_N1[row] : self.start_N1[row + 1]]
 
     def lengths(self, rows: Any = slice(None)) -> np.ndarray:
-        """How long each of these rows is."""
+        """The length of each of these rows, int32."""
         return (self.start_N1[1:][rows] - self.start_N1[:-1][rows]).astype(np.int32)
 
     def padded(self, rows_n: np.ndarray, width: int, fill: int) -> np.ndarray:
-        """int32 [n, width]: the rows, cut or filled up."""
+        """These rows as int32 [n, width], cut or padded with `fill`."""
         place_W = np.arange(width)
         out_nW = np.full((len(rows_n), width), fill, np.int32)
         filled_nW = place_W < self.lengths(rows_n)[:, None]
@@ -41,12 +41,12 @@ def joined(parts: Sequence[Ragged]) -> Ragged:
 
 
 def starts(lengths_N: np.ndarray) -> np.ndarray:
-    """int64 [N + 1]: where rows of these lengths begin, and where the last one ends."""
+    """Start of each row of these lengths, and the end of the last, int64 [N + 1]."""
     return np.concatenate([[0], np.cumsum(lengths_N, dtype=np.int64)])
 
 
 class Growing:
-    """Rows that come a few at a time."""
+    """Collects rows a few at a time into a `Ragged`."""
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = np.dtype(dtype)
@@ -54,7 +54,7 @@ class Growing:
         self._lengths: list[np.ndarray] = []
 
     def add(self, rows: Sequence[Sequence[int]]) -> None:
-        """Rows of numbers, or of bytes."""
+        """Appends rows of numbers, or of bytes."""
         lengths = np.fromiter(map(len, rows), np.int32, len(rows))
         if rows and isinstance(rows[0], bytes):
             self._values.append(np.frombuffer(b"".join(rows), self.dtype))  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ class Growing:
         self._lengths.append(lengths)
 
     def whole(self) -> Ragged:
-        """All rows so far, of which it keeps none."""
+        """All rows so far; it is empty afterwards."""
         values, lengths = self._values, self._lengths
         self._values, self._lengths = [], []
         whole = np.concatenate([np.zeros(0, self.dtype), *values])

@@ -1,4 +1,4 @@
-"""What is read and what is written: the same question files give answering, classification and question generation."""
+"""Tasks: the same question files serve to train answering, classification and question generation."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -11,11 +11,13 @@ from rag_jax.errors import InputError
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What the model reads and writes, and how that is judged.
+    """The input and output of the model, and how its output is judged.
 
-    reads: the question, its first answer (as the paper's Jeopardy questions), or the text of its first right passage;
-    that is what retrieves, too. writes: the `target` where the question has one, else an answer; `answer`: an answer
-    in any case; or the question. match: of metrics.matching.MATCHERS.
+    reads: the input, with which it also retrieves: the question, its first answer (as in the paper's Jeopardy question
+        generation), or the text of its first right passage.
+    writes: the output. "target": the target of the question if it has one, else an answer; "answer": always an answer;
+        "question": the question.
+    match: how an output is compared with the right ones, a key of metrics.matching.MATCHERS.
     """
 
     reads: Literal["question", "answer", "passage"] = "question"
@@ -24,18 +26,18 @@ class TaskConfig:
 
 
 def check(task: TaskConfig) -> None:
-    """InputError where the same is read and written."""
+    """Raises InputError where the task reads what it writes."""
     if task.reads == task.writes or (task.reads == "answer" and task.writes == "target"):
         raise InputError(f"task.reads={task.reads!r} with task.writes={task.writes!r}: what is read would be written")
 
 
 def each(questions: Iterable[Question], task: TaskConfig, corpus: gold.Passages) -> Iterator[Question]:
-    """The questions as the task has them, `question` what is read; those that lack it are left out."""
+    """The questions as the task poses them: `question` is the text that is read. Those without one are left out."""
     return (_written(question, task, text) for question in questions if (text := _read(question, task, corpus)))
 
 
 def posed(questions: Iterable[Question], task: TaskConfig, corpus: gold.Passages) -> list[Question]:
-    """All of `each`; InputError where none is left."""
+    """The questions of `each` as a list; InputError where none is left."""
     made = list(each(questions, task, corpus))
     if not made:
         raise InputError(f"no question has what task.reads={task.reads!r} needs")

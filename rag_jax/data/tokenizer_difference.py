@@ -1,4 +1,4 @@
-"""In what two tokenizers differ, in words: two encoders that share a token table must read the same ids."""
+"""Says how two tokenizers differ: two encoders that share a token table must read the same ids."""
 
 import json
 from itertools import islice
@@ -7,7 +7,7 @@ from rag_jax.data.tokenizers import Tokenizer
 
 
 def difference(one: Tokenizer, other: Tokenizer) -> str:
-    """The first thing that gives a text other ids in `one` than in `other`; "" where there is none."""
+    """The first difference by which two tokenizers may give different ids to a text, in words; "" if there is none."""
     if one.hash == other.hash:
         return ""
     a, b = (t.backend.get_vocab(with_added_tokens=True) for t in (one, other))

@@ -1,4 +1,6 @@
-"""Tokenizers: any Hugging Face fast tokenizer, or trained here; ids without specials, and what specials wrap them."""
+"""Tokenizers: any Hugging Face fast tokenizer, or one trained here. Texts become ids without special tokens; the ids
+that a model wants around them are fields of `Tokenizer`.
+"""
 
 import hashlib
 import json
@@ -23,18 +25,22 @@ from rag_jax.system import files
 
 WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BPE_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
-HUB_SECONDS = 10.0
+HUB_SECONDS = 10.0  # timeout of the check that the hub can be reached
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
-SPECIALS_FILE = "special_tokens_map.json"  # of before transformers 5: what CONFIG_FILE does not name
+SPECIALS_FILE = "special_tokens_map.json"  # written before transformers 5: special tokens that CONFIG_FILE may lack
 # Classes for which tokenizer.json is the whole truth; others may rebuild it from vocabulary files.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-# A file, and settings, with which transformers changes what tokenizer.json says: it is asked then.
+# A file, and settings, with which transformers changes what tokenizer.json says: it loads the tokenizer then.
 _CHANGING_FILE = "added_tokens.json"
 _CHANGING = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "auto_map")
 
 
 class Wrapping(NamedTuple):
-    """What a label begins with, ends with and is padded with."""
+    """The special tokens of a label (the generator's output).
+
+    opening, closing: ids before and after the text.
+    pad_id: id of the padding.
+    """
 
     opening: tuple[int, ...]
     closing: tuple[int, ...]
@@ -43,9 +49,18 @@ class Wrapping(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A fast tokenizer. A sentence is wrapped as prefix + ids + suffix, a pair as prefix + a + middle + b + suffix.
+    """A fast tokenizer and its special tokens.
 
-    wrapping: of labels, where the generator's checkpoint says it.
+    backend: the tokenizer of the `tokenizers` library.
+    pad_id, bos_id, eos_id: padding, start and end of a text. Without an id of their own: padding is the end, the start
+        is the padding.
+    mask_id: the mask token, or None.
+    prefix_ids, middle_ids, suffix_ids: a text is wrapped as prefix + ids + suffix, a pair as prefix + a + middle + b +
+        suffix.
+    vocab_size: the largest id plus one.
+    hash: SHA-256 of the backend as canonical JSON.
+    specials: special tokens by role, such as "eos_token".
+    wrapping: how labels are wrapped, where the generator's checkpoint says it; None: see `labels`.
     """
 
     backend: Backend
@@ -63,7 +78,7 @@ class Tokenizer:
 
     @property
     def start_id(self) -> int:
-        """What the decoder starts from, before the first token of an answer."""
+        """The id from which the decoder starts, before the first token of an answer."""
         return self.prefix_ids[0] if self.prefix_ids else self.bos_id
 
     @property
@@ -72,13 +87,15 @@ class Tokenizer:
         return self.wrapping or Wrapping((self.start_id,), self.suffix_ids or (self.eos_id,), self.pad_id)
 
     def label(self, ids: Sequence[int], max_length: int) -> list[int]:
-        """opening + ids + closing, the ids cut to fit: what the generator learns to write."""
+        """opening + ids + closing, which the generator learns to write; the ids are cut to fit `max_length`."""
         opening, closing, _ = self.labels
         return [*opening, *ids[: max_length - len(opening) - len(closing)], *closing]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids without specials, on all cores. A special token written in a text is text: "<s>" gives the ids of three
-        letters and signs, where transformers gives the control token unless told `split_special_tokens=True`.
+        """Ids of each text without special tokens, on all cores.
+
+        A special token written in a text is text: "<s>" gives the ids of these three characters. (transformers gives
+        the control token unless told `split_special_tokens=True`.)
         """
         return [encoding.ids for encoding in self._text.encode_batch_fast(list(texts), add_special_tokens=False)]
 
@@ -87,20 +104,20 @@ class Tokenizer:
         return text_backend(self.backend)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids, specials left out."""
+        """The text of the ids, without special tokens."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """What `decode` leaves out."""
+        """The ids that `decode` leaves out."""
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What every id adds to the text of those before; "" where the bytes of a letter are not all there yet."""
+        """The text that each id adds to that of the ids before it; "" while the bytes of a character are incomplete."""
         texts = [""]
         for end in range(1, len(ids) + 1):
             text = self.decode(ids[:end])
-            texts.append(texts[-1] if text.endswith("\ufffd") else text)
+            texts.append(texts[-1] if text.endswith("\ufffd") else text)  # an incomplete character decodes to this
         return [text[len(before) :] for before, text in pairwise(texts)]
 
     def save(self, directory: str | Path) -> None:
@@ -114,7 +131,7 @@ class Tokenizer:
 
 
 def wrap(tokenizer: Tokenizer, ids_list: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
-    """prefix + ids + suffix, the ids cut so that each row has at most `max_length`: [CLS] question [SEP]."""
+    """prefix + ids + suffix, such as [CLS] question [SEP]; the ids are cut so that a row has at most `max_length`."""
     prefix, suffix = list(tokenizer.prefix_ids), list(tokenizer.suffix_ids)
     room = max_length - len(prefix) - len(suffix)
     if room < 1:
@@ -122,14 +139,15 @@ def wrap(tokenizer: Tokenizer, ids_list: Sequence[Sequence[int]], max_length: in
     return [[*prefix, *ids[:room], *suffix] for ids in ids_list]
 
 
-# What may follow a prefix, for the check that its ids are the same before any text.
+# Beginnings of texts, for the check that a prefix has the same ids before any of them.
 _BEGINNINGS = ("who wrote it?", "The", "1984", "(what", "'s", "éa", "谁写的", "- a", ":")
 
 
 def before(tokenizer: Tokenizer, prefix: str) -> tuple[int, ...]:
-    """Ids of a text that stands before others, such that ids of both follow one another as those of the joined text.
+    """Ids of a prefix such that these ids, then those of any text, are the ids of the joined text.
 
-    InputError where there are none such, and where the tokenizer does not begin with one token, which they come after.
+    InputError where there are no such ids, and where the tokenizer does not begin every text with exactly one token,
+    after which they are placed.
     """
     if not prefix:
         return ()
@@ -149,7 +167,7 @@ def before(tokenizer: Tokenizer, prefix: str) -> tuple[int, ...]:
 def pad_rows(
     ids_list: Sequence[Sequence[int]], length: int, pad_id: int, dtype: Any = np.int32
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids_NL right-padded and cut to L = length, length_N int32)."""
+    """The rows padded or cut on the right to L = length, ids_NL, and the number of ids in each, int32 length_N."""
     full_N = np.fromiter(map(len, ids_list), np.int64, len(ids_list))
     length_N = np.minimum(full_N, length)
     flat = np.fromiter(chain.from_iterable(ids_list), dtype, int(full_N.sum()))
@@ -162,7 +180,10 @@ def pad_rows(
 
 
 def load(name_or_dir: str | Path) -> Tokenizer:
-    """A tokenizer from a local directory, else from the hub (or its cache). One that is not there raises InputError."""
+    """Loads a tokenizer from a local directory, else from the hub or its cache. InputError where there is none.
+
+    transformers is imported only where tokenizer.json alone may not be the whole tokenizer.
+    """
     directory = Path(name_or_dir)
     if directory.is_dir():
         files.check_listed(directory)
@@ -193,7 +214,7 @@ def _load_transformers(name: str, local: bool) -> Tokenizer:
         raise InputError(f"{name}: no such tokenizer directory")
     from transformers import AutoTokenizer
 
-    # code beside a tokenizer is never run, and nobody is asked on stdin whether it may
+    # Code that comes with a tokenizer is never run; False also keeps transformers from asking on stdin.
     read = partial(AutoTokenizer.from_pretrained, name, trust_remote_code=False)
     try:
         try:
@@ -220,7 +241,7 @@ def _load_transformers(name: str, local: bool) -> Tokenizer:
 
 
 def check_hub(name: str) -> None:
-    """Raises at once where the hub cannot be asked: the hub's own client tries for minutes."""
+    """Raises InputError at once where the hub cannot be reached; its own client would try for minutes."""
     from huggingface_hub import constants
 
     advice = "no local directory or cached copy of this name; give a directory, or download it first"
@@ -235,7 +256,7 @@ def check_hub(name: str) -> None:
 
 
 def _make(backend: Backend, specials: dict[str, str], name: str) -> Tokenizer:
-    """The dataclass around a backend: how it wraps a sentence is read off an encoded one."""
+    """The `Tokenizer` of a backend; how it wraps texts is read off an encoded sentence and an encoded pair."""
     backend.no_truncation()
     backend.no_padding()
 
@@ -281,9 +302,9 @@ def _canonical(backend: Backend) -> str:
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Lower-casing WordPiece (BERT), [PAD] [UNK] [CLS] [SEP] [MASK] first; the same texts give the same bytes.
+    """Trains a lower-casing WordPiece tokenizer as BERT's; ids start with [PAD] [UNK] [CLS] [SEP] [MASK].
 
-    Holds the texts in memory: give a sample.
+    The same texts give the same bytes. All texts are held in memory: pass a sample.
     """
     texts = list(texts)
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
@@ -321,7 +342,10 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (BART), <s> <pad> </s> <unk> <mask> first, no prefix space; the same texts give the same bytes."""
+    """Trains a byte-level BPE tokenizer as BART's; ids start with <s> <pad> </s> <unk> <mask>; no prefix space.
+
+    The same texts give the same bytes.
+    """
     backend = Backend(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     specials = [AddedToken(token, special=True, normalized=False) for token in BPE_SPECIALS[:-1]]
@@ -341,7 +365,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _alphabet(texts: Iterable[str], limit: int) -> list[str]:
-    """The most frequent characters, at most `limit`, without those rarer than one in a million; sorted."""
+    """The most frequent characters, at most `limit`, sorted; without spaces and those rarer than one in a million."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
