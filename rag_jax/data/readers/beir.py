@@ -1,4 +1,4 @@
-"""BEIR folders: corpus.jsonl, queries.jsonl, and in qrels/ what is relevant to each question of a split."""
+"""BEIR folders: corpus.jsonl, queries.jsonl, and in qrels/ the passages relevant to each question of a split."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ _COLUMNS = ("query-id", "corpus-id", "score")
 
 
 def rows(source: Source, report: OnBad | None) -> Iterator[Row]:
-    """Passages as they stand; of the queries those that the qrels name, with `relevance`, grades by passage id."""
+    """Records of passages; or of the queries that the qrels name, with a field `relevance`: grades by passage id."""
     if source.kind == "passages":
         yield from records(source, report)
         return
@@ -30,7 +30,7 @@ def rows(source: Source, report: OnBad | None) -> Iterator[Row]:
 
 
 def _qrels(source: Source, report: OnBad | None) -> tuple[dict[str, Grades], dict[str, int]]:
-    """Grades of every question, and the line of its first one."""
+    """Grades of every question, and the line of its first grade."""
     assert source.beside is not None
     grades: dict[str, Grades] = {}
     first: dict[str, int] = {}
@@ -52,8 +52,8 @@ def _qrels(source: Source, report: OnBad | None) -> tuple[dict[str, Grades], dic
 def question(fields: Fields, own_id: str) -> list[Question]:
     """{"_id", "text"}: passages with a grade above 0 are right.
 
-    A passage that has the question's own id is the question itself: BEIR takes it out of what was found
-    (`ignore_identical_ids`).
+    A passage with the id of the question is the question itself; BEIR removes it from the results
+    (`ignore_identical_ids`), and so `excluded_passage_ids` has it.
     """
     relevance: Grades = fields["relevance"]
     right = tuple(passage for passage, grade in relevance.items() if grade > 0)
@@ -63,7 +63,7 @@ def question(fields: Fields, own_id: str) -> list[Question]:
 
 
 def passage(fields: Fields, own_id: str = "") -> list[Passage]:
-    """BEIR's {"_id", "title", "text"}: the title may be missing, the text empty where there is a title."""
+    """BEIR's {"_id", "title", "text"}: the title may be missing; the text may be empty if there is a title."""
     title = optional(fields, "title")
     text = optional(fields, "text") or title
     return simple_rows.passage({**rest(fields, "metadata"), "title": title, "text": text})

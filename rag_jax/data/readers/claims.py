@@ -1,4 +1,4 @@
-"""Claims to be classified by evidence: FEVER, and CLIMATE-FEVER, which brings its evidence with it."""
+"""Claims to be classified by evidence: FEVER, and CLIMATE-FEVER, whose files contain the evidence."""
 
 from collections.abc import Iterator
 
@@ -19,9 +19,9 @@ from rag_jax.data.readers.simple_rows import numbered
 
 
 def question(fields: Fields, own_id: str) -> list[Question]:
-    """{"claim", "label" or "claim_label"}, perhaps "evidences": the label is the answer, and a field of its own.
+    """{"claim", "label" or "claim_label"}, perhaps "evidences": the label is the answer, and also a field `label`.
 
-    Evidence that says what the claim's label says is right; of a disputed claim, all that says yes or no.
+    The right passages are the evidence with the label of the claim; for a disputed claim, all that supports or refutes.
     """
     label = string(fields, "claim_label" if "claim_label" in fields else "label")
     says = ("SUPPORTS", "REFUTES") if label == "DISPUTED" else (label,) if label != "NOT_ENOUGH_INFO" else ()
@@ -33,7 +33,7 @@ def question(fields: Fields, own_id: str) -> list[Question]:
 
 
 def passages(fields: Fields, own_id: str) -> Iterator[Passage | BadLine]:
-    """The sentences of evidence."""
+    """The sentences of evidence, each a passage."""
     return each({"evidences": []} | fields, "evidences", lambda one: [_evidence(one)])
 
 

@@ -1,4 +1,4 @@
-"""Questions that bring their passages with them: DPR's training files, and those of Fusion-in-Decoder."""
+"""Files of questions with their passages inside: those of DPR's training, Fusion-in-Decoder and FlagEmbedding."""
 
 from collections.abc import Iterator
 
@@ -30,7 +30,7 @@ _IDS = ("passage_id", "psg_id", "id", "_id", "docid")
 
 
 def context(fields: Fields) -> Passage:
-    """{"title", "text"} with an id under one of five names, else with that of its content."""
+    """A passage {"title", "text"}, with an id under one of five names, else one derived from its content."""
     title, text = optional(fields, "title"), string(fields, "text")
     named = next((name for name in _IDS if fields.get(name) not in (None, "")), None)
     name = identity(fields, named) if named else content_id(title, text)
@@ -38,7 +38,7 @@ def context(fields: Fields) -> Passage:
 
 
 def training(fields: Fields, own_id: str) -> list[Question]:
-    """{"question", "answers", "positive_ctxs", "negative_ctxs", "hard_negative_ctxs"}: contexts by their ids.
+    """DPR's {"question", "answers", "positive_ctxs", "negative_ctxs", "hard_negative_ctxs"}.
 
     Tevatron's {"query_id", "query", "positive_passages", "negative_passages"} is read, too; its negatives are hard.
     """
@@ -59,10 +59,10 @@ def training_passages(fields: Fields, own_id: str) -> Iterator[Passage | BadLine
 
 
 def fusion(fields: Fields, own_id: str) -> list[Question]:
-    """{"question", "answers", "ctxs"}, perhaps "target": what was retrieved, with marks on it.
+    """Fusion-in-Decoder's {"question", "answers", "ctxs"}, perhaps "target"; `ctxs` are retrieved passages with flags.
 
-    Contexts marked `isgold` are the right passages; those marked to be without an answer are hard negatives, as DPR
-    mines them. A context that merely contains an answer is neither. All ids are kept as `retrieved_passage_ids`.
+    Contexts with `isgold` are the right passages; those with a false `has_answer` are hard negatives, as DPR mines
+    them. A context that merely contains an answer is neither. All ids are kept as `retrieved_passage_ids`.
     """
 
     def marked(found: Fields) -> list[tuple[str, bool | None, bool | None]]:
@@ -85,7 +85,10 @@ def fusion_passages(fields: Fields, own_id: str) -> Iterator[Passage | BadLine]:
 
 
 def pairs(fields: Fields, own_id: str) -> list[Question]:
-    """{"query", "pos": [texts], "neg": [texts]}: right passages and hard negatives, by their content; no answers."""
+    """FlagEmbedding's {"query", "pos": [texts], "neg": [texts]}: right passages and hard negatives, without answers.
+
+    The ids of the texts are derived from their content.
+    """
     right, wrong = ([passage.id for passage in _texts(fields, name)] for name in ("pos", "neg"))
     sides = {"positive_passage_ids": right, "hard_negative_passage_ids": [name for name in wrong if name not in right]}
     made = {"question": string(fields, "query"), "answers": []}

@@ -43,9 +43,13 @@ __all__ = [
 
 
 class Format(NamedTuple):
-    """How a format is read: a file into rows, and the fields of a row (with the id of its place) into what it holds.
+    """How a format is read.
 
-    repeats: the same passage may stand there many times, and is given once.
+    about: a few words for messages.
+    rows: from a file to its records.
+    questions, passages: from the fields of a record, and an id made of its position, to what it holds; None: the format
+        has none of these.
+    repeats: the same passage may occur many times in a file, and is read once.
     """
 
     about: str
@@ -161,7 +165,7 @@ ASKED = {*simple_rows.QUESTIONS, "QUESTION", "input", "claim"}  # fields that ho
 
 
 class Located(NamedTuple):
-    """A passage and where it stood: `source` indexes the sources read, `line` is 1-based."""
+    """A passage and where it was read: `source` indexes the sources, `line` is 1-based."""
 
     passage: Passage
     source: int
@@ -171,7 +175,7 @@ class Located(NamedTuple):
 def read_passages(
     paths: Sequence[str | Path], *, skip_bad_lines: bool = False, on_bad: OnBad | None = None
 ) -> Iterator[Passage]:
-    """Passages of all inputs in order. `on_bad` hears of each skipped line (default: a line on stderr)."""
+    """Passages of all inputs in order. on_bad: called with a message for each skipped line; None: prints on stderr."""
     for located in read_located(expand(paths), skip_bad_lines=skip_bad_lines, on_bad=on_bad):
         yield located.passage
 
@@ -179,9 +183,9 @@ def read_passages(
 def read_located(
     sources: Sequence[Source], *, skip_bad_lines: bool = False, on_bad: OnBad | None = None
 ) -> Iterator[Located]:
-    """Like `read_passages`, over sources from `expand`, each passage with its place. A file without any raises.
+    """Passages of sources (see `expand`) in order, with file and line. InputError for a file without passages.
 
-    Memory does not grow with the input, but for formats that repeat passages: about 60 bytes for each different one.
+    Memory does not grow with the input, except for formats that repeat passages: about 60 bytes per distinct passage.
     """
     report = (on_bad or logs.info) if skip_bad_lines else None
     seen: set[int] = set()
@@ -206,10 +210,10 @@ def read_questions(path: str | Path, *, skip_bad_lines: bool = False) -> list[Qu
 
 
 def iterate_questions(path: str | Path, *, skip_bad_lines: bool = False) -> Iterator[Question]:
-    """The questions of an input in order. Ids are unique; with `skip_bad_lines` the first one stays."""
+    """The questions of an input in order. InputError for a repeated id; with `skip_bad_lines` the first one stays."""
     report = logs.info if skip_bad_lines else None
     sources = expand([path], "questions")
-    seen: dict[str, int] = {}  # id: where, one number, as there may be millions
+    seen: dict[str, int] = {}  # id -> line and source in one number, to save memory: there may be millions
     for number, source in enumerate(sources):
         for line, question in _items(source, _format(source)[1], report):
             if question.id in seen:
@@ -298,7 +302,7 @@ def _sign(kind: Kind, record: Fields) -> str | None:
 
 
 def digest(source: Source) -> str:
-    """SHA-256 of all that the source is read from."""
+    """SHA-256 of the content of a source."""
     return tfds_source.digest(source) if source.format == "tfds" else files.file_sha256(source.path)
 
 
@@ -315,7 +319,7 @@ def _able(kind: Kind) -> str:
 
 
 def _items(source: Source, format: Format, report: OnBad | None) -> Iterator[tuple[int, Any]]:
-    """What the source holds, with lines; bad records are refused."""
+    """(line, passage or question) for everything in a source; bad records are refused or reported."""
     parse = getattr(format, source.kind)
     name = stem(source.name)
     for row in format.rows(source, report):

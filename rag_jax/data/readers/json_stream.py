@@ -1,7 +1,7 @@
-"""Records of a JSON file, whatever holds them: lines, one array, the array `data` of one object (SQuAD; `Data` of
-TriviaQA), or one object of records by their ids (PubMedQA).
+"""Reads the records of a JSON file: JSON lines, one array, the array `data` of one object (SQuAD; `Data` of TriviaQA),
+or one object of records by their ids (PubMedQA).
 
-An array is read a block at a time: memory is that of its largest record, not of the file.
+An array is read a block at a time, so memory grows with its largest record, not with the file.
 """
 
 import codecs
@@ -26,7 +26,7 @@ _DECODER = json.JSONDecoder()
 
 
 def records(source: Source, report: OnBad | None) -> Iterator[Row]:
-    """Every object of the file, with the line it begins at."""
+    """Every record of the file, with the line on which it begins."""
     path = source.path
     start = head(path)
     held = next((read for sign, read in _HELD if sign.match(start)), None)
@@ -42,7 +42,7 @@ def records(source: Source, report: OnBad | None) -> Iterator[Row]:
 
 
 def head(path: Path) -> bytes:
-    """The first bytes, unzipped, without BOM."""
+    """The first 65,536 bytes of a file, unzipped, without BOM."""
     try:
         with opened(path) as stream:
             return without_bom(path, stream.read(1 << 16))
@@ -51,7 +51,7 @@ def head(path: Path) -> bytes:
 
 
 def first(path: Path) -> Any:
-    """The first record; None where there is none, or it is broken: reading says where and how."""
+    """The first record; None if there is none or it is broken, which `records` reports with its position."""
     try:
         row = next(records(Source(path, path.name, 0), report=lambda message: None), None)
     except InputError:
@@ -65,7 +65,7 @@ def in_data(path: Path) -> bool:
 
 
 class _Text:
-    """The text of a file; `buffer[at:]` is what was read from disk but not yet used, `line` the line of `at`."""
+    """Incremental JSON parser of a file; buffer[at:] is read but not yet parsed, and `line` is the line of `at`."""
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self.path, self.stream = path, stream
@@ -78,7 +78,7 @@ class _Text:
         self._end()
 
     def keyed(self) -> Iterator[tuple[int, Any]]:
-        """Values of the object that is the whole file, each with its line; what it stood under is its `id`."""
+        """Values of the object that is the whole file, each with its line; the key of a value becomes its `id`."""
         for name in self._names():
             self._next()
             line, value = self.line, self._value()
@@ -86,7 +86,7 @@ class _Text:
         self._end()
 
     def data(self) -> Iterator[tuple[int, Any]]:
-        """Elements of the array `data` of the object that is the whole file; its other members are left out."""
+        """Elements of the array `data` of the object that is the whole file; its other members are skipped."""
         for name in self._names():
             if name in ("data", "Data"):
                 yield from self._elements()
@@ -95,7 +95,7 @@ class _Text:
         self._end()
 
     def _names(self) -> Iterator[str]:
-        """The names of an object; whoever takes one reads its value before the next."""
+        """The names of an object; the caller must read the value of each before it takes the next."""
         self._take("{", "")
         while True:
             if self._next() not in ('"', ""):
@@ -118,7 +118,7 @@ class _Text:
                 return
 
     def _value(self) -> Any:
-        """One JSON value; more of the file is read for as long as it is not whole."""
+        """One JSON value; reads more of the file until the value is complete."""
         self._next()
         while True:
             try:
@@ -130,6 +130,7 @@ class _Text:
                 raise self._broken(error) from None
             except (RecursionError, ValueError) as error:
                 raise InputError(f"{self.path}:{self.line}: broken JSON ({error}); correct it") from None
+            # A number at the end of the buffer may have more digits in the next block.
             if isinstance(value, int | float) and end >= len(self.buffer) - _MARGIN and self._more():
                 continue
             self._move(end)
@@ -175,7 +176,10 @@ class _Text:
         self.at = at
 
     def _more(self) -> bool:
-        """Reads as much again as there is (so that long values stay linear); False at the end of the file."""
+        """Reads another block; False at the end of the file.
+
+        At least as much as is unparsed, so that the time for a long value, parsed again each time, stays linear.
+        """
         here = self.line + self.buffer.count("\n", self.at)
         try:
             raw = self.stream.read(max(BLOCK, len(self.buffer) - self.at))
@@ -195,4 +199,4 @@ class _Text:
         return bool(raw)
 
 
-_HELD = ((_ARRAY, _Text.array), (_DATA, _Text.data), (_KEYED, _Text.keyed))  # how a file begins, and how it is read
+_HELD = ((_ARRAY, _Text.array), (_DATA, _Text.data), (_KEYED, _Text.keyed))  # beginning of a file -> its reader

@@ -1,4 +1,4 @@
-"""KILT: task files whose answers point into Wikipedia pages, and the pages; a passage is a paragraph of a page."""
+"""KILT: task files whose answers name paragraphs of Wikipedia pages, and these pages; a passage is a paragraph."""
 
 import re
 from collections.abc import Iterator
@@ -30,9 +30,9 @@ def paragraph_id(page: str, number: int) -> str:
 def question(fields: Fields, own_id: str) -> list[Question]:
     """{"id", "input", "output": [{"answer", "provenance"}]}; a blind test file has no output.
 
-    The right passages are the paragraphs that the provenance names; in `extra`, `provenance` has the pages of every
-    output, each a way to answer of its own, and `wikipedia_ids` all of them. Where the question brings its `passages`
-    (as CLAPnq does), it was asked of these.
+    The right passages are the paragraphs that the provenance names. In `extra`, `provenance` has the pages of every
+    output, each of which suffices to answer, and `wikipedia_ids` the pages of all. Where the record has `passages`, as
+    in CLAPnq, the question was asked about these: they are right, or the context of a question without an answer.
     """
     outputs = every(each({"output": []} | fields, "output", _output))
     answers = unique(answer for answer, _, _ in outputs if answer)
@@ -52,16 +52,14 @@ def question(fields: Fields, own_id: str) -> list[Question]:
 
 
 def _output(output: Fields) -> list[tuple[str, list[str], list[str]]]:
-    """The answer, the paragraphs and the pages of one output, each of which may be missing or null."""
+    """(answer, paragraphs, pages) of one output, each of which may be missing or null."""
     named = {name: value for name, value in output.items() if value is not None}
     found = every(each({"provenance": []} | named, "provenance", _provenance))
     return [(optional(output, "answer").strip(), [one for names, _ in found for one in names], [p for _, p in found])]
 
 
 def _provenance(fields: Fields) -> list[tuple[list[str], str]]:
-    """(paragraphs, page). A page without a paragraph counts as a page; a paragraph of -1 stands for one that KILT's
-    authors did not find.
-    """
+    """(paragraphs, page). Without a paragraph, or with -1 (KILT's authors did not find it), only the page counts."""
     page = identity(fields, "wikipedia_id").strip()
     start = _paragraph(fields, "start_paragraph_id")
     end = _paragraph(fields, "end_paragraph_id")
@@ -86,14 +84,14 @@ def _paragraph(fields: Fields, name: str) -> int | None:
 
 
 def passages(fields: Fields, own_id: str) -> Iterator[Passage | BadLine]:
-    """The passages that a question brings with it."""
+    """The passages in the record of a question."""
     return each(fields, "passages", lambda found: [context(found)])
 
 
 def page(fields: Fields, own_id: str) -> list[Passage]:
     """{"wikipedia_id", "wikipedia_title", "text": [paragraphs]}: every paragraph but the first, which is the title.
 
-    Headings and items of lists lose their marks, but stay: the provenance of a question may name them.
+    Headings and list items stay, without their marks, because the provenance of a question may name them.
     """
     name, title = identity(fields, "wikipedia_id", "_id"), string(fields, "wikipedia_title")
     paragraphs = fields.get("text")

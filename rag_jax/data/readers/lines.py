@@ -1,4 +1,4 @@
-"""Files of one record a line, zipped or not: JSON lines, tables, pairs of files, whole texts."""
+"""Readers of line-based files, zipped or not: JSON lines, tables, pairs of files, whole texts."""
 
 import ast
 import csv
@@ -19,31 +19,31 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def opened(path: Path) -> BinaryIO:
-    """The bytes of a file, unzipped where its first ones say that it is gzip."""
+    """Opens a file as bytes, unzipped if its first bytes are those of gzip, whatever its name."""
     with open(path, "rb") as head:
         zipped = head.read(2) == b"\x1f\x8b"
     return gzip.open(path, "rb") if zipped else open(path, "rb")  # type: ignore[return-value]
 
 
 def without_bom(path: Path, start: bytes) -> bytes:
-    """The first bytes of a file without the mark of UTF-8; InputError for that of UTF-16."""
+    """The first bytes of a file without UTF-8's byte order mark; InputError for UTF-16's."""
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise InputError(f"{path}:1: UTF-16 text; convert the file to UTF-8 (iconv -f UTF-16 -t UTF-8)")
     return start.removeprefix(_BOM)
 
 
-UNREADABLE = (EOFError, OSError, zlib.error)  # what reading an opened file may raise
+UNREADABLE = (EOFError, OSError, zlib.error)  # errors that reading an opened file may raise
 
 
 def unreadable(path: Path, line: int, error: Exception) -> InputError:
-    """What to raise for one of UNREADABLE, met after `line` lines."""
+    """The InputError for one of UNREADABLE that occurred after `line` lines."""
     if isinstance(error, EOFError | gzip.BadGzipFile | zlib.error):
         return InputError(f"{path}:{line + 1}: broken or truncated gzip ({error}); fetch the file again")
     return InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 def lines(path: Path, blank: bool = False) -> Iterator[tuple[int, bytes]]:
-    """Raw lines with 1-based numbers, without BOM and line end; blank ones only where asked for."""
+    """Raw lines with 1-based numbers, without BOM and line ends. blank: also give blank lines."""
     number = 0
     try:
         with opened(path) as stream:
@@ -91,9 +91,9 @@ def json_object(line: str) -> Fields:
 
 
 def cells(line: str) -> list[str]:
-    """The columns of a line with tabs; csv quoting with doubled quotes.
+    """The columns of a tab-separated line with csv quoting (doubled quotes).
 
-    A quote that is never closed must not swallow the following rows: each line is parsed alone, strictly.
+    Each line is parsed alone, strictly: a quote that is never closed must not swallow the following rows.
     """
     limit = csv.field_size_limit(max(len(line), 1))  # the library's own, 131,072 characters, is less than a long text
     try:
@@ -105,7 +105,7 @@ def cells(line: str) -> list[str]:
 
 
 def table(path: Path, needed: tuple[str, ...], report: OnBad | None) -> Iterator[Row]:
-    """A header line that names at least the columns `needed`, then a row a line."""
+    """Rows of a tab-separated file; its header line must name at least the columns `needed`."""
     columns: list[str] | None = None
     for number, raw in lines(path):
         try:
@@ -132,7 +132,7 @@ def passage_table(source: Source, report: OnBad | None) -> Iterator[Row]:
 
 
 def question_table(source: Source, report: OnBad | None) -> Iterator[Row]:
-    """DPR's question files: the question, a tab, and a list of answers as Python writes it; no header, or one."""
+    """DPR's question files: question, tab, list of answers in Python's notation; with or without a header."""
     for number, raw in lines(source.path):
         try:
             values = cells(decode(raw))
@@ -162,7 +162,7 @@ def _python_list(text: str) -> list[object]:
 
 
 def pairs(source: Source, report: OnBad | None) -> Iterator[Row]:
-    """NAME.source and NAME.target of Hugging Face's RAG: a question a line, and its answer in the other file."""
+    """NAME.source and NAME.target of Hugging Face's RAG: one question per line, its answer in the other file."""
     if source.beside is None:
         raise InputError(f"{source.path}: a pair of files NAME.source and NAME.target is needed")
     short = object()
@@ -187,7 +187,7 @@ def pairs(source: Source, report: OnBad | None) -> Iterator[Row]:
 
 
 def _to_last(path: Path) -> Iterator[tuple[int, bytes]]:
-    """All lines, blank ones in between too, to the last that is not blank."""
+    """All lines up to the last that is not blank, including blank ones."""
     waiting = []
     for number, line in lines(path, blank=True):
         waiting.append((number, line))

@@ -1,4 +1,4 @@
-"""Questions over several paragraphs that they bring with them: HotpotQA, 2WikiMultihopQA and MuSiQue."""
+"""Multi-hop questions with their paragraphs in the file: HotpotQA, 2WikiMultihopQA and MuSiQue."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -66,8 +66,8 @@ def musique(fields: Fields, own_id: str) -> list[Question]:
     """{"id", "question", "answer", "answer_aliases", "answerable", "paragraphs": [{"title", "paragraph_text",
     "is_supporting"}]}.
 
-    The full set asks each question twice, the second time without a paragraph that it needs and under the same id: that
-    one's id ends in -unanswerable here.
+    The full set has each question twice under the same id, the second time without a paragraph that it needs; the id of
+    that one gets the ending -unanswerable here.
     """
     found = every(each(fields, "paragraphs", lambda one: [(_paragraph(one), flag(one, "is_supporting"))]))
     names = [passage.id for passage, _ in found]

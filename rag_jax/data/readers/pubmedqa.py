@@ -1,4 +1,4 @@
-"""PubMedQA: one object of articles by PubMed id, each a question about the sections of its abstract."""
+"""PubMedQA: one JSON object of articles by PubMed id, each with a question about the sections of its abstract."""
 
 from rag_jax.data.readers.rows import (
     Fields,
@@ -14,8 +14,9 @@ from rag_jax.data.readers.rows import (
 
 
 def question(fields: Fields, own_id: str) -> list[Question]:
-    """{"QUESTION", "CONTEXTS", "LABELS", "LONG_ANSWER", "final_decision"}: the decision is answer and label, the long
-    answer the target; the sections are the right passages. `id` is the name that the article stood under.
+    """{"QUESTION", "CONTEXTS", "LABELS", "LONG_ANSWER", "final_decision"}; `id` is the article's key in the file.
+
+    The decision is the answer and the label, the long answer the target; the sections are the right passages.
     """
     label, target = optional(fields, "final_decision"), optional(fields, "LONG_ANSWER")
     made = Question(
@@ -30,7 +31,7 @@ def question(fields: Fields, own_id: str) -> list[Question]:
 
 
 def passages(fields: Fields, own_id: str) -> list[Passage]:
-    """The sections, each with its label, as Background, for a title."""
+    """The sections of the abstract; the label of a section, such as "Background", is its title."""
     texts, labels = strings(fields, "CONTEXTS"), strings({"LABELS": []} | fields, "LABELS")
     titles = [label.capitalize() for label in labels] if len(labels) == len(texts) else [""] * len(texts)
     pairs = [(title, text) for title, text in zip(titles, texts, strict=True) if text.strip()]

@@ -1,8 +1,8 @@
-"""Queries with judgements in a file beside: MS MARCO's and ColBERT's tables, TREC's topics; collections of passages.
+"""Queries with judgements in a second file (MS MARCO's and ColBERT's tables, TREC's topics) and their collections.
 
 collection.tsv   passage id, text, perhaps title; no header
 queries.X.tsv    query id, text
-qrels.X.tsv      query id, a column without use, passage id, grade; qrels.X.txt of TREC the same with spaces
+qrels.X.tsv      query id, an unused column, passage id, grade; TREC's qrels.X.txt has spaces between them
 """
 
 import re
@@ -33,7 +33,7 @@ _TITLE = re.compile(r"<title>\s*(?:Topic:)?\s*([^<]+)", re.IGNORECASE)
 
 
 def collection(source: Source, report: OnBad | None) -> Iterator[Row]:
-    """Passages; quotation marks are part of the text."""
+    """Rows of a collection of passages; quotation marks are part of the text."""
     for number, raw in lines(source.path):
         try:
             columns = decode(raw).split("\t")
@@ -53,7 +53,7 @@ def passage(fields: Fields, own_id: str) -> list[Passage]:
 
 
 def queries(source: Source, report: OnBad | None) -> Iterator[Row]:
-    """The queries that have judgements, with `relevance`, grades by passage id."""
+    """The queries that have judgements, with a field `relevance`: grades by passage id."""
     if source.beside is None:
         raise InputError(
             f"{source.path}: queries without judgements; put their qrels beside them and call the two alike, as "
@@ -70,7 +70,7 @@ def queries(source: Source, report: OnBad | None) -> Iterator[Row]:
 
 
 def question(fields: Fields, own_id: str) -> list[Question]:
-    """Passages with a grade above 0 are right."""
+    """The question of a query; passages with a grade above 0 are right."""
     right = tuple(name for name, grade in fields["relevance"].items() if grade > 0)
     return [Question(fields["id"], string(fields, "question"), (), right, extra=rest(fields, "id", "question"))]
 
@@ -97,7 +97,7 @@ def _table(path: Path, report: OnBad | None) -> Iterator[tuple[int, str, str]]:
 
 
 def _grades(path: Path, report: OnBad | None) -> tuple[dict[str, Grades], dict[str, int]]:
-    """Grades of every query, and the line of its first one."""
+    """Grades of every query, and the line of its first grade."""
     grades: dict[str, Grades] = {}
     first: dict[str, int] = {}
     for number, raw in lines(path):
@@ -120,7 +120,7 @@ def _grades(path: Path, report: OnBad | None) -> tuple[dict[str, Grades], dict[s
 
 
 def _elements(path: Path) -> Iterator[tuple[int, str]]:
-    """The texts between <DOC> and </DOC>, or <top> and </top>, and their lines."""
+    """(line, text) of every element <DOC>...</DOC> or <top>...</top>."""
     start, inside = 0, list[str]()
     for number, raw in lines(path, blank=True):
         try:

@@ -1,4 +1,4 @@
-"""Passages and questions, and the checks of the fields that they are made of."""
+"""Passages and questions, and checks of the fields that they are read from."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -24,14 +24,20 @@ class Passage:
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `extra` keeps the fields this class does not name.
+    """One question.
 
-    also_relevant_passage_ids: further right passages, found counts as right and they are no negatives.
-    hard_negative_passage_ids: found by a search, but wrong; negative_passage_ids: any others that are wrong.
-    Of a question known to have no answer, `extra` says `answerable: False`, and in `context_passage_ids` of what it was
-    asked. Further fields in `extra` that evaluation reads: `relevance`, grades by passage id; `provenance`, a list of
-    ways to answer, each the list of the documents that it needs, else `wikipedia_ids`, the documents of the one way;
-    `excluded_passage_ids`, passages that do not count as found; `label`.
+    answers: acceptable short answers.
+    positive_passage_ids: right passages.
+    target: a long text to be written instead of an answer.
+    extra: all other fields of the record. Those that evaluation reads:
+        answerable: False if the question is known to have no answer; context_passage_ids: what it was asked about.
+        relevance: grades by passage id.
+        provenance: list of ways to answer, each a list of the documents it needs; else wikipedia_ids: one such list.
+        excluded_passage_ids: passages that do not count as retrieved.
+        label: the class of a claim or question.
+    also_relevant_passage_ids: further right passages: retrieving one counts, and they are no negatives.
+    hard_negative_passage_ids: wrong passages that a search returned.
+    negative_passage_ids: other wrong passages.
     """
 
     id: str
@@ -51,7 +57,7 @@ class Question:
 
 
 class Row(NamedTuple):
-    """One record of a file: the 1-based line it begins at, which record it is (from 1 on), and its fields."""
+    """One record of a file: the line on which it begins, its number (both from 1 on), and its fields."""
 
     line: int
     number: int
@@ -59,7 +65,7 @@ class Row(NamedTuple):
 
 
 class BadLine(ValueError):
-    """What is wrong with one record; becomes an InputError with its place, or is counted and skipped."""
+    """Error in one record; becomes an InputError with file and line, or is reported and the record skipped."""
 
 
 def refuse(message: str, report: OnBad | None) -> None:
@@ -70,12 +76,12 @@ def refuse(message: str, report: OnBad | None) -> None:
 
 
 def content_id(title: str, text: str) -> str:
-    """The id of a passage whose file gives it none: the same text has the same id, whatever file it comes from."""
+    """The id of a passage without one in its file: the same title and text give the same id in any file."""
     return "text-" + hashlib.sha256(f"{title}\0{text}".encode()).hexdigest()[:16]
 
 
 def each(fields: Fields, name: str, parse: Callable[[Fields], Iterable[T | BadLine]]) -> Iterator[T | BadLine]:
-    """What `parse` makes of every object in the list field `name`; a bad one becomes a BadLine that says which."""
+    """Applies `parse` to every object in the list field `name`; a bad one gives a BadLine with its number."""
     parts = fields.get(name)
     if not isinstance(parts, list):
         what = f"missing field {name!r}" if name not in fields else f"field {name!r} is {kind(parts)}"
@@ -92,7 +98,7 @@ def each(fields: Fields, name: str, parse: Callable[[Fields], Iterable[T | BadLi
 
 
 def every(items: Iterable[T | BadLine]) -> list[T]:
-    """All of what `each` gives; the first bad one is raised."""
+    """The items of `each` as a list; raises the first BadLine among them."""
     good = []
     for item in items:
         if isinstance(item, BadLine):
@@ -102,12 +108,12 @@ def every(items: Iterable[T | BadLine]) -> list[T]:
 
 
 def unique(values: Iterable[str]) -> tuple[str, ...]:
-    """Without repetitions, in order."""
+    """The distinct values, in order of first occurrence."""
     return tuple(dict.fromkeys(values))
 
 
 def identity(fields: Fields, *names: str) -> str:
-    """The first of the fields `names` that is there, as a string; whole numbers are taken too."""
+    """The first of the fields `names` that exists, as a string; it may be a whole number."""
     name = next((name for name in names if name in fields), names[0])
     if isinstance(fields.get(name), int) and not isinstance(fields[name], bool):
         return str(fields[name])
@@ -126,7 +132,7 @@ def string(fields: Fields, name: str, empty: bool = False) -> str:
 
 
 def optional(fields: Fields, name: str) -> str:
-    """A string that may be missing, null or empty: then ""."""
+    """A string field; "" if it is missing, null or empty."""
     return "" if fields.get(name) is None else string(fields, name, empty=True)
 
 
@@ -140,7 +146,7 @@ def strings(fields: Fields, name: str) -> tuple[str, ...]:
 
 
 def flag(fields: Fields, *names: str) -> bool | None:
-    """The first of the fields `names` that is there, true or false; None where there is none."""
+    """The first of the fields `names` that exists and is not null, a boolean; None if there is none."""
     name = next((name for name in names if fields.get(name) is not None), None)
     if name is None:
         return None
@@ -150,7 +156,7 @@ def flag(fields: Fields, *names: str) -> bool | None:
 
 
 def checked(value: str, name: str) -> str:
-    """JSON escapes can smuggle in what UTF-8 cannot hold and what no text contains."""
+    """The value; BadLine for NUL characters and halves of surrogate pairs, which JSON escapes can smuggle in."""
     if "\0" in value:
         raise BadLine(f"NUL character in {name}")
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
@@ -159,12 +165,12 @@ def checked(value: str, name: str) -> str:
 
 
 def rest(fields: Fields, *named: str) -> Fields:
-    """The fields but for those named: the `extra` of a question."""
+    """The fields except those named, for the `extra` of a question."""
     return {name: value for name, value in fields.items() if name not in named}
 
 
 def kind(value: Any) -> str:
-    """In words, for messages."""
+    """The JSON type of a value in words, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     if isinstance(value, list):
         other = next((item for item in value if not isinstance(item, str)), "")

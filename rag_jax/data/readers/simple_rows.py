@@ -1,4 +1,4 @@
-"""Formats of one simple record a row: our own JSON lines, NQ-open, Atlas, FlashRAG, wikiextractor's pages."""
+"""Formats with one simple record per row: our own JSON lines, NQ-open, Atlas, FlashRAG, wikiextractor's pages."""
 
 from rag_jax.data.readers.rows import (
     BadLine,
@@ -22,15 +22,15 @@ _LISTS = (
     "negative_passage_ids",
 )
 
-# what other files call the same
+# Names of the same fields in other formats.
 IDS = ("id", "_id", "qid", "qId", "question_id", "QuestionId", "query_id", "claim_id", "docid")
 QUESTIONS = ("question", "query", "qText", "Question")
 ANSWERS = ("answer", "answers", "golden_answers", "Answer")
-_PAGES = ("EntityPages", "SearchResults", "entity_pages", "search_results")  # TriviaQA's, whole texts
+_PAGES = ("EntityPages", "SearchResults", "entity_pages", "search_results")  # TriviaQA: whole texts, dropped
 
 
 def passage(fields: Fields, own_id: str = "") -> list[Passage]:
-    """{"id" or "_id", "title", "text"}, and the document's id where it was cut from one."""
+    """{"id" or "_id", "title", "text"}, perhaps "document" or "doc_id": the document that it was cut from."""
     name = identity(fields, "id", "_id")
     title, text = string(fields, "title", empty=True), string(fields, "text")
     document = fields.get("document", fields.get("doc_id"))
@@ -42,7 +42,7 @@ def passage(fields: Fields, own_id: str = "") -> list[Passage]:
 
 
 def wikipedia(fields: Fields, own_id: str = "") -> list[Passage]:
-    """wikiextractor's {"id", "url", "title", "text"}: pages without text are none, a title in the text is left out."""
+    """wikiextractor's {"id", "url", "title", "text"}; no passage without text; a title at its start is removed."""
     if fields.get("text") == "":
         return []
     text, title = string(fields, "text"), string(fields, "title")
@@ -51,7 +51,7 @@ def wikipedia(fields: Fields, own_id: str = "") -> list[Passage]:
 
 
 def question(fields: Fields, own_id: str = "") -> list[Question]:
-    """{"id" or "_id", "question", "answers"}, and "target" and lists of passage ids where there are some."""
+    """{"id" or "_id", "question", "answers"}, perhaps "target" and lists of passage ids."""
     found = Question(
         id=identity(fields, "id", "_id"),
         question=string(fields, "question"),
@@ -64,13 +64,13 @@ def question(fields: Fields, own_id: str = "") -> list[Question]:
 
 
 def identified(fields: Fields, own_id: str) -> str:
-    """What the file calls the record, under one of IDS; else `own_id`, that of its place in the file."""
+    """The id of a record, under any name of IDS; else `own_id`, which is made of its position in the file."""
     name = next((name for name in IDS if fields.get(name) not in (None, "")), None)
     return identity(fields, name) if name else own_id
 
 
 def numbered(fields: Fields, own_id: str) -> list[Question]:
-    """As `question`; the id may have another name, and one without gets that of its place in the file."""
+    """Like `question`, but the id may have any name of IDS or be missing; see `identified`."""
     named = next((name for name in IDS if fields.get(name) not in (None, "")), "id")
     return question({**rest(fields, named), "id": identified(fields, own_id)})
 
@@ -96,8 +96,9 @@ def _answers(fields: Fields, name: str) -> list[str]:
 
 
 def atlas_passage(fields: Fields, own_id: str = "") -> list[Passage]:
-    """{"text"}, perhaps with "title" and "section", which goes into the title as in Atlas; ids as in `identified`, else
-    that of the content.
+    """{"text"}, perhaps "title" and "section", which is appended to the title as in Atlas.
+
+    Without an id (see `identified`) it is derived from the content.
     """
     title, section, text = optional(fields, "title"), optional(fields, "section"), string(fields, "text")
     title = f"{title}: {section}" if title and section else title or section

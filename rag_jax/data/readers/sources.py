@@ -1,4 +1,4 @@
-"""Files behind an input: a file, a glob, a folder, a set of parts, a pair of files that belong together."""
+"""Finds the files behind an input: a file, a glob, a folder, a set of parts, a pair of files that belong together."""
 
 import glob
 import math
@@ -15,14 +15,17 @@ PART = re.compile(r"^(?P<stem>.*)-(?P<index>\d+)-of-(?P<count>\d+)(?P<ext>\..*)?
 _WIKI = re.compile(r"^wiki_\d+(\.gz)?$")  # as wikiextractor names its files
 _WEIGHTED = re.compile(r"([^\s*]+)\*(\S.*)")  # WEIGHT*INPUT
 _TEXT_SUFFIXES = (".txt", ".md")
-_ASKED = ("queries", "topics")  # in names of files whose judgements are in another with "qrels" in its name
+_ASKED = ("queries", "topics")  # in the names of query files; the file of their judgements has "qrels" in its name
 _TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".tsv")
 
 
 class Source(NamedTuple):
-    """A file to read. `name` does not depend on the machine; files of one part set or folder share an `input`.
+    """A file to read.
 
-    format: a key of `formats.FORMATS`, "" to find it out. beside: the file with the other half of each record.
+    name: its name, which does not depend on the machine.
+    input: number of the input it belongs to; all files of a part set or folder have the same.
+    format: a key of `formats.FORMATS`; "": detect it.
+    beside: the file with the other half of each record, or None.
     """
 
     path: Path
@@ -34,7 +37,7 @@ class Source(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A file found behind an input, and what its place tells of it; see `Source`."""
+    """A file found behind an input, with the fields of `Source` that its name and folder determine."""
 
     path: Path
     format: str = ""
@@ -42,7 +45,7 @@ class Found(NamedTuple):
 
 
 def suffix(path: Path) -> str:
-    """The last suffix in lower case, without that of zipping and the number of a part."""
+    """The last suffix of a file in lower case, after removing .gz and the number of a part."""
     match = PART.match(path.name)
     name = match["stem"] + (match["ext"] or "") if match else path.name
     return Path(name.removesuffix(".gz")).suffix.lower()
@@ -57,7 +60,7 @@ def stem(name: str) -> str:
 
 
 def weighted(train: str) -> dict[str, float]:
-    """{input: weight} of a single input as it is, or of `WEIGHT*INPUT + WEIGHT*INPUT`; InputError names the input."""
+    """Parses `INPUT` or `WEIGHT*INPUT + WEIGHT*INPUT` into {input: weight}; InputError names a bad term."""
     terms = [term.strip() for term in train.split(" + ")]
     if len(terms) == 1:
         return {train: 1.0}
@@ -104,7 +107,7 @@ def files_of(path: Path, kind: Kind) -> list[Found]:
 
 
 def _parts_named(path: Path) -> list[Path]:
-    """All parts of the set that is called `path`, or of which `path`, which is missing, would be one."""
+    """All parts of the set named `path`, or of the set to which the missing file `path` would belong."""
     start, dot, end = path.name.partition(".")
     patterns = (f"{path.name}-*-of-*", f"{start}-*-of-*{dot}{end}", f"{start}-*-of-*{dot}{end}.gz")
     for pattern in patterns:
@@ -136,7 +139,10 @@ def _part_set(path: Path) -> list[Path]:
 
 
 def _folder(path: Path) -> list[Path]:
-    """Texts, or what wikiextractor wrote; data files beside them are refused: they may be meant, too."""
+    """The .txt and .md files of a folder, or wikiextractor's; InputError if data files are among them.
+
+    Such a file may be meant as well, so it is not silently left out.
+    """
     texts, wiki, tables = [], [], []
     for folder, subfolders, names in os.walk(path):
         subfolders.sort()
@@ -158,7 +164,7 @@ def _folder(path: Path) -> list[Path]:
 
 
 def _pair(path: Path) -> Found:
-    """NAME.source with NAME.target, by the name of either."""
+    """The pair NAME.source and NAME.target from the name of either."""
     zipped = path.name.removesuffix(".gz")
     source, target = (path.with_name(Path(zipped).stem + end) for end in (".source", ".target"))
     source, target = (p if p.exists() else p.with_name(p.name + ".gz") for p in (source, target))
@@ -169,7 +175,9 @@ def _pair(path: Path) -> Found:
 
 
 def _judged(path: Path) -> Found | None:
-    """Queries with their qrels, by the name of either: queries.dev.tsv, qrels.dev.tsv, or the only ones in a folder."""
+    """Queries and their qrels from the name of either: those named alike (queries.dev.tsv, qrels.dev.tsv), else the
+    only ones in the folder. None if `path` is neither, or has no qrels.
+    """
     name = path.name.lower()
     mine = next((word for word in (*_ASKED, "qrels") if word in name), None)
     if mine is None or suffix(path) not in (".tsv", ".txt"):

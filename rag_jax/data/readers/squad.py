@@ -22,7 +22,7 @@ from rag_jax.data.readers.simple_rows import identified
 
 
 def questions(article: Fields, own_id: str) -> Iterator[Question | BadLine]:
-    """All questions of an article. The right passage is the paragraph, by its content."""
+    """All questions of an article; the right passage is the paragraph, with an id derived from its content."""
     title = optional(article, "title")
 
     def asked(paragraph: Fields) -> Iterator[Question | BadLine]:
@@ -33,7 +33,10 @@ def questions(article: Fields, own_id: str) -> Iterator[Question | BadLine]:
 
 
 def question(fields: Fields, context: str) -> Question:
-    """One question about the passage `context`. One marked as impossible has no answer, and that passage beside it."""
+    """One question about the passage with id `context`.
+
+    An impossible one has no answer and no right passage; `context_passage_ids` names the passage instead.
+    """
     found = every(each(fields, "answers", lambda answer: [string(answer, "text")]))
     extra = rest(fields, "id", "question", "answers", "is_impossible")
     impossible = flag(fields, "is_impossible")
@@ -51,7 +54,7 @@ def question(fields: Fields, context: str) -> Question:
 
 
 def passages(article: Fields, own_id: str) -> Iterator[Passage | BadLine]:
-    """The paragraphs of an article, whose title names the document."""
+    """The paragraphs of an article; its title is their document."""
     title = optional(article, "title")
     return each(article, "paragraphs", lambda paragraph: [passage(title, string(paragraph, "context"))])
 
@@ -62,8 +65,9 @@ def passage(title: str, text: str) -> Passage:
 
 
 def flat_question(fields: Fields, own_id: str) -> list[Question]:
-    """{"id", "title", "context", "question", "answers": {"text": [...]}}, as Hugging Face's data sets have them: one
-    without an answer is impossible.
+    """{"id", "title", "context", "question", "answers": {"text": [...]}}, as in Hugging Face's data sets.
+
+    A question without an answer is impossible.
     """
     answers = fields.get("answers")
     if isinstance(answers, dict):

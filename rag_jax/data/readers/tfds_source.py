@@ -2,11 +2,11 @@
 
     tfds:NAME[/CONFIG][:VERSION]/SPLIT[?FIELD=FEATURE&...&data_dir=DIR]
 
-FIELD is ours: id, question, answers, target, title, text, positive_passage_ids, ..., or any name to keep in `extra`.
-`context` is the text that a question was asked of, which becomes its right passage; `is_impossible` marks questions
-that it does not answer. FEATURE is the data set's, a path with dots where it is nested (`answers.text`), several with
-commas between them. Without any, MAPPINGS tells, else features of our own names are taken. The data set must have been
-prepared as array_record files: nothing is downloaded here.
+FIELD is one of ours: id, question, answers, target, title, text, positive_passage_ids, ..., or any name to keep in
+`extra`. `context` is the text that a question was asked about, which becomes its right passage; `is_impossible` marks
+questions that it does not answer. FEATURE is one of the data set, with dots where it is nested (`answers.text`), or
+several with commas between them. Without any FIELD, MAPPINGS decides, else features with our names are taken. The data
+set must have been prepared as array_record files: nothing is downloaded here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,7 +40,7 @@ _SQUAD = {
     "context": "context",
 }
 _WORLD = ("id", "question", "answers", "positive_passage_ids", "previous_answers", "title", "text")
-# Of the standard sets; by name, or by name and configuration.
+# Features of the standard data sets, by name, or by name and configuration.
 MAPPINGS: dict[str, Mapping[str, str]] = {
     "squad": _SQUAD,
     "squad/v2.0": {**_SQUAD, "is_impossible": "is_impossible"},
@@ -64,7 +64,7 @@ _OURS = ("id", "question", "target", "title", "text", "context", "document", "is
 
 
 class Spec(NamedTuple):
-    """What an input `tfds:...` says; see above. fields: ours -> paths of features."""
+    """A parsed input `tfds:...` (see above). fields: our name -> paths of features, with commas between them."""
 
     name: str
     split: str
@@ -73,7 +73,7 @@ class Spec(NamedTuple):
 
 
 def spec(text: str) -> Spec:
-    """InputError where it is not of the form above."""
+    """Parses an input `tfds:...`; InputError if it does not have the form above."""
     place, _, query = text.removeprefix(PREFIX).partition("?")
     name, slash, split = place.rpartition("/")
     pairs = [pair.partition("=") for pair in query.split("&")] if query else []
@@ -86,13 +86,13 @@ def spec(text: str) -> Spec:
 
 
 def title(text: str) -> str:
-    """What an input is called on every machine."""
+    """The name of an input, the same on every machine."""
     wanted = spec(text)
     return f"{wanted.name}/{wanted.split}"
 
 
 def rows(source: Source, report: OnBad | None) -> Iterator[Row]:
-    """Every record of the split, in order, under our names; `line` counts records."""
+    """Every record of the split, in order, with our field names; `line` counts records."""
     wanted = spec(str(source.path))
     records = _open(str(source.path), wanted)[1]
     fields: Mapping[str, str] = {}
@@ -109,7 +109,7 @@ def rows(source: Source, report: OnBad | None) -> Iterator[Row]:
 
 
 def question(fields: Fields, own_id: str) -> list[Question]:
-    """A question; with a `context` it is one of SQuAD's."""
+    """A question; one with a `context` is read like SQuAD's."""
     fields = {"id": own_id, "answers": [], **fields}
     if "context" not in fields:
         return simple_rows.question({name: value for name, value in fields.items() if name not in ("title", "text")})
@@ -140,7 +140,7 @@ def digest(source: Source) -> str:
 
 
 def _open(text: str, wanted: Spec) -> tuple[Any, Any]:
-    """The builder of the prepared files, and its records by number."""
+    """The builder of the prepared files, and their records with random access."""
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -168,7 +168,7 @@ def _open(text: str, wanted: Spec) -> tuple[Any, Any]:
 
 
 def _check(text: str, fields: Mapping[str, str], record: Mapping[str, Any]) -> None:
-    """Every feature that is named must be there."""
+    """Raises InputError for a feature that the records do not have."""
     names = sorted(_paths(record))
     for ours, paths in fields.items():
         for path in paths.split(","):
@@ -185,7 +185,7 @@ def _paths(record: Mapping[str, Any], before: str = "") -> Iterator[str]:
 
 
 def _mapped(record: Mapping[str, Any], ours: str, paths: str) -> Any:
-    """The feature, or one list of all of them; true and false as answers are yes and no."""
+    """The value of a field: the feature, or a list of several; as answers, true and false become yes and no."""
     found = []
     for path in paths.split(","):
         value: Any = record
@@ -200,7 +200,7 @@ def _mapped(record: Mapping[str, Any], ours: str, paths: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Bytes as text, NumPy's scalars and arrays as Python's."""
+    """The value in Python's types: bytes as text, NumPy scalars and arrays as numbers and lists."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]

@@ -35,15 +35,15 @@ FILES: tuple[str, ...] = ("passages", *SPLITS)
 MIN_WORDS, MAX_WORDS = 60, 120
 
 # One-letter onsets and at most one-letter codas: a word splits into its syllables in exactly one way, so different
-# syllables give different words. What a name belongs to shows in its last syllable (closed or open), so that no name
-# contains another: people "Velmon Torvil", bare words "Torva", places "Velmora", organisations "Velmoran Guild".
+# syllables give different words. The last syllable (closed or open) shows the kind of a name, so that no name contains
+# another: people "Velmon Torvil", bare words "Torva", places "Velmora", organisations "Velmoran Guild".
 _ONSETS, _VOWELS, _CODAS = "bdfgjklmnrstvw", "aeiou", "nrls"
 OPEN = tuple(c + v for c in _ONSETS for v in _VOWELS)
 CLOSED = tuple(
     c + v + _CODAS[(i + j + k) % 4] for i, c in enumerate(_ONSETS) for j, v in enumerate(_VOWELS) for k in (0, 2)
 )
 SYLLABLES = OPEN + CLOSED
-_LAST_OPEN = tuple(syllable for syllable in OPEN if syllable[-1] != "e")  # or "Some", "Time", "Native" would be names
+_LAST_OPEN = tuple(syllable for syllable in OPEN if syllable[-1] != "e")  # with it "Some", "Time" would be names
 _PAIRS = len(SYLLABLES) ** 2
 _NAMES = {  # how many names each kind has
     "person": (len(SYLLABLES) * len(CLOSED)) ** 2,
@@ -57,13 +57,14 @@ MIN_ENTITIES = 20
 MIN_RELATIONS = 6  # an entity has up to six facts
 
 _BLOCK = 1000  # distractors name entities of the same block, so that any block can be generated without the others
-_SPLIT_BLOCK = 20  # of which 2 are test and 1 is dev
+_SPLIT_BLOCK = 20  # entities of which 2 are test and 1 is dev
 _CHUNK = 2000  # entities of one unit of work
 _ANSWER_WORDS = {"person": 2, "place": 1, "organisation": 2, "work": 4, "year": 1, "number": 1, "word": 1}
 
 _TAKEN = {kind: MAX_ENTITIES // 5 * _CYCLE.count(kind) for kind in KINDS}  # by the entities; the rest are strangers
-# Where values are drawn from, (least, how many). Answers are strangers, so that no passage but the entity's own can be
-# read as an answer ("Who was married to X?" beside "Y was married to X"), and an answer is to be read only there.
+# Ranges that answers are drawn from: (smallest number, how many). Answers are strangers, names that no entity has: so
+# only the entity's own passage states its answer, and no other one can be misread for it ("Y was married to X" beside
+# "Who was married to X?").
 _ANSWERS = {
     **{kind: (_TAKEN[kind], _NAMES[kind] - _TAKEN[kind]) for kind in KINDS},
     "year": (1000, 1000),
@@ -133,7 +134,7 @@ def permute(x: int, size: int, key: int) -> int:
 
 
 def _word(x: int, last: tuple[str, ...], syllables: int) -> tuple[str, int]:
-    """The word numbered x of the given number of syllables, and what is left of x."""
+    """The word with number x among those of this many syllables, and the rest of x for further words."""
     x, end = divmod(x, len(last))
     word = last[end]
     for _ in range(syllables - 1):
@@ -168,7 +169,7 @@ def _locate(i: int) -> tuple[str, int]:
 
 
 def _least_words(template: str, answer: str = "") -> int:
-    """The words of the shortest rendering: a pronoun or a one-word name, fillers of their fixed lengths."""
+    """Number of words in the shortest rendering: a pronoun or a one-word name, and fillers of their fixed lengths."""
     for slot, words in _ANSWER_WORDS.items():
         template = template.replace("{a}" if slot == answer else "{" + slot + "}", " ".join("x" * words))
     return len(template.split())
@@ -179,7 +180,7 @@ def _slots(template: str) -> tuple[str, ...]:
 
 
 _DISTRACTORS = tuple((template, _slots(template), _least_words(template)) for template in DISTRACTORS)
-_ABOUT = re.compile(r"\{[sop]\}").search  # does a template speak of the entity?
+_ABOUT = re.compile(r"\{[sop]\}").search  # whether a template mentions the entity
 _STATEMENT_WORDS = {
     (kind, r.name): tuple(_least_words(s, r.answer) for s in r.statements)
     for kind, relations in RELATIONS.items()
@@ -211,10 +212,14 @@ class Entity:
 
 @dataclass(frozen=True)
 class World:
-    """The world of `entities` entities from `seed`; with `edit`, half of every entity's facts are changed.
+    """A fictional world, the same for the same fields.
 
-    How hard it is to read: the first `relations` kinds of fact of each kind of entity (at least 6), each in the first
-    `wordings` statements and questions; 0 for all that there are.
+    entities: number of entities, one passage each.
+    seed: another seed gives other names and facts.
+    edit: the same world with half of every entity's facts changed.
+    relations: use only the first so many kinds of fact of each kind of entity, at least 6; 0: all.
+    wordings: use only the first so many statements and questions of each kind of fact; 0: all. Fewer relations and
+        wordings make passages easier to read.
     """
 
     entities: int
@@ -237,7 +242,7 @@ class World:
         return self.entities
 
     def split(self, i: int) -> str:
-        """Where the questions about entity i belong: "train", "dev" (5%) or "test" (10%)."""
+        """The split of the questions about entity i: "train", "dev" (5%) or "test" (10%)."""
         return _splits(self.seed, i // _SPLIT_BLOCK)[i % _SPLIT_BLOCK]
 
     def _value(self, answer: str, number: int) -> str:
@@ -258,7 +263,7 @@ class World:
         used = {(kind, n)}
 
         def draw(answer: str, stranger: bool) -> tuple[str, int]:
-            """The number of a value of this type that the passage does not have yet."""
+            """(type, number) of a value of this type that the passage does not have yet."""
             least, many = _ANSWERS[answer]
             if not stranger and answer in KINDS:
                 many = _TAKEN[answer] * _BLOCK // MAX_ENTITIES
@@ -304,7 +309,8 @@ class World:
             words += least
 
         sentences: list[tuple[str, str | None]] = []
-        by_name = True  # a pronoun only after the name, and where it cannot mean another entity named in between
+        # A pronoun only once the name was given, and not after another entity of the same kind, which it could mean.
+        by_name = True
         for p in rng.pick(len(plan), len(plan)):
             template, fillers, stated, own_kind = plan[p]
             s, o, possessive = forms[0 if by_name or rng.below(5) < 3 else 1]
@@ -319,7 +325,7 @@ class World:
         return {"id": e.id, "title": e.name, "text": " ".join(text for text, _ in e.sentences)}
 
     def questions(self, i: int) -> list[dict[str, Any]]:
-        """One row per fact of entity i; in an edited world also "changed" and, where it is, "previous_answers"."""
+        """One row per fact of entity i; in an edited world with "changed" and, if it is, "previous_answers"."""
         e = self._entity(i, with_passage=False)
         rows = []
         for fact in e.facts:
@@ -339,7 +345,7 @@ class World:
         return rows
 
     def shuffled_questions(self, split: str, start: int, stop: int) -> list[dict[str, Any]]:
-        """The questions of this split about the entities at [start, stop) of a fixed random order, mixed."""
+        """The questions of a split about the entities at [start, stop) of a fixed random order, shuffled."""
         key = _root(self.seed, "order")
         order = (permute(j, self.entities, key) for j in range(start, stop))
         rows = [row for i in order if self.split(i) == split for row in self.questions(i)]
@@ -347,14 +353,14 @@ class World:
         return rows
 
     def chunk(self, name: str, start: int) -> list[dict[str, Any]]:
-        """The rows that the unit of work at `start` adds to the file of this name ("passages" or a split)."""
+        """The rows of the file of this name ("passages" or a split) from the unit of work that begins at `start`."""
         stop = min(start + _CHUNK, self.entities)
         if name == "passages":
             return [self.passage(i) for i in range(start, stop)]
         return self.shuffled_questions(name, start, stop)
 
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
-        """All rows of the file of this name, in its order, in flat memory."""
+        """All rows of the file of this name, in its order; memory does not grow with the world."""
         for start in range(0, self.entities, _CHUNK):
             yield from self.chunk(name, start)
 
@@ -365,14 +371,14 @@ def _encoded(world: World, name: str, start: int) -> tuple[str, int, bytes]:
 
 
 def _chunks(world: World, workers: int) -> Iterator[tuple[str, int, bytes]]:
-    """(file, rows, bytes) of all chunks in order; only a few are under way at a time, so memory stays flat."""
+    """(file, rows, bytes) of all chunks in order; only a few are in flight, so memory does not grow with the world."""
     jobs = ((name, start) for name in FILES for start in range(0, world.entities, _CHUNK))
     if workers == 1:
         for name, start in jobs:
             yield _encoded(world, name, start)
         return
     pending: deque[Future[tuple[str, int, bytes]]] = deque()
-    # Spawned: the caller may hold threads (JAX has), which a fork would copy in the middle of something.
+    # Spawned: the caller may have threads (JAX does), whose locks a fork would copy in whatever state they are.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for name, start in jobs:
             pending.append(pool.submit(_encoded, world, name, start))

@@ -1,4 +1,4 @@
-"""The wordings of the world: relations with their statements and questions, and the sentences that answer nothing.
+"""The wordings of the world: relations with their statements and questions, and distractors, which answer nothing.
 
 In statements {s}, {o}, {p} are the entity as subject, object and possessive (its name or a pronoun), {a} is the answer;
 in questions {n} is the entity. Answers are names or numbers of thousands of values, never a small set such as colours.
@@ -20,7 +20,7 @@ WORK_NOUNS = (
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact: its name, the type of its answer, at least five statements and four questions."""
+    """One kind of fact, with the type of its answer, at least five statements and at least four questions."""
 
     name: str
     answer: str

@@ -15,7 +15,7 @@ _LISTS = ("answers", "positive_passage_ids", "previous_answers")
 
 @dataclass(eq=False)
 class WorldConfig(tfds.core.BuilderConfig):
-    """Which world to build; it names itself after its fields, since they determine the bytes."""
+    """Configuration of `WorldBuilder`: the fields of `World`, which determine the bytes; `name` is made of them."""
 
     name: str = ""
     entities: int = 2000
@@ -35,7 +35,7 @@ class WorldConfig(tfds.core.BuilderConfig):
 
 
 class WorldBuilder(tfds.core.GeneratorBasedBuilder):
-    """Splits passages, train, dev and test; every row has all fields, those of the other sort of row empty.
+    """Builder with splits passages, train, dev and test; a row has the fields of passages and questions, some empty.
 
     `WorldBuilder(data_dir=..., config=WorldConfig(entities=2000, seed=0), file_format="array_record")`, then
     `download_and_prepare()` and `as_data_source("train")`. Strings come back as bytes.
