@@ -1,6 +1,6 @@
-"""The field's figures of predictions, each with its bootstrap interval; which ones follows from what the data have.
+"""Scores predictions with the figures of the field, each with a bootstrap interval; by default those that fit the data.
 
-All are shares of 1. METRICS says what there is; the rows are described in `figures`.
+All are shares of 1. METRICS lists the metrics; `figures` describes the rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,11 @@ __all__ = [
 
 
 class Metric(NamedTuple):
-    """What a metric needs of the data, in words, and the figures that it gives; none where the data have it not."""
+    """A metric.
+
+    needs: what the data must have, in words, for messages.
+    measure: from rows of predictions to figures; none where the data lack what it needs.
+    """
 
     needs: str
     measure: Callable[[Sequence[Row], Setting], Figures]
@@ -54,7 +58,7 @@ METRICS: dict[str, Metric] = {
 }
 LONG = ("rouge_l", "bleu", "distinct")
 OF_GOLD = ("recall", "all_gold", "mrr", "ndcg", "r_precision", "kilt")  # metrics that need gold passages
-OF_ANSWERS = ("accuracy", "exact_match", "f1", "rouge_l", "bleu")  # figures; the first one there is the main one
+OF_ANSWERS = ("accuracy", "exact_match", "f1", "rouge_l", "bleu")  # figures; the first that has a value is the main one
 _JUDGED = Setting()
 
 
@@ -65,9 +69,12 @@ def summarize(
     intervals: bool = False,
     seed: int = 0,
 ) -> dict[str, float]:
-    """n, and the figures of the metrics named (default: all that the rows ask for); what no row can give is left out.
+    """{"n": number of rows, FIGURE: value, ...}; figures without a value are left out.
 
-    intervals: beside FIGURE also FIGURE_low and FIGURE_high. InputError for an unknown metric or a missing library.
+    names: metrics to use; (): those of `by_default`.
+    intervals: also FIGURE_low and FIGURE_high, a 95% interval.
+    seed: of the resamples.
+    InputError for no rows, an unknown metric or a missing library.
     """
     if not rows:
         raise InputError("no predictions to summarize; is the question file empty?")
@@ -82,7 +89,7 @@ def summarize(
 
 
 def figures_of(rows: Sequence[Row], setting: Setting, names: Sequence[str] = ()) -> Figures:
-    """The figures of the metrics named, or of all that the rows ask for, that have a value."""
+    """The figures with a value of the metrics in `names`, or of those of `by_default`."""
     check_names(names)
     found: Figures = {}
     for name in names or by_default(rows, setting):
@@ -91,7 +98,7 @@ def figures_of(rows: Sequence[Row], setting: Setting, names: Sequence[str] = ())
 
 
 def resampled(found: Figures, seed: int = 0) -> dict[str, np.ndarray]:
-    """Values [R] of every figure; those over as many questions share their resamples."""
+    """Values [R] of every figure in R resamples; figures over the same number of questions share their resamples."""
     draws: dict[str, np.ndarray] = {}
     for n in dict.fromkeys(figure.n for figure in found.values()):
         draws |= bootstrap.resampled({name: one.statistic for name, one in found.items() if one.n == n}, n, seed)
@@ -99,7 +106,7 @@ def resampled(found: Figures, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """InputError for a metric that is not there, or whose library is not."""
+    """Raises InputError for an unknown metric, and for one whose library is not installed."""
     for name in names:
         if name not in METRICS:
             raise InputError(f"no metric {name!r}; there are: {', '.join(METRICS)}")
@@ -107,16 +114,19 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def by_default(rows: Sequence[Row], setting: Setting) -> list[str]:
-    """The metrics to look at; those of long texts only where such texts were to be written, and their library is there.
+    """The metrics used when none is named: all, but those of long texts only if such texts were to be written.
 
-    The others leave themselves out where the rows have not what they need.
+    Metrics without their library are left out. Others have no figure where the rows lack what they need.
     """
     long = not setting.labels and any(map(references, rows))
     return [name for name in METRICS if (long or name not in LONG) and texts.installed(name)]
 
 
 def missing(rows: Sequence[Row], setting: Setting, names: Sequence[str], found: dict[str, float]) -> list[str]:
-    """Why metrics have no figure in a summary: those named, and by default those whose library is not installed."""
+    """Messages for metrics without a figure in the summary `found`.
+
+    Of the metrics in `names`: all of them; by default: those whose library is not installed.
+    """
     if not names and not setting.labels and any(map(references, rows)):
         lacking = ", ".join(name for name in LONG if not texts.installed(name))
         return [f"{lacking}: left out; pip install 'rag-jax[metrics]'"] if lacking else []

@@ -1,7 +1,7 @@
-"""Answers that may be held back: the risk-coverage curve (El-Yaniv and Wiener 2010) and the area under it.
+"""Figures of abstaining: saying that there is no answer, and the risk-coverage curve (El-Yaniv and Wiener 2010).
 
-With the answers ordered by confidence, the risk at a coverage c is the share of wrong ones among the first share c of
-them. Equal confidences have no order: of such a group every part is taken to be wrong at the group's rate.
+With the answers sorted by confidence, the risk at coverage c is the share of wrong answers among the first share c of
+them. Answers of equal confidence have no order: any part of such a group is taken to be wrong at the group's rate.
 """
 
 import functools
@@ -13,7 +13,7 @@ from rag_jax.metrics import bootstrap, matching
 from rag_jax.metrics.bootstrap import Statistic
 from rag_jax.metrics.figures import Figure, Figures, Row, Setting, golds, references, written
 
-NO_ANSWER = ("", "no answer", "unanswerable")  # in normal form: what counts as the answer that there is none
+NO_ANSWER = ("", "no answer", "unanswerable")  # predictions, in normal form, that say that there is no answer
 
 
 def says_nothing(prediction: str) -> bool:
@@ -22,8 +22,10 @@ def says_nothing(prediction: str) -> bool:
 
 
 def no_answer(rows: Sequence[Row], setting: Setting) -> Figures:
-    """Precision, recall and F1 of saying that there is no answer, and SQuAD 2's F1 over all questions; where all
-    answers are short also its exact match, and the area under the risk-coverage curve with that for being right.
+    """Precision, recall and F1 of saying that there is no answer, and SQuAD 2's F1 over all questions.
+
+    Where all answers are short, also SQuAD 2's exact match, and the area under the risk-coverage curve, in which an
+    answer is right by that exact match.
     """
     judged = [row for row in written(rows) if row.get("unanswerable") or _wanted(row, setting)]
     if not any(row.get("unanswerable") for row in judged):
@@ -59,7 +61,9 @@ def _answers(judged: Sequence[Row], setting: Setting) -> tuple[np.ndarray, np.nd
 
 
 def _scores(score: Callable[[str, Sequence[str]], float], judged: Sequence[Row], setting: Setting) -> np.ndarray:
-    """[N]: 1 where no answer is said and there is none, 0 where only one of both is so, else the answer's score."""
+    """Scores [N]: 1 where the model rightly says that there is no answer, 0 where only one of prediction and gold says
+    so, else the score of the answer.
+    """
     found = []
     for row in judged:
         said, none = says_nothing(row["prediction"]), bool(row.get("unanswerable"))
@@ -72,7 +76,7 @@ def _wanted(row: Row, setting: Setting) -> list[str]:
 
 
 def curve(confidence_N: np.ndarray, wrong_N: np.ndarray, points: int = 20) -> list[tuple[float, float]]:
-    """(coverage, risk) at equal steps of coverage, the last one 1."""
+    """The risk-coverage curve: (coverage, risk) at `points` equal steps of coverage, the last one 1."""
     order_N, start_G = _groups(confidence_N)
     ends = np.append(start_G[1:], len(order_N))
     errors = np.add.reduceat(np.asarray(wrong_N, np.float64)[order_N], start_G).cumsum()
@@ -83,11 +87,12 @@ def curve(confidence_N: np.ndarray, wrong_N: np.ndarray, points: int = 20) -> li
 
 
 def area(confidence_N: np.ndarray, wrong_N: np.ndarray) -> Statistic:
-    """The area under the curve: the mean risk of the first 1, 2, ..., n answers."""
+    """The area under the risk-coverage curve: the mean risk of the first 1, 2, ..., n answers."""
     order_N, start_G = _groups(confidence_N)
     wrong_N = np.asarray(wrong_N, np.float64)[order_N]
-    # harmonic[k] = 1 + 1/2 + ... + 1/k, for the sums over a group: of e errors in its m answers, behind E errors in
-    # k answers, sum over j of (E + e j / m) / (k + j)
+    # harmonic[k] = 1 + 1/2 + ... + 1/k gives the sum of the risks within a group of equal confidence in closed form. A
+    # group of m answers with e errors, after k answers with E errors, adds the sum over j = 1..m of
+    # (E + e j / m) / (k + j).
     harmonic = np.append(0.0, (1 / np.arange(1, len(order_N) + 1)).cumsum())
 
     def statistic(counts_RN: np.ndarray) -> np.ndarray:
@@ -103,7 +108,7 @@ def area(confidence_N: np.ndarray, wrong_N: np.ndarray) -> Statistic:
 
 
 def _groups(confidence_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the order, most confident first; where groups of equal confidence begin in it)."""
+    """(order_N, most confident answer first; start_G, the positions in it where groups of equal confidence begin)."""
     confidence_N = np.asarray(confidence_N, np.float64)
     order_N = np.argsort(-confidence_N, kind="stable")
     return order_N, np.flatnonzero(np.diff(confidence_N[order_N], prepend=np.inf))

@@ -1,8 +1,8 @@
 """Confidence intervals and significance by resampling the questions (percentile bootstrap, Efron and Tibshirani 1993).
 
-A statistic is a function of counts_RN, how often each of N questions was drawn in each of R resamples, to values [R];
-its value for the questions as they are is that of counts that are all 1. The same seed and N draw the same resamples,
-so that two runs with the same questions are compared question by question.
+A statistic is a function from counts_RN, how often each of N questions was drawn in each of R resamples, to values [R].
+Counts that are all 1 give its value for the questions as they are. The same seed and N draw the same resamples, so that
+two runs with the same questions are compared question by question.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,11 +12,11 @@ import numpy as np
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 RESAMPLES = 2000
-_CELLS = 1 << 22  # of counts_RN held at a time
+_CELLS = 1 << 22  # elements of counts_RN held at a time
 
 
 def counts(n: int, seed: int = 0, resamples: int = RESAMPLES) -> Iterator[np.ndarray]:
-    """Counts_RN of the resamples, some of them at a time."""
+    """counts_RN of the resamples, in blocks of rows that fit in memory."""
     if n < 1:
         raise ValueError("nothing to resample")
     random = np.random.default_rng(seed)
@@ -28,12 +28,12 @@ def counts(n: int, seed: int = 0, resamples: int = RESAMPLES) -> Iterator[np.nda
 
 
 def mean(values_N: np.ndarray) -> Statistic:
-    """The mean of one value a question."""
+    """The statistic that is the mean of one value per question."""
     return ratio(values_N, np.ones(len(values_N)))
 
 
 def ratio(top_N: np.ndarray, bottom_N: np.ndarray) -> Statistic:
-    """The sum of one value over the sum of another; NaN where that is 0."""
+    """The statistic that is the sum of one value over the sum of another; NaN where that is 0."""
     both_N2 = np.stack([np.asarray(top_N, np.float64), np.asarray(bottom_N, np.float64)], axis=1)
 
     def statistic(counts_RN: np.ndarray) -> np.ndarray:
@@ -49,14 +49,14 @@ def divided(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
 
 
 def value(statistic: Statistic, n: int) -> float:
-    """The statistic of the questions as they are."""
+    """The value of a statistic for the n questions as they are."""
     return float(statistic(np.ones((1, n)))[0])
 
 
 def resampled(
     statistics: Mapping[str, Statistic], n: int, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, np.ndarray]:
-    """Values [R] of statistics over the same n questions, each in the same resamples."""
+    """Values [R] of statistics over the same n questions; all see the same resamples."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in statistics}
     for counts_RN in counts(n, seed, resamples):
         for name, statistic in statistics.items():
@@ -65,13 +65,13 @@ def resampled(
 
 
 def interval(values_R: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval; resamples without a value (NaN) stay out."""
+    """The percentile interval (low, high); resamples without a value (NaN) are ignored."""
     low, high = np.nanquantile(values_R, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def p_value(differences_R: np.ndarray) -> float:
-    """Two-sided: twice the share of resamples on the other side of zero, or on it. At least 2 / (R + 1)."""
+    """Two-sided p value: twice the share of resamples at or beyond zero. At least 2 / (R + 1), at most 1."""
     known_R = differences_R[~np.isnan(differences_R)]
     fewer = min(int((known_R <= 0).sum()), int((known_R >= 0).sum()))
     return min(1.0, 2 * (1 + fewer) / (len(known_R) + 1))

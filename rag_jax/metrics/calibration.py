@@ -1,8 +1,8 @@
-"""Whether a probability means what it says: reliability diagrams and the expected calibration error (Guo et al. 2017).
+"""Calibration of probabilities: reliability diagrams and the expected calibration error (Guo et al. 2017).
 
-Of a passage: the posterior p(z|x,y), or the prior p(z|x), of the best passage read, beside whether it is gold, or has
-the answer where no gold passage is known. Of an answer: p(y|x), and its geometric mean over the tokens, the end
-included, beside whether the answer is right.
+Passages: the prior p(z|x), or posterior p(z|x,y), of the best passage read, against whether it is gold, or has the
+answer where no gold passage is known. Answers: p(y|x), and its geometric mean over the tokens, the end token included,
+against whether the answer is right.
 """
 
 import math
@@ -15,12 +15,12 @@ from rag_jax.metrics import verdicts
 from rag_jax.metrics.figures import Row, Setting, golds, judged, unit
 
 BINS = 10
-Z = 1.959964  # of a 95% interval
+Z = 1.959964  # normal quantile of a 95% interval
 
 
 def calibration(rows: Sequence[Row], setting: Setting) -> dict[str, dict[str, Any]]:
-    """`reliability` of the "prior" and the "posterior" of the best passage, of the "answer" and of its "token"s; what
-    the rows have not is left out.
+    """`reliability` of "prior" and "posterior" of the best passage, of "answer" (p(y|x)) and "token" (its geometric
+    mean); those without data are left out.
     """
     pairs: dict[str, list[tuple[float, bool]]] = {"prior": [], "posterior": [], "answer": [], "token": []}
     for row in rows:
@@ -38,10 +38,10 @@ def calibration(rows: Sequence[Row], setting: Setting) -> dict[str, dict[str, An
 
 
 def reliability(confidence_N: np.ndarray, right_N: np.ndarray, bins: int = BINS) -> dict[str, Any]:
-    """{"n", "error", "bins": [{"n", "confidence", "right", "low", "high"}]}, bins of equal width that are not empty.
+    """{"n", "error", "bins": [{"n", "confidence", "right", "low", "high"}]}, for the bins that are not empty.
 
-    The error is the expected calibration error, the mean over all of |share right - mean confidence| of their bin;
-    low and high are Wilson's 95% interval of the share right.
+    error: the expected calibration error: |share right - mean confidence| of the bins, weighted by their sizes.
+    bins: of equal width; confidence: mean; right: share; low, high: Wilson's 95% interval of that share.
     """
     bin_N = np.minimum((np.asarray(confidence_N, np.float64) * bins).astype(int), bins - 1)
     found, error = [], 0.0
@@ -55,13 +55,13 @@ def reliability(confidence_N: np.ndarray, right_N: np.ndarray, bins: int = BINS)
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a share of n."""
+    """Wilson's score interval (1927), 95%, of a share among n."""
     middle, spread = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     return max(0.0, (middle - spread) / (1 + Z**2 / n)), min(1.0, (middle + spread) / (1 + Z**2 / n))
 
 
 def _right_passages(row: Row, setting: Setting) -> list[bool] | None:
-    """Of each passage read, whether it is gold or, where none is known, has the answer; None where neither is known."""
+    """For each passage read, whether it is gold or, where none is known, has the answer; None if neither is known."""
     read = row["read"]
     if not read or not (judged(row) or golds(row, setting)):
         return None

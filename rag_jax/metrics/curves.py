@@ -1,4 +1,4 @@
-"""Recall@k for every k, with its interval."""
+"""Curves of recall@k over k, with intervals."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,15 @@ import numpy as np
 from rag_jax.metrics import bootstrap
 from rag_jax.metrics.figures import Row, Setting, depth, golds, judged, ranked
 
-DENSE = 100  # up to here every k has its point, beyond each is a twentieth further
+DENSE = 100  # every k up to this is a point of the curve; beyond, each is a twentieth larger than the one before
 
 Curve = dict[str, list[float]]
 
 
 def recall_curves(rows: Sequence[Row], setting: Setting, seed: int = 0) -> dict[str, Curve]:
-    """ "gold" and "answer", as `measures.recall` and `measures.answer_recall` have them at their few k: {"k", "value",
-    "low", "high"}, lists of one length; what no row has is left out.
+    """The curves "gold" (`measures.recall`) and "answer" (`measures.answer_recall`), those that some row has.
+
+    Each is {"k", "value", "low", "high"}, lists of one length.
     """
     counted, answered = list(filter(judged, rows)), [row for row in rows if golds(row, setting)]
     gold = [[one in set(row["gold"]) for one in ranked(row)] for row in counted]
@@ -25,8 +26,9 @@ def recall_curves(rows: Sequence[Row], setting: Setting, seed: int = 0) -> dict[
 
 
 def hits_curve(flags: Sequence[Sequence[bool]], deepest: int, seed: int = 0) -> Curve:
-    """The share of rows with a hit among their first k, for every k up to `deepest`; percentile bootstrap of the rows,
-    95%.
+    """The share of rows with a hit among their first k, for k up to `deepest`, with 95% percentile bootstrap intervals.
+
+    flags: for each row, whether its first, second, ... retrieved passage is a hit.
     """
     first_N = np.array([next((i for i, hit in enumerate(row) if hit), deepest) for row in flags])
     ks = numbers(deepest)
@@ -38,7 +40,7 @@ def hits_curve(flags: Sequence[Sequence[bool]], deepest: int, seed: int = 0) -> 
 
 
 def numbers(deepest: int) -> list[int]:
-    """1, 2, ..., DENSE, then further and further apart, the last one `deepest`."""
+    """The k of a curve: 1, 2, ..., DENSE, then further and further apart; the last one is `deepest`."""
     ks = list(range(1, min(deepest, DENSE) + 1))
     while ks[-1] < deepest:
         ks.append(min(deepest, ks[-1] * 21 // 20))

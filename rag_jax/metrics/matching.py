@@ -1,4 +1,4 @@
-"""Answers beside gold answers: SQuAD's and MLQA's exact match and F1, DPR's `has_answer` for texts and regular
+"""Compares answers with gold answers: SQuAD's and MLQA's exact match and F1, DPR's `has_answer` for texts and regular
 expressions.
 """
 
@@ -16,7 +16,7 @@ from rag_jax.errors import InputError
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-# DPR's `[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]`, but that a letter of a script written without spaces is a token of its own.
+# DPR's `[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]`, except that each letter of a script without spaces is a token of its own.
 _SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _TOKENS = regex.compile(
     rf"[{_SPACELESS}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--[{_SPACELESS}]]+|[^\p{{Z}}\p{{C}}]", regex.VERSION1
@@ -42,7 +42,7 @@ def normalize_answer(text: str) -> str:
 
 def normalize_mlqa(text: str, language: str) -> str:
     """MLQA's normal form (Lewis et al. 2020, arXiv 1910.07475; mlqa_evaluation_v1.py): lower case, no punctuation of
-    any script, none of the language's articles, single spaces, and around every Chinese character.
+    any script, no articles of the language, single spaces; for Chinese, every character is a word.
     """
     text = _ANY_PUNCTUATION.sub("", text.lower())
     articles = _MLQA_ARTICLES[language]
@@ -57,16 +57,16 @@ def exact_match(prediction: str, golds: Sequence[str], match: str = "string") ->
 
 
 def f1(prediction: str, golds: Sequence[str], match: str = "string") -> float:
-    """The best F1 over the gold answers, on bags of the words of normal forms. ValueError without gold answers."""
+    """The best F1 over the gold answers, on bags of words of the normal forms. ValueError without gold answers."""
     form = NORMAL_FORMS[match]
     return _best(lambda gold: _f1_of_words(form(prediction).split(), form(gold).split()), golds)
 
 
 def has_answer(text: str, answers: Iterable[str]) -> bool:
-    """Whether the tokens of any answer stand in a row in the text, as DPR counts it (NFD, lower case).
+    """Whether the tokens of any answer occur one after another in the text, as DPR counts it (NFD, lower case).
 
-    DPR takes a whole Chinese, Japanese or Thai phrase for one token, so that hardly any answer is found; here each of
-    their letters is one. All other text gives exactly DPR's result. An answer with no tokens is nowhere.
+    DPR reads a whole Chinese, Japanese or Thai phrase as one token, so that hardly any answer is found; here each of
+    their letters is one. All other text gives exactly DPR's result. An answer without tokens is never found.
     """
     joined = _join_tokens(text)
     return any(len(wanted) > 1 and wanted in joined for wanted in map(_join_tokens, answers))
@@ -89,7 +89,7 @@ def tokens(text: str) -> list[str]:
     return [token.lower() for token in _TOKENS.findall(unicodedata.normalize("NFD", text))]
 
 
-# How answers are judged: as SQuAD does, as patterns, or as MLQA does in a language.
+# How answers are compared, by the name of the rule: SQuAD's, regular expressions, or MLQA's for a language.
 NORMAL_FORMS: dict[str, Callable[[str], str]] = {
     "string": normalize_answer,
     **{f"mlqa_{language}": functools.partial(normalize_mlqa, language=language) for language in _MLQA_ARTICLES},
@@ -126,5 +126,5 @@ def _f1_of_words(prediction: list[str], gold: list[str]) -> float:
 
 
 def _join_tokens(text: str) -> str:
-    # A newline, which no token contains, stands between and around the tokens: tokens in a row are then a substring.
+    # A newline, which no token contains, between and around the tokens: consecutive tokens are then a substring.
     return "\n" + "".join(token + "\n" for token in tokens(text))

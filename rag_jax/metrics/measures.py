@@ -1,4 +1,4 @@
-"""Each metric over the rows of predictions: which rows count, and what is counted. No row that can: no figure."""
+"""The metrics as functions from rows of predictions to figures; each has none where no row has what it needs."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -21,7 +21,7 @@ from rag_jax.metrics.figures import (
 )
 
 RECALL_KS = (1, 5, 20, 100)
-TOP = 10  # of MRR and nDCG
+TOP = 10  # cut-off of MRR and nDCG
 
 
 def exact_match(rows: Sequence[Row], setting: Setting) -> Figures:
@@ -31,7 +31,7 @@ def exact_match(rows: Sequence[Row], setting: Setting) -> Figures:
 
 
 def f1(rows: Sequence[Row], setting: Setting) -> Figures:
-    """Of short answers, and of long texts as dialogue is scored; an expression has no words to count."""
+    """F1 with short answers, else with long texts, as dialogue is scored; none if answers are regular expressions."""
     if setting.match == "regex":
         return {}
     pairs = [(row["prediction"], golds(row, setting) or references(row)) for row in written(rows)]
@@ -56,7 +56,10 @@ def recall(rows: Sequence[Row], setting: Setting) -> Figures:
 
 
 def all_gold(rows: Sequence[Row], setting: Setting) -> Figures:
-    """Where some question needs several passages: are all of them there, and what share of them."""
+    """Share of questions with all gold passages in the first k, and mean share of gold passages there.
+
+    None where no question has several gold passages.
+    """
     counted = list(filter(judged, rows))
     found: Figures = {}
     if all(len(set(row["gold"])) <= 1 for row in counted):
@@ -74,7 +77,7 @@ def mrr(rows: Sequence[Row], setting: Setting) -> Figures:
 
 
 def ndcg(rows: Sequence[Row], setting: Setting) -> Figures:
-    """With the grades of the question file where it has some, else every gold passage counts 1."""
+    """nDCG at TOP, with the grades of the question file where it has some; other gold passages have grade 1."""
     counted = list(filter(judged, rows))
     if not usable((TOP,), counted):
         return {}
@@ -89,7 +92,7 @@ def r_precision(rows: Sequence[Row], setting: Setting) -> Figures:
 
 
 def kilt(rows: Sequence[Row], setting: Setting) -> Figures:
-    """R-precision of pages, and the scores of answers, which count only where it is 1 (Petroni et al. 2021)."""
+    """KILT (Petroni et al. 2021): R-precision of pages, and scores of answers that count only where it is 1."""
     looked = [row for row in rows if depth(row) and "retrieved_documents" in row]
     paged = [row for row in looked if any(row.get("gold_documents") or ())]
     precise = [ranking.page_r_precision(row["retrieved_documents"], _sets(row)) for row in paged]
@@ -113,7 +116,7 @@ def rouge_l(rows: Sequence[Row], setting: Setting) -> Figures:
 
 
 def bleu(rows: Sequence[Row], setting: Setting) -> Figures:
-    """Of the whole collection, with n-grams up to 4 and of single words."""
+    """BLEU of the whole collection, with n-grams up to 4, and with single words."""
     long = _long(rows)
     if not long[0]:
         return {}
@@ -137,7 +140,7 @@ def accuracy(rows: Sequence[Row], setting: Setting) -> Figures:
 
 
 def macro_f1(rows: Sequence[Row], setting: Setting) -> Figures:
-    """The mean of the F1 of every label that some question has."""
+    """Macro F1: the mean F1 over the labels that some question has."""
     gold_N, said_N = _classes(rows, setting)
     classes_C = np.unique(gold_N[gold_N >= 0])
     if not len(classes_C):
@@ -146,14 +149,14 @@ def macro_f1(rows: Sequence[Row], setting: Setting) -> Figures:
 
     def statistic(counts_RN: np.ndarray) -> np.ndarray:
         both_RC, either_RC = counts_RN @ (gold_NC & said_NC), counts_RN @ (gold_NC.astype(float) + said_NC)
-        f1_RC = bootstrap.divided(2 * both_RC, either_RC)  # NaN for a label that a resample has not
+        f1_RC = bootstrap.divided(2 * both_RC, either_RC)  # NaN for a label that does not occur in a resample
         return bootstrap.divided(np.nansum(f1_RC, 1), (either_RC > 0).sum(1))
 
     return {"macro_f1": Figure(statistic, len(gold_N))}
 
 
 def _scores(rows: Sequence[Row], score: Callable[[Sequence[str], Collection[str]], float]) -> list[float]:
-    """The score of each ranking; 0 where all that was judged is of no use."""
+    """The score of each ranking; 0 where passages were judged, but none is relevant."""
     return [score(ranked(row), row["gold"]) if row["gold"] else 0.0 for row in rows]
 
 
@@ -167,7 +170,7 @@ def _long(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _classes(rows: Sequence[Row], setting: Setting) -> tuple[np.ndarray, np.ndarray]:
-    """(gold_N, said_N), numbers of labels; -1 where a prediction is none of them, -2 where a gold answer is none."""
+    """(gold_N, said_N) as numbers of labels; -1 for a prediction that is no label, -2 for a gold answer that is not."""
     number = {label.strip().lower(): i for i, label in enumerate(setting.labels)}
     gold_N, said_N = [], []
     for row in written(rows) if number else ():
@@ -180,6 +183,6 @@ def _classes(rows: Sequence[Row], setting: Setting) -> tuple[np.ndarray, np.ndar
 
 
 def usable(ks: Sequence[int], rows: Sequence[Row]) -> list[int]:
-    """The k that are no more than the passages looked for; a search that found fewer has found all that it can."""
+    """The k up to the number of passages asked for; a search that found fewer has returned all that it can."""
     most = max(map(depth, rows), default=0)
     return [k for k in ks if k <= most]

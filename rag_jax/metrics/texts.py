@@ -1,6 +1,7 @@
-"""Long texts beside references: ROUGE-L (rouge-score), BLEU (sacrebleu), and how varied the texts are (distinct-n).
+"""Scores long texts: ROUGE-L (rouge-score) and BLEU (sacrebleu) with references, and their variety (distinct-n).
 
-What is for a whole collection comes as one row of numbers a text, which add up: so can resamples of the texts.
+BLEU of a collection follows from sums of counts per text, so each text has a row of counts, and a resample of the texts
+is a sum of rows.
 """
 
 import importlib
@@ -14,26 +15,26 @@ import numpy as np
 from rag_jax.errors import InputError
 from rag_jax.metrics import bootstrap, matching
 
-LIBRARIES = {"rouge_l": "rouge_score", "bleu": "sacrebleu"}  # what each metric needs
+LIBRARIES = {"rouge_l": "rouge_score", "bleu": "sacrebleu"}  # the library of each metric that needs one
 ORDER = 4  # BLEU's longest n-grams
 
 
 def installed(metric: str) -> bool:
-    """Whether the library that a metric needs is there."""
+    """Whether the library that a metric needs is installed."""
     return metric not in LIBRARIES or importlib.util.find_spec(LIBRARIES[metric]) is not None
 
 
 def check_installed(metric: str) -> None:
-    """InputError where a library is missing."""
+    """Raises InputError where the library that a metric needs is missing."""
     if not installed(metric):
         name = LIBRARIES[metric].replace("_", "-")
         raise InputError(f"{metric} needs {name}: pip install 'rag-jax[metrics]'")
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """ROUGE-L's F measure [N] of each text with the nearest of its references, as rouge-score counts without stemming.
+    """ROUGE-L's F measure [N] of each text with its nearest reference, by rouge-score without stemming.
 
-    Words are runs of a-z and 0-9, so it says nothing of texts in other scripts.
+    Words are runs of a-z and 0-9, so it is meaningless for texts in other scripts.
     """
     check_installed("rouge_l")
     scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
@@ -41,7 +42,9 @@ def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> np.nda
 
 
 def bleu_parts(texts: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """What BLEU adds up, [N, 10]: n-grams found (n = 1 to 4), n-grams there are, length, nearest reference's length."""
+    """Counts of each text that BLEU sums, [N, 10]: matching n-grams (n = 1 to 4), all n-grams, length of the text and
+    of its nearest reference.
+    """
     check_installed("bleu")
     bleu = importlib.import_module("sacrebleu").BLEU(effective_order=True)  # or it warns of single sentences
     found = (bleu.sentence_score(text, golds) for text, golds in _pairs(texts, references))
@@ -49,7 +52,7 @@ def bleu_parts(texts: Sequence[str], references: Sequence[Sequence[str]]) -> np.
 
 
 def bleu(parts_RX: np.ndarray, order: int = ORDER) -> np.ndarray:
-    """sacrebleu's BLEU of whole collections, 0 to 1, from the sums of their `bleu_parts`. order 1: BLEU-1."""
+    """sacrebleu's BLEU [R] of R collections, 0 to 1, from the sums of their `bleu_parts`. order=1: BLEU-1."""
     compute = importlib.import_module("sacrebleu").BLEU.compute_bleu
     scores = []
     for parts in parts_RX.astype(np.int64).tolist():
@@ -59,9 +62,9 @@ def bleu(parts_RX: np.ndarray, order: int = ORDER) -> np.ndarray:
 
 
 class Grams:
-    """The n-grams of a collection of texts, by the text they stand in: unigrams n = 1, bigrams n = 2.
+    """The n-grams of a collection of texts and the texts they occur in, for distinct-n of its resamples.
 
-    Words as in `matching.tokens`.
+    n: 1 for unigrams, 2 for bigrams. Words are those of `matching.tokens`.
     """
 
     def __init__(self, texts: Sequence[str], n: int) -> None:
@@ -75,13 +78,13 @@ class Grams:
             pairs.update((numbers.setdefault(gram, len(numbers)), row) for gram in grams)
         gram_X, row_X = np.array(sorted(pairs), np.int64).reshape(-1, 2).T
         texts_G = np.bincount(gram_X, minlength=len(numbers))
-        alone_X = texts_G[gram_X] == 1  # most stand in one text: those are counted by text
+        alone_X = texts_G[gram_X] == 1  # most occur in one text only: a count per text suffices for those
         self._alone_N = np.bincount(row_X[alone_X], minlength=len(texts)).astype(np.float64)
         self._row_X = row_X[~alone_X]
         self._start_G = np.flatnonzero(np.diff(gram_X[~alone_X], prepend=-1))
 
     def distinct(self, counts_RN: np.ndarray) -> np.ndarray:
-        """distinct-n (Li et al. 2016): different n-grams over all n-grams, [R], each text taken as often as counted."""
+        """distinct-n (Li et al. 2016) of R resamples: the number of different n-grams over that of all n-grams, [R]."""
         taken_RN = counts_RN > 0
         different_R = taken_RN @ self._alone_N
         if len(self._start_G):

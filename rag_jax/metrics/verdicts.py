@@ -1,13 +1,13 @@
-"""Whether one answer is right, and how nearly, by the rules of the figures over all of them."""
+"""Judges a single answer, right or wrong, and its F1, by the same rules as the figures over all answers."""
 
 from rag_jax.metrics import abstention, matching
 from rag_jax.metrics.figures import Row, Setting, golds, references
 
 
 def right(row: Row, setting: Setting) -> bool | None:
-    """Exact match with a short answer, the right label, or "no answer" said where there is none.
+    """Whether the prediction is right: an exact match with a short answer, the right label, or rightly "no answer".
 
-    None where that cannot be said: nothing was written, or a long text was wanted.
+    None where that cannot be judged: nothing was written, or a long text was to be written.
     """
     said = row["prediction"]
     if said is None:
@@ -22,7 +22,7 @@ def right(row: Row, setting: Setting) -> bool | None:
 
 
 def f1(row: Row, setting: Setting) -> float | None:
-    """F1 with the nearest of the texts wanted; None where there is none, or it is an expression."""
+    """F1 with the nearest gold answer or reference; None if there is none or gold answers are regular expressions."""
     wanted = golds(row, setting) or references(row)
     return matching.f1(row["prediction"], wanted, setting.match) if wanted and _has_words(row, setting) else None
 
