@@ -13,7 +13,7 @@ from rag_jax.errors import InputError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `rag-jax corpus`."""
+    """Adds the arguments of `rag-jax corpus`."""
     parser.add_argument(
         "inputs",
         nargs="*",
@@ -54,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Builds or updates the corpus and says what it holds."""
+    """Builds or updates a corpus, and returns its counts and hash."""
     started = time.monotonic()
     changes = {name: named(getattr(args, name), args.format) for name in ("add", "replace")} | {"delete": args.delete}
     if args.update is not None:
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_ids(words: Sequence[str]) -> list[str]:
-    """Ids as given; @FILE stands for those in a file, one a line."""
+    """The ids of --delete; @FILE stands for the ids in a file, one per line."""
     ids: list[str] = []
     for word in words:
         if not word.startswith("@"):

@@ -64,12 +64,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """The parts between commas."""
+    """The comma-separated parts of a text."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """The whole numbers between commas."""
+    """The comma-separated whole numbers in a text."""
     return tuple(map(int, listed(text)))
 
 
@@ -78,7 +78,7 @@ USUAL = {"limit": 0}
 
 
 def command(args: argparse.Namespace) -> str:
-    """The command line that does the same again."""
+    """The command line that repeats this evaluation."""
     words = ["rag-jax", "evaluate", str(args.run)]
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def text(report: dict[str, Any], out: Path) -> str:
-    """What a reader sees: all of report.json but the curves, and where they are drawn."""
+    """The printed result: all of report.json but the curves, and the files in which to see them."""
     shown = {name: value for name, value in report.items() if name not in ("curves", "risk_coverage")}
     lines = [f"{name}: {value}" for name, value in shown.items()]
     return "\n".join([*lines, f"see {out / 'report.html'}, {out / 'report.md'} and {out / 'predictions.jsonl'}"])

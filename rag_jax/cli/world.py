@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes the world and returns its manifest with the rate."""
+    """Writes the world, and returns its manifest with passages per second."""
     start = time.perf_counter()
     manifest = write(
         args.out, args.entities, args.seed, args.edit, args.workers, relations=args.relations, wordings=args.wordings

@@ -1,5 +1,5 @@
-"""Evaluations of the same questions side by side, every other one beside the first, question by question (paired
-bootstrap, Koehn 2004).
+"""Compares evaluations of the same questions: all others with the first, question by question (paired bootstrap, Koehn
+2004).
 """
 
 import json
@@ -19,12 +19,17 @@ from rag_jax.metrics import bootstrap, verdicts
 from rag_jax.metrics.figures import Figure
 from rag_jax.system import files
 
-ASKED = ("question", "answers", "target", "label", "unanswerable", "gold", "relevance")  # what must be the same
+ASKED = ("question", "answers", "target", "label", "unanswerable", "gold", "relevance")  # keys that must be the same
 
 
 class Evaluation(NamedTuple):
-    """What `rag-jax evaluate` wrote: rows of predictions.jsonl by the question's id, how they are judged, and from
-    which corpus they were answered. notes: what has to be known of the gold passages there.
+    """An evaluation that `rag-jax evaluate` wrote.
+
+    directory: where.
+    rows: rows of predictions.jsonl by the id of the question.
+    setting: how they are judged.
+    corpus: directory of the corpus that they were answered from.
+    notes: a sentence on gold passages that this corpus lacks, or "".
     """
 
     directory: Path
@@ -35,7 +40,7 @@ class Evaluation(NamedTuple):
 
 
 def read(directory: Path) -> Evaluation:
-    """InputError, with the file and line, where it is no evaluation."""
+    """Reads the evaluation in a directory; InputError, with file and line, where there is none."""
     again = "make it with rag-jax evaluate RUN --out DIR"
     try:
         written = json.loads((directory / "report.json").read_text(encoding="utf-8"))
@@ -58,7 +63,7 @@ def read(directory: Path) -> Evaluation:
 
 
 def check_same(one: Evaluation, other: Evaluation) -> None:
-    """InputError, with what differs, where two evaluations are of other questions or judged otherwise."""
+    """Raises InputError, with the difference, if two evaluations are of different questions or judged differently."""
     names = f"{one.directory} and {other.directory}"
     if one.setting != other.setting:
         raise InputError(f"{names} are judged otherwise: {one.setting}, {other.setting}; evaluate both alike")
@@ -83,7 +88,7 @@ def check_same(one: Evaluation, other: Evaluation) -> None:
 
 
 def opened(directories: Sequence[Path]) -> list[Evaluation]:
-    """The evaluations, of which there are several and all of the same questions."""
+    """Reads the evaluations; InputError if there are fewer than two or they do not fit (`check_same`)."""
     if len(directories) < 2:
         raise InputError("compare needs at least two evaluations: rag-jax compare RUN RUN...")
     evaluations = [read(directory) for directory in directories]
@@ -95,7 +100,7 @@ def opened(directories: Sequence[Path]) -> list[Evaluation]:
 def compare(
     directories: Sequence[Path], names: Sequence[str] = (), seed: int = 0, out: Path | None = None
 ) -> dict[str, Any]:
-    """`compared`, of what is in these directories; where `out` is given, `write` makes its pages there."""
+    """Compares the evaluations in these directories (see `compared`), and writes pages into `out` if it is given."""
     evaluations = opened(directories)
     result = compared(evaluations, names, seed)
     if out is not None:
@@ -104,8 +109,10 @@ def compare(
 
 
 def compared(evaluations: Sequence[Evaluation], names: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
-    """The figures that all evaluations have: {"runs", "n", "figures": {name: [{"value", "low", "high"}, ...]}}, runs in
-    the order given; all but the first also have difference, difference_low, difference_high (to the first) and p.
+    """The figures that all evaluations have: {"runs", "n", "figures": {name: [{"value", "low", "high"}, ...]}}.
+
+    Runs are in the order given. All but the first also have difference, difference_low, difference_high (to the first)
+    and p.
     """
     metrics.check_names(names)
     first = evaluations[0]
@@ -125,7 +132,10 @@ def compared(evaluations: Sequence[Evaluation], names: Sequence[str] = (), seed:
 
 
 def beside(first: tuple[Figure, np.ndarray], other: tuple[Figure, np.ndarray], paired: bool) -> dict[str, float]:
-    """A figure, given with its values in resamples [R], and where `paired` its difference to the first run's."""
+    """Value and interval of a figure, and with `paired` its difference to the first run's, interval and p.
+
+    first, other: (figure, its values [R] in the same resamples).
+    """
     figure, values_R = other
     value = bootstrap.value(figure.statistic, figure.n)
     low, high = figure.interval(values_R, value)
@@ -140,12 +150,12 @@ def beside(first: tuple[Figure, np.ndarray], other: tuple[Figure, np.ndarray], p
 
 
 def letters(result: dict[str, Any]) -> list[str]:
-    """What the runs are called in tables."""
+    """Names of the runs in tables: A, B, ..."""
     return [chr(ord("A") + i) if i < 26 else f"run {i + 1}" for i in range(len(result["runs"]))]
 
 
 def gold_notes(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """(run's letter, which gold passages its corpus lacks), of the runs where it lacks some."""
+    """(letter of a run, sentence on the gold passages that its corpus lacks), for runs where it lacks some."""
     return [pair for pair in zip(letters(result), result.get("gold_ids", []), strict=False) if pair[1]]
 
 
@@ -154,7 +164,7 @@ def about(result: dict[str, Any]) -> str:
 
 
 def cells(result: dict[str, Any]) -> list[list[str]]:
-    """A head, then percentages with 95% intervals, one run a column, and their differences to the first run."""
+    """Rows of a table: a head, then percentages with 95% intervals, a column per run, and differences to the first."""
     head, body = ["", *letters(result)], []
     for letter in letters(result)[1:]:
         head += [f"{letter} - A", "p"]
@@ -168,7 +178,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """`cells` for a terminal, below what the runs are called."""
+    """`cells` as text for a terminal, below a list of the runs with their letters."""
     lines = [f"{letter}  {run}" for letter, run in zip(letters(result), result["runs"], strict=True)]
     lines += [f"{letter}: {note}" for letter, note in gold_notes(result)]
     lines += [about(result), ""]
@@ -181,7 +191,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def write(out: Path, evaluations: Sequence[Evaluation], result: dict[str, Any]) -> None:
-    """compare.md, and compare.html with the answers of all runs to each question, and the passages of the first run."""
+    """Writes compare.md, and compare.html with the answers of all runs and the passages of the first one."""
     first = evaluations[0]
     corpus = Corpus.open(first.corpus)
     names = [f"{letter}: {run}" for letter, run in zip(letters(result), result["runs"], strict=True)]

@@ -1,5 +1,6 @@
-"""Answers by the number of documents read at test time (Lewis et al. 2020, figure 3): one search, as many decodings as
-there are numbers. What is decoded is kept beside the report; killed, it goes on with the numbers that are done.
+"""Quality of answers by the number of documents read at test time (Lewis et al. 2020, figure 3): one search, then one
+decoding for each number. Answers are stored beside the report, so that a killed evaluation resumes after the numbers
+that are done.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ Said = list[tuple[str, float]]  # text and log p(y|x) of every question
 
 
 def check(pipeline: Pipeline, cfg: AnswerConfig, numbers: Sequence[int]) -> None:
-    """InputError for numbers that cannot be, before anything is decoded."""
+    """Raises InputError for impossible numbers of documents, before anything is decoded."""
     if numbers and (cfg.closed_book or cfg.retrieval_only or cfg.oracle):
         raise InputError(
             "--n-docs-curve reads the passages found and writes answers: leave out --closed-book, --retrieval-only and "
@@ -43,10 +44,10 @@ def curve(
     setting: metrics.Setting,
     out: Path,
 ) -> list[dict[str, float]]:
-    """For every number of documents the figures of answers with intervals: [{"n_docs", "exact_match",
-    "exact_match_low", ...}].
+    """Figures of answers, with intervals, for every number of documents: [{"n_docs", "exact_match", "exact_match_low",
+    ...}].
 
-    rows: of predictions, as cfg gives them; their own number of documents is not decoded again.
+    rows: prediction rows of answers with `cfg`; its own number of documents is not decoded again.
     """
     own = cfg.n_docs or pipeline.loaded.rag.config.n_docs
     known = {own: [(row["prediction"], row["score"]) for row in rows]}
@@ -70,7 +71,7 @@ def answers_by_docs(
     known: Mapping[int, Said],
     directory: Path,
 ) -> dict[int, Said]:
-    """What is answered with each number of documents; taken from `known` or the directory where it is there."""
+    """The answers with each number of documents, from `known` or the directory where they are there, else decoded."""
     found: dict[int, Said] = {}
     search: SearchResult | None = None
     if distributed.first():
@@ -82,7 +83,7 @@ def answers_by_docs(
         if kept is None:
             logs.info(f"answers with {n_docs} documents ({place} of {len(numbers)} numbers)")
             search = search or searched(pipeline, cfg, texts, max(numbers))
-            # the search in graph scores as it ranks; one on the host may rank by something else than the prior
+            # A search in graph ranks by its scores; one on the host may rank by something other than the prior.
             prior = "search" if pipeline.search.in_graph else cfg.prior
             here = dataclasses.replace(cfg, n_docs=n_docs, n_retrieved=n_docs, prior=prior)
             kept = [(one.text, one.score) for one in pipeline.answer(texts, here, known=search)]
@@ -95,7 +96,7 @@ def answers_by_docs(
 
 
 def searched(pipeline: Pipeline, cfg: AnswerConfig, texts: Sequence[str], deepest: int) -> SearchResult:
-    """The first `deepest` passages of every question, with the logarithms of the prior over them as scores."""
+    """The first `deepest` passages of every question; their scores are the logarithms of the prior over them."""
     alone = dataclasses.replace(cfg, retrieval_only=True, n_docs=deepest, n_retrieved=deepest)
     return as_result(pipeline, pipeline.answer(texts, alone), deepest)
 
@@ -113,14 +114,14 @@ def as_result(pipeline: Pipeline, answers: Sequence[Answer], deepest: int) -> Se
 
 
 def identity(pipeline: Pipeline, cfg: AnswerConfig, texts: Sequence[str]) -> str:
-    """A hash of all that the answers depend on."""
+    """A hash of everything that the answers depend on: parameters, index, search, settings and questions."""
     parameters = files.file_sha256(pipeline.directory / "params" / files.MANIFEST)
     asked = [parameters, pipeline.snapshot.hash, pipeline.search_manifest(), configuration.plain(cfg), list(texts)]
     return files.canonical_sha256(asked)
 
 
 def read(path: Path, key: str) -> Said | None:
-    """The answers of a file; None where it is not there, not whole, or of something else."""
+    """The answers in a file; None if it is missing, damaged, or has another key."""
     try:
         kept = files.read_sealed(path, KIND, VERSION, "")
     except InputError:

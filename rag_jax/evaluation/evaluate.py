@@ -1,4 +1,4 @@
-"""Answer a file of questions; score answers and retrieval; write predictions and reports."""
+"""Answers a file of questions, scores answers and retrieval, and writes predictions and reports."""
 
 import dataclasses
 import json
@@ -38,7 +38,10 @@ def predict(
     program: Any = None,
     match: str = "string",
 ) -> list[dict[str, Any]]:
-    """Prediction rows of the questions. match: as in metrics.Setting."""
+    """Answers questions with these parameters and this index, and returns their prediction rows.
+
+    program: the compiled answer program, if there is one. match: as in metrics.Setting.
+    """
     texts = [question.question for question in questions]
     loaded = location.loaded
     gold_NG = pipelines.right_rows(questions, loaded.corpus) if cfg.oracle else None
@@ -48,7 +51,7 @@ def predict(
 
 
 def select(questions: Sequence[Question], where: str, limit: int) -> list[Question]:
-    """The first `limit` questions (0: all) whose field equals the value in `where`, such as changed=true."""
+    """The first `limit` questions (0: all) with the extra field and value of `where`, such as changed=true; "": any."""
     if limit < 0:
         raise InputError(f"--limit {limit} must be at least 0 (all)")
     chosen = list(questions)
@@ -64,13 +67,20 @@ def select(questions: Sequence[Question], where: str, limit: int) -> list[Questi
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is evaluated, and what is to be seen of it.
+    """Settings of an evaluation.
 
-    questions: None for the run's own dev questions. search: as of Pipeline.from_run. configure: what to change of how
-    the run answers by default. labels, match: how answers are judged (metrics.Setting), by default the allowed answers,
-    and as the run's task says. names: of metrics.METRICS, by default what fits. docs: numbers of documents for the
-    curve of docs_curve. shown: questions in report.html, None for as many as it has room for. command: how to do it
-    again.
+    questions: question file; None: the dev questions of the run.
+    skip_bad_lines: report unreadable records and go on.
+    index: index directory; None: that of the run.
+    where, limit: see `select`.
+    configure: changes the run's own settings of answering.
+    search: as in Pipeline.from_run; None: that of the run.
+    labels: possible labels (metrics.Setting); (): the allowed answers.
+    match: rule of comparing answers (metrics.Setting); "": that of the run's task.
+    names: metrics, keys of metrics.METRICS; (): those that fit the data.
+    docs: numbers of documents for the curve of `docs_curve`.
+    shown: questions in report.html; None: as many as it has room for.
+    command: command line that repeats this evaluation, for the report.
     """
 
     questions: Path | None = None
@@ -89,7 +99,8 @@ class Wanted:
 
 
 def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
-    """Score a run on a question file, and write what `reporting` says into `out`; the content of report.json.
+    """Evaluates a run on a question file, writes predictions and reports (`write_report`) into `out`, and returns the
+    content of report.json.
 
     With several processes all answer together, and the first one writes.
     """
@@ -142,8 +153,10 @@ def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
 def gold_ids(
     asked: Sequence[Question], corpus: Corpus, file: Path, cfg: AnswerConfig, names: Sequence[str] = ()
 ) -> gold.Tally:
-    """Counts the right passages that the questions name, and says which of them the corpus lacks. InputError where it
-    lacks most, and they are needed: for the figures `names`, none for all, or for an oracle.
+    """Counts the gold ids of the questions, and warns of those that the corpus lacks.
+
+    names: the metrics that were asked for; (): the default ones.
+    InputError where the corpus lacks most, and they are needed for a metric or for an oracle.
     """
     if cfg.closed_book:
         return gold.Tally()
@@ -158,7 +171,10 @@ def gold_ids(
 
 
 def right_passages(asked: Sequence[Question], corpus: Corpus, file: Path) -> np.ndarray:
-    """`answer.right_rows`, for an oracle; InputError where there is none at all, as in training on gold documents."""
+    """Rows of the right passages for an oracle (`pipelines.right_rows`); InputError if no question has one.
+
+    Training on gold documents refuses the same.
+    """
     gold_NG = pipelines.right_rows(asked, corpus)
     if (gold_NG < 0).all():
         raise InputError(f"{file}: no question names a right passage that the corpus has, which --oracle reads")
@@ -166,7 +182,7 @@ def right_passages(asked: Sequence[Question], corpus: Corpus, file: Path) -> np.
 
 
 def how_judged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts for report.json: questions judged by passage and by document, and those for which nothing was found."""
+    """Counts for report.json: questions judged by passage and by document, and those for which no passage was found."""
     levels = Counter(row["level"] for row in rows if row["level"] and row["depth"])
     nothing = sum(not row["retrieved"] for row in rows if row["depth"])
     if nothing:
@@ -175,7 +191,7 @@ def how_judged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def what(pipeline: Pipeline) -> dict[str, Any]:
-    """Which run, corpus and index, for report.json."""
+    """Names and hashes of run, corpus, index and search, for report.json."""
     manifest = pipeline.snapshot.manifest
     return {
         "run": str(pipeline.directory),
@@ -191,7 +207,7 @@ def what(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def scored(rows: Sequence[dict[str, Any]], setting: metrics.Setting, names: Sequence[str] = ()) -> dict[str, Any]:
-    """The figures with their intervals, and the risk-coverage curve where its area is one; tells what is left out."""
+    """The figures with intervals, and the risk-coverage curve if its area is among them; logs what is left out."""
     found: dict[str, Any] = metrics.summarize(rows, setting, names, intervals=True)
     for reason in metrics.missing(rows, setting, names, found):
         logs.info(reason)

@@ -1,5 +1,5 @@
-"""Prediction rows: what was asked, answered and found, a question each, as predictions.jsonl has it and metrics read it
-(metrics/figures.py says what a row holds).
+"""Builds prediction rows, one per question, which predictions.jsonl stores and metrics read; metrics/figures.py
+describes their keys.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ from rag_jax.inference.config import AnswerConfig
 from rag_jax.inference.pipeline import Answer
 from rag_jax.metrics import matching
 
-DIGITS = 4  # of the posterior of every token, which is most of a prediction
+DIGITS = 4  # decimals of the posteriors of tokens, which take up most of a row
 
 
 def deeper(cfg: AnswerConfig, questions: Sequence[Question], corpus: Corpus) -> AnswerConfig:
-    """`cfg` with so many more passages retrieved as may have to be left out of a question's ranking."""
+    """`cfg` that retrieves more passages: as many more as may have to be excluded from the ranking of a question."""
     lost = [excluded(question) for question in questions]
     leads = gold.rows_of((one for names in lost for one in names), corpus)
     most = max((sum(len(leads[one]) for one in names) for names in lost), default=0)
@@ -32,7 +32,9 @@ def rows(
     retrieval_only: bool = False,
     match: str = "string",
 ) -> list[dict[str, Any]]:
-    """One row a question. depth: passages that were looked for, 0 where none were; what was found beyond is left out.
+    """The prediction rows of the questions.
+
+    depth: passages that were asked for, 0 without retrieval; further ones are left out.
     match: as in metrics.Setting.
     """
     units = Units(corpus)
@@ -46,27 +48,27 @@ def rows(
 
 
 class Units:
-    """Passages of a corpus by id, and the documents that they are a part of; each is looked up once."""
+    """Cache of the passages of a corpus by id, and of the documents that they are a part of."""
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
         self._known: dict[str, tuple[Passage, str]] = {}
 
     def of(self, passage_id: str) -> tuple[Passage, str]:
-        """(passage, id of the document that it was cut from, its own where it was not)."""
+        """(passage, id of the document that it was cut from, or its own id if it was not cut)."""
         if passage_id not in self._known:
             at = self.corpus.row(passage_id)
             self._known[passage_id] = self.corpus[at], self.corpus.cut_from(at) or passage_id
         return self._known[passage_id]
 
     def uncut(self, one: str) -> str:
-        """The document that a gold id names: one of a passage cut from it names it, too."""
+        """The document that a gold id names; the id of a passage that was cut from a document names that document."""
         row = int(self.corpus.rows([one], missing=-1)[0])
         return one if row < 0 else self.of(one)[1]
 
 
 def row(question: Question, found: Answer, units: Units, level: gold.Level, depth: int) -> dict[str, Any]:
-    """All of a row but for what is looked for in texts."""
+    """A prediction row without `retrieved_has_answer`."""
     golds, right = answers_of(question), question.right_passage_ids
     relevance, needed = question.extra.get("relevance"), ways(question, units.corpus)
     pages = not right and relevance is None and needed  # pages alone are known, as KILT's entity linking has it
@@ -114,12 +116,12 @@ def has_answer(question: Question, found: Answer, units: Units, depth: int, matc
 
 
 def answers_of(question: Question) -> list[str]:
-    """The answers that say something: training leaves blank ones out, too."""
+    """The answers that are not blank; training leaves blank ones out, too."""
     return [answer for answer in question.answers if answer.strip()]
 
 
 def excluded(question: Question) -> list[str]:
-    """Ids of passages, or documents, that do not count as found for the question."""
+    """Ids of passages, or documents, that do not count as retrieved for the question."""
     found = question.extra.get("excluded_passage_ids")
     return list(map(str, found)) if isinstance(found, list) else []
 
@@ -131,7 +133,7 @@ def kept(question: Question, found: Answer, units: Units) -> list[str]:
 
 
 def by_document(relevance: dict[str, Any], units: Units) -> dict[str, Any]:
-    """Grades of documents: of several passages of one, the best."""
+    """Grades by document: that of its best passage."""
     grades: dict[str, Any] = {}
     for one, grade in relevance.items():
         document = units.uncut(one)
@@ -140,8 +142,9 @@ def by_document(relevance: dict[str, Any], units: Units) -> dict[str, Any]:
 
 
 def ways(question: Question, corpus: Corpus) -> list[list[str]]:
-    """The documents that each way to answer needs: KILT's `provenance` where the question has it, a list of lists, else
-    one way, `wikipedia_ids` or the documents of the right passages. A passage that the corpus lacks is its own.
+    """The documents that each way to answer needs: KILT's `provenance`, a list of lists, if the question has it.
+
+    Else a single way: `wikipedia_ids`, or the documents of the right passages (the id itself if the corpus lacks it).
     """
     provenance, pages = (question.extra.get(name) for name in ("provenance", "wikipedia_ids"))
     if isinstance(provenance, list) and all(isinstance(way, list) for way in provenance):

@@ -1,4 +1,4 @@
-"""The curves of an evaluation, a picture each: recall@k, answers by documents read, reliability, risk and coverage."""
+"""Draws the curves of an evaluation: recall@k, answers by documents read, reliability, risk and coverage."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ _PROBABILITIES = {"prior": "prior", "posterior": "posterior", "answer": "p(y|x)"
 
 
 class Picture(NamedTuple):
-    """What stands in a report: the file, its title, and what is to be seen in words."""
+    """A picture in a report: its file, its title, and a sentence on what it shows."""
 
     file: str
     title: str
@@ -31,7 +31,7 @@ FILES = ("recall.png", "n_docs.png", "calibration_passages.png", "calibration_an
 
 
 def draw(report: Mapping[str, Any], out: Path) -> list[Picture]:
-    """A PNG for every curve that the report has, written into `out`."""
+    """Writes a PNG into `out` for every curve that the report has."""
     curves = report.get("curves", {})
     calibrated = curves.get("calibration", {})
     passages = {name: calibrated[name] for name in ("prior", "posterior") if name in calibrated}
@@ -145,7 +145,7 @@ def _risk(axes: Any, points: Sequence[Sequence[float]]) -> None:
 
 
 def _count_axis(axes: Any, label: str, values: Sequence[float], ticks: Sequence[float] = ()) -> None:
-    """Logarithmic where the numbers span much, with their own names on it."""
+    """Formats an axis of counts: logarithmic if they span more than a factor of 10, with plain numbers on it."""
     most = max(values)
     if most > 10 * min(values):
         axes.set_xscale("log")

@@ -1,8 +1,8 @@
-"""report.html: one file with no network and no framework, to browse the questions of an evaluation.
+"""Writes report.html, one file without network or framework in which to browse the questions of an evaluation.
 
-The page is templates/report.html with its style, its script and the data in it. Data are JSON in a script element that
-is not run, with no letter in them that could end it; the script sets them as text only, and the page's policy (CSP)
-lets nothing else run, by hashes.
+The page is templates/report.html with style, script and data inserted. The data come from corpora and models, so they
+are untrusted: they are JSON in a script element that is not run, without characters that could end it; the script
+inserts them as text only; and the page's content security policy admits only this style and this script, by hashes.
 """
 
 import base64
@@ -23,9 +23,9 @@ from rag_jax.metrics.figures import depth, golds, ranked, unit
 from rag_jax.system import files, plain_text
 
 REPORT_FILE = "report.html"
-BUDGET = 18_000_000  # bytes of questions and passages, unless more are asked for
-LETTERS = 4000  # of a text; the rest is left out and said so
-GOLDS = 20  # wanted answers shown of a question
+BUDGET = 18_000_000  # bytes of questions and passages, unless more questions are asked for
+LETTERS = 4000  # characters shown of a text; the page says how many are left out
+GOLDS = 20  # gold answers shown of a question
 UNREAD = 3  # gold passages shown that were not read
 
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
@@ -35,8 +35,10 @@ Texts = Callable[[str], tuple[str, str] | None]  # id of a passage -> its title 
 
 @dataclass(frozen=True)
 class Page:
-    """What stands above the questions. figures: rows of a table, the first one its head; about: (name, value).
+    """The part of a page above the questions.
 
+    figures: rows of a table, the first one its head.
+    about: (name, value) of facts about the evaluation.
     runs: names of the runs that are compared; each row of predictions then has "runs", [answer, right, log p] of each.
     """
 
@@ -49,14 +51,14 @@ class Page:
 
 @dataclass
 class _Passages:
-    """Texts that stand in the page once each; `new` are those that it has not yet."""
+    """Numbers the passages of a page, each of which it contains once; `new` are those not yet written."""
 
     texts: Texts
     number: dict[str, int] = field(default_factory=dict)
     new: list[list[Any]] = field(default_factory=list)
 
     def of(self, passage_id: str) -> int | None:
-        """The passage's place in the page; None where it is not in the corpus."""
+        """The number of a passage in the page; None if it is not in the corpus."""
         if passage_id not in self.number:
             found = self.texts(passage_id)
             if found is None:
@@ -70,8 +72,11 @@ class _Passages:
 def write(
     path: Path, page: Page, rows: Sequence[Mapping[str, Any]], setting: Setting, texts: Texts, limit: int | None = None
 ) -> Path:
-    """Writes a page, by rename. rows: of predictions.jsonl, of which the first `limit` go into the page (None: as many
-    as BUDGET has room for). The pictures are files beside it.
+    """Writes a page to a temporary name and renames it.
+
+    rows: rows of predictions.jsonl.
+    limit: the page shows the first so many; None: as many as BUDGET has room for.
+    The pictures must be files beside it.
     """
     questions, passages = chosen(rows if limit is None else rows[:limit], setting, texts, limit is None)
     shown = "" if len(questions) == len(rows) else (
@@ -94,7 +99,7 @@ def write(
 def chosen(
     rows: Iterable[Mapping[str, Any]], setting: Setting, texts: Texts, budgeted: bool
 ) -> tuple[list[str], list[str]]:
-    """JSON of the questions, and of the passages that they name by number; budgeted: as many as BUDGET has room for."""
+    """JSON of each question, and of the passages that they name by number. budgeted: stop before BUDGET is exceeded."""
     store, size = _Passages(texts), 0
     questions: list[str] = []
     passages: list[str] = []
@@ -111,7 +116,7 @@ def chosen(
 
 
 def question(row: Mapping[str, Any], setting: Setting, passages: _Passages) -> dict[str, Any]:
-    """What the page shows of one question."""
+    """The data of one question that the page shows."""
     gold, wanted = set(row["gold"]), golds(row, setting)
     has = dict(zip(row["retrieved"], row["retrieved_has_answer"], strict=True)) if wanted else {}
     read = [
@@ -144,13 +149,13 @@ def question(row: Mapping[str, Any], setting: Setting, passages: _Passages) -> d
 
 
 def cut(text: str) -> tuple[str, int]:
-    """The beginning of a long text, as it may be shown, and how many letters are left out."""
+    """(the beginning of a text without control characters, the number of characters left out)."""
     text = plain_text.visible(text)
     return (text[:LETTERS] + " …", len(text) - LETTERS) if len(text) > LETTERS else (text, 0)
 
 
 def safe_json(value: Any) -> str:
-    """JSON for a script element: no `<`, so that nothing in it ends the element; half a surrogate pair is U+FFFD."""
+    """JSON for a script element: without `<`, so that nothing ends the element; half a surrogate pair is U+FFFD."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]) if found[0] < chr(0xD800) else 0xFFFD:04x}", text)
 

@@ -1,4 +1,4 @@
-"""The one-page report.md of a run: what was run, the figures, the curves, questions answered, how to do it again."""
+"""Writes report.md, one page on a run: what was run, figures, curves, examples of answers, how to repeat it."""
 
 import html
 import json
@@ -54,13 +54,14 @@ def write(
     examples: Sequence[Mapping[str, Any]],
     pictures: Sequence[Picture] = (),
 ) -> Path:
-    """Writes `report.md` into `out`; absent keys have no row.
+    """Writes `report.md` into `out`.
 
-    report: figures by name as in report.json (an interval as NAME_low, NAME_high), n, seconds; of the run: title,
-    about [(name, value)], config (name or mapping), seed, device, commands [str], stages [{"name", "steps",
-    "seconds"}].
+    report: figures by name as in report.json (intervals as NAME_low, NAME_high), n, seconds; and of the run: title,
+        about [(name, value)], config (name or mapping), seed, device, commands [str], stages [{"name", "steps",
+        "seconds"}]. A key that is absent has no line.
     examples: {"question", "prediction", "answers", "gold": [passage ids], "right": True, False or None,
-    "passages": [{"id", "title", "text", "prior", "posterior"}]}. pictures: files in `out`.
+        "passages": [{"id", "title", "text", "prior", "posterior"}]}.
+    pictures: files in `out`.
     """
     out = Path(out)
     sections = [
@@ -75,7 +76,7 @@ def write(
 
 
 def write_page(path: Path, title: str, lines: Sequence[str], rows: Sequence[Sequence[str]]) -> Path:
-    """A page with a title, a list and a table, whose first row is its head."""
+    """Writes a page with a title, a list and a table; the first of `rows` is its head."""
     shown = _table([_inline(cell) for cell in rows[0]], rows[1:], "l" + "r" * (len(rows[0]) - 1))
     return _written(path, [f"# {_inline(title)}", "\n".join(f"- {_inline(line)}" for line in lines), shown])
 
@@ -173,7 +174,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str, *, 
 
 
 def _inline(value: Any) -> str:
-    """Any value as one line of plain text: nothing in it is taken for markdown, HTML or the end of a table cell."""
+    """Any value as one line of text, escaped: nothing in it is read as markdown, HTML or the end of a table cell."""
     text = html.escape(plain_text.one_line(str(value)), quote=False)
     return "".join(f"\\{letter}" if letter in "\\`*_[]|#~$" else letter for letter in text)
 

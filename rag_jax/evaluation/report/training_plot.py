@@ -1,4 +1,4 @@
-"""Training curves of a run as one picture."""
+"""Draws the training curves of a run as one picture."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ _STAGE_COLORS = (
     "#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#b5a83c", "#3fa7b5", "#c44e52",
 )  # fmt: skip
 _LINE_COLORS = ("#1f6fb4", "#d1495b", "#2a9d6f", "#8d6cab")
-_SMOOTH_FROM = 60  # points: a shorter curve is drawn as it is
+_SMOOTH_FROM = 60  # points from which on a noisy curve is smoothed
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """What one panel shows: metric names with their labels; names under eval/ are drawn with markers."""
+    """One panel. curves: (metric name, label); metrics under eval/ are drawn with markers."""
 
     title: str
     curves: tuple[tuple[str, str], ...]
-    share: bool = False  # a share of 1: the axis goes from 0 to 1
+    share: bool = False  # the values are shares: the axis goes from 0 to 1
     log: bool = False  # a logarithmic axis where the values span much
-    noisy: bool = True  # a long curve is drawn pale, its running median over it
-    by_stage: bool = False  # the curve in the colours of the stages
+    noisy: bool = True  # a long curve is drawn pale, with its running median over it
+    by_stage: bool = False  # the curve has the colours of the stages
 
 
 _PANELS = (
@@ -52,21 +52,21 @@ _PANELS = (
 
 @dataclass(frozen=True)
 class _Stage:
-    """The rows of one stretch of training, with steps that count on through the stages."""
+    """The rows of one stage of training; steps are counted over all stages."""
 
     name: str
-    first: int  # where the shade begins: the last step of the stage before
+    first: int  # step at which the shading begins: the last one of the stage before
     steps: list[int]
     rows: list[dict[str, Any]]
 
     def values(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of the rows that have a number under the name."""
+        """(steps, values) of the rows in which this metric is a number."""
         has = [i for i, row in enumerate(self.rows) if _is_number(row.get(name))]
         return np.array([self.steps[i] for i in has]), np.array([float(self.rows[i][name]) for i in has])
 
 
 def training_curves(metrics_jsonl: str | Path, png: str | Path) -> Path:
-    """Draws the rows of a metrics.jsonl, stages shaded, as a PNG of 1200 x 800 pixels; what is not logged has no panel.
+    """Draws the rows of a metrics.jsonl, stages shaded, as a PNG of 1200 x 800 pixels; only logged metrics get a panel.
 
     InputError where there is nothing to draw.
     """
@@ -107,7 +107,7 @@ def _read(path: Path) -> list[_Stage]:
     offset = last = 0
     for row in read_rows(path):
         name = str(row.get("stage", stages[-1].name if stages else ""))
-        if offset + row["step"] < last:  # a stage that counts its steps from the start again
+        if offset + row["step"] < last:  # each stage counts its own steps
             offset = last
         if not stages or stages[-1].name != name:
             stages.append(_Stage(name, last if stages else row["step"], [], []))
@@ -118,7 +118,7 @@ def _read(path: Path) -> list[_Stage]:
 
 
 def _grid(figure: Any, n: int) -> list[Any]:
-    """n axes in two columns, reading across; the last one is as wide as both where n is odd."""
+    """n axes in two columns, row by row; if n is odd, the last one spans both."""
     rows = (n + 1) // 2
     grid = figure.add_gridspec(rows, 2)
     cells = [grid[i // 2, :] if i == n - 1 and n % 2 else grid[i // 2, i % 2] for i in range(n)]
@@ -137,7 +137,7 @@ def _draw(axes: Any, panel: _Panel, stages: Sequence[_Stage], colors: Mapping[st
             steps, values = stage.values(name)
             if len(steps):
                 color = colors.get(stage.name, line_color) if panel.by_stage else line_color
-                # Named once: a curve goes on through the stages, and the legend has it once.
+                # Labelled once: a curve runs through several stages, but the legend needs one entry.
                 shown = label if label not in drawn else None
                 _draw_curve(axes, panel, steps, values, color, shown, marked=name.startswith("eval/"))
                 drawn.setdefault(label, []).append(values)
@@ -166,7 +166,7 @@ def _draw_curve(
 
 
 def _smooth(values: np.ndarray, half: int) -> np.ndarray:
-    """The running median over 2 * half + 1 points, fewer at the ends; what is not finite stays out."""
+    """The running median over 2 * half + 1 points, fewer at the ends; values that are not finite are ignored."""
     finite = np.where(np.isfinite(values), values, np.nan)
     return np.array([_median(finite[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 

@@ -1,4 +1,4 @@
-"""What `rag-jax evaluate` leaves in a directory: predictions.jsonl, report.json, pictures, report.md, report.html."""
+"""Writes the files of `rag-jax evaluate`: predictions.jsonl, report.json, pictures, report.md, report.html."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from rag_jax.system import files, logs
 from rag_jax.system.logs import METRICS_FILE
 
 PREDICTIONS, REPORT = "predictions.jsonl", "report.json"
-SHOWN = 3  # right and wrong answers each, in report.md
-# settings of answering that are said where they are not these
+SHOWN = 3  # examples of right answers, and of wrong ones, in report.md
+# Settings of answering that the report mentions only if they differ from these.
 DEFAULTS = {
     "num_beams": 1, "mode": "thorough", "closed_book": False, "oracle": False, "retrieval_only": False,
     "prior": "dense", "candidates": 0, "min_length": 0, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
@@ -29,9 +29,14 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found: the rows of predictions.jsonl, and report.json with what it says of the run and its setting.
+    """The results of an evaluation.
 
-    run: its directory, for the training curves; command: how to do it again.
+    run: directory of the run, for the training curves.
+    corpus: the corpus that was searched.
+    rows: rows of predictions.jsonl.
+    report: content of report.json.
+    setting: how answers were judged.
+    command: command line that repeats the evaluation.
     """
 
     run: Path
@@ -43,9 +48,9 @@ class Evaluation:
 
 
 def write(out: Path, found: Evaluation, limit: int | None = None) -> None:
-    """Writes all files, in place of those of an evaluation before, which stay where that fails.
+    """Writes all files, replacing those of an earlier evaluation, which stay if writing fails.
 
-    limit: questions in report.html, None: as many as it has room for.
+    limit: questions in report.html; None: as many as it has room for.
     """
     before = (markdown.REPORT_FILE, html.REPORT_FILE, markdown.CURVES_FILE, *evaluation_plots.FILES)
     with files.new_files(out, last=REPORT, instead_of=before) as temporary:
@@ -59,7 +64,7 @@ def _write_all(out: Path, found: Evaluation, limit: int | None) -> None:
     figures = [("Figure", "%", "95% interval"), *markdown.results(found.report)]
     page = html.Page(title, figures, [*about, ("Command", found.command)], pictures)
     html.write(out / html.REPORT_FILE, page, found.rows, found.setting, lambda one: passage(found.corpus, one), limit)
-    shown = {name: value for name, value in found.report.items() if name != "seed"}  # that of sampling alone
+    shown = {name: value for name, value in found.report.items() if name != "seed"}  # only the seed of sampling
     markdown.write(
         out, shown | {"title": title, "about": about, "commands": [found.command]}, examples(found), pictures
     )
@@ -67,22 +72,22 @@ def _write_all(out: Path, found: Evaluation, limit: int | None) -> None:
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """JSON lines, by rename."""
+    """Writes JSON lines, to a temporary name and renamed."""
     _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Indented JSON, by rename."""
+    """Writes indented JSON, to a temporary name and renamed."""
     _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
-    # half a surrogate pair, which an escape in a question file can bring, becomes that escape again
+    # Half a surrogate pair, from an escape in a question file, cannot be encoded: it becomes that escape again.
     files.write_text(path, text, errors="backslashreplace")
 
 
 def training(run: Path, out: Path) -> list[Picture]:
-    """The training curves of a run, drawn into `out`; none where it has no log."""
+    """Draws the training curves of a run into `out`; none if it has no log."""
     (out / markdown.CURVES_FILE).unlink(missing_ok=True)
     if not (run / METRICS_FILE).is_file():
         return []
@@ -95,7 +100,7 @@ def training(run: Path, out: Path) -> list[Picture]:
 
 
 def facts(found: Evaluation) -> list[tuple[str, str]]:
-    """What was evaluated, in words: names and values."""
+    """(name, value) of facts about the evaluation, in words."""
     made = found.report
     model = {"sequence": "RAG-Sequence", "token": "RAG-Token"}[made["variant"]]
     questions = f"{made['questions']} ({made['n']:,})" + (f", those with {made['where']}" if made["where"] else "")
@@ -116,7 +121,7 @@ def facts(found: Evaluation) -> list[tuple[str, str]]:
 
 
 def judged_by(counts: Mapping[str, int]) -> str:
-    """At which level rankings were judged, where that is not the passage."""
+    """How many rankings were judged by document, in words; "" if none was."""
     if not counts.get("document"):
         return ""
     total = sum(counts.values())
@@ -125,7 +130,7 @@ def judged_by(counts: Mapping[str, int]) -> str:
 
 
 def gold_ids(made: Mapping[str, Any]) -> str:
-    """Which right passages the corpus lacks, in words."""
+    """A sentence on the gold passages that the corpus lacks; "" if it lacks none."""
     tally = gold.Tally(**made.get("gold_ids", {}))
     words = tally.words(made["corpus"])
     return f"{words}; they count as not found" if words else ""
@@ -137,13 +142,13 @@ def nothing_found(made: Mapping[str, Any]) -> str:
 
 
 def passage(corpus: Corpus, passage_id: str) -> tuple[str, str] | None:
-    """Title and text of a passage, or of all of a document that was cut; None where the corpus has neither."""
+    """Title and text of a passage, or of a whole document that was cut; None if the corpus has neither."""
     found = [corpus[row] for row in gold.rows_of([passage_id], corpus)[passage_id]]
     return (found[0].title, " ".join(one.text for one in found)) if found else None
 
 
 def examples(found: Evaluation) -> list[dict[str, Any]]:
-    """The first answers that are right and those that are wrong, or the first of all where that cannot be said."""
+    """The first right and the first wrong answers; the first of all if none can be judged."""
     written = [row for row in found.rows if row["prediction"] is not None]
     by_verdict: dict[bool | None, list[dict[str, Any]]] = {True: [], False: [], None: []}
     for row in written:
@@ -154,7 +159,7 @@ def examples(found: Evaluation) -> list[dict[str, Any]]:
 
 
 def example(corpus: Corpus, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with the texts of the passages read, as report.md shows it."""
+    """A row with the texts of the passages read, in the form of `markdown.write`."""
     passages = []
     for one, prior, posterior in zip(row["read"], row["prior"], row["posterior"], strict=True):
         title, text = passage(corpus, one) or ("", "")
