@@ -1,7 +1,8 @@
-"""Arrays -> scalars: the marginal likelihoods of RAG (Lewis et al. 2020, section 2) and losses of the retriever.
+"""The marginal likelihoods of RAG (Lewis et al. 2020, section 2) and losses of the retriever, as functions of arrays.
 
-Knows no model. Letters: B questions, K documents per question, T target length, V vocabulary, E retrieval width,
-P passages of a batch. `mask_BT` is True where a target token counts. Everything is natural-log, float32.
+No model is used here. Letters: B questions, K documents per question, T target length, D width of the states,
+V vocabulary, E retrieval width, P passages of a batch. `mask_BT` is True where a target token counts. All
+log-probabilities are natural logarithms in float32.
 """
 
 from collections.abc import Callable
@@ -15,27 +16,32 @@ from jax.nn import log_softmax, logsumexp
 from rag_jax.ops.vocab_loss import Head, Logits, summed_marginal
 
 Prior = Literal["paper", "hf_compat"]
-ABSENT = -1e9  # score of a passage that was not found: its prior, exp of this, is exactly 0, and products with 0 are 0
+# Score of a missing document, where a search found fewer than K. Its prior, the exponential, is exactly 0 in float32;
+# unlike -inf it gives 0, not NaN, when it is multiplied by 0.
+ABSENT = -1e9
 
 
-# q . d in whole float32, in the gradient too: a TPU would multiply in bfloat16, and what all embeddings have in common,
-# most of them, must cancel in sums over passages of (prior - posterior) d.
+# q . d in full float32, also in the gradient: a TPU would multiply in bfloat16. The gradient in q is a sum over
+# passages of (prior - posterior) d, in which the large part that all embeddings have in common must cancel.
 inner_products = partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
 
 def prior_logp(scores_BK: jax.Array, log_normaliser_B: jax.Array | None = None) -> jax.Array:
-    """log p(z_k|x): softmax of the raw inner products over the K retrieved documents only (section 2.2).
+    """log p(z_k|x) [B, K]: log-softmax of the raw inner products over the K retrieved documents (section 2.2).
 
-    With a log_normaliser_B, that of all passages, p(z|x) is over the whole corpus, and the K sum to less than 1.
+    log_normaliser_B: logsumexp of the scores of all passages; p(z|x) is then over the whole corpus, and those of the
+        K documents sum to less than 1. None: over the K documents only.
     """
     scores_BK = scores_BK.astype(jnp.float32)
     return log_softmax(scores_BK, axis=-1) if log_normaliser_B is None else scores_BK - log_normaliser_B[:, None]
 
 
 def of_found(scores_BK: jax.Array, found_BK: jax.Array) -> jax.Array:
-    """Scores in which passages that were not found have no share of the prior, and no gradient.
+    """Scores [B, K] in which missing documents have prior 0 and no gradient.
 
-    Where a question has none at all, its first slot has all of the prior: the reader is given an empty passage there.
+    found_BK: False where the search had no passage to return.
+
+    Where nothing was found for a question, its first document has prior 1: the generator reads an empty passage there.
     """
     first_K = jnp.arange(scores_BK.shape[1]) == 0
     nothing_B1 = ~found_BK.any(-1, keepdims=True)
@@ -43,7 +49,7 @@ def of_found(scores_BK: jax.Array, found_BK: jax.Array) -> jax.Array:
 
 
 def absent(prior_logp_BK: jax.Array) -> jax.Array:
-    """Which passages were not found, by their log prior."""
+    """True where a document is missing (see ABSENT), from its log prior."""
     return prior_logp_BK < ABSENT / 2
 
 
@@ -61,28 +67,32 @@ def sequence_joint(
 ) -> jax.Array:
     """log p(z_k|x) + log p(y|x,z_k) [B, K].
 
-    `hf_compat` counts the prior at the second scored token alone, as transformers does: it vanishes when that token is
-    padding.
+    prior: "hf_compat" adds the prior at the second target token, as transformers does, so that it is dropped where
+        that token is padding.
     """
     _check(token_logp_BKT, prior_BK, mask_BT)
     logp_BK = jnp.where(mask_BT[:, None], token_logp_BKT, 0.0).sum(-1)
     if prior == "paper":
         return logp_BK + prior_BK
     counted_B = mask_BT[:, 1] if mask_BT.shape[1] > 1 else jnp.zeros(len(mask_BT), bool)
+    # a missing document keeps its prior of 0 even where the others' priors are dropped
     return logp_BK + jnp.where(counted_B[:, None] | absent(prior_BK), prior_BK, 0.0)
 
 
 def rag_sequence_logp(
     token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior = "paper"
 ) -> jax.Array:
-    """log p(y|x) [B] = logsumexp_k(log p(z_k|x) + sum_t log p(y_t|x,z_k,y_<t)), RAG-Sequence."""
+    """RAG-Sequence: log p(y|x) [B] = logsumexp_k(log p(z_k|x) + sum_t log p(y_t|x,z_k,y_<t))."""
     return logsumexp(sequence_joint(token_logp_BKT, prior_BK, mask_BT, prior), axis=-1)
 
 
 def rag_token_logp(
     token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior = "paper"
 ) -> jax.Array:
-    """log p(y|x) [B] = sum_t logsumexp_k(log p(z_k|x) + log p(y_t|x,z_k,y_<t)), RAG-Token. Both priors agree here."""
+    """RAG-Token: log p(y|x) [B] = sum_t logsumexp_k(log p(z_k|x) + log p(y_t|x,z_k,y_<t)).
+
+    `prior` has no effect: transformers counts the prior of RAG-Token as the paper does.
+    """
     _check(token_logp_BKT, prior_BK, mask_BT)
     marginal_BT = logsumexp(token_logp_BKT + prior_BK[..., None], axis=1)
     return jnp.where(mask_BT, marginal_BT, 0.0).sum(-1)
@@ -91,16 +101,16 @@ def rag_token_logp(
 def posterior_logp(
     token_logp_BKT: jax.Array, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior = "paper"
 ) -> jax.Array:
-    """log p(z_k|x,y) [B, K]: which document explains the whole answer, by the joint as `sequence_joint` counts it."""
+    """log p(z_k|x,y) [B, K], the posterior of each document given the whole answer, from `sequence_joint`."""
     return log_softmax(sequence_joint(token_logp_BKT, prior_BK, mask_BT, prior), axis=-1)
 
 
 def _sequence_smooth(
     hidden_BKTD: jax.Array, head: Head, read: Logits, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior
 ) -> jax.Array:
-    """logsumexp_k of the sum over t and V of log p, the smoothing term of RAG-Sequence [B].
+    """Label-smoothing term of RAG-Sequence [B]: logsumexp_k of the sum over t and V of log p(v|x,z_k,y_<t).
 
-    transformers adds the prior to all V log-probabilities of the second token, so there it counts V times.
+    The prior counts V times: transformers adds it to all V log-probabilities of the second token.
     """
     V = len(head.kernel_VD)
     return logsumexp(sequence_joint(read.total - V * read.norm, prior_BK * V, mask_BT, prior), axis=-1)
@@ -109,7 +119,7 @@ def _sequence_smooth(
 def _token_smooth(
     hidden_BKTD: jax.Array, head: Head, read: Logits, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior
 ) -> jax.Array:
-    """Sum over t and V of the marginal log-probabilities [B]."""
+    """Label-smoothing term of RAG-Token [B]: the sum over t and V of the marginal log-probabilities."""
     kernel_VD, bias_V, *how = head
     marginal_BT = summed_marginal(hidden_BKTD, kernel_VD, bias_V, read.norm, prior_BK, *how)
     return jnp.where(mask_BT, marginal_BT, 0.0).sum(-1)
@@ -131,12 +141,16 @@ def rag_nll(
     first_counts: jax.Array | bool = True,
     log_normaliser_B: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log marginal likelihood nll_B, summed over tokens (no mean), and token_logp_BKT.
+    """Negative log marginal likelihood nll_B, summed over tokens (not averaged), and token_logp_BKT.
 
-    From the decoder's last states and the output layer: the logits [B, K, T, V] never exist. With label smoothing e:
-    (1-e) * nll - (e/V) * smooth, as in transformers. `first_counts`, a scalar: whether the first target token is part
-    of the likelihood (of the smoothing term it always is). log_normaliser_B: see prior_logp.
-    Raises KeyError for an unknown objective and ValueError for shapes that do not fit together.
+    It is computed from the decoder's last states and the output layer, without the logits [B, K, T, V] in memory.
+
+    objective: a key of MARGINALS.
+    label_smoothing: e in (1 - e) * nll - (e / V) * smooth, as in transformers.
+    first_counts: scalar; whether the first target token is part of the likelihood. The smoothing term always has it.
+    log_normaliser_B: see prior_logp.
+
+    KeyError for an unknown objective; ValueError for shapes that do not fit together.
     """
     logp, smooth = MARGINALS[objective]
     B, K, T, _ = hidden_BKTD.shape
@@ -163,8 +177,11 @@ def in_batch_contrastive(
 ) -> jax.Array:
     """DPR's loss [B] (Karpukhin et al. 2020, equation 2): -log softmax of the positive among all passages of the batch.
 
-    `positive_BP` is one-hot, the passage that counts; `ignore_BP` is True for passages left out of the softmax of that
-    question: its other right passages, which are no negatives, and padding. ValueError for shapes that do not fit.
+    positive_BP: one-hot, the positive passage of each question.
+    ignore_BP: True for passages left out of a question's softmax: its other correct passages, which are no negatives,
+        and padding.
+
+    ValueError for shapes that do not fit together.
     """
     scores_BP = inner_products("be,pe->bp", queries_BE, passages_PE)
     for name, mask in (("positive", positive_BP), ("ignore", ignore_BP)):
@@ -176,16 +193,18 @@ def in_batch_contrastive(
 
 
 def emdr2(scores_BK: jax.Array, token_logp_BKT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """EMDR2's loss of the retriever [B] (Singh et al. 2021, equation 5): -log sum_k p(z_k|x) SG[p(y|x,z_k)], of whole
-    answers. The generator has no gradient.
+    """EMDR2's loss of the retriever [B] (Singh et al. 2021, equation 5): -log sum_k p(z_k|x) SG[p(y|x,z_k)].
+
+    p(y|x,z_k) is that of the whole answer; SG stops the gradient, so that the generator has none.
     """
     logp_BK = jax.lax.stop_gradient(jnp.where(mask_BT[:, None], token_logp_BKT, 0.0).sum(-1))
     return -logsumexp(prior_logp(scores_BK) + logp_BK, axis=-1)
 
 
 def perplexity_distillation(scores_BK: jax.Array, token_logp_BKT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Atlas' PDist [B] (Izacard et al. 2022, section 2.2): KL(p_T || p(z|x)), where p_T is the softmax over the
-    passages of the mean log probability of the answer's tokens. The generator has no gradient.
+    """Perplexity distillation of Atlas [B] (Izacard et al. 2022, section 2.2): KL(p_T || p(z|x)).
+
+    p_T is the softmax over documents of the mean log-probability of the answer's tokens. The generator has no gradient.
     """
     prior_BK = prior_logp(scores_BK)
     mean_BK = jnp.where(mask_BT[:, None], token_logp_BKT, 0.0).sum(-1) / jnp.maximum(mask_BT.sum(-1), 1)[:, None]
@@ -193,6 +212,6 @@ def perplexity_distillation(scores_BK: jax.Array, token_logp_BKT: jax.Array, mas
     return jnp.where(absent(prior_BK), 0.0, jnp.exp(teacher_BK) * (teacher_BK - prior_BK)).sum(-1)
 
 
-# (scores_BK, token_logp_BKT, mask_BT) -> loss_B. token_logp_BKT: log p(y_t|x,z_k,y_<t), of which mask_BT counts.
+# (scores_BK, token_logp_BKT, mask_BT) -> loss_B; token_logp_BKT: log p(y_t|x,z_k,y_<t), counted where mask_BT is True
 RetrieverLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 RETRIEVER_LOSSES: dict[str, RetrieverLoss] = {"emdr2": emdr2, "pdist": perplexity_distillation}

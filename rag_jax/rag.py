@@ -2,10 +2,10 @@
 
     p(y|x) = sum over z in top-k of p(z|x) p(y|x,z)
 
-A question is embedded, the K passages with the largest inner product are found, each is joined with the question as
-ids, the generator scores or writes the answer under each, and the K are marginalised. Everything here is a pure
-function of `params`, {"question_encoder", "context_encoder" (absent if tied), "generator"}, and of arrays; nothing
-visits the host.
+A question is embedded, and the K passages with the largest inner products are retrieved. Each is joined with the
+question as token ids. The generator scores or writes the answer given each of the K inputs, and the K results are
+marginalised. Everything here is a pure function of arrays and of `params`, a dict with keys "question_encoder",
+"context_encoder" (absent if tied) and "generator". Nothing is transferred to the host.
 """
 
 import dataclasses
@@ -35,10 +35,11 @@ Params = dict[str, Any]
 
 
 class Family(NamedTuple):
-    """A family of encoders or generators, after models.protocols.
+    """One family of encoders or generators; models.protocols says what its classes must have.
 
-    config: the class of its configurations; module: that of its modules.
-    start: (parameters just drawn, boxed or not; configuration) -> those to begin with.
+    config: class of its configurations.
+    module: class of its Flax modules.
+    start: (freshly drawn parameters, boxed or not; configuration) -> parameters that training starts from.
     """
 
     config: Any
@@ -46,8 +47,8 @@ class Family(NamedTuple):
     start: Callable[[Params, Any], Params] = lambda params, config: params
 
 
-# By the `kind` of model.encoder and of model.generator. One of your own is a file in models/ and a row here (and, for
-# released checkpoints, a file in models/hf/ and a row there).
+# The keys are the `kind` of model.encoder and of model.generator. A new family is a file in models/ and a row here
+# (and, to read released checkpoints, a file in models/hf/ and a row there).
 ENCODERS: dict[str, Family] = {"bert": Family(BertConfig, Bert)}
 GENERATORS: dict[str, Family] = {
     "bart": Family(BartConfig, Bart, init_copying.start),
@@ -58,21 +59,28 @@ GENERATORS: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class RagConfig:
-    """The model. `variant` decides the marginalisation; `source_length` is the longest joined input, in tokens.
+    """Configuration of the whole model: both encoders, the generator, and the lengths of their inputs.
 
+    variant: how documents are marginalised, RAG-Sequence or RAG-Token.
+    encoder: configuration of a family in ENCODERS, for questions and passages alike.
+    generator: configuration of a family in GENERATORS; None for a retriever alone.
+    tie_encoders: one set of parameters embeds questions and passages.
+    context_encoder: False if the parameters have no context encoder, as in the released RAG checkpoints.
+    n_docs: K, documents per question.
+    source_length: longest joined input of the generator, in tokens.
     question_length: tokens of a question that the encoder reads, with [CLS] and [SEP], without query_prefix.
-    question_keeps: which part stays of a question longer than question_length; of a dialogue the end, its last turns.
-    query_prefix, passage_prefix: texts that the encoder reads before every question and passage ("query: "), after its
-    [CLS]; the _ids are those of the texts, which a tokenizer fills in. pool_prefix: whether they are pooled.
-    passage_length: tokens of a passage that the encoder was made for, likewise; what corpora are built with.
-    encoder: a configuration of ENCODERS; generator: one of GENERATORS, or None for a retriever alone.
+    question_keeps: which part of a longer question is kept; for a dialogue "end", which has its last turns.
+    query_prefix, passage_prefix: text that the encoder reads after [CLS], before every question or passage ("query: ").
+    query_prefix_ids, passage_prefix_ids: the token ids of these texts, filled in with a tokenizer.
+    pool_prefix: False leaves the prefix, and the [CLS] before it, out of the pooling.
+    passage_length: tokens of a passage that the encoder reads, counted likewise; corpora are built with it.
     """
 
     variant: Literal["sequence", "token"] = "sequence"
     encoder: EncoderConfig = field(default_factory=BertConfig)
     generator: GeneratorConfig | None = field(default_factory=BartConfig)
     tie_encoders: bool = False
-    context_encoder: bool = True  # False: it is elsewhere, as in the released RAG checkpoints
+    context_encoder: bool = True
     n_docs: int = 5
     source_length: int = 300
     question_length: int = 64
@@ -86,26 +94,32 @@ class RagConfig:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], where: str) -> "RagConfig":
-        """From nested values; `kind` of encoder and generator names its family, the first where it is not there."""
-        made = {}
+        """The configuration built from nested values; errors name `where`.
+
+        The `kind` of encoder and generator selects the family; without one it is the first of the table.
+        """
+        parts = {}
         for name, rows in (("encoder", ENCODERS), ("generator", GENERATORS)):
             if name in values and not dataclasses.is_dataclass(values[name]):
-                made[name] = one_of([family.config for family in rows.values()], values[name], f"{where}.{name}")
-        return build_fields(cls, {**values, **made}, where)
+                parts[name] = one_of([family.config for family in rows.values()], values[name], f"{where}.{name}")
+        return build_fields(cls, {**values, **parts}, where)
 
     @property
     def tail_length(self) -> int:
-        """Longest ` // question` in a generator's input, which leaves room for 100 tokens of a passage, or half."""
+        """Longest ` // question` part of a generator's input, in tokens.
+
+        At most question_length. It leaves 100 tokens to the passage, or half of source_length if that is less.
+        """
         return min(self.question_length, max(self.source_length - 100, self.source_length // 2))
 
     @property
     def passage_side(self) -> str:
-        """The part of the parameters that embeds passages."""
+        """Key of the parameters that embed passages."""
         return "question_encoder" if self.tie_encoders else "context_encoder"
 
     @property
     def passage_form(self) -> str:
-        """How the context encoder's parameters make a vector of a passage: an index is bound to it."""
+        """Pooling, scaling and prefix of passage vectors, as text; an index is only valid for the form it records."""
         c, pooled = self.encoder, "" if self.pool_prefix else " (not pooled)"
         prefix = f" after ids {list(self.passage_prefix_ids)}{pooled}" if self.passage_prefix_ids else ""
         return f"{c.pooling} of length {c.vector_norm:g}{prefix}" if c.vector_norm else f"{c.pooling}{prefix}"
@@ -126,7 +140,10 @@ class RagConfig:
 
 
 class Passages(NamedTuple):
-    """The token table on device: every passage tokenised once for each side, right-padded, with its lengths."""
+    """The token table on device: every passage tokenised once for the encoder and once for the generator.
+
+    Rows are right-padded; the lengths are in tokens.
+    """
 
     encoder_ids_NL: jax.Array
     encoder_length_N: jax.Array
@@ -145,9 +162,13 @@ def join(
     start_X: jax.Array | None = None,
     stop_X: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """prefix + passage[start:stop] + tail, as ids [X, length] and a mask.
+    """Ids [X, length] of prefix + passage[start:stop] + tail, right-padded, and their mask (True on real tokens).
 
-    The passage is cut to fit, the tail (question and suffix) never; ValueError if Q + len(prefix) > length.
+    passage_XL, passage_length_X: passages and how many tokens each has.
+    tail_XQ, tail_length_X: question and suffix, likewise.
+    start_X, stop_X: the part of each passage that is used, in tokens; by default all of it.
+
+    The passage is truncated to fit, the tail never; ValueError if Q + len(prefix) > length.
     """
     head = len(prefix_ids)
     if tail_XQ.shape[1] + head > length:
@@ -157,6 +178,7 @@ def join(
     start_X = jnp.zeros_like(tail_length_X) if start_X is None else start_X
     stop_X = passage_length_X if stop_X is None else jnp.minimum(stop_X, passage_length_X)
     body_X = jnp.clip(stop_X - start_X, 0, length - head - tail_length_X)
+    # Lengths differ by row and shapes must not: every output position gathers from passage and tail, and selects one.
     at_1L = jnp.arange(length)[None]
     in_passage = at_1L - head
     in_tail = in_passage - body_X[:, None]
@@ -170,7 +192,10 @@ def join(
 
 
 def after_first(prefix: tuple[int, ...], ids_BL: jax.Array, mask_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """ids and mask with the prefix after the first token, [CLS]: P positions longer. Rows of padding stay padding."""
+    """Ids and mask [B, P + L] with the prefix of P tokens inserted after the first token, [CLS].
+
+    A row that is all padding stays so: the prefix's mask is that of the first token.
+    """
     if not prefix:
         return ids_BL, mask_BL
     shape = (len(ids_BL), len(prefix))
@@ -182,9 +207,10 @@ def after_first(prefix: tuple[int, ...], ids_BL: jax.Array, mask_BL: jax.Array) 
 
 
 def shift_left(labels_BT: jax.Array, generator: GeneratorConfig) -> tuple[jax.Array, jax.Array]:
-    """Targets and mask for labels `<s> y </s>` as decoder input: position t predicts labels[t+1], the last one pad.
+    """Targets and mask [B, T] for labels `<s> y </s>`, which are the decoder's input.
 
-    Where one token is both the end and padding, the first one counts.
+    The target of position t is labels[t+1]; that of the last position is padding. The mask is False on padding. Where
+    one token is both eos and padding, its first occurrence is eos and counts, and the later ones are padding.
     """
     pad_id = generator.pad_id
     targets_BT = jnp.concatenate([labels_BT[:, 1:], jnp.full_like(labels_BT[:, :1], pad_id)], axis=1)
@@ -197,14 +223,17 @@ def shift_left(labels_BT: jax.Array, generator: GeneratorConfig) -> tuple[jax.Ar
 
 
 def spread(x_BX: jax.Array, copies: int) -> jax.Array:
-    """[B, ...] -> [B*K, ...], a question's copies contiguous."""
+    """[B, ...] -> [B * copies, ...]; the copies of a question are contiguous."""
     return jnp.repeat(x_BX, copies, axis=0)
 
 
 class Likelihood(NamedTuple):
-    """Of labels [B, T]: nll_B = -log p(y|x), summed over tokens; posterior_BK = log p(z_k|x,y), of the likelihood as
-    nll_B counts it; token_logp_BKT = log p(y_t|x,z_k,y_<t), 0 where mask_BT is False: padding, and tokens that do not
-    count.
+    """Likelihood of labels [B, T], as a sum, per document and per token.
+
+    nll_B: -log p(y|x), summed over tokens.
+    posterior_BK: log p(z_k|x,y), with prior and tokens counted as in nll_B.
+    token_logp_BKT: log p(y_t|x,z_k,y_<t); 0 where mask_BT is False.
+    mask_BT: False on padding and on tokens that are not scored.
     """
 
     nll_B: jax.Array
@@ -215,7 +244,7 @@ class Likelihood(NamedTuple):
 
 @dataclass(frozen=True)
 class Rag:
-    """Modules and functions; all state is in the arguments."""
+    """The model as functions of its parameters; it holds the configuration and no state."""
 
     config: RagConfig
 
@@ -232,7 +261,7 @@ class Rag:
         return GENERATORS[self.config.reader.kind].module(self.config.reader)
 
     def init(self, key: jax.Array) -> Params:
-        """Parameters, boxed with their logical axis names (flax.linen.unbox removes the boxes)."""
+        """Freshly drawn parameters, boxed with their logical axis names (flax.linen.unbox removes the boxes)."""
         ids, mask = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)
         keys = jax.random.split(key, 3)
         params = {"question_encoder": self.encoder.init(keys[0], ids, mask)["params"]}
@@ -254,13 +283,13 @@ class Rag:
     def embed_questions(
         self, params: Params, ids_BL: jax.Array, mask_BL: jax.Array, dropout: jax.Array | None = None
     ) -> jax.Array:
-        """q(x) [B, E]; dropout is a key, or None for evaluation."""
+        """Question vectors q(x) [B, E]; dropout is a random key, or None for evaluation."""
         return self._encode(params["question_encoder"], ids_BL, mask_BL, dropout, self.config.query_prefix_ids)
 
     def embed_passages(
         self, params: Params, ids_BL: jax.Array, mask_BL: jax.Array, dropout: jax.Array | None = None
     ) -> jax.Array:
-        """d(z) [B, E]; InputError where the model has no context encoder."""
+        """Passage vectors d(z) [B, E]; InputError where the model has no context encoder."""
         if not self.config.context_encoder:
             raise InputError(
                 "this model has no context encoder to embed passages with; give it one: rag-jax convert "
@@ -277,7 +306,7 @@ class Rag:
         labels_BT: jax.Array,
         dropout: jax.Array | None = None,
     ) -> jax.Array:
-        """Teacher forcing under every document: logits [B, K, T, V], where position t predicts labels[t+1]."""
+        """Logits [B, K, T, V] by teacher forcing under every document; position t predicts labels[t+1]."""
         hidden_BKTD = self.states(params, context_ids_BKL, context_mask_BKL, labels_BT, dropout)
         return self.generator.apply({"params": params["generator"]}, hidden_BKTD, method="logits")
 
@@ -290,10 +319,10 @@ class Rag:
         dropout: jax.Array | None = None,
         doc_chunk: int = 0,
     ) -> jax.Array:
-        """The decoder's last states under every document [B, K, T, D], of which `head` makes the logits.
+        """The decoder's last hidden states under every document [B, K, T, D], from which `head` computes the logits.
 
-        doc_chunk: documents that are read at a time, each time anew in the backward pass, so that what attention and
-        feed-forward keep for it is of that many only; 0 for all. ValueError where K is not a multiple.
+        doc_chunk: documents processed at a time, 0 for all. Their activations are recomputed in the backward pass, so
+            that only those of one chunk are in memory. ValueError where K is not a multiple.
         """
         B, K, _ = check_contexts(context_ids_BKL, context_mask_BKL, labels_BT=labels_BT)
         size = doc_chunk or K
@@ -313,12 +342,17 @@ class Rag:
             return read((context_ids_BKL, context_mask_BKL, dropout))
         ids, mask = (x.reshape(B, K // size, size, -1).swapaxes(0, 1) for x in (context_ids_BKL, context_mask_BKL))
         keys = None if dropout is None else jax.random.split(dropout, K // size)
-        read = jax.checkpoint(read, prevent_cse=False)  # within a scan nothing can be merged
+        # prevent_cse keeps XLA from merging the recomputation with the first pass, which it cannot do across a scan
+        read = jax.checkpoint(read, prevent_cse=False)
         hidden_CBSTD = jax.lax.map(read, (ids, mask, keys))
         return hidden_CBSTD.swapaxes(0, 1).reshape(B, K, *hidden_CBSTD.shape[3:])
 
     def head(self, params: Params, logit_chunk: int = 4096, questions: int = 1) -> losses.Head:
-        """The output layer; logit_chunk: so much of the vocabulary has logits at a time."""
+        """The output layer for losses, split as the mesh in use shards vocabulary and batch.
+
+        logit_chunk: tokens of the vocabulary whose logits are in memory at a time, 0 for all.
+        questions: B, the size of the batch axis of the states.
+        """
         c, module = self.config.reader, self.generator
         kernel_VD, bias_V = module.apply({"params": params["generator"]}, method="head")
         pieces = sharding.pieces("vocab", len(kernel_VD)), sharding.pieces("batch", questions)
@@ -334,8 +368,10 @@ class Rag:
         hf_compat: bool = False,
         **options: Any,
     ) -> jax.Array:
-        """-log p(y|x) [B], summed over tokens; labels are `<s> y </s>`, right-padded. options: those of
-        `likelihood`.
+        """-log p(y|x) [B], summed over tokens.
+
+        labels_BT: `<s> y </s>`, right-padded.
+        options: the other arguments of `likelihood`.
         """
         return self.likelihood(
             params, context_ids_BKL, context_mask_BKL, scores_BK, labels_BT, hf_compat, **options
@@ -356,12 +392,14 @@ class Rag:
         doc_chunk: int = 0,
         logit_chunk: int = 4096,
     ) -> Likelihood:
-        """The likelihood of the labels, and what losses of the retriever read of it.
+        """Likelihood of the labels, with the posteriors and token scores that losses of the retriever need.
 
-        hf_compat: see losses.sequence_joint. exclude_bos_score: where every row of the targets begins with bos (the
-        labels then with two first tokens, as generation from eos gives them), that token is not scored, as
-        transformers' RAG-Sequence has it; ValueError for RAG-Token, which has no such thing. log_normaliser_B: see
-        losses.prior_logp. doc_chunk: see `states`; logit_chunk: see `head`.
+        hf_compat: see losses.sequence_joint.
+        exclude_bos_score: if every row of the targets begins with bos (labels then begin with two special tokens, as
+            in generation from eos), that token is not scored, as in transformers' RAG-Sequence. ValueError for
+            RAG-Token, where transformers has no such rule.
+        log_normaliser_B: see losses.prior_logp.
+        doc_chunk, logit_chunk: see `states` and `head`.
         """
         check_contexts(context_ids_BKL, context_mask_BKL, scores_BK, labels_BT)
         targets_BT, mask_BT = shift_left(labels_BT, self.config.reader)
@@ -382,7 +420,8 @@ class Rag:
             first_counts=first_counts,
             log_normaliser_B=log_normaliser_B,
         )
-        # RAG-Token counts the prior at every token, whichever way; of a whole answer it counts once
+        # RAG-Token's likelihood has the prior at every token under either convention, so hf_compat does not apply to
+        # it; in the posterior of a whole answer the prior counts once
         counted = prior if self.variant == "sequence" else "paper"
         scored_BT = mask_BT.at[:, 0].set(mask_BT[:, 0] & first_counts)
         prior_BK = losses.prior_logp(scores_BK)
@@ -391,15 +430,15 @@ class Rag:
         return Likelihood(nll_B, posterior_BK, logp_BKT, scored_BT)
 
     def decoding_options(self, n_docs: int, candidates: int = 0, **options: Any) -> tuple[search.Options, int]:
-        """The options of a search, with the generator's special tokens, and how many answers are returned.
+        """The options of a search, with the generator's special tokens filled in, and how many answers are returned.
 
-        For RAG-Sequence the search is that of a document, which returns its candidates. TypeError for an unknown
-        option, ValueError for one out of range.
+        For RAG-Sequence the options are those of the search per document, whose results are the candidates.
+        TypeError for an unknown option, ValueError for one out of range.
         """
         search.Options.check_names(list(options))
         c, returned, num_beams = self.config.reader, options.get("num_return_sequences", 1), options["num_beams"]
         if self.variant == "sequence":
-            draws = options.get("do_sample", False) and num_beams == 1  # then a document may give more than its beams
+            draws = options.get("do_sample", False) and num_beams == 1  # samples of a document may outnumber its beams
             each = candidates or (returned if draws else num_beams)
             if not 0 <= candidates <= (candidates if draws else num_beams):
                 raise ValueError(f"candidates={candidates} of each document must be 0 (all) to {num_beams}, its beams")
@@ -432,17 +471,22 @@ class Rag:
         key: jax.Array | None = None,
         **options: Any,
     ) -> generating.Generation:
-        """The answers; max_length counts the start token and eos. Everything here is one jit, K is that of the shapes.
+        """Answers by greedy search, beam search or sampling (section 2.5), traceable as one jitted program.
 
-        RAG-Token: one search over the marginal next-token distribution. RAG-Sequence: a search per document gives the
-        candidates, `candidates` of each (0: all its beams); `thorough` scores every candidate under every document,
-        `fast` takes p(y|x,z) as 0 where the beam of z did not produce y (section 2.5).
+        RAG-Token searches once over the marginal next-token distribution. RAG-Sequence searches once per document for
+        candidates, then ranks them by p(y|x).
 
+        max_length: tokens of an answer at most, start token and eos included.
+        mode: for RAG-Sequence. `thorough` scores every candidate under every document; `fast` takes p(y|x,z) as 0
+            where the beam of z did not produce y.
+        candidates: for RAG-Sequence, candidates of each document; 0 for all its beams, or num_return_sequences if
+            they are sampled with num_beams=1.
+        doc_chunk: documents held in memory at a time, 0 for all.
+        hf_compat: the prior as transformers counts it, see losses.sequence_joint.
+        tree: the only answers allowed, decoding.search.prefix_tree(token sequences).
+        key: random key, for do_sample.
         options: any field of decoding.search.Options (length_penalty, no_repeat_ngram_size, do_sample, ...); the
-        special tokens are the generator's. tree: the only answers allowed, decoding.search.prefix_tree(token
-        sequences). key: for
-        do_sample. doc_chunk: documents held in memory at a time, 0 for all. hf_compat: the prior as transformers
-        counts it, see losses.sequence_joint.
+            special tokens are the generator's by default.
 
         TypeError for an unknown option; ValueError for one out of range, for shapes that do not fit together, and for
         inputs longer than the generator's positions; InputError for a retriever alone.
@@ -452,15 +496,15 @@ class Rag:
         if mode not in ("thorough", "fast"):
             raise ValueError(f"mode must be 'thorough' or 'fast', got {mode!r}")
         given_options = {"num_beams": num_beams, "max_length": max_length} | options
-        wanted, returned = self.decoding_options(K, candidates, **given_options)
+        search_options, returned = self.decoding_options(K, candidates, **given_options)
         self.generator.check_room(L, max_length)
         reader = generating.Reader(self.generator, params["generator"], c.bos_id, hf_compat)
-        given = (reader, context_ids_BKL, context_mask_BKL, losses.prior_logp(scores_BK), wanted)
+        arguments = (reader, context_ids_BKL, context_mask_BKL, losses.prior_logp(scores_BK), search_options)
         if self.variant == "token":
-            found = generating.rag_token(*given, tree, key, doc_chunk)
+            answers = generating.rag_token(*arguments, tree, key, doc_chunk)
         else:
-            found = generating.rag_sequence(*given, mode, returned, tree, key, doc_chunk)
-        return found if returned > 1 else jax.tree.map(lambda x: x[:, 0], found)
+            answers = generating.rag_sequence(*arguments, mode, returned, tree, key, doc_chunk)
+        return answers if returned > 1 else jax.tree.map(lambda x: x[:, 0], answers)
 
 
 def check_contexts(
@@ -469,7 +513,7 @@ def check_contexts(
     scores_BK: jax.Array | None = None,
     labels_BT: jax.Array | None = None,
 ) -> tuple[int, int, int]:
-    """(B, K, L), read from the shapes; ValueError with both shapes where they do not fit together."""
+    """(B, K, L) from the shapes of the arrays; ValueError with both shapes where they do not fit together."""
     if ids_BKL.ndim != 3 or mask_BKL.shape != ids_BKL.shape:
         raise ValueError(f"context ids and mask must both be [B, K, L]; got {ids_BKL.shape} and {mask_BKL.shape}")
     B, K, L = ids_BKL.shape

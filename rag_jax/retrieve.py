@@ -1,4 +1,4 @@
-"""From questions to passages to the generator's input, as pure functions that training and answering share.
+"""From questions to passages to the generator's input: pure functions that training and inference share.
 
 question ids -> q_BE -> rows_BK of the index -> passage tokens, joined with the question -> [B, K, L]
 """
@@ -19,10 +19,10 @@ Batch = dict[str, jax.Array]
 
 
 class Searched(Protocol):
-    """What these functions read of a program's static setting.
+    """The static settings of a program that the functions in this file use.
 
-    n_passages: rows that are searched: those of the corpus or, where it is live, all of the tables.
-    prefix_ids: the special ids that a generator's input begins with.
+    n_passages: rows that are searched; all rows of the corpus or, for a live corpus, of its tables.
+    prefix_ids: special ids at the start of a generator's input.
     """
 
     @property
@@ -42,7 +42,7 @@ class Searched(Protocol):
 
 
 class Setting(NamedTuple):
-    """The setting of a program that only answers; a training step has its own (training.stage.Setting)."""
+    """Static settings of an inference program; a training step has training.stage.Setting instead."""
 
     rag: Rag
     mesh: jax.sharding.Mesh
@@ -52,13 +52,14 @@ class Setting(NamedTuple):
 
 
 def embed_questions(s: Searched, params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
+    """Vectors q_BE of the batch's questions; key: of dropout, None for evaluation."""
     ids = batch["question_ids"]
     return s.rag.embed_questions(params, ids, length_mask(batch["question_length"], ids.shape[1]), key)
 
 
 @functools.lru_cache(maxsize=8)
 def question_program(rag: Rag) -> Any:
-    """(params, batch) -> q_BE without dropout, jitted; one for a model, whatever its corpus."""
+    """Jitted (params, batch) -> q_BE without dropout; cached by model, so that all its corpora share one program."""
 
     def embed(params: Params, batch: Batch) -> jax.Array:
         ids = batch["question_ids"]
@@ -68,7 +69,7 @@ def question_program(rag: Rag) -> Any:
 
 
 def embed_rows(s: Searched, params: Params, passages: Passages, rows: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Embeddings of the passages at rows [...], [..., E]."""
+    """Embeddings [..., E] of the passages at rows [...], by the encoder; key: of dropout, None for evaluation."""
     flat = rows.reshape(-1)
     ids = passages.encoder_ids_NL[flat].astype(jnp.int32)
     mask = length_mask(passages.encoder_length_N[flat], ids.shape[1])
@@ -76,22 +77,26 @@ def embed_rows(s: Searched, params: Params, passages: Passages, rows: jax.Array,
 
 
 def find(s: Searched, q_BE: jax.Array, index: Index, k: int) -> tuple[jax.Array, jax.Array]:
-    """(scores_BK, rows_BK) of the k passages with the largest inner products, in graph, without a gradient."""
+    """(scores_BK, rows_BK) of the k passages with the largest inner products, inside a jitted program, no gradient."""
     return mips.search(q_BE, index.embeddings_NE, k, recall_target=s.search.recall_target, **table(s, index))
 
 
 def table(s: Searched, index: Index) -> dict[str, Any]:
-    """What all searches in graph are told about the index."""
+    """Keyword arguments that describe the index to the search functions of retrieval.mips."""
     return {"scale_N": index.scale_N, "live_N": index.live_N, "mesh": s.mesh, "n_valid": s.n_passages}
 
 
 def contexts(
     s: Searched, passages: Passages, rows_BK: jax.Array, batch: Batch, length: int = 0, window: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Generator inputs [B, K, L] and mask: each retrieved passage joined with its question.
+    """Generator inputs [B, K, L] and their mask: each retrieved passage joined with its question.
 
-    length: L at most, 0: the model's; window: tokens of a passage at most, where the batch has windows. L is no longer
-    than a passage of the table (or a window) with a question of this batch can be, in tiles of 16 tokens.
+    batch: may have "window" [B, 2], start and stop in tokens of the part of its passages that a question reads.
+    length: upper bound of L; 0: the model's source_length.
+    window: longest window, in tokens.
+
+    L is the longest that passage (or window) and question can be together by their shapes, rounded up to a multiple of
+    16, and at most `length`.
     """
     B, K = rows_BK.shape
     body = passages.generator_ids_NL.shape[1]
