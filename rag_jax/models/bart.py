@@ -1,4 +1,4 @@
-"""BART as the generator (Lewis et al. 2019): encode, project for cross-attention once, decode with a cache."""
+"""BART as the generator (Lewis et al. 2019): encode, project once for cross-attention, decode with a cache."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -34,7 +34,17 @@ POSITION_OFFSET = 2  # rows 0 and 1 of the position tables are unused, a leftove
 
 @dataclass(frozen=True)
 class BartConfig(SpecialTokens):
-    """Shape of the generator. The defaults are BART-large; norm="pre" is mBART's form (LayerNorm after each stack)."""
+    """Shape of a BART generator; the defaults are BART-large.
+
+    hidden: F, width of the feed-forward layers.
+    positions: longest source and longest target, in tokens.
+    attention_dropout, activation_dropout: of attention weights, and after the activation of feed-forward layers.
+    norm: "pre" is mBART's form, which also has a LayerNorm after each stack.
+    init: initialisation; `copy` is init_copying.
+    embedding_scale: factor of the token embeddings; sqrt(width) for Hugging Face's scale_embedding.
+    logit_scale: factor of the logits' matmul; width ** -0.5 with the unit-scale embeddings of init="copy".
+    dtype: type of the matmuls' operands.
+    """
 
     vocab_size: int = 50265
     width: int = 1024
@@ -45,28 +55,31 @@ class BartConfig(SpecialTokens):
     positions: int = 1024
     dropout: float = 0.1
     attention_dropout: float = 0.0
-    activation_dropout: float = 0.0  # after the activation of every feed-forward layer
+    activation_dropout: float = 0.0
     eps: float = 1e-5
     activation: Activation = "gelu"
     norm: NormPlacement = "post"
     init: Init = "hf"
-    embedding_scale: float = 1.0  # sqrt(width) where Hugging Face says scale_embedding
-    logit_scale: float = 1.0  # width ** -0.5 with the unit-scale embeddings of init="copy"
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
     dtype: str = "float32"
     remat: Remat = "none"
     kind: Literal["bart"] = "bart"
 
 
 def check_length(length: int, config: BartConfig) -> None:
+    """ValueError where `length` tokens are more than the positions."""
     if length > config.positions:
         raise ValueError(f"input of length {length}, but the generator has {config.positions} positions")
 
 
 class Layer(nn.Module):
-    """One encoder or decoder layer.
+    """One encoder or decoder layer; a call returns the new hidden states and the updated (keys, values) or None.
 
-    `cross` is what the decoder attends to: ((keys, values), mask). Returns the new hidden states and, given a cache
-    (keys, values, slot), its keys and values with this call's entries written.
+    mask: of self-attention, True where a query attends.
+    cross: ((keys, values), mask) of the source, which a decoder attends to; None for an encoder.
+    cache: (keys, values, slot) of self-attention; this call's keys and values are written from the slot on. None: the
+        tokens attend to one another only, and None is returned.
     """
 
     config: BartConfig
@@ -124,7 +137,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Embedded tokens -> hidden states, through one side's layers."""
+    """The encoder's or decoder's layers: embedded tokens -> hidden states, and the updated cache if there is one."""
 
     config: BartConfig
     decoder: bool
@@ -176,7 +189,7 @@ class Stack(nn.Module):
 
 
 class Bart(GeneratorBase):
-    """The generator interface: `encode`, `cross`, `decode`, `init_cache`; calling it is teacher forcing end to end."""
+    """BART with the interface of models.protocols.Generator."""
 
     config: BartConfig
 
@@ -219,11 +232,12 @@ class Bart(GeneratorBase):
         deterministic: bool = True,
         tree: Tree | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """Hidden states [B, T, D] of the tokens ids_BT, from which `head` makes logits. The tokens are written to the
-        cache from `slot` on.
+        """Last hidden states [B, T, D] of the tokens ids_BT, and the updated cache (None without one).
 
-        With a cache, also the cache to go on with. Without a tree the slot is the position too, and nothing is masked
-        but the future, so right-pad ids_BT; ValueError where the tokens are more than the positions.
+        cache: keys and values of earlier tokens; those of ids_BT are written from `slot` on.
+        tree: positions and visibility of tokens that do not follow one another in the cache. Without it a token's
+            position is its slot and only the future is masked, not padding: ids_BT must be right-padded. ValueError
+            where these tokens, or a whole cache, are more than the positions.
         """
         if tree is None:
             tree = line(ids_BT.shape[1], ids_BT.shape[1] if cache is None else cache.key[0].shape[3], slot)
@@ -238,6 +252,6 @@ class Bart(GeneratorBase):
         return self.shared.embedding, self.logits_bias
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Of hidden states, [B, T, V] float32."""
+        """Logits [B, T, V] float32 of hidden states."""
         logits = self.shared.attend(x_BTD).astype(jnp.float32) * self.config.logit_scale
         return logits + self.logits_bias

@@ -31,9 +31,15 @@ from rag_jax.system import sharding
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Shape of one encoder. The defaults are BERT-base as DPR uses it: CLS vector, no pooler, no projection.
+    """Shape of an encoder; the defaults are BERT-base as DPR uses it: CLS vector, no pooler, no projection.
 
-    attention_dropout: of attention's weights; below 0: that of `dropout`. pooling: see `pool`.
+    hidden: F, width of the feed-forward layers.
+    positions: longest input, in tokens.
+    attention_dropout: of attention weights; below 0: `dropout`.
+    pooling: see `pool`.
+    projection: width of a linear layer on the pooled vector; 0: none.
+    vector_norm: length that every vector is scaled to; 0: not scaled.
+    dtype: type of the matmuls' operands.
     """
 
     vocab_size: int = 30522
@@ -50,15 +56,15 @@ class BertConfig:
     norm: NormPlacement = "post"
     init: Init = "hf"
     pooling: Pooling = "cls"
-    projection: int = 0  # width of a linear layer on the pooled vector; 0: none
-    vector_norm: float = 0.0  # every vector is scaled to this length; 0: left as it comes
+    projection: int = 0
+    vector_norm: float = 0.0
     dtype: str = "float32"
     remat: Remat = "none"
     kind: Literal["bert"] = "bert"
 
     @property
     def weights_dropout(self) -> float:
-        """Dropout of attention's weights."""
+        """Dropout of attention weights."""
         return self.dropout if self.attention_dropout < 0 else self.attention_dropout
 
     @property
@@ -92,10 +98,13 @@ class BertLayer(nn.Module):
 
 
 def pool(hidden_BLD: jax.Array, mask_BL: jax.Array, how: str) -> jax.Array:
-    """One vector of the tokens where the mask is True, [B, D] float32, as sentence-transformers names the ways.
+    """One vector per row, pooled over the positions where the mask is True: [B, D] float32.
 
-    cls: the first token's, whatever the mask; mean; max; mean_sqrt_len_tokens: the sum over the root of how many they
-    are; weightedmean: weighted by position, from 1; lasttoken. For a row with no token all but cls and max give zeros.
+    how: a name of sentence-transformers. cls: the first position, whatever the mask; lasttoken: the last one; mean,
+        max; mean_sqrt_len_tokens: sum divided by the square root of the number of tokens; weightedmean: mean weighted
+        by position, counted from 1.
+
+    A row without tokens gives zeros, but for cls, and for max, which gives -1e9.
     """
     hidden_BLD = hidden_BLD.astype(jnp.float32)
     if how == "cls":
@@ -112,7 +121,7 @@ def pool(hidden_BLD: jax.Array, mask_BL: jax.Array, how: str) -> jax.Array:
 
 
 class Bert(nn.Module):
-    """`hidden` gives [B, L, D], calling it gives the pooled (and projected) vector [B, E] in float32."""
+    """BERT as an encoder: `hidden` returns states [B, L, D]; a call returns one vector per row [B, E] in float32."""
 
     config: BertConfig
 
@@ -132,7 +141,7 @@ class Bert(nn.Module):
         self.drop = Dropout(c.dropout)
 
     def hidden(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Last hidden states [B, L, D]; mask is True on real tokens; token types are all 0."""
+        """Last hidden states [B, L, D]; the mask is True on real tokens. All token types are 0."""
         length = ids_BL.shape[1]
         if length > self.config.positions:
             raise ValueError(f"input of length {length}, but the encoder has {self.config.positions} positions")
@@ -150,7 +159,10 @@ class Bert(nn.Module):
     def __call__(
         self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True, pooled: slice = slice(None)
     ) -> jax.Array:
-        """pooled: only these positions are pooled; all are read."""
+        """Vectors [B, E]: pooled, projected and scaled as configured.
+
+        pooled: only these positions are pooled; attention still sees all.
+        """
         at_L = jnp.zeros(ids_BL.shape[1], bool).at[pooled].set(True)
         pooled_BD = pool(self.hidden(ids_BL, mask_BL, deterministic), mask_BL.astype(bool) & at_L, self.config.pooling)
         vector_BE = self.projection(pooled_BD) if self.config.projection else pooled_BD

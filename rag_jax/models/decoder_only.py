@@ -1,11 +1,12 @@
-"""Decoder-only generators, GPT-2 and Llama: the prefix is read once, its keys and values are all that the answer needs.
+"""Decoder-only generators, GPT-2 and Llama: keys and values of the prefix are computed once and serve the whole answer.
 
-GPT-2 (Radford et al. 2019, section 2.3): learned positions, LayerNorm, one feed-forward matrix in, biases. Llama
-(Touvron et al. 2023, section 2.2): rotary positions, RMSNorm, gated feed-forward, no biases; later ones, Mistral and
+GPT-2 (Radford et al. 2019, section 2.3): learned positions, LayerNorm, feed-forward without gate, biases. Llama
+(Touvron et al. 2023, section 2.2): rotary positions, RMSNorm, gated feed-forward, no biases; later Llamas, Mistral and
 Qwen2 share keys and values among heads (Ainslie et al. 2023). Every choice is a field of `LmConfig`.
 
-The interface is that of `Bart`. Where Bart encodes the source and attends to it across, here the source is a prefix,
-padded on the right; the target goes on at each row's own length, as if no padding stood between.
+The interface is that of `Bart`. Bart encodes the source and cross-attends to it; here the source is a prefix of the
+target, padded on the right. Each row's target continues at the positions after its own prefix, as if there were no
+padding in between.
 """
 
 from dataclasses import dataclass
@@ -41,17 +42,35 @@ from rag_jax.system import sharding
 
 @dataclass(frozen=True)
 class LmConfig(SpecialTokens):
-    """Shape of a decoder-only generator. The defaults are GPT-2, the small one."""
+    """Shape of a decoder-only generator; the defaults are GPT-2 small.
+
+    groups: groups of heads that share keys and values; 0: every head has its own.
+    head_width: C; 0: width / heads.
+    hidden: F, width of the feed-forward layers.
+    positions: longest prefix and target together, in tokens.
+    window: tokens back that a checkpoint attends to; longer inputs are refused; 0: all.
+    attention_dropout: of attention weights.
+    rope_theta, rope_scaling, rope_factor: base of the rotary frequencies, and which are divided by rope_factor, see
+        `frequencies`.
+    rope_low, rope_high: for llama3; rotations of fewer than rope_low turns over rope_original positions are slowed
+        down by rope_factor, those of more than rope_high are kept, and those in between are interpolated.
+    rope_original: for llama3; positions before they were extended.
+    qkv_bias, out_bias, mlp_bias: whether queries, keys and values, attention's output and feed-forward have biases.
+    tied: whether the output layer is the token embedding.
+    logit_scale: factor of the logits' matmul.
+    bos_id: token between prefix and target.
+    dtype: type of the matmuls' operands.
+    """
 
     vocab_size: int = 50257
     width: int = 768
     layers: int = 12
     heads: int = 12
-    groups: int = 0  # of heads that share keys and values; 0: every head has its own
-    head_width: int = 0  # 0: width / heads
+    groups: int = 0
+    head_width: int = 0
     hidden: int = 3072
-    positions: int = 1024  # that prefix and target have together
-    window: int = 0  # positions back that a token attends to; longer inputs are refused; 0: all
+    positions: int = 1024
+    window: int = 0
     dropout: float = 0.1
     attention_dropout: float = 0.1
     eps: float = 1e-5
@@ -61,17 +80,17 @@ class LmConfig(SpecialTokens):
     position_kind: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 10_000.0
     rope_scaling: Literal["none", "linear", "llama3"] = "none"
-    rope_factor: float = 1.0  # by how much the slow rotations are slowed down further
-    rope_low: float = 1.0  # llama3: rotations of fewer turns than this over rope_original are slow,
-    rope_high: float = 4.0  # those of more than this are not, and what is between is blended
-    rope_original: int = 8192  # llama3: positions before they were extended
+    rope_factor: float = 1.0
+    rope_low: float = 1.0
+    rope_high: float = 4.0
+    rope_original: int = 8192
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
     tied: bool = True
     init: Init = "hf"
     logit_scale: float = 1.0
-    bos_id: int = 50256  # stands between prefix and target
+    bos_id: int = 50256
     pad_id: int = 50256
     eos_id: int = 50256
     dtype: str = "float32"
@@ -79,11 +98,11 @@ class LmConfig(SpecialTokens):
     kind: Literal["lm"] = "lm"
 
     def opening(self, prefix_ids: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """What a label begins with: the start alone, which ends the prefix."""
+        """First tokens of a label: the start token alone, which separates prefix and target."""
         return (self.start_id,)
 
     def check_length(self, length: int) -> None:
-        """ValueError where so many tokens, prefix and target, do not fit the window within which all see all."""
+        """ValueError where prefix and target, `length` tokens, exceed the attention window (not implemented)."""
         if 0 < self.window < length:
             raise ValueError(
                 f"the generator attends to a window of {self.window} tokens, which is not built; up to {self.window} "
@@ -93,10 +112,10 @@ class LmConfig(SpecialTokens):
 
 
 def frequencies(c: LmConfig) -> np.ndarray:
-    """Radians per position of every pair of a head's dimensions [C/2] (Su et al. 2021, section 3.2.2).
+    """Rotary frequencies [C/2]: radians per position of every pair of a head's dimensions (Su et al. 2021, s. 3.2.2).
 
-    linear: all slowed down by the factor, so that more positions fit the angles seen in training (Chen et al. 2023,
-    section 2.3). llama3: the slow ones only, as released with Llama 3.1.
+    rope_scaling="linear" divides all by rope_factor, so that more positions fit the angles seen in training (Chen et
+    al. 2023, section 2.3). "llama3" divides the slow ones only, as released with Llama 3.1.
     """
     size = c.head_width or c.width // c.heads
     rate = c.rope_theta ** (-np.arange(0, size, 2) / size)
@@ -109,6 +128,7 @@ def frequencies(c: LmConfig) -> np.ndarray:
 
 
 def check_length(prefix: int, target: int, c: LmConfig) -> None:
+    """ValueError where prefix and target, both in tokens, do not fit the positions or the attention window."""
     if prefix + target > c.positions:
         raise ValueError(
             f"prefix of length {prefix} and target of length {target}, but the generator has {c.positions} positions"
@@ -117,15 +137,19 @@ def check_length(prefix: int, target: int, c: LmConfig) -> None:
 
 
 def norm(c: LmConfig) -> LayerNorm | RMSNorm:
+    """A new norm layer of the configured kind."""
     return (LayerNorm if c.norm_kind == "layer" else RMSNorm)(c.eps, jnp.dtype(c.dtype))
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+    """One layer: x + attention(norm(x)), then x + feed_forward(norm(x)).
 
-    `prefix` is what stands before these tokens, (keys, values); `cache` is (keys, values, slot), room for their own
-    and where in it to write. The mask is over the prefix, then their own. Returns the new hidden states and the
-    tokens' own keys and values, as long as the cache where there is one.
+    A call returns the new hidden states and the target's (keys, values): the updated cache, or without one those of
+    these tokens.
+
+    mask_B1TL: True where a token attends; L is the prefix, then the target (the whole cache where there is one).
+    prefix: (keys, values) of the prefix; None while the prefix itself is read.
+    cache: (keys, values, slot) of the target; those of these tokens are written from the slot on.
     """
 
     config: LmConfig
@@ -174,7 +198,7 @@ class Layer(nn.Module):
 
 
 class Lm(GeneratorBase):
-    """The generator interface: `encode`, `cross`, `decode`, `init_cache`; calling it is teacher forcing end to end."""
+    """A decoder-only model with the interface of models.protocols.Generator."""
 
     config: LmConfig
 
@@ -200,7 +224,7 @@ class Lm(GeneratorBase):
         start: jax.Array | int,
         deterministic: bool,
     ) -> tuple[jax.Array, KeyValues]:
-        """Tokens through all layers: hidden states [B, T, D] and the tokens' own keys and values, see `Layer`."""
+        """Hidden states [B, T, D] after all layers, without the last norm, and keys and values; see `Layer`."""
         x = self.token(ids_BT)
         if self.config.position_kind == "learned":
             x = float32_sums.add(x, self.position(position_BT))
@@ -216,14 +240,14 @@ class Lm(GeneratorBase):
         return x, own
 
     def encode(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> KeyValues:
-        """Prefix ids and mask (True on real tokens, which come first) -> its keys and values in every layer."""
+        """Keys and values of the prefix in every layer; mask: True on real tokens, which must come first."""
         check_length(ids_BL.shape[1], 0, self.config)
         at_L = jnp.arange(ids_BL.shape[1])
         mask_B1LL = (at_L <= at_L[:, None]) & mask_BL.astype(bool)[:, None, None, :]
         return self.run(ids_BL, at_L[None], mask_B1LL, None, None, 0, deterministic)[1]
 
     def cross(self, prefix: KeyValues) -> KeyValues:
-        """What `encode` gave is already what `decode` attends to."""
+        """The prefix as it is: `encode` already returns the keys and values that `decode` attends to."""
         return prefix
 
     def check_room(self, source: int, target: int) -> None:
@@ -246,12 +270,12 @@ class Lm(GeneratorBase):
         deterministic: bool = True,
         tree: Tree | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """Hidden states [B, T, D] of the tokens ids_BT, from which `head` makes logits. The tokens are written to the
-        cache from `slot` on.
+        """Last hidden states [B, T, D] of the target tokens ids_BT, and the updated cache (None without one).
 
-        With a cache, also the cache to go on with. Without a tree the slot is the position after the prefix too, and
-        of the target nothing is masked but the future, so right-pad ids_BT. ValueError where prefix and target (or
-        its cache) do not fit the positions.
+        cache: keys and values of earlier target tokens; those of ids_BT are written from `slot` on.
+        tree: positions, counted from the end of the prefix, and visibility of tokens that do not follow one another in
+            the cache. Without it a token's position is its slot and only the future is masked, not padding: ids_BT
+            must be right-padded. ValueError where prefix and target (or its cache) do not fit the positions.
         """
         (B, T), L = ids_BT.shape, mask_BL.shape[1]
         length = T if cache is None else cache.key[0].shape[3]
@@ -260,6 +284,7 @@ class Lm(GeneratorBase):
             check_length(L, length, self.config)
         seen_B1TL = jnp.broadcast_to(mask_BL.astype(bool)[:, None, None, :], (B, 1, T, L))
         own_B1TS = jnp.broadcast_to(tree.visible_BTS[:, None], (B, 1, T, length))
+        # each row's target continues after its own prefix, not after the prefix's padding
         position_BT = mask_BL.astype(jnp.int32).sum(-1, keepdims=True) + tree.position_BT
         mask = jnp.concatenate([seen_B1TL, own_B1TS], axis=-1)
         x, own = self.run(ids_BT, position_BT, mask, cross, cache, slot, deterministic)
@@ -271,6 +296,6 @@ class Lm(GeneratorBase):
         return kernel_VD, jnp.zeros(self.config.vocab_size)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Of hidden states, [B, T, V] float32."""
+        """Logits [B, T, V] float32 of hidden states."""
         logits = self.token.attend(x_BTD) if self.config.tied else self.lm_head(x_BTD)
         return logits.astype(jnp.float32) * self.config.logit_scale

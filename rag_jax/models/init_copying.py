@@ -1,20 +1,19 @@
-"""A start from which a small generator learns to copy at once: one induction head (Olsson et al. 2022), written into
-the weights.
+"""Initialisation of a small Bart with an induction head (Olsson et al. 2022), so that it learns to copy quickly.
 
-Copying a name of several tokens takes two attention heads that must find each other: one in the encoder that tells
-each position which token stands before it, and one in the decoder that looks, after writing token y, for the position
-whose predecessor is y and writes what stands there. From random weights, their forming takes thousands of steps. Here
-they are there at the start:
+Copying a name of several tokens takes two attention heads that work together. One in the encoder tells each position
+which token precedes it. One in the decoder, after writing token y, looks for the position whose predecessor is y and
+writes the token there. From random weights such heads take thousands of steps to form. Here the weights contain them
+from the start:
 
-- tokens and positions live in different dimensions of the embedding: the first C (the width of a head) are the
-  positions';
-- encoder layer 0, head 0 looks one position back (sinusoids turned by one position) and adds a code of that token;
-- the last decoder layer's cross-attention heads, all but one, look for the code of the token just written, and copy.
-  They stand in the last layer so that what the layers below gather from the question can choose where to begin, with
-  the same heads.
+- tokens and positions use different dimensions of the embedding: the first C (the width of a head) are for positions;
+- encoder layer 0, head 0 attends one position back (its keys are sinusoids rotated by one position) and adds a code of
+  the token there;
+- all cross-attention heads but one of the last decoder layer look for the code of the token just written, and copy.
+  They are in the last layer so that the same heads can choose where to begin copying, by what the layers below gather
+  from the question.
 
-Everything is trained on from there; the architecture is the ordinary one (compare the mimetic initialisation of
-Trockman and Kolter 2023, which starts attention from products near the identity).
+All weights are trained further; the architecture does not change. (Compare the mimetic initialisation of Trockman and
+Kolter 2023, which starts attention from products near the identity.)
 """
 
 from typing import Any
@@ -27,10 +26,10 @@ import numpy as np
 from rag_jax.models.bart import POSITION_OFFSET, BartConfig
 
 BASE = 100.0  # slowest sinusoid: about 6 * BASE positions
-SHARPNESS = 3.2  # of the head that looks one back: about 95% of its weight on that position
-NEIGHBOURHOODS = ((-3, 1.0), (3, 1.0))  # centre and sharpness of the heads that gather the words before and after
-MATCH = 2.5  # of the query and the key that look for the code, so that a match wins over the other tokens
-COPY = 4.0  # how much louder the copied token is than the one just written, which the residual stream carries along
+SHARPNESS = 3.2  # scale of query and key of the head that looks one back: about 95% of its weight on that position
+NEIGHBOURHOODS = ((-3, 1.0), (3, 1.0))  # (shift, sharpness) of the heads that gather the words before and after
+MATCH = 2.5  # scale of query and key of the copying heads, so that a matching code wins over the other tokens
+COPY = 4.0  # scale of the copied token, to outweigh the token just written, which the residual stream also carries
 
 Tree = dict[str, Any]
 
@@ -48,14 +47,18 @@ def _positions(rows: int, width: int, offset: int) -> tuple[np.ndarray, np.ndarr
 
 
 def start(params: Tree, config: BartConfig) -> Tree:
-    """New parameters as the configuration's `init` wants them."""
+    """Freshly drawn parameters with the induction head written in if the configuration has init="copy"."""
     return induction_start(params, config.heads, POSITION_OFFSET) if config.init == "copy" else params
 
 
 def induction_start(boxed: Tree, heads: int, offset: int) -> Tree:
-    """The parameters of a Bart, boxed with their names or not, with the two heads written in.
+    """Parameters of a Bart with the induction head written in.
 
-    ValueError where it cannot be done: fewer than two heads, an odd head width, or no layers.
+    boxed: the parameters, boxed with their logical axis names or not; so is the result.
+    heads: attention heads of a layer.
+    offset: row of position 0 in the position tables.
+
+    ValueError for fewer than two heads, an odd head width, or no layers.
     """
     params = nn.unbox(boxed)
     width = params["shared"]["embedding"].shape[1]
@@ -68,9 +71,10 @@ def induction_start(boxed: Tree, heads: int, offset: int) -> Tree:
     table, rotation = _positions(rows, size, offset)
     position = jnp.zeros((rows, width)).at[:, :size].set(jnp.asarray(table, jnp.float32))
     back = params["encoder"]["layer_0"]["self_attention"]
-    # the head that looks one back: a code [D, C] of the token there, and where it is written [C, D]
+    # the head that looks one back reads a code [D, C] of the token there (its value projection) and writes it into the
+    # residual stream by [C, D] (its output projection)
     code = back["value"]["kernel"][:, :size].at[:size].set(0.0)
-    written = back["out"]["kernel"][:size] * (width / size) ** 0.5  # drawn for D inputs, used with C
+    written = back["out"]["kernel"][:size] * (width / size) ** 0.5  # scaled for D inputs when drawn, used with C
     looking = {name: back[name]["kernel"] for name in ("query", "key", "value", "out")}
     looking["value"] = looking["value"].at[:, :size].set(code)
     looking["out"] = looking["out"].at[:size].set(written)
@@ -85,7 +89,7 @@ def induction_start(boxed: Tree, heads: int, offset: int) -> Tree:
     kernels = {name: cross[name]["kernel"] for name in ("query", "key", "value", "out")}
     for head in range(heads - 1):
         mine = slice(head * size, (head + 1) * size)
-        # together the copying heads carry all dimensions of a token, a part each
+        # each copying head copies C dimensions of a token; together they copy all token dimensions
         part = jnp.zeros((width, size)).at[(head + 1) * size : (head + 2) * size].set(jnp.eye(size))
         kernels["query"] = kernels["query"].at[:, mine].set(MATCH * code)
         kernels["key"] = kernels["key"].at[:, mine].set(MATCH * written.T * size / width)
@@ -95,7 +99,8 @@ def induction_start(boxed: Tree, heads: int, offset: int) -> Tree:
     new: dict[tuple, jax.Array] = {
         ("shared", "embedding"): params["shared"]["embedding"].at[:, :size].set(0.0),
         ("encoder", "position", "embedding"): position,
-        ("decoder", "position", "embedding"): jnp.array(position),  # a buffer of its own, to be donated
+        # a copy: the two tables must not share a buffer, or it would be donated twice
+        ("decoder", "position", "embedding"): jnp.array(position),
         **{(*first, name, "kernel"): kernel for name, kernel in looking.items()},
         **{(*layer, name, "kernel"): kernel for name, kernel in kernels.items()},
     }

@@ -1,10 +1,10 @@
-"""A start from which an encoder trained from scratch already finds passages that share rare words with the question.
+"""Initialisation of an encoder that, even untrained, finds passages that share rare words with the question.
 
-A mean of random token vectors, each weighted by its inverse document frequency, is a random projection of TF-IDF
-(Johnson and Lindenstrauss 1984): inner products are nearly those of the sparse vectors. A LayerNorm gives every token
-the same length, so the weight is kept as a share of it: token v starts as w_v * code_v + sqrt(1 - w_v^2) * filler, with
-one filler for all, which the last LayerNorm's scale takes out. The layers start near the identity, positions near zero.
-Everything is trained on from there; the architecture is the ordinary one.
+The mean of random token vectors, weighted by inverse document frequency, is a random projection of TF-IDF (Johnson and
+Lindenstrauss 1984): its inner products are nearly those of the sparse vectors. But LayerNorm gives every token vector
+the same length. So a weight w_v is kept as a share of that length: token v starts as w_v * code_v + sqrt(1 - w_v^2) *
+filler, with one filler for all tokens, which the scale of the last LayerNorm sets to 0. The layers start near the
+identity, and positions near zero. All weights are trained further; the architecture does not change.
 """
 
 from typing import Any
@@ -15,14 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 FILLER = 2  # dimensions of the embedding that hold the filler
-QUIET = 0.1  # of what the layers and the positions add at the start
+QUIET = 0.1  # factor of what layers, positions and token types add at the start
 
 Tree = dict[str, Any]
 
 
 def inverse_document_frequency(ids_NL: np.ndarray, length_N: np.ndarray, vocab_size: int, sample: int = 100_000) -> Any:
-    """log(N / n_v) / log(N) [V], between 0 (in every passage) and 1 (in one or none), from at most `sample` passages
-    evenly spread.
+    """Inverse document frequencies log(N / n_v) / log(N) [V], between 0 and 1.
+
+    n_v is the number of passages with token v, among N; a token of all passages has 0, one of a single or no passage 1.
+
+    ids_NL, length_N: tokens of the passages, and how many each has.
+    sample: passages that are counted at most, evenly spread over the corpus.
     """
     rows = np.unique(np.linspace(0, len(length_N) - 1, min(sample, len(length_N))).astype(np.int64))
     seen_V = np.zeros(vocab_size, np.int64)
@@ -33,7 +37,9 @@ def inverse_document_frequency(ids_NL: np.ndarray, length_N: np.ndarray, vocab_s
 
 
 def lexical_start(params: Tree, weight_V: np.ndarray) -> Tree:
-    """The parameters of a Bert with norm="pre", unboxed, with the start written in; weight_V as above.
+    """Parameters of a Bert with norm="pre", unboxed, with the lexical initialisation written in.
+
+    weight_V: weights w_v of the tokens, from `inverse_document_frequency`.
 
     ValueError for an encoder without a last LayerNorm.
     """
@@ -42,7 +48,7 @@ def lexical_start(params: Tree, weight_V: np.ndarray) -> Tree:
     code_VD = params["word"]["embedding"].at[:, :FILLER].set(0.0)
     width = code_VD.shape[1]
 
-    def standard(x: jax.Array) -> jax.Array:  # what LayerNorm makes of it, so that LayerNorm leaves it alone
+    def standard(x: jax.Array) -> jax.Array:  # normalised as by LayerNorm, which then leaves it unchanged
         x = (x - x[:, FILLER:].mean(-1, keepdims=True)).at[:, :FILLER].set(0.0)
         return x * jnp.sqrt(width / jnp.square(x).sum(-1, keepdims=True))
 

@@ -1,7 +1,7 @@
 """Building blocks shared by every Transformer here: Flax modules that only own parameters, and activations.
 
-Parameters are float32 and carry logical axis names (`rag_jax.system.sharding.RULES` maps them to mesh axes); matrix
-products run in `dtype`, LayerNorm and softmax in float32.
+Parameters are float32 and carry logical axis names (`rag_jax.system.sharding.RULES` maps them to mesh axes). Matmuls
+run in `dtype`, LayerNorm and softmax in float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,15 +24,16 @@ Init = Literal["hf", "copy", "lexical"]
 NormPlacement = Literal["post", "pre"]
 Activation = Literal["gelu", "gelu_new", "relu", "silu"]
 Dtype = Any
-# What the backward pass does not keep but compute again: nothing; all within a layer; all but its matrix products.
+# Rematerialisation, by what the backward pass recomputes: "none", nothing; "full", everything inside a layer; "dots",
+# everything but the results of matmuls with parameters.
 Remat = Literal["none", "full", "dots"]
 
 
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function of x (Hendrycks and Gimpel 2016), by erf, as torch has it.
+    """Exact GELU (Hendrycks and Gimpel 2016): x times the normal distribution function of x, by erf as in torch.
 
-    (jax.nn.gelu goes by erfc, two of whose branches a CPU computes for every number.)
+    jax.nn.gelu uses erfc, which is slower: a CPU computes two of its branches for every number.
     """
     return x * _normal_cdf(x)
 
@@ -48,7 +49,7 @@ def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
     return x * cdf, (cdf + x * density) * dx
 
 
-# under the names of Hugging Face's configurations: gelu is the exact one (erf), gelu_new its tanh approximation
+# by the names in Hugging Face's configurations: gelu is the exact one (erf), gelu_new its tanh approximation
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": gelu,
     "gelu_new": partial(jax.nn.gelu, approximate=True),
@@ -58,19 +59,22 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def kernel_init(init: Init) -> Callable:
-    """`hf`: normal with std 0.02 (BERT, BART); `copy`, `lexical`: fan-in scaled, for training from scratch."""
+    """Initialiser of kernels. `hf`: normal with std 0.02 (BERT, BART); `copy`, `lexical`: LeCun normal (by fan-in)."""
     return nn.initializers.normal(0.02) if init == "hf" else nn.initializers.lecun_normal()
 
 
 def embedding_init(init: Init) -> Callable:
-    """`hf`: std 0.02; `copy`, `lexical`: unit scale, so that at the start all tokens are told apart."""
+    """Initialiser of token embeddings: normal with std 0.02 for `hf`, 1 for `copy` and `lexical`.
+
+    Unit scale makes all tokens distinguishable at the start of training from scratch.
+    """
     return nn.initializers.normal(0.02 if init == "hf" else 1.0)
 
 
 def sinusoids(offset: int) -> Callable:
-    """Initialiser of a position table [P, D]: sinusoids (Vaswani et al. 2017, section 3.5) from row `offset` on.
+    """Initialiser of a position table [P, D]: sinusoids (Vaswani et al. 2017, section 3.5), position 0 at row `offset`.
 
-    A shift by one position is then a linear map, so "the token after this one" is easy to learn from scratch.
+    A shift by one position is a linear map of sinusoids, so "the token after this one" is easy to learn from scratch.
     """
 
     def init(_key: jax.Array, shape: tuple[int, int], dtype: Dtype = jnp.float32) -> jax.Array:
@@ -85,16 +89,17 @@ def sinusoids(offset: int) -> Callable:
 
 
 def position_init(init: Init, offset: int = 0) -> Callable:
-    """`hf`: normal with std 0.02; `copy`, `lexical`: sinusoids, still learned."""
+    """Initialiser of a position table. `hf`: normal with std 0.02; `copy`, `lexical`: sinusoids. Both are trained."""
     return nn.initializers.normal(0.02) if init == "hf" else sinusoids(offset)
 
 
 def parameter(
     module: nn.Module, name: str, init: Callable, names: tuple[str, ...], shape: tuple[int, ...]
 ) -> jax.Array:
-    """The module's parameter of that name: drawn by `init` with logical axis `names`, or the one that was given.
+    """The module's parameter `name`: the one passed to `apply`, else drawn by `init` with logical axes `names`.
 
-    For the shape of one that was given, Flax's own `param` would trace the initialiser: a fifth of all tracing here.
+    Flax's own `param` traces the initialiser to check the shape of a passed parameter, a fifth of all tracing here; so
+    the shape is compared directly. ScopeParamShapeError where it differs.
     """
     if not module.has_variable("params", name):
         return module.param(name, nn.with_logical_partitioning(init, names), shape)
@@ -105,7 +110,7 @@ def parameter(
 
 
 class Dropout(nn.Module):
-    """Numbers are 0 with probability `rate`, and the others divided by 1 - rate (Srivastava et al. 2014)."""
+    """Dropout (Srivastava et al. 2014): each number is 0 with probability `rate`, else divided by 1 - rate."""
 
     rate: float
 
@@ -116,7 +121,12 @@ class Dropout(nn.Module):
 
 
 class Dense(nn.Module):
-    """y = x W + b with W [in, out] and logical axis names for both. `out`: type of y, `dtype` if None."""
+    """Linear layer y = x W + b with W [in, features].
+
+    names: logical axes of W; the second is that of b.
+    dtype: type of the operands.
+    out: type of y; None: `dtype`.
+    """
 
     features: int
     names: tuple[str, str]
@@ -129,7 +139,8 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", kernel_init(self.init), self.names, shape)
-        # the kernel's gradient is a sum over one axis then: a CPU has a faster product for it, a TPU would copy x
+        # with flat rows the kernel's gradient contracts one axis, for which a CPU has a faster matmul; a TPU would
+        # copy x for the reshape
         flat = x.reshape(-1, x.shape[-1]) if sharding.platform() == "cpu" else x
         y = float32_sums.matmul(flat.astype(self.dtype), kernel, self.names, self.out)
         if self.use_bias:
@@ -155,7 +166,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), with a scale and no bias (Zhang and Sennrich 2019), computed in float32."""
+    """RMSNorm (Zhang and Sennrich 2019): x / rms(x) with a scale and no bias, computed in float32."""
 
     eps: float
     dtype: Dtype = jnp.float32
@@ -168,7 +179,7 @@ class RMSNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """A table [rows, D]; `attend` uses it as the output projection (tied)."""
+    """An embedding table [rows, features]; `attend` uses it as the tied output projection."""
 
     rows: int
     features: int
@@ -183,15 +194,21 @@ class Embed(nn.Module):
         return float32_sums.lookup(self.embedding, ids, self.names, self.dtype)
 
     def attend(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> [..., rows] in float32: logits rounded to bfloat16 would be off by several thousandths."""
+        """Logits [..., rows] of hidden [..., D], in float32: bfloat16 would round them by several thousandths."""
         return float32_sums.matmul(hidden.astype(self.dtype), self.embedding.T, self.names[::-1], jnp.float32)
 
 
 class Attention(nn.Module):
-    """Multi-head attention; `project` gives keys and values, `__call__` attends to them.
+    """Multi-head attention: `project` computes keys and values, `__call__` attends to them.
 
-    By default as in BERT and BART: head_width = width / heads, a key and a value for every head, biased projections.
-    `turn` (rotary positions) is applied to the heads of queries and keys.
+    The defaults are those of BERT and BART.
+
+    width: D of input and output.
+    dropout: of the attention weights.
+    head_width: C; 0: width / heads.
+    groups: G groups of heads that share keys and values; 0: every head has its own.
+    use_bias, use_out_bias: biases of queries, keys and values, and of the output projection.
+    scale: of the scores; None: head_width ** -0.5.
     """
 
     heads: int
@@ -200,10 +217,10 @@ class Attention(nn.Module):
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
     head_width: int = 0
-    groups: int = 0  # of heads that share keys and values; 0: every head has its own
-    use_bias: bool = True  # of queries, keys and values
+    groups: int = 0
+    use_bias: bool = True
     use_out_bias: bool = True
-    scale: float | None = None  # of the scores; None: head_width ** -0.5
+    scale: float | None = None
 
     def setup(self) -> None:
         size, groups = self.head_width or self.width // self.heads, self.groups or self.heads
@@ -221,7 +238,7 @@ class Attention(nn.Module):
     def project(
         self, source_BLD: jax.Array, turn: Callable[[jax.Array], jax.Array] | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Keys [B, G, C, L] and values [B, G, L, C] of the source."""
+        """Keys [B, G, C, L] and values [B, G, L, C] of the source; turn: rotary positions, applied to the keys."""
         key = self.split(self.key(source_BLD))
         key = key if turn is None else turn(key)
         return key.swapaxes(2, 3), self.split(self.value(source_BLD))
@@ -236,6 +253,7 @@ class Attention(nn.Module):
         turn: Callable[[jax.Array], jax.Array] | None = None,
         whole: bool = True,
     ) -> jax.Array:
+        """Attention of x to the sources [B, T, D]; turn: rotary positions of the queries; the rest: ops.attention."""
         drop = None if deterministic or not self.dropout else Drop.drawn(self.make_rng("dropout"), self.dropout)
         query = self.split(self.query(x_BTD))
         query = query if turn is None else turn(query)
@@ -244,7 +262,13 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """W2 f(W1 x), f the exact gelu as in BERT and BART by default; gated: W2 (f(W1 x) * W3 x) (Shazeer 2020)."""
+    """Feed-forward layer W2 f(W1 x), or if gated W2 (f(W1 x) * W3 x) (Shazeer 2020).
+
+    width: D of input and output.
+    hidden: F, width of the layer inside.
+    dropout: after the activation.
+    activation: f; the default is the exact GELU, as in BERT and BART.
+    """
 
     width: int
     hidden: int
@@ -267,21 +291,26 @@ class FeedForward(nn.Module):
 
 
 def remat(layer: Any, policy: Remat, deterministic_at: int) -> Any:
-    """The class of a layer, rematerialised (Chen et al. 2016); deterministic_at: which argument of it is static."""
+    """A layer class whose `__call__` is rematerialised (Chen et al. 2016).
+
+    deterministic_at: position of its argument `deterministic`, which is static; self is 0.
+    """
     if policy == "none":
         return layer
+    # matmuls with parameters have no batch dimensions and are saved; attention's have, and are recomputed
     saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
     return nn.remat(layer, static_argnums=(deterministic_at,), methods=["__call__"], policy=saved)
 
 
 def residual(norm: Callable, placement: NormPlacement, x: jax.Array, sublayer: Callable) -> jax.Array:
-    """x + f(LN(x)) for `pre`, LN(x + f(x)) for `post`."""
+    """A sublayer f with residual and LayerNorm: x + f(LN(x)) for `pre`, LN(x + f(x)) for `post`."""
     return x + sublayer(norm(x)) if placement == "pre" else norm(x + sublayer(x))
 
 
 class GeneratorBase(nn.Module):
-    """What the generators here share: logits from states, and teacher forcing end to end, by the other methods of
-    models.protocols.Generator.
+    """Base class of the generators: `decode`, `taught` and teacher forcing, from the other methods of a generator.
+
+    The interface is models.protocols.Generator.
     """
 
     def decode(
@@ -294,19 +323,19 @@ class GeneratorBase(nn.Module):
         deterministic: bool = True,
         tree: Tree | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """Logits [B, T, V] float32 for the tokens after ids_BT; the rest as of `states`."""
+        """Logits [B, T, V] float32 for the tokens after ids_BT, and the cache; arguments as in `states`."""
         x_BTD, cache = self.states(ids_BT, cross, mask_BL, cache, slot, deterministic, tree)
         return self.logits(x_BTD), cache
 
     def taught(
         self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
     ) -> jax.Array:
-        """Teacher forcing: last states [B, T, D]; those at t are for the token after target_BT[:, t]."""
+        """Last hidden states [B, T, D] by teacher forcing; the state at t predicts the token after target_BT[:, t]."""
         cross = self.cross(self.encode(ids_BL, mask_BL, deterministic))
         return self.states(target_BT, cross, mask_BL, deterministic=deterministic)[0]
 
     def __call__(
         self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
     ) -> jax.Array:
-        """Teacher forcing: logits [B, T, V]."""
+        """Logits [B, T, V] by teacher forcing; `init` draws the parameters through this call."""
         return self.logits(self.taught(ids_BL, mask_BL, target_BT, deterministic))

@@ -1,7 +1,7 @@
-"""What the rest of rag_jax reads of an encoder and of a generator; a family of your own has to have it.
+"""The interfaces of encoders and generators that rag_jax relies on; a new family must provide them.
 
 Modules are Flax Linen modules (`init`, `apply` with `method`) with one field, their configuration. A model of another
-library stands behind a Linen module that calls it (docs/extending.md).
+library is wrapped in a Linen module that calls it (docs/extending.md).
 """
 
 from typing import Any, ClassVar, Literal, Protocol
@@ -14,17 +14,17 @@ Pooling = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", 
 
 
 class EncoderConfig(Protocol):
-    """A frozen dataclass, the shape of an encoder.
+    """Configuration of an encoder, a frozen dataclass.
 
     kind: the family's name in rag.ENCODERS.
     vocab_size: tokens; 0: as many as the corpus' tokenizer has.
-    positions: tokens that it can read, [CLS] and [SEP] among them.
-    output_width: E, the length of a vector.
-    dropout, weights_dropout: shares that training drops of activations and of attention's weights.
-    pooling, vector_norm: how hidden states become a vector, and the length that it is scaled to (0: none); an index is
-      bound to both.
+    positions: longest input in tokens, [CLS] and [SEP] included.
+    output_width: E, the number of dimensions of a vector.
+    dropout, weights_dropout: dropout rates of activations and of attention weights.
+    pooling, vector_norm: how hidden states are pooled, and the length that vectors are scaled to (0: not scaled); an
+      index is only valid for the values that it was built with.
     init: `lexical` starts from the corpus' inverse document frequencies, `hf` as Hugging Face does.
-    dtype: of matrix products.
+    dtype: type of the matmuls' operands.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -52,26 +52,30 @@ class EncoderConfig(Protocol):
 
 
 class Encoder(Protocol):
-    """Token ids -> one vector."""
+    """An encoder of token ids into one vector per row."""
 
     def __call__(
         self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True, pooled: slice = slice(None)
     ) -> jax.Array:
-        """Vectors [B, E] float32. mask_BL: True on real tokens. deterministic: without dropout. pooled: only these
-        positions are pooled; all are read.
+        """Vectors [B, E] float32.
+
+        mask_BL: True on real tokens.
+        deterministic: without dropout.
+        pooled: only these positions are pooled; attention still sees all.
         """
 
 
 class GeneratorConfig(Protocol):
-    """A frozen dataclass, the shape of a generator; the special tokens and both methods are those of
-    models.special_tokens.SpecialTokens, which it usually inherits.
+    """Configuration of a generator, a frozen dataclass.
+
+    Special tokens and methods are those of models.special_tokens.SpecialTokens, which it usually inherits.
 
     kind: the family's name in rag.GENERATORS.
     vocab_size: tokens; 0: as many as the corpus' tokenizer has.
-    positions: source and target tokens that it can read, each.
-    logit_scale: what the output layer's product is multiplied by.
+    positions: longest source and longest target, in tokens.
+    logit_scale: factor of the output layer's matmul.
     init: `copy` starts with heads that copy, where the family has them, `hf` as Hugging Face does.
-    dtype: of matrix products.
+    dtype: type of the matmuls' operands.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -113,17 +117,17 @@ class GeneratorConfig(Protocol):
 
 
 class Generator(Protocol):
-    """An encoder-decoder, or a decoder that reads the source as its prefix. B rows, L source and T target tokens, V in
-    the vocabulary.
+    """An encoder-decoder, or a decoder that reads the source as its prefix.
 
-    models.layers.GeneratorBase has the last three methods, made of the others.
+    B rows, L source and T target tokens, V tokens in the vocabulary. models.layers.GeneratorBase implements the last
+    three methods with the others.
     """
 
     def encode(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> Any:
-        """What is read of a source; mask_BL: True on real tokens. Its arrays have an axis of B rows first."""
+        """Encoding of the source, any pytree of arrays whose first axis is B; mask_BL: True on real tokens."""
 
     def cross(self, encoded: Any) -> KeyValues:
-        """Of that, the keys and values that the decoder attends to, computed once per source."""
+        """Keys and values that the decoder attends to, from the result of `encode`; computed once per source."""
 
     def check_room(self, source: int, target: int) -> None:
         """ValueError where the positions are too few for so many source and target tokens."""
@@ -141,15 +145,18 @@ class Generator(Protocol):
         deterministic: bool = True,
         tree: Tree | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """Hidden states [B, T, D] of the target tokens, and the cache with them from `slot` on, if there is one.
-        tree: where the tokens stand that do not simply follow one another.
+        """Last hidden states [B, T, D] of the target tokens, and the updated cache (None without one).
+
+        mask_BL: of the source, True on real tokens.
+        cache: keys and values of earlier target tokens; those of ids_BT are written from `slot` on.
+        tree: positions and visibility of tokens that do not follow one another in the cache.
         """
 
     def head(self) -> tuple[jax.Array, jax.Array]:
         """Kernel [V, D] and bias [V] of the logits: kernel @ state * logit_scale + bias."""
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """The same of hidden states: [B, T, V] float32."""
+        """Logits [B, T, V] float32 of hidden states."""
 
     def decode(
         self,
@@ -161,14 +168,14 @@ class Generator(Protocol):
         deterministic: bool = True,
         tree: Tree | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """Logits [B, T, V] float32 for the tokens after ids_BT; the rest as of `states`."""
+        """Logits [B, T, V] float32 for the tokens after ids_BT, and the cache; arguments as in `states`."""
 
     def taught(
         self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
     ) -> jax.Array:
-        """Teacher forcing: last states [B, T, D]; those at t are for the token after target_BT[:, t]."""
+        """Last hidden states [B, T, D] by teacher forcing; the state at t predicts the token after target_BT[:, t]."""
 
     def __call__(
         self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
     ) -> jax.Array:
-        """Teacher forcing: logits [B, T, V]; what the parameters are drawn with."""
+        """Logits [B, T, V] by teacher forcing; `init` draws the parameters through this call."""

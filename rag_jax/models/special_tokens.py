@@ -1,4 +1,4 @@
-"""The special tokens of a generator: what its answers begin and end with."""
+"""The special tokens of a generator, which its answers begin and end with."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,12 +8,15 @@ NONE = -1  # no such token
 
 @dataclass(frozen=True, kw_only=True)  # a generator's own fields come first
 class SpecialTokens:
-    """Ids of the vocabulary; -1: none.
+    """Special token ids of a generator; NONE (-1) where there is no such token.
 
-    start_id: what decoding begins with (-1: bos_id). eos_id: what ends a label; end_ids: all tokens that end an answer
-    (empty: eos_id alone). forced_bos_id: the first token after the start, forced_eos_id: the last one at the greatest
-    length. tokens_from: `tokenizer`, these ids are replaced by those of the corpus' tokenizer; `checkpoint`, they came
-    with the weights and stay.
+    start_id: token that decoding begins with; -1: bos_id.
+    eos_id: token that ends a label.
+    end_ids: all tokens that end an answer; empty: eos_id alone.
+    forced_bos_id: token that decoding forces right after the start.
+    forced_eos_id: token that decoding forces at the last position of the greatest length.
+    tokens_from: "tokenizer", ids are replaced by those of the corpus' tokenizer; "checkpoint", ids came with the
+        weights and are kept.
     """
 
     bos_id: int = 0
@@ -35,11 +38,13 @@ class SpecialTokens:
         return self.end_ids or (self.eos_id,)
 
     def check_length(self, length: int) -> None:
-        """ValueError where an input and its answer of so many tokens together are more than the model can see."""
+        """ValueError where input and answer together, `length` tokens, are more than the model can attend to."""
 
     def opening(self, prefix_ids: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """What a label begins with: the start, then what is forced, else what the tokenizer begins a text with, as
-        transformers makes decoder inputs. prefix_ids: those of the tokenizer.
+        """First tokens of a label, as in transformers' decoder inputs: the start, then forced_bos_id or the prefix.
+
+        prefix_ids: tokens that the tokenizer begins a text with; they follow the start only where nothing is forced
+            and tokens_from is "checkpoint". A start token is not repeated.
         """
         theirs = self.tokens_from == "checkpoint"
         start, after = self.start_id if theirs else self.bos_id, tuple(prefix_ids) if theirs else ()

@@ -1,7 +1,7 @@
-"""T5 as the generator (Raffel et al. 2019): relative positions, RMS norms, no biases; the interface of `bart.Bart`.
+"""T5 as the generator (Raffel et al. 2019): relative positions, RMS norms, no biases.
 
-One module for T5 1.0 (relu, the head is the shared embedding, scaled logits) and for T5 1.1, Flan-T5 and mT5 (gated
-gelu, a head of its own; Shazeer 2020).
+One module serves T5 1.0 (relu, the output layer is the shared embedding, scaled logits) and T5 1.1, Flan-T5 and mT5
+(gated gelu, an output layer of its own; Shazeer 2020).
 """
 
 import math
@@ -34,11 +34,18 @@ from rag_jax.system import sharding
 
 @dataclass(frozen=True)
 class T5Config(SpecialTokens):
-    """Shape of the generator. The defaults are T5 1.1 base, which is Flan-T5 base too.
+    """Shape of a T5 generator; the defaults are T5 1.1 base, which is also Flan-T5 base.
 
     T5 1.0 is activation="relu", gated=False, tied=True, logit_scale=width ** -0.5. Decoding starts from padding.
-    Kernels and embeddings start as in the other models here (`layers.kernel_init`), not at T5's own scales; the
-    biases of the relative positions have T5's, width ** -0.5.
+    Kernels and embeddings are initialised as in the other models here (`layers.kernel_init`), not at T5's own scales;
+    the biases of relative positions have T5's scale, width ** -0.5.
+
+    hidden: F, width of the feed-forward layers.
+    buckets: of distances, those before and after a token together.
+    max_distance: distance from which on all share one bucket.
+    tied: whether the output layer is the shared embedding.
+    logit_scale: factor of the logits' matmul.
+    dtype: type of the matmuls' operands.
     """
 
     vocab_size: int = 32128
@@ -50,11 +57,11 @@ class T5Config(SpecialTokens):
     hidden: int = 2048
     activation: Activation = "gelu_new"
     gated: bool = True
-    buckets: int = 32  # of distances, those before and after together
-    max_distance: int = 128  # from where on all share one bucket
+    buckets: int = 32
+    max_distance: int = 128
     dropout: float = 0.1
     eps: float = 1e-6
-    tied: bool = False  # whether the head is the shared embedding
+    tied: bool = False
     logit_scale: float = 1.0
     init: Init = "hf"
     pad_id: int = 0
@@ -65,22 +72,26 @@ class T5Config(SpecialTokens):
 
     @property
     def positions(self) -> int:
-        """The longest input: there is no table of positions, so all that an int32 can count."""
+        """Longest input, in tokens: unlimited but for int32, since there is no position table."""
         return 2**31 - 1
 
 
 def bucket(distance: jax.Array, buckets: int, max_distance: int, both_sides: bool) -> jax.Array:
-    """Bucket of every distance, the key's position less the query's (Raffel et al. 2019, section 2.1).
+    """Bucket of every distance, the key's position minus the query's (Raffel et al. 2019, section 2.1).
 
-    Half of the buckets are for one distance each, the rest for ranges that grow by a constant factor up to
-    max_distance; all beyond share the last. both_sides: the second half of all buckets is for keys after the query;
-    otherwise these are in bucket 0. ValueError where no buckets are left for the ranges, or no distances.
+    Half of the buckets are for one distance each, the others for ranges that grow by a constant factor up to
+    max_distance; all larger distances share the last bucket.
+
+    both_sides: the second half of all buckets is for keys after the query; otherwise these are in bucket 0.
+
+    ValueError where buckets or max_distance are too few for this.
     """
     side = buckets // 2 if both_sides else buckets
     exact = side // 2
     if not 0 < exact < max_distance:
         raise ValueError(f"{buckets} buckets do not fit distances up to {max_distance}")
-    # made on the host: devices round logarithms differently. log2, since the usual bounds are powers of two
+    # a table computed on the host, since devices round logarithms differently and a boundary could move; log2, since
+    # the usual boundaries are powers of two
     steps = np.arange(max_distance + 1)
     ranges = np.log2(np.maximum(steps, 1) / exact) / math.log2(max_distance / exact) * (side - exact)
     table = jnp.asarray(np.where(steps < exact, steps, np.minimum(exact + ranges.astype(int), side - 1)), jnp.int32)
@@ -89,7 +100,10 @@ def bucket(distance: jax.Array, buckets: int, max_distance: int, both_sides: boo
 
 
 class Layer(nn.Module):
-    """One encoder or decoder layer, with the norm before every sublayer; arguments and results as of `bart.Layer`."""
+    """One encoder or decoder layer, with the norm before every sublayer; arguments and results as in `bart.Layer`.
+
+    bias_BHTL: relative-position bias of self-attention. T5 does not scale the scores by C ** -0.5.
+    """
 
     config: T5Config
     decoder: bool
@@ -138,7 +152,10 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Embedded tokens -> hidden states, through one side's layers, which share one table of biases by distance."""
+    """The encoder's or decoder's layers: embedded tokens -> hidden states, and the updated cache if there is one.
+
+    The layers share one table of biases by distance.
+    """
 
     config: T5Config
     decoder: bool
@@ -185,7 +202,7 @@ class Stack(nn.Module):
 
 
 class T5(GeneratorBase):
-    """The generator interface, as of `bart.Bart`: `encode`, `cross`, `decode`, `init_cache`, and teacher forcing."""
+    """T5 with the interface of models.protocols.Generator."""
 
     config: T5Config
 
@@ -209,7 +226,7 @@ class T5(GeneratorBase):
         return self.decoder.project_cross(hidden_BLD)
 
     def check_room(self, source: int, target: int) -> None:
-        """There is room for everything."""
+        """Never raises: relative positions have no limit."""
 
     def init_cache(self, batch: int, length: int) -> KeyValues:
         """Empty self-attention cache for `length` target tokens."""
@@ -226,11 +243,11 @@ class T5(GeneratorBase):
         deterministic: bool = True,
         tree: Tree | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """Hidden states [B, T, D] of the tokens ids_BT, from which `head` makes logits. The tokens are written to the
-        cache from `slot` on.
+        """Last hidden states [B, T, D] of the tokens ids_BT, and the updated cache (None without one).
 
-        With a cache, also the cache to go on with. Without a tree the slot is the position too, and nothing is masked
-        but the future, so right-pad ids_BT.
+        cache: keys and values of earlier tokens; those of ids_BT are written from `slot` on.
+        tree: positions and visibility of tokens that do not follow one another in the cache. Without it a token's
+            position is its slot and only the future is masked, not padding: ids_BT must be right-padded.
         """
         if tree is None:
             tree = line(ids_BT.shape[1], ids_BT.shape[1] if cache is None else cache.key[0].shape[3], slot)
@@ -247,6 +264,6 @@ class T5(GeneratorBase):
         return kernel_VD, jnp.zeros(self.config.vocab_size)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Of hidden states, [B, T, V] float32."""
+        """Logits [B, T, V] float32 of hidden states."""
         logits = self.shared.attend(x_BTD) if self.config.tied else self.lm_head(x_BTD)
         return logits.astype(jnp.float32) * self.config.logit_scale
