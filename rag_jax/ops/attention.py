@@ -1,4 +1,4 @@
-"""Attention as a function of queries, keys, values and a mask, with a gradient of its own; rotary positions."""
+"""Attention as a function of queries, keys, values and a mask, with a custom gradient; rotary positions."""
 
 from collections.abc import Sequence
 from functools import partial, reduce
@@ -24,14 +24,16 @@ def attention(
     scale: float | None = None,
     whole: bool = True,
 ) -> jax.Array:
-    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), [B, H, T, C]. C is the width of a head; mask is
-    True where to look.
+    """Scaled dot-product attention [B, H, T, C] (Vaswani et al. 2017, equation 1); C is the width of a head.
 
-    The sources are looked at as if they were one, L the sum of theirs, without being joined in memory. H / G
-    neighbouring heads share keys and values (Ainslie et al. 2023). The bias (its B may be 1) is added to the scores,
-    which are multiplied by `scale`, C ** -0.5 by default; `drop` is applied to the weights. A row whose mask is all
-    False gives the mean of the values, never NaN. whole: the queries are all tokens of a text, not a step of decoding
-    beside a cache, whose keys a kernel of another layout would transpose at every step.
+    sources: keys and values, attended to as if they were concatenated along L, without a copy in memory. H / G
+        neighbouring heads share keys and values (Ainslie et al. 2023).
+    mask_B1TL: True where a query attends. A query with none gives the mean of the values, never NaN.
+    drop: dropout of the weights.
+    bias_BHTL: added to the scaled scores; its B may be 1.
+    scale: factor of the scores; None: C ** -0.5.
+    whole: False for a step of decoding with a cache. The fused kernel has another layout of the keys and would
+        transpose the cache at every step, so it is used only where the queries are all tokens of a text.
     """
     if whole and drop is None and has_fused(query_BHTC, sources):
         return fused_attention(query_BHTC, *sources[0], mask_B1TL, bias_BHTL, scale, "cudnn")
@@ -45,15 +47,17 @@ def attention(
 
 
 def _repeated(x_BGXY: jax.Array, copies: int) -> jax.Array:
-    """Every group [B, G, ...] for each of its heads [B, G * copies, ...]; the gradient is summed in float32."""
+    """Every group [B, G, ...] repeated for each of its heads: [B, G * copies, ...]."""
     B, G, *rest = x_BGXY.shape
+    # broadcast in float32, so that the gradient, a sum over the copies, is summed in float32
     copied = jnp.broadcast_to(x_BGXY[:, :, None].astype(jnp.float32), (B, G, copies, *rest))
     return copied.astype(x_BGXY.dtype).reshape(B, G * copies, *rest)
 
 
 def has_fused(query_BHTC: jax.Array, sources: Sequence[Source]) -> bool:
-    """Whether cuDNN's attention, which never writes the scores to memory, takes this: in programs for a GPU, 2-byte
-    types, one source, even lengths, heads of at most 128.
+    """Whether cuDNN's attention, which never writes the scores to memory, supports these arguments.
+
+    It needs a program for a GPU, 2-byte types, one source, even lengths, and C a multiple of 8 and at most 128.
     """
     T, C, L = *query_BHTC.shape[2:], sources[0][0].shape[3]
     fits = len(sources) == 1 and T % 2 == 0 and L % 2 == 0 and C % 8 == 0 and C <= 128
@@ -69,7 +73,7 @@ def fused_attention(
     scale: float | None,
     implementation: Literal["xla", "cudnn"],
 ) -> jax.Array:
-    """`attention` by jax.nn.dot_product_attention, whose axes are [B, L, H, C]."""
+    """`attention` computed by jax.nn.dot_product_attention, whose arrays are [B, L, H, C]."""
     query, key, value = query_BHTC.swapaxes(1, 2), key_BGCL.transpose(0, 3, 1, 2), value_BGLC.swapaxes(1, 2)
     bias = None if bias_BHTL is None else bias_BHTL.astype(query.dtype)
     mask = jnp.broadcast_to(mask_B1TL, (mask_B1TL.shape[0], 1, query.shape[1], key.shape[1]))
@@ -78,19 +82,19 @@ def fused_attention(
 
 
 def _parts(x_BHTL: jax.Array, values: list[jax.Array]) -> list[jax.Array]:
-    """x [B, H, T, L] split into the columns of each source."""
+    """x [B, H, T, L] split along L into the part of each source."""
     ends = np.cumsum([value.shape[2] for value in values])
     return jnp.split(x_BHTL, ends[:-1], axis=-1) if len(values) > 1 else [x_BHTL]
 
 
 def _products(equation: str, x_BHTC: jax.Array, sources: list[jax.Array], **kind: Any) -> jax.Array:
-    """einsum `equation` of x with every source, side by side along the last axis: [B, H, T, L]."""
-    found = [matmul.einsum(equation, x_BHTC, source, **kind) for source in sources]
-    return jnp.concatenate(found, axis=-1) if len(found) > 1 else found[0]
+    """einsum `equation` of x with every source, concatenated along the last axis: [B, H, T, L]."""
+    products = [matmul.einsum(equation, x_BHTC, source, **kind) for source in sources]
+    return jnp.concatenate(products, axis=-1) if len(products) > 1 else products[0]
 
 
 def _mix(sums: str, weights: list[jax.Array], sources: list[jax.Array]) -> jax.Array:
-    """Weighted sums of the sources [B, H, T, C]."""
+    """Weighted sums over all sources [B, H, T, C]; `sums` is the einsum of one."""
     pairs = zip(weights, sources, strict=True)
     return reduce(jnp.add, [matmul.einsum(sums, weight, source) for weight, source in pairs])
 
@@ -98,9 +102,11 @@ def _mix(sums: str, weights: list[jax.Array], sources: list[jax.Array]) -> jax.A
 def _weights(
     query_BHTC: jax.Array, keys: list[jax.Array], mask_B1TL: jax.Array, bias_BHTL: jax.Array | None
 ) -> jax.Array:
+    """Attention weights [B, H, T, L], float32."""
     scores_BHTL = _products("bhtc,bhcl->bhtl", query_BHTC, keys, preferred_element_type=jnp.float32)
     if bias_BHTL is not None:
         scores_BHTL = scores_BHTL + bias_BHTL.astype(jnp.float32)
+    # the least finite number, not -inf: the softmax of a row that is all -inf would be NaN
     return jax.nn.softmax(jnp.where(mask_B1TL, scores_BHTL, jnp.finfo(jnp.float32).min), axis=-1)
 
 
@@ -114,7 +120,12 @@ def _attend(
     words: jax.Array | None,
     rate: float,
 ) -> jax.Array:
-    """Attention whose own gradient passes over the [B, H, T, L] scores half as often as the derived one."""
+    """Attention of scaled queries with a custom gradient.
+
+    The gradient passes over the scores [B, H, T, L] half as often as the derived one.
+
+    words, rate: dropout of the weights, whose mask the backward pass recomputes from the words.
+    """
     return _attend_forward(query_BHTC, keys, values, mask_B1TL, bias_BHTL, words, rate)[0]
 
 
@@ -133,10 +144,10 @@ def _attend_forward(
 
 
 def _each(weights_BHTL: jax.Array, x_BHTC: jax.Array) -> jax.Array:
-    """Sums over T, weighted, [B, H, L, C].
+    """Sums over T of x, weighted: [B, H, L, C].
 
-    On a CPU the weights are transposed in memory first: XLA's fast matmul there does not take them otherwise, and the
-    other one needs twice as long.
+    On a CPU the weights are transposed in memory first: XLA's fast matmul there needs them in this order, and the
+    other one takes twice as long.
     """
     return matmul.einsum("bhlt,bhtc->bhlc", matmul.in_rows(weights_BHTL.swapaxes(2, 3)), x_BHTC)
 
@@ -147,12 +158,15 @@ def _attend_backward(rate: float, saved: tuple, d_out: jax.Array) -> tuple:
     d_values = [_each(part, d_out) for part in _parts(used, values)]
     d_weights = dropped(_products("bhtc,bhlc->bhtl", d_out, values, preferred_element_type=jnp.float32), words, rate)
     wide = weights.astype(jnp.float32)
-    if wide.dtype == weights.dtype and sharding.platform() == "cpu":  # products to 24 bits: out . d_out is the same
+    # d_scores = w (d_w - sum_l w d_w), where sum_l w d_w = out . d_out in exact arithmetic. A CPU's float32 matmuls
+    # are precise enough to use that. Rounded ones are not: what all values have in common cancels in d_w - inner only
+    # if inner is summed from these very weights and d_weights, and divided by the sum of the rounded weights, not 1.
+    if wide.dtype == weights.dtype and sharding.platform() == "cpu":
         inner = (out * d_out).sum(-1, keepdims=True)
-    else:  # from the very numbers below, or what the values have in common would not cancel; rounded weights miss 1
+    else:
         inner = (wide * d_weights).sum(-1, keepdims=True) / wide.sum(-1, keepdims=True)
     d_scores = wide * (d_weights - inner)
-    # where all is masked the weights are even, but no score was used
+    # in a row that is all masked the weights are uniform and depend on no score
     d_scores = jnp.where(mask.any(-1, keepdims=True), d_scores, 0.0)
     d_bias = None
     if bias is not None:
@@ -168,7 +182,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def rotate(x_BHTC: jax.Array, position_BT: jax.Array, frequency_C2: jax.Array) -> jax.Array:
-    """Rotary positions (Su et al. 2021): dimensions i and i + C/2 of a head turned by position * frequency[i]."""
+    """Rotary positions (Su et al. 2021): dimensions i and i + C/2 of a head are rotated by position * frequency[i]."""
     angle_B1TC = (position_BT[..., None].astype(jnp.float32) * frequency_C2)[:, None]
     sin, cos = jnp.sin(angle_B1TC), jnp.cos(angle_B1TC)
     first, second = jnp.split(x_BHTC.astype(jnp.float32), 2, axis=-1)

@@ -1,8 +1,9 @@
-"""Lookups, additions and products whose gradients are sums over the rows of a batch: those sums are float32.
+"""Lookups, additions and matmuls whose gradients, sums over the rows of a batch, are summed in float32.
 
-bfloat16 has 8 significant bits. A running sum in it stops growing at some 256 times what is added: 10,000 times 0.01
-gives 4. XLA sums in the type that it is given, in a scatter, in a reduction and between devices; parameters are
-float32, so their gradients are summed in float32 here and are never rounded on the way.
+bfloat16 has 8 significant bits. A running sum in it stops growing at about 256 times its addends: 0.01 added 10,000
+times gives 4. XLA sums in the type that it is given, in a scatter, in a reduction and between devices. Derived
+gradients would be summed in the type of the activations; these custom ones are summed in float32, the type of the
+parameters, and never rounded on the way.
 """
 
 from functools import partial
@@ -19,7 +20,7 @@ Names = tuple[str | None, ...]  # logical axes of a parameter
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def lookup(table_VD: jax.Array, ids: jax.Array, names: Names, dtype: Any) -> jax.Array:
-    """table[ids] [..., D] in `dtype`."""
+    """Rows table_VD[ids] [..., D] in `dtype`; names: logical axes of the table."""
     return sharding.gathered(table_VD, names, dtype)[ids]
 
 
@@ -37,22 +38,27 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def add(x: jax.Array, small: jax.Array) -> jax.Array:
-    """x + small in the type of x, `small` broadcast. Its gradient is a sum over what it was broadcast to: the addition
-    is float32, and so that sum is too.
+    """x + small in the type of x, with `small` broadcast.
+
+    The addition is float32 so that the gradient of `small`, a sum over the axes it was broadcast to, is float32 too.
     """
     return (x.astype(jnp.float32) + small.astype(jnp.float32)).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x: jax.Array, kernel_IO: jax.Array, names: Names, out: Any = None) -> jax.Array:
-    """x [..., I] @ kernel [..., O]; operands, and the result where `out` is None, have the type of x."""
+    """x [..., I] @ kernel [I, O], with operands in the type of x.
+
+    names: logical axes of the kernel.
+    out: type of the result; None: that of x.
+    """
     return _matmul_forward(x, kernel_IO, names, out)[0]
 
 
 def _matmul_forward(x: jax.Array, kernel_IO: jax.Array, names: Names, out: Any) -> tuple[jax.Array, tuple]:
     used_IO = sharding.gathered(kernel_IO, names, x.dtype)
     y = matmul_ops.dot_general(x, used_IO, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out)
-    return y, (x, used_IO, jnp.zeros(0, kernel_IO.dtype))
+    return y, (x, used_IO, jnp.zeros(0, kernel_IO.dtype))  # the empty array carries the parameter's type
 
 
 def _matmul_backward(names: Names, _: Any, saved: tuple, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:

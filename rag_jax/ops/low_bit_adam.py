@@ -1,8 +1,8 @@
-"""Adam whose two moments take 2 or 1 bytes a parameter instead of 4.
+"""Adam whose two moments take 2 bytes (bfloat16) or 1 byte (int8) per parameter each, instead of 4.
 
-A moment changes by less in one step than such a number can hold, so it is rounded up or down at random, with the right
-mean. The dice are a hash of place and step: nothing is drawn, every device rounds its own shards, and a run that goes
-on, also on another mesh, rounds as it would have.
+One step changes a moment by less than the spacing of such small numbers, so rounding to the nearest would often leave
+it unchanged. It is rounded up or down at random instead, with the right mean. The random bits are a hash of position
+and step: every device rounds its own shards, and a resumed run, on any mesh, rounds as the uninterrupted one.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -15,11 +15,17 @@ from rag_jax.ops import position_hash
 
 Kind = Literal["bfloat16", "int8"]
 
-OCTAVE = 8  # codes of int8 in which the value doubles
+OCTAVE = 8  # int8 codes per doubling of the value
 
 
 class State(NamedTuple):
-    """Moments as they are kept, and for int8 the largest of each row, by which its codes are multiplied."""
+    """State of the optimiser.
+
+    step: updates so far.
+    mu, nu: first and second moments as stored.
+    mu_scale, nu_scale: for int8 the largest magnitude of each row [..., 1], which its levels are multiplied by; a
+        single unused number for parameters and kinds without scales.
+    """
 
     step: jax.Array
     mu: Any
@@ -29,31 +35,38 @@ class State(NamedTuple):
 
 
 def dice(shape: tuple[int, ...], step: jax.Array, salt: int) -> jax.Array:
-    """uint32 of even bits for each place of an array, at each step others."""
+    """Uniform uint32 for every element of an array, different at each step and for each salt."""
     h = step.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(salt)
     return position_hash.mixed(position_hash.numbers(shape) ^ position_hash.mixed(h))
 
 
 def to_bfloat16(x: jax.Array, rolled: jax.Array) -> jax.Array:
-    """Rounded up with the probability that makes the mean x."""
+    """x in bfloat16, stochastically rounded: up with the probability that makes the mean x. rolled: from `dice`."""
+    # bfloat16 is the upper half of float32: a carry from the random lower half rounds the magnitude up
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (rolled & 0xFFFF)
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def signed_level(code: jax.Array) -> jax.Array:
-    """0, and 127 magnitudes up to 1, an eighth of an octave apart."""
+    """Value of a signed code: 0, or with its sign one of 127 magnitudes up to 1, an eighth of an octave apart."""
     return jnp.where(code == 0, 0.0, jnp.exp2((jnp.abs(code) - 127.0) / OCTAVE)) * jnp.sign(code)
 
 
 def unsigned_level(code: jax.Array) -> jax.Array:
-    """256 values up to 1, an eighth of an octave apart. None is 0, so that no update is divided by it."""
+    """Value of an unsigned code: one of 256 up to 1, an eighth of an octave apart.
+
+    None is 0, so that no update is divided by a second moment of 0.
+    """
     return jnp.exp2((code - 255.0) / OCTAVE)
 
 
 def to_int8(x: jax.Array, rolled: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
-    """(codes, scale): one of the two levels beside |x| / scale, with the probability that makes the mean x.
+    """(codes, scale) of x, stochastically rounded to one of the two levels around |x| / scale, so that the mean is x.
 
-    int8 with `signed`, else uint8. The scale is the largest magnitude along the last axis [..., 1].
+    rolled: from `dice`.
+    signed: codes are int8, else uint8.
+
+    The scale [..., 1] is the largest magnitude along the last axis.
     """
     scale = jnp.abs(x).max(-1, keepdims=True)
     share = jnp.abs(x) / jnp.where(scale == 0, 1.0, scale)
@@ -66,12 +79,12 @@ def to_int8(x: jax.Array, rolled: jax.Array, signed: bool) -> tuple[jax.Array, j
 
 
 def small(x: jax.Array) -> bool:
-    """Biases and scales, which stay float32."""
+    """Whether a parameter is a bias or scale, whose moments stay float32."""
     return x.ndim < 2
 
 
 def scale_by_adam(b1: float, b2: float, eps: float, kind: Kind) -> optax.GradientTransformation:
-    """As optax.scale_by_adam, but for how the moments are kept."""
+    """optax.scale_by_adam with moments stored as `kind`."""
 
     def init(params: Any) -> State:
         def kept(signed: bool) -> Any:
@@ -108,10 +121,10 @@ def scale_by_adam(b1: float, b2: float, eps: float, kind: Kind) -> optax.Gradien
             update = (mu / (1 - b1**step)) / (jnp.sqrt(nu / (1 - b2**step)) + eps)
             return update, *write(mu, step, True), *write(nu, step, False)
 
-        found = jax.tree.map(one, gradients, state.mu, state.nu, state.mu_scale, state.nu_scale)
-        is_found = lambda x: isinstance(x, tuple) and len(x) == 5  # noqa: E731
+        results = jax.tree.map(one, gradients, state.mu, state.nu, state.mu_scale, state.nu_scale)
+        is_result = lambda x: isinstance(x, tuple) and len(x) == 5  # noqa: E731
         updates, mu, mu_scale, nu, nu_scale = (
-            jax.tree.map(lambda x, i=i: x[i], found, is_leaf=is_found) for i in range(5)
+            jax.tree.map(lambda x, i=i: x[i], results, is_leaf=is_result) for i in range(5)
         )
         return updates, State(step, mu, nu, mu_scale, nu_scale)
 

@@ -1,9 +1,8 @@
-"""Products of matrices in bfloat16 as the units that a CPU has for them (AMX, AVX512-BF16) want them.
+"""bfloat16 matmuls in the form that uses a CPU's bfloat16 units (AMX, AVX512-BF16).
 
-XLA has a fast product there, whose result is float32 and whose operands lie in memory row after row. With a bfloat16
-result, or an operand turned over, it multiplies in float32, three to eight times as slowly (jax 0.10.2;
-`scripts/product_speed.py --dtype bfloat16`). On other devices nothing here changes anything, nor do its
-products in float32.
+XLA on a CPU has a fast bfloat16 matmul only for a float32 result and operands that are row-major in memory. With a
+bfloat16 result, or a transposed operand, it multiplies in float32, three to eight times as slowly (jax 0.10.2;
+`scripts/product_speed.py --dtype bfloat16`). Matmuls on other devices, and those in float32, are not changed.
 """
 
 from functools import partial
@@ -15,13 +14,15 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from rag_jax.system import sharding
 
-# of both operands: the axes that are summed over, and the axes that they share, as jax.lax.dot_general has them
+# dimension_numbers of jax.lax.dot_general: of both operands the contracted axes, then of both the batch axes
 Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 def in_rows(x: jax.Array) -> jax.Array:
-    """x, on one CPU device written to memory row after row in the order of its axes. Where several share the work the
-    compiler chooses: it does not cut an array whose layout is laid down, but gathers all of it on every device.
+    """x; in a program for a single CPU device its layout is pinned to row-major.
+
+    Not in a program for several devices: the compiler does not shard an array whose layout is pinned, but gathers all
+    of it on every device.
     """
     if sharding.platform() != "cpu" or sharding.shared():
         return x
@@ -29,7 +30,7 @@ def in_rows(x: jax.Array) -> jax.Array:
 
 
 def narrow(*operands: jax.Array) -> bool:
-    """Whether their product is one that a CPU has to be helped with."""
+    """Whether the matmul of these operands is a bfloat16 matmul on a CPU, which needs the form above."""
     return sharding.platform() == "cpu" and all(x.dtype == jnp.bfloat16 for x in operands)
 
 
@@ -41,7 +42,7 @@ def dot_general(
     preferred_element_type: Any = None,
     **kind: Any,
 ) -> jax.Array:
-    """jax.lax.dot_general; on a CPU bfloat16 operands are turned over where they do not stand as they should."""
+    """jax.lax.dot_general; on a CPU, bfloat16 operands are transposed in memory to the order of the fast matmul."""
     if not narrow(x, y):
         return jax.lax.dot_general(x, y, dimension_numbers, precision, preferred_element_type, **kind)
     (summed_x, summed_y), (shared_x, shared_y) = dimension_numbers
@@ -50,6 +51,7 @@ def dot_general(
         for operand, summed, shared in ((x, summed_x, shared_x), (y, summed_y, shared_y))
     )
 
+    # the fast order: batch axes first, then [free, contracted] @ [contracted, free]
     def ordered(operand: jax.Array, axes: list[int]) -> jax.Array:
         return operand if axes == sorted(axes) else in_rows(operand.transpose(axes))
 

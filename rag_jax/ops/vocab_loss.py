@@ -1,6 +1,7 @@
-"""The output layer, a chunk of the vocabulary at a time: what losses need of the logits, which never exist whole.
+"""The output layer, computed a chunk of the vocabulary at a time, so that losses need no logits [B, K, T, V] in memory.
 
-Letters as in `losses`. Everything is natural-log, float32.
+Letters as in `losses`; also P parts of the vocabulary with v rows of a chunk each, and S shards of X tokens each. All
+log-probabilities are natural logarithms in float32.
 """
 
 import functools
@@ -20,11 +21,11 @@ NAMES = ("vocab", "embed")  # logical axes of the kernel
 class Head(NamedTuple):
     """The output layer: logits [..., V] = scale * hidden [..., D] @ kernel_VD^T + bias_V.
 
-    kernel_VD: the parameter; it is multiplied in the type of the hidden states, its gradient is summed in its own.
-    parts: pieces of the vocabulary that lie on different devices; V is a multiple of it. chunk: how much of the
-    vocabulary there are logits of at a time, see `logits_of`. shards: pieces of the batch that lie on different
-    devices; the first axis of the states is a multiple of it, and the gradient of the kernel is summed over them once,
-    not for every chunk.
+    kernel_VD: the parameter; matmuls have the type of the hidden states, its gradient is summed in the parameter's.
+    chunk: tokens of the vocabulary whose logits are in memory at a time, see `logits_of`.
+    parts: shards of the vocabulary over devices; V is a multiple of it.
+    shards: shards of the batch over devices; the first axis of the states is a multiple of it. The gradient of the
+        kernel is summed over them once, not for every chunk.
     """
 
     kernel_VD: jax.Array
@@ -35,13 +36,18 @@ class Head(NamedTuple):
     shards: int = 1
 
     def read(self, hidden_BKTD: jax.Array, targets_BT: jax.Array) -> "Logits":
-        """Of the logits of every state: their logsumexp, that of the target, and their sum."""
+        """Logsumexp, target's logit and sum of the logits of every state."""
         kernel_VD, bias_V, *how = self
         return logits_of(hidden_BKTD, kernel_VD, bias_V, targets_BT, *how)
 
 
 class Logits(NamedTuple):
-    """What is known of logits [..., V]: logsumexp over V [...], the target's [...] (0 without), and their sum [...]."""
+    """Summary of logits [..., V].
+
+    norm: logsumexp over V [...].
+    target: the target's logit [...]; 0 without targets.
+    total: sum over V [...].
+    """
 
     norm: jax.Array
     target: jax.Array
@@ -57,7 +63,7 @@ def vocabulary_norm(
     parts: int = 1,
     shards: int = 1,
 ) -> jax.Array:
-    """logsumexp over V of hidden [..., D] @ kernel^T * scale + bias [...]; see `logits_of`."""
+    """Logsumexp over V [...] of the logits hidden [..., D] @ kernel^T * scale + bias; see `logits_of`."""
     return logits_of(hidden, kernel_VD, bias_V, None, scale, chunk, parts, shards).norm
 
 
@@ -72,19 +78,24 @@ def logits_of(
     parts: int,
     shards: int,
 ) -> Logits:
-    """Of the logits hidden [B, K, T, D] @ kernel^T * scale + bias; without targets hidden is [..., D].
+    """Summary of the logits hidden [B, K, T, D] @ kernel^T * scale + bias; without targets hidden may be [..., D].
 
-    The logits [..., V] never exist, nor in the gradient, which computes them a second time, a chunk of the vocabulary
-    after the other. With chunk = 0 all are computed once and kept for it: a quarter less work, for 4 bytes a logit.
+    The logits [..., V] are never in memory at once: the backward pass, a custom one, computes them a second time, chunk
+    by chunk. With chunk = 0 all are computed once and kept for it: a quarter less work, for 4 bytes a logit.
 
-    The gradient in the logits, p - 1 at the target and p elsewhere, is complete before it is rounded for the products:
-    rounded apart, p and 1 would leave nothing right of their difference where p is near 1.
+    The gradient with respect to the logits, p - 1 at the target and p elsewhere, is complete before it is rounded to
+    the type of the matmuls. If p and 1 were rounded separately, their difference would be lost where p is near 1.
     """
     return _logits_forward(hidden, kernel_VD, bias_V, targets_BT, scale, chunk, parts, shards)[0]
 
 
 class _Chunks(NamedTuple):
-    """The vocabulary in chunks, each the same rows of every part; the last chunk begins inside the one before."""
+    """The vocabulary in chunks of the same rows of every part, so that all devices work on every chunk.
+
+    kernel_PVD, bias_PV: the output layer, split into the parts.
+    size: v, rows of a chunk in each part. Shapes are static, so the last chunk may overlap the one before; the rows
+        that they share are masked in the last.
+    """
 
     kernel_PVD: jax.Array
     bias_PV: jax.Array
@@ -100,9 +111,11 @@ class _Chunks(NamedTuple):
 
     @property
     def steps(self) -> int:
+        """Number of chunks."""
         return -(-self.bias_PV.shape[1] // self.size)
 
     def at(self, number: jax.Array | int) -> jax.Array:
+        """First row of a chunk in every part."""
         return jnp.minimum(number * self.size, self.bias_PV.shape[1] - self.size)
 
     def rows(self, number: jax.Array | int) -> jax.Array:
@@ -110,17 +123,17 @@ class _Chunks(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(self.kernel_PVD, self.at(number), self.size, 1)
 
     def new(self, number: jax.Array | int) -> jax.Array:
-        """False where the chunk before had the row [v]."""
+        """True for rows that the chunk before did not have [v]."""
         return jnp.arange(self.size) + self.at(number) >= number * self.size
 
     def tokens(self, number: jax.Array | int) -> jax.Array:
-        """The tokens that the rows are of [P, v], -1 where the chunk before had them."""
+        """Token ids of the rows of a chunk [P, v]; -1 where the chunk before had them."""
         parts, each = self.bias_PV.shape
         tokens_PV = jnp.arange(parts)[:, None] * each + self.at(number) + jnp.arange(self.size)
         return jnp.where(self.new(number), tokens_PV, -1)
 
     def bias(self, number: jax.Array | int) -> jax.Array:
-        """Their bias [P, v], -inf where the chunk before had them."""
+        """Biases of the rows of a chunk [P, v]; -inf where the chunk before had them, which makes their p 0."""
         bias_PV = jax.lax.dynamic_slice_in_dim(self.bias_PV, self.at(number), self.size, 1)
         return jnp.where(self.new(number), bias_PV, -jnp.inf)
 
@@ -130,11 +143,11 @@ class _Chunks(NamedTuple):
         return products * self.scale + self.bias(number)
 
     def products(self, hidden_SXD: jax.Array, number: jax.Array | int) -> jax.Array:
-        """hidden @ kernel^T of a chunk [P, v, S, X]; the vocabulary comes first, see `_gradients`."""
+        """hidden @ kernel^T of a chunk [P, v, S, X], without scale and bias; for the axis order see `_gradients`."""
         return _product(self.rows(number), hidden_SXD, ((2,), (2,)))
 
     def biased(self, products_PVSX: jax.Array, number: jax.Array | int) -> jax.Array:
-        """The logits that these products make."""
+        """Logits of a chunk from its `products`."""
         return products_PVSX * self.scale + self.bias(number)[..., None, None]
 
 
@@ -143,7 +156,7 @@ def _product(one: jax.Array, other: jax.Array, contracted: Any, batch: Any = (()
 
 
 def _at_targets(hidden_BKTD: jax.Array, kernel_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Products of the states with the targets' rows alone [B, K, T]."""
+    """Products of the states with their targets' rows of the kernel [B, K, T]."""
     return jnp.einsum("bktd,btd->bkt", hidden_BKTD, kernel_VD[targets_BT], preferred_element_type=jnp.float32)
 
 
@@ -171,9 +184,11 @@ def _logits_forward(
     target = jnp.zeros_like(norm)
     if targets_BT is not None:
         target = _at_targets(hidden, used_VD, targets_BT) * scale + bias_V[targets_BT][:, None]
+    # the sum of the logits is the product with the sum of the kernel's rows
     total = jnp.einsum("...d,d->...", hidden.astype(jnp.float32), used_VD.astype(jnp.float32).sum(0))
-    found = Logits(norm, target, total * scale + bias_V.sum())
-    return found, (hidden, used_VD, bias_V, targets_BT, norm, kept_PVSX, jnp.zeros(0, kernel_VD.dtype))
+    summary = Logits(norm, target, total * scale + bias_V.sum())
+    # the empty array carries the parameter's type
+    return summary, (hidden, used_VD, bias_V, targets_BT, norm, kept_PVSX, jnp.zeros(0, kernel_VD.dtype))
 
 
 def _gradients(
@@ -183,13 +198,13 @@ def _gradients(
     d_logits: Callable[[jax.Array, jax.Array], jax.Array],
     kept_PVSX: jax.Array | None = None,
 ) -> tuple:
-    """Gradients in hidden, kernel [V, D] and bias [V], and the sum over V of that in the logits [...].
+    """Gradients of hidden, kernel [V, D] and bias [V], and the sum over V of the gradient of the logits [...].
 
-    d_logits: (logits of a chunk [P, v, S, X], number of the chunk) -> the gradient in them; S shards of X tokens. The
-    products of the only chunk may have been kept.
+    d_logits: (logits of a chunk [P, v, S, X], number of the chunk) -> the gradient of these logits.
+    kept_PVSX: products that the forward pass kept, if there is only one chunk.
 
-    The vocabulary comes first: so only the small operands of the two products are transposed, never the logits.
-    (einsum would choose another order.)
+    The vocabulary axes of logits come first, so that the two matmuls only transpose their small operands, never the
+    logits. (einsum would choose another order.)
     """
     hidden_SXD = hidden.reshape(shards, -1, hidden.shape[-1])
     S, X, D = hidden_SXD.shape
@@ -200,11 +215,12 @@ def _gradients(
         old = jax.lax.dynamic_slice_in_dim(total, start, chunks.size, 2)
         return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, 2)
 
-    def one(found: tuple, number: jax.Array) -> tuple[tuple, None]:
-        hidden_DSX, d_kernel_SPVD, d_bias_SPV, total_SX = found
+    def one(sums: tuple, number: jax.Array) -> tuple[tuple, None]:
+        hidden_DSX, d_kernel_SPVD, d_bias_SPV, total_SX = sums
         products_PVSX = chunks.products(hidden_SXD, number) if kept_PVSX is None else kept_PVSX
         d_PVSX = d_logits(chunks.biased(products_PVSX, number), number)
-        d_bias = _product(d_PVSX, ones_SX, ((3,), (1,)), ((2,), (0,)), precision="highest")  # a sum, as it were
+        # a sum over X, as a matmul with ones; at the default precision a TPU would round its operand
+        d_bias = _product(d_PVSX, ones_SX, ((3,), (1,)), ((2,), (0,)), precision="highest")
         total_SX = total_SX + d_PVSX.sum((0, 1))
         d_PVSX = d_PVSX.astype(hidden.dtype)
         hidden_DSX = hidden_DSX + _product(chunks.rows(number), d_PVSX, ((0, 1), (0, 1)))
@@ -212,8 +228,9 @@ def _gradients(
         return (hidden_DSX, add(d_kernel_SPVD, d_kernel, number), add(d_bias_SPV, d_bias, number), total_SX), None
 
     shapes = ((D, S, X), (S, *chunks.kernel_PVD.shape), (S, *chunks.bias_PV.shape), (S, X))
-    found = jax.lax.scan(one, tuple(jnp.zeros(shape) for shape in shapes), jnp.arange(chunks.steps))[0]
-    hidden_DSX, d_kernel_SPVD, d_bias_SPV, total_SX = found
+    sums = jax.lax.scan(one, tuple(jnp.zeros(shape) for shape in shapes), jnp.arange(chunks.steps))[0]
+    hidden_DSX, d_kernel_SPVD, d_bias_SPV, total_SX = sums
+    # only here are the shards of the batch summed: one reduction between devices, not one for every chunk
     d_hidden = (hidden_DSX * chunks.scale).transpose(1, 2, 0).reshape(hidden.shape).astype(hidden.dtype)
     d_kernel_VD = (d_kernel_SPVD.sum(0) * chunks.scale).reshape(-1, D)
     return d_hidden, d_kernel_VD, d_bias_SPV.sum(0).reshape(-1), total_SX.reshape(hidden.shape[:-1])
@@ -222,7 +239,7 @@ def _gradients(
 def _logits_backward(scale: float, chunk: int, parts: int, shards: int, saved: tuple, d_found: Logits) -> tuple:
     hidden, used_VD, bias_V, targets_BT, norm, kept, like = saved
     chunks = _Chunks.of(used_VD, bias_V, scale, chunk, parts)
-    flat = functools.partial(jnp.reshape, shape=(shards, -1))  # a CPU makes vectors of one long axis alone
+    flat = functools.partial(jnp.reshape, shape=(shards, -1))  # one long axis: XLA vectorises no other on a CPU
     norm_SX, d_norm_SX, d_total_SX = flat(norm), flat(d_found.norm), flat(d_found.total)
     d_target_SX = flat(d_found.target)
     if targets_BT is not None:
@@ -254,7 +271,12 @@ def summed_marginal(
     parts: int,
     shards: int,
 ) -> jax.Array:
-    """Sum over V of log sum_k p(z_k|x) p(v|z_k) [B, T], a chunk of the vocabulary at a time; see `logits_of`."""
+    """Sum over V of log sum_k p(z_k|x) p(v|z_k) [B, T], computed a chunk of the vocabulary at a time.
+
+    norm_BKT: logsumexp of the logits, an argument with a gradient of its own.
+    prior_BK: log p(z_k|x).
+    scale, chunk, parts, shards: see `Head`.
+    """
     return _marginal_forward(hidden_BKTD, kernel_VD, bias_V, norm_BKT, prior_BK, scale, chunk, parts, shards)[0]
 
 
@@ -287,7 +309,7 @@ def _marginal_backward(scale: float, chunk: int, parts: int, shards: int, saved:
     d_SX = jnp.broadcast_to(d_total_BT[:, None], add_BKT.shape).reshape(shards, -1)
 
     def d_logits(logits_PVSX: jax.Array, _: jax.Array) -> jax.Array:
-        """A document's share in a token's probability, times d."""
+        """Gradient of the logits of a chunk: each document's share in a token's probability, times d."""
         logits_PVSBKT = logits_PVSX.reshape(*logits_PVSX.shape[:3], -1, *hidden.shape[1:-1])
         share_PVSBKT = jax.nn.softmax(logits_PVSBKT + add, axis=-2)
         return jnp.where(jnp.isneginf(logits_PVSBKT), 0.0, share_PVSBKT).reshape(logits_PVSX.shape) * d_SX
