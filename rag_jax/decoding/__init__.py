@@ -1,5 +1,5 @@
-"""Answers from token probabilities.
+"""Decoding: answers from token probabilities.
 
-`search` has greedy search, beam search and sampling over any `step(tokens, cache)`; `rules` says what may come next;
+`search` has greedy search, beam search and sampling over any `step(tokens, cache)`; `rules` restricts the next token;
 `rag_decode` decodes RAG-Token and RAG-Sequence (Lewis et al. 2020, section 2.5) with them, inside one jit.
 """

@@ -1,9 +1,10 @@
-"""How RAG answers (Lewis et al. 2020, section 2.5): RAG-Token, and RAG-Sequence thorough and fast, inside one jit.
+"""Decoding of RAG (Lewis et al. 2020, section 2.5): RAG-Token, and RAG-Sequence thorough and fast, inside one jit.
 
-Rows R = B * K are (question, document) pairs, a question's documents contiguous. Every source is read once; its keys
-and values for cross-attention are shared by all beams and candidates. Beams stand side by side in one cache of
-self-attention, at slot t * M + m, and never move: which slots a beam sees is a table of its ancestors, and that is all
-a reordering touches. The candidates of RAG-Sequence are scored the same way, a tree of their beginnings in one cache.
+Rows R = B * K are (question, document) pairs; the documents of a question are contiguous. Every source is encoded once,
+and its keys and values for cross-attention are shared by all beams and candidates. The M beams of a row share one cache
+of self-attention, in which token t of beam m is at slot t * M + m. Entries never move: a table of ancestors says which
+slots a beam sees, and reordering the beams changes this table alone. The candidates of RAG-Sequence are scored in the
+same way, as a tree of their prefixes in one cache.
 """
 
 from collections.abc import Callable
@@ -22,11 +23,15 @@ from rag_jax.ops.vocab_loss import vocabulary_norm
 from rag_jax.system import sharding
 
 Mode = Literal["thorough", "fast"]
-TOKENS_AT_ONCE = 1024  # of candidates that are scored in one call of the decoder, in all rows together
+TOKENS_AT_ONCE = 1024  # tokens of candidates in one call of the decoder, over all rows
 
 
 class Reader(NamedTuple):
-    """A generator with its parameters, and how its tokens are counted. `hf_compat`: see losses.sequence_joint."""
+    """A generator with its parameters; reader(method, ...) applies a method of the module.
+
+    bos_id: id of the bos token, which may not be part of the likelihood, see `candidates_of`.
+    hf_compat: see losses.sequence_joint.
+    """
 
     module: nn.Module
     params: Any
@@ -38,19 +43,23 @@ class Reader(NamedTuple):
 
 
 class Contexts(NamedTuple):
-    """What the decoder looks at: keys and values of every joined input and its mask; row b*K + k is document k of b."""
+    """Cross-attention keys and values of every joined input, and their mask; row b * K + k is document k of b."""
 
     cross: KeyValues
     mask_RL: jax.Array
 
 
 class Generation(NamedTuple):
-    """sequences [B, T]: the start token, the answer, eos, padding; scores [B]: log p(y|x); doc_posterior [B, K]:
-    p(z_k|x,y). RAG-Token: token_posterior [B, T - 1, K], p(z_k|x,y_t,y_<t) of every token after the start (figure 2),
-    0 where there is none; RAG-Sequence: None.
+    """Answers with their scores and posteriors.
 
-    With num_return_sequences N > 1 all have an axis N after B, best first; where there are fewer answers than N, the
-    rest have score -inf.
+    sequences: [B, T], the start token, the answer, eos, padding.
+    scores: [B], log p(y|x).
+    doc_posterior: [B, K], p(z_k|x,y).
+    token_posterior: for RAG-Token [B, T - 1, K], p(z_k|x,y_t,y_<t) of every token after the start (figure 2), 0 where
+        there is none; None for RAG-Sequence.
+
+    With num_return_sequences N > 1 all have an axis N after B, best first. Where there are fewer answers than N, the
+    others have score -inf.
     """
 
     sequences: jax.Array
@@ -60,8 +69,11 @@ class Generation(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """Cache of M beams side by side: keys and values of (T-1)*M slots; ancestor_XMT [X, M, T - 1], the beam that
-    each token of a beam's past was written by; t, how many tokens there are.
+    """Cache shared by the M beams of each of X searches.
+
+    kv: keys and values of (T - 1) * M slots.
+    ancestor_XMT: [X, M, T - 1], the lane m in which each past token of a beam was written.
+    t: how many tokens each beam has.
     """
 
     kv: KeyValues
@@ -70,7 +82,10 @@ class Lanes(NamedTuple):
 
 
 def by_documents(function: Callable, chunk: int, *arguments: Any) -> Any:
-    """function(*arguments), whose leaves are [B, K, ...] as are those of its result, `chunk` documents at a time."""
+    """function(*arguments) computed `chunk` documents at a time; leaves of arguments and result are [B, K, ...].
+
+    K is padded to a multiple of the chunk. A chunk of 0, or of K and more: all at once.
+    """
     K = jax.tree.leaves(arguments)[0].shape[1]
     if not 0 < chunk < K:
         return function(*arguments)
@@ -97,18 +112,23 @@ def documents(x: Any, K: int) -> Any:
 
 
 def encode(reader: Reader, ids_BKL: jax.Array, mask_BKL: jax.Array) -> Any:
-    """What the generator's encoder makes of every joined (passage, question), leaves [B, K, ...]."""
+    """Encodings of every joined (passage, question) by the generator, leaves [B, K, ...]."""
     return documents(reader("encode", rows(ids_BKL), rows(mask_BKL)), ids_BKL.shape[1])
 
 
 def contexts(reader: Reader, hidden: Any, mask_BKL: jax.Array) -> Contexts:
+    """Cross-attention keys and values of these encodings."""
     return Contexts(reader("cross", rows(hidden)), rows(mask_BKL))
 
 
 class Head(NamedTuple):
-    """The generator's output layer as RAG-Token's steps use it: kernel [V', D], padded to whole blocks of the
-    vocabulary, which makes it a copy; exp(bias - most) [V'] in float32, 0 for padding; most, the highest bias; what
-    the products are multiplied by; and V.
+    """The generator's output layer in the form that RAG-Token's steps use.
+
+    kernel_VD: [V', D], a copy padded to whole blocks of the vocabulary (decoding.search.BLOCK).
+    weight_V: exp(bias - most) [V'] in float32, 0 for padding.
+    most: highest bias.
+    scale: factor of the products, logit_scale.
+    size: V, without padding.
     """
 
     kernel_VD: jax.Array
@@ -121,17 +141,19 @@ class Head(NamedTuple):
     def of(cls, layer: tuple[jax.Array, jax.Array], scale: float, dtype: Any) -> "Head":
         kernel_VD, bias_V = sharding.gathered(layer[0], ("vocab", "embed"), dtype), layer[1].astype(jnp.float32)
         padding = (0, -len(bias_V) % decoding_search.BLOCK)
-        whole = jnp.pad(kernel_VD, (padding, (0, 0)), mode="edge")  # zeros could have the highest product
-        return cls(whole, jnp.pad(jnp.exp(bias_V - bias_V.max()), padding), bias_V.max(), scale, len(bias_V))
+        # padded with copies of the last row: a row of zeros could have the highest product
+        padded = jnp.pad(kernel_VD, (padding, (0, 0)), mode="edge")
+        return cls(padded, jnp.pad(jnp.exp(bias_V - bias_V.max()), padding), bias_V.max(), scale, len(bias_V))
 
 
 def marginal(logits_XKNV: jax.Array, weight_XKN: jax.Array) -> jax.Array:
-    """logsumexp over K of logits + weight [X, N, V], a document at a time.
+    """logsumexp over K of logits + weight [X, N, V], one document at a time.
 
-    As one sum over the axis K, XLA makes several passes of it on a CPU, seven times slower.
+    Written as one sum over the axis K, XLA makes several passes over memory on a CPU, seven times slower.
     """
     terms = [logits_XKNV[:, k] + weight_XKN[:, k, :, None] for k in range(logits_XKNV.shape[1])]
-    most = jnp.maximum(reduce(jnp.maximum, terms), jnp.finfo(jnp.float32).min)  # -inf under all documents stays so
+    # finite, so that a token that is -inf under all documents gives -inf, not NaN from -inf - -inf
+    most = jnp.maximum(reduce(jnp.maximum, terms), jnp.finfo(jnp.float32).min)
     return most + jnp.log(sum(jnp.exp(term - most) for term in terms))
 
 
@@ -140,15 +162,18 @@ def mixed(
 ) -> tuple[decoding_search.Mixture, jax.Array]:
     """p(y_t|x,y_<t), RAG-Token's sum over the documents, and the logsumexp of the logits [X, K, N].
 
-    products: of the states with the head's kernel, [X, K, N, V']; logits: makes the logits [X, K, N, V] anew, where
-    something is less likely than float32 can tell from a sum. Else one exponential of every product serves all. The
-    bias is a factor of it, which spares a CPU a pass through memory, and nothing needs the products later, so that it
-    can take their place there.
+    products_XKNV: products of the states with the head's kernel, [X, K, N, V'].
+    prior_XK: log p(z_k|x).
+    logits: recomputes the logits [X, K, N, V]; called only where probabilities are too small for sums in float32.
+
+    Usually one exponential of every product serves normaliser and mixture. The bias is a factor of it, exp(bias), which
+    saves a CPU a pass through memory, and the products are not needed later, so that it can take their place in memory.
     """
     most_XKN = products_XKNV.max(-1)
     exp_XKNV = jnp.exp((products_XKNV - most_XKN[..., None]) * head.scale)
-    sum_XKN = jnp.matmul(exp_XKNV, head.weight_V, precision="highest")  # a sum, which a TPU shall not round
-    # less only where the likeliest by the products are far below the highest bias: then terms may be lost
+    sum_XKN = jnp.matmul(exp_XKNV, head.weight_V, precision="highest")  # a sum, whose terms a TPU must not round
+    # smaller only where the tokens with the highest products have biases far below the highest one: then terms that
+    # matter may have underflowed
     whole_XKN = sum_XKN >= 1e-6
     norm_XKN = jax.lax.cond(
         whole_XKN.all(),
@@ -178,15 +203,20 @@ def search(
     tree: PrefixTree | None,
     key: jax.Array | None,
 ) -> decoding_search.Found:
-    """One search per row, of which log p of every token is kept [R, N, T-1]; with a prior one per question over the
-    marginal next token, of which log p under every document is kept [B, N, T-1, K].
+    """Searches over the generator's next-token probabilities.
+
+    prior_BK: None searches once per row; what is kept of every token is its log p [R, N, T - 1]. With log p(z_k|x) it
+        searches once per question, over the marginal next token of RAG-Token, and keeps the log p of every token under
+        every document [B, N, T - 1, K].
+    tree: the only answers allowed, or None.
+    key: random key, for do_sample.
     """
     R, M, T = len(source.mask_RL), options.lanes, options.max_length
     X, K = (R, 1) if prior_BK is None else prior_BK.shape
     slots = (T - 1) * M
 
     def step(tokens_XN: jax.Array, cache: Lanes) -> tuple[decoding_search.Scores, Lanes, decoding_search.Read]:
-        N, t = tokens_XN.shape[1], cache.t  # N is 1 or M
+        N, t = tokens_XN.shape[1], cache.t  # N is M, and 1 in the first call
         ancestor_XMT = cache.ancestor_XMT.at[:, :, t].set(jnp.arange(M) if N == M else 0)
         written = jnp.arange(T - 1)[:, None] <= t
         visible_XNTM = (ancestor_XMT[:, :N, :, None] == jnp.arange(M)) & written
@@ -205,7 +235,7 @@ def search(
             states_XKJD = jnp.take_along_axis(hidden_XKND, beam_XJ[:, None, :, None], 2)
             logits_XJK = logits_at(reader, states_XKJD, token_XJ, "xkjd,xjd->xjk")
             norm_XJK = jnp.take_along_axis(norm_XKN, beam_XJ[:, None], 2).swapaxes(1, 2)
-            return jnp.minimum(logits_XJK - norm_XJK, 0.0)  # the two are not rounded alike
+            return jnp.minimum(logits_XJK - norm_XJK, 0.0)  # rounded differently, so the difference could exceed 0
 
         return mixture, moved, read
 
@@ -220,7 +250,7 @@ def search(
 
 
 def counted(sequences: jax.Array, options: Options) -> jax.Array:
-    """Which tokens after the start are part of the likelihood [..., T - 1]: up to eos, and no padding."""
+    """True for tokens after the start that are part of the likelihood [..., T - 1]: up to eos, and no padding."""
     at = jnp.arange(sequences.shape[-1] - 1)
     inside = at < decoding_search.lengths(sequences, options.ends)[..., None]
     padding_counts = options.pad_id in options.ends
@@ -237,7 +267,10 @@ def rag_token(
     key: jax.Array | None = None,
     doc_chunk: int = 0,
 ) -> Generation:
-    """One search over the marginal next token. doc_chunk: documents encoded at a time, 0 for all."""
+    """RAG-Token: one search per question over the marginal next token.
+
+    doc_chunk: documents encoded at a time, 0 for all.
+    """
     hidden = by_documents(lambda *x: encode(reader, *x), doc_chunk, ids_BKL, mask_BKL)
     found = search(reader, contexts(reader, hidden, mask_BKL), options, prior_BK, tree, key)
     mask_BNT1 = counted(found.sequences, options)[..., None]
@@ -261,17 +294,19 @@ def rag_sequence(
     key: jax.Array | None = None,
     doc_chunk: int = 0,
 ) -> Generation:
-    """A search per document gives the candidates, as many as `options` returns; the best `returned` of all are the
-    result.
+    """RAG-Sequence: a search per document proposes candidates, which are ranked by p(y|x).
 
-    `thorough` scores every candidate under every document that did not produce it, but for those that cannot be among
-    the best whatever those documents say of them; `fast` takes p(y|x,z) as 0 where the beam of z did not produce y.
+    options: of the search per document; its num_return_sequences is the number of candidates of each.
+    mode: `thorough` also scores the candidates under the documents that did not propose them, but for candidates that
+        an upper bound excludes from the best; `fast` takes p(y|x,z) as 0 where the beam of z did not produce y.
+    returned: answers that are returned, the best of all candidates.
     doc_chunk: documents encoded, searched and scored at a time, 0 for all.
     """
     B, K, _ = ids_BKL.shape
     each = options.num_return_sequences
-    said = reader.bos_id if options.forced_bos_id is None else options.forced_bos_id  # likely the first token
-    opening = (options.start_id,) if options.start_id == said else (options.start_id, said)
+    # tokens that most candidates begin with; the distribution after them bounds the candidates' likelihoods
+    first_id = reader.bos_id if options.forced_bos_id is None else options.forced_bos_id
+    opening = (options.start_id,) if options.start_id == first_id else (options.start_id, first_id)
 
     def propose(
         ids_BKL: jax.Array, mask_BKL: jax.Array, number_BK: jax.Array
@@ -287,7 +322,7 @@ def rag_sequence(
     hidden, found, opened = by_documents(propose, doc_chunk, ids_BKL, mask_BKL, number_BK)
     c = candidates_of(found, prior_BK, reader, options)
     prior_BCK = jnp.broadcast_to(prior_BK[:, None], c.logp_BCK.shape)
-    if reader.hf_compat:  # there the prior counts at the second scored token alone
+    if reader.hf_compat:  # the prior counts at the second token alone, see losses.sequence_joint
         second_BC1 = c.counted_BCT[..., 1:2] if options.max_length > 2 else jnp.zeros_like(c.counted_BCT[..., :1])
         prior_BCK = jnp.where(second_BC1 | absent(prior_BCK), prior_BCK, 0.0)
     logp_BCK = c.logp_BCK
@@ -311,10 +346,12 @@ def rag_sequence(
 
 
 class Candidates(NamedTuple):
-    """The answers that the documents propose, C = K * (as many as each returns).
+    """Answers that the documents propose, C = K * (candidates of each document).
 
-    counted_BCT: tokens that a score is summed over. first_BC: the first of those that are the same answer. known_BCK:
-    whether document k proposed it; logp_BCK: then log p(y|x,z_k), else -inf.
+    counted_BCT: tokens after the start that scores are summed over [B, C, T - 1].
+    first_BC: True for the first of equal answers; the others are ignored.
+    known_BCK: whether document k proposed the answer.
+    logp_BCK: log p(y|x,z_k) where known, else -inf.
     """
 
     sequences_BCT: jax.Array
@@ -325,7 +362,7 @@ class Candidates(NamedTuple):
 
 
 def candidates_of(found: decoding_search.Found, prior_BK: jax.Array, reader: Reader, options: Options) -> Candidates:
-    """Of a search per document [B, K, ...]."""
+    """Candidates from the results of a search per document, whose leaves are [B, K, ...]."""
     (B, K), each = prior_BK.shape, options.num_return_sequences
     sequences_BCT = found.sequences.reshape(B, K * each, -1)
     real_BC = found.scores.reshape(B, K * each) > decoding_search.NEVER
@@ -333,7 +370,8 @@ def candidates_of(found: decoding_search.Found, prior_BK: jax.Array, reader: Rea
     same_BCC = (sequences_BCT[:, :, None] == sequences_BCT[:, None]).all(-1) & real_BC[:, None]
     first_BC = real_BC & (same_BCC.argmax(-1) == jnp.arange(K * each))  # the same answer from two documents is one
     counted_BCT = counted(sequences_BCT, options)
-    if options.start_id != reader.bos_id or reader.hf_compat:  # a bos that all say is no part of the answer
+    # a bos that all candidates of a question begin with is not part of the answer
+    if options.start_id != reader.bos_id or reader.hf_compat:
         says_bos_B = (~real_BC | (sequences_BCT[:, :, 1] == reader.bos_id)).all(-1)
         counted_BCT = counted_BCT.at[..., 0].set(counted_BCT[..., 0] & ~says_bos_B[:, None])
     own_BC = jnp.where(counted_BCT, found.kept.reshape(counted_BCT.shape), 0.0).sum(-1)
@@ -343,10 +381,10 @@ def candidates_of(found: decoding_search.Found, prior_BK: jax.Array, reader: Rea
 
 
 def may_win(lower_BCK: jax.Array, upper_BCK: jax.Array, first_BC: jax.Array, returned: int) -> jax.Array:
-    """Which candidates can still be among the best `returned`, given bounds of log p(y, z_k|x) [B, C]."""
+    """Which candidates can still be among the best `returned` [B, C], given bounds of log p(y,z_k|x)."""
     sure_BC = jnp.where(first_BC, jax.nn.logsumexp(lower_BCK, axis=-1), -jnp.inf)
     least_B1 = jax.lax.top_k(sure_BC, returned)[0][:, -1:]
-    return jax.nn.logsumexp(upper_BCK, axis=-1) >= least_B1 - 1e-3  # more than rounding can do
+    return jax.nn.logsumexp(upper_BCK, axis=-1) >= least_B1 - 1e-3  # a margin larger than rounding errors
 
 
 def after(reader: Reader, source: Contexts, opening: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -363,7 +401,10 @@ def first_token_bound(
     sequences_BCT: jax.Array,
     counted_BCT1: jax.Array,
 ) -> jax.Array:
-    """What log p(y|x,z_k) cannot exceed [B, C, K]: log p of the first token after the opening, or 0."""
+    """Upper bound of log p(y|x,z_k) [B, C, K]: log p of the first token after the opening.
+
+    It is 0 for candidates that do not begin with the opening, or whose token there is not counted.
+    """
     (state_BKD, norm_BK), n = opened, len(opening)
     if sequences_BCT.shape[-1] <= n:
         return jnp.zeros((*sequences_BCT.shape[:2], norm_BK.shape[1]))
@@ -374,7 +415,10 @@ def first_token_bound(
 
 
 def logits_at(reader: Reader, states: jax.Array, tokens: jax.Array, product: str) -> jax.Array:
-    """Logits of single tokens: states [..., D] and the tokens' rows of the kernel [..., D] multiplied as `product`."""
+    """Logits of single tokens, without those of the whole vocabulary.
+
+    product: einsum of the states [..., D] with the tokens' rows of the kernel [..., D].
+    """
     kernel_VD, bias_V = reader("head")
     columns = kernel_VD[tokens].astype(states.dtype)
     products = jnp.einsum(product, states, columns, preferred_element_type=jnp.float32)
@@ -398,8 +442,11 @@ def score_candidates(
 ) -> jax.Array:
     """log p(y|x,z_k) [B, K, C] of the candidates that are needed under each document, -inf for the others.
 
-    Every row works through the candidates it needs in waves of `wave`. A wave is the tree of its candidates'
-    beginnings: a beginning that several share is one node, run once. counted_BCT1: which tokens after the start count.
+    Every row scores the candidates that it needs in waves of at most `wave`. The candidates of a wave form a tree of
+    prefixes: a prefix that several share is one node and computed once.
+
+    counted_BCT1: which tokens after the start count.
+    need_BKC: which candidates are needed under document k.
     """
     (B, K, C), T1 = need_BKC.shape, sequences_BCT.shape[-1] - 1
     W = min(wave, C)
@@ -430,7 +477,11 @@ def score_candidates(
 def _score_tree(
     reader: Reader, source: Contexts, tokens_BKWT: jax.Array, counts_BKWT1: jax.Array, width: int
 ) -> jax.Array:
-    """Sum of the log p of the tokens that count [B, K, W], `width` nodes of a row's tree at a time."""
+    """Sum of the log p of the tokens that count [B, K, W], by `width` nodes of each row's tree at a time.
+
+    A node is an input token with all tokens before it. Nodes have slots in the cache in the order of candidates, then
+    positions, so that a node's ancestors are in earlier slots.
+    """
     B, K, W, T = tokens_BKWT.shape
     T1 = T - 1
     slots = -(-W * T1 // width) * width
@@ -442,8 +493,8 @@ def _score_tree(
     owner = same.argmax(3)
     mine = useful & (owner == jnp.arange(W)[:, None])
     slot = (jnp.cumsum(mine.reshape(B, K, -1), axis=-1) - 1).reshape(mine.shape)
-    slot = jnp.take_along_axis(slot, owner, axis=2)  # of the node of every (candidate, position)
-    slot = jnp.where(useful, slot, slots)
+    slot = jnp.take_along_axis(slot, owner, axis=2)  # slot of the node of every (candidate, position)
+    slot = jnp.where(useful, slot, slots)  # outside of the cache, so that writes there are dropped
     flat = jnp.broadcast_to(jnp.arange(W * T1), (B, K, W * T1))
     node_BKS = jnp.zeros((B, K, slots), jnp.int32)
     put = jax.vmap(jax.vmap(lambda old, at, new: old.at[at].set(new, mode="drop")))

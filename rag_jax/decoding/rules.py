@@ -1,7 +1,7 @@
-"""How to decode, and the rules on the next token's scores: what may not be said, what must be, what may be at all.
+"""Decoding options, and the rules on next-token scores: banned tokens, forced tokens, and allowed outputs.
 
-Knows no model. X rows are searched side by side, M beams each; of sequences_XMT the first t tokens are there, the
-start token among them. The rules and their order are those of transformers 5, so that a search finds the same tokens.
+No model is used here. X rows are searched together, with M beams each; the first t tokens of sequences_XMT are written,
+the start token included. The rules and their order are those of transformers 5, so that a search finds the same tokens.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,20 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Options:
-    """How to decode; the names and meanings are transformers', with _id for _token_id.
+    """Decoding options, with the names (but _id for _token_id) and meanings of transformers.
 
-    One beam without do_sample is greedy search. max_length counts the start token, min_length too; length_penalty: a
-    hypothesis has the score (sum of log p) / (tokens after the start) ** length_penalty. early_stopping: True ends a
-    row with its num_beams-th hypothesis, False when the best unfinished beam is worse than all hypotheses at its
-    present length, "never" when it is so at any length. end_ids: all tokens that end an answer, () for eos_id alone.
-    bad_words, suppress_ids: token sequences, and tokens, that are never said; begin_suppress_ids: not as the first one.
+    num_beams: M; 1 without do_sample is greedy search.
+    max_length, min_length: tokens of a sequence, the start token included.
+    length_penalty: a hypothesis has the score (sum of log p) / (tokens after the start) ** length_penalty.
+    early_stopping: True ends a row with its num_beams-th hypothesis; False when its best unfinished beam is worse than
+        all hypotheses at its present length; "never" when it is so at any length.
+    forced_bos_id, forced_eos_id: token right after the start, and last token at max_length; None: not forced.
+    bad_words: token sequences that are never written.
+    suppress_ids, begin_suppress_ids: tokens that are never written, and never as the first one.
+    repetition_penalty: see `_penalise`; 1: none.
+    no_repeat_ngram_size: no n-gram of this many tokens is written twice; 0: no such rule.
+    temperature, top_k, top_p: of sampling, see `warp`; top_k 0: all tokens.
+    end_ids: all tokens that end an answer; (): eos_id alone.
     """
 
     num_beams: int = 1
@@ -39,7 +46,7 @@ class Options:
     no_repeat_ngram_size: int = 0
     do_sample: bool = False
     temperature: float = 1.0
-    top_k: int = 0  # 0: all
+    top_k: int = 0
     top_p: float = 1.0
     start_id: int = 0
     eos_id: int = 2
@@ -47,7 +54,7 @@ class Options:
     pad_id: int = 1
 
     def __post_init__(self) -> None:
-        """ValueError that names the field and what it may be."""
+        """ValueError that names the field and what it may be, for values out of range."""
         object.__setattr__(self, "bad_words", tuple(tuple(int(token) for token in word) for word in self.bad_words))
         for name, good, rule in (
             ("num_beams", self.num_beams >= 1, "1 or more"),
@@ -77,7 +84,7 @@ class Options:
 
     @property
     def lanes(self) -> int:
-        """How many sequences of a row grow side by side."""
+        """M, the number of sequences of a row that are extended together."""
         return self.num_beams if self.num_beams > 1 else self.num_return_sequences
 
     @classmethod
@@ -90,10 +97,11 @@ class Options:
 
 
 class PrefixTree(NamedTuple):
-    """Allowed outputs as a tree of their beginnings. Node 0 is the root, the last node is where nothing is allowed.
+    """Allowed outputs as a tree of their prefixes: node 0 is the root; in the last node nothing is allowed.
 
-    The edges of node n are first_N[n] .. first_N[n + 1], each a token and the node it leads to; `widest_W` is
-    0, 1, ... up to the most edges of a node (its length is what counts: shapes are static).
+    first_N: edges of node n are those from first_N[n] up to, not including, first_N[n + 1].
+    token_E, child_E: token of every edge, and the node that it leads to.
+    widest_W: 0, 1, ..., W - 1, where W is the most edges of a node; an array, so that W is static in jitted programs.
     """
 
     first_N: jax.Array
@@ -103,7 +111,7 @@ class PrefixTree(NamedTuple):
 
 
 def prefix_tree(outputs: Sequence[Sequence[int]], eos_id: int) -> PrefixTree:
-    """The tree of these token sequences, the start token not among theirs; each ends with eos, given or not.
+    """Prefix tree of token sequences without the start token; eos is appended to those that do not end with it.
 
     ValueError for no outputs, or one that is empty or has eos inside.
     """
@@ -130,21 +138,21 @@ def prefix_tree(outputs: Sequence[Sequence[int]], eos_id: int) -> PrefixTree:
 
 
 def _edges(tree: PrefixTree, node: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Indices of a node's edges [..., W], and which of them there are."""
+    """Indices of a node's edges [..., W], and True where there is an edge: nodes may have fewer than W."""
     at = tree.first_N[node][..., None] + tree.widest_W
     return jnp.minimum(at, len(tree.token_E) - 1), at < tree.first_N[node + 1][..., None]
 
 
 def child(tree: PrefixTree, node: jax.Array, token: jax.Array) -> jax.Array:
-    """Where a token leads; to the last node, where nothing is allowed, if it is not allowed."""
+    """Node that `token` leads to; the last node, where nothing is allowed, if the token is not allowed."""
     at, real = _edges(tree, node)
     nowhere = len(tree.first_N) - 2
-    found = jnp.where(real & (tree.token_E[at] == token[..., None]), tree.child_E[at], -1).max(-1)
-    return jnp.where(found < 0, nowhere, found)
+    next_node = jnp.where(real & (tree.token_E[at] == token[..., None]), tree.child_E[at], -1).max(-1)
+    return jnp.where(next_node < 0, nowhere, next_node)
 
 
 def has_rules(o: Options) -> bool:
-    """Whether the scores are more than compared: then all of them must be there as log-probabilities."""
+    """Whether any rule or sampling needs all scores as log-probabilities, not only the best ones."""
     penalised = o.repetition_penalty != 1.0 or o.no_repeat_ngram_size or o.bad_words or o.min_length or o.do_sample
     return (
         bool(penalised or o.suppress_ids or o.begin_suppress_ids)
@@ -161,7 +169,11 @@ def constrain(
     tree: PrefixTree | None,
     node_XM: jax.Array,
 ) -> jax.Array:
-    """The scores with all rules but those of sampling."""
+    """Scores after all rules but those of sampling (`warp`).
+
+    t: tokens written so far, the start included.
+    node_XM: node of the prefix tree that each beam is at.
+    """
     o, scores = options, scores_XMV
     if o.repetition_penalty != 1.0:
         scores = _penalise(scores, sequences_XMT, t, o.repetition_penalty)
@@ -180,50 +192,51 @@ def constrain(
     for token, when in ((o.forced_bos_id, t == 1), (o.forced_eos_id, t == o.max_length - 1)):
         if token is not None:
             scores = jnp.where(when, jnp.where(vocabulary == token, 0.0, -jnp.inf), scores)
-    first = 1 if o.forced_bos_id is None else 2  # a forced token is not the first that is chosen
+    first = 1 if o.forced_bos_id is None else 2  # begin_suppress_ids applies to the first token that is not forced
     for banned, now in ((o.suppress_ids, t >= 1), (o.begin_suppress_ids, t == first)):
         scores = _without(scores, banned, now) if banned else scores
     return scores
 
 
 def is_one_of(token: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-    """Whether each token is one of a few."""
+    """Whether each token is among `ids`."""
     return jnp.isin(token, jnp.asarray(ids, jnp.int32))
 
 
 def _without(scores_XMV: jax.Array, tokens: tuple[int, ...], when: jax.Array) -> jax.Array:
-    """-inf for these tokens, where `when`."""
+    """Scores with -inf for these tokens, where `when` is True."""
     banned = is_one_of(jnp.arange(scores_XMV.shape[-1]), tokens)
     return jnp.where(banned & when, -jnp.inf, scores_XMV)
 
 
 def _scattered(tokens_XMN: jax.Array, scores_XMV: jax.Array) -> jax.Array:
-    """True at these tokens [X, M, V]; tokens of V and more are none."""
+    """Mask [X, M, V], True at these tokens; token ids of V and more are ignored."""
     X, M, V = scores_XMV.shape
     x, m = jnp.arange(X)[:, None, None], jnp.arange(M)[None, :, None]
     return jnp.zeros((X, M, V), bool).at[x, m, tokens_XMN].set(True, mode="drop")
 
 
 def _ban(scores_XMV: jax.Array, tokens_XMN: jax.Array, when_XMN: jax.Array) -> jax.Array:
+    """Scores with -inf at these tokens of each beam, where `when` is True."""
     banned = _scattered(jnp.where(when_XMN, tokens_XMN, scores_XMV.shape[-1]), scores_XMV)
     return jnp.where(banned, -jnp.inf, scores_XMV)
 
 
 def _penalise(scores_XMV: jax.Array, sequences_XMT: jax.Array, t: jax.Array, penalty: float) -> jax.Array:
-    """Tokens said before: positive scores divided by the penalty, negative ones multiplied (Keskar et al. 2019)."""
+    """Repetition penalty (Keskar et al. 2019) on tokens written before: positive scores / it, negative ones * it."""
     said = jnp.where(jnp.arange(sequences_XMT.shape[-1]) < t, sequences_XMT, scores_XMV.shape[-1])
     penalised = jnp.where(scores_XMV < 0, scores_XMV * penalty, scores_XMV / penalty)
     return jnp.where(_scattered(said, scores_XMV), penalised, scores_XMV)
 
 
 def _tail(sequences_XMT: jax.Array, t: jax.Array, n: int) -> jax.Array:
-    """The last n tokens [X, M, n]; -1 before the first."""
+    """The last n of the t tokens written [X, M, n]; -1 where there are fewer."""
     padded = jnp.pad(sequences_XMT, ((0, 0), (0, 0), (n, 0)), constant_values=-1)
     return jax.lax.dynamic_slice_in_dim(padded, t, n, axis=2)
 
 
 def _repeats(sequences_XMT: jax.Array, t: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """Tokens that would complete an n-gram said before, one for every place [X, M, T - n + 1], and where they do."""
+    """Tokens that would repeat an n-gram, one for every n-gram's position [X, M, T - n + 1], and where they would."""
     T = sequences_XMT.shape[-1]
     starts = max(T - n + 1, 0)
     tail = _tail(sequences_XMT, t, n - 1)
@@ -235,7 +248,7 @@ def _repeats(sequences_XMT: jax.Array, t: jax.Array, n: int) -> tuple[jax.Array,
 
 
 def _bad(sequences_XMT: jax.Array, t: jax.Array, words: list[tuple[int, ...]]) -> tuple[jax.Array, jax.Array]:
-    """The last token of every bad word [X, M, W], and whether what stands before it has just been said."""
+    """The last token of every bad word [X, M, W], and whether the tokens before it have just been written."""
     longest = max(len(word) for word in words) - 1
     before = np.full((len(words), longest), -2)  # -2: anything
     for i, word in enumerate(words):

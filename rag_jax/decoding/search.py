@@ -1,8 +1,8 @@
-"""Greedy search, beam search and sampling over `step(tokens, cache) -> (logits, cache, read)`; knows no model.
+"""Greedy search, beam search and sampling over `step(tokens, cache) -> (logits, cache, read)`, for any model.
 
-X rows are searched side by side, each with M beams that stand in one cache. A search is one while_loop of static
-shapes, and stops as soon as every row is finished. Sequences begin with the start token; after eos they are padded.
-The tokens found are those of transformers 5 (`generation/utils.py`), whose bounds and order of choices these are.
+X rows are searched together, each with M beams that share one cache. A search is one while_loop of static shapes, and
+stops as soon as every row is finished. Sequences begin with the start token and are padded after eos. The bounds and
+the order of choices are those of transformers 5 (`generation/utils.py`), so that the same tokens are found.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,16 @@ from rag_jax.decoding.rules import (
 __all__ = ["NEVER", "Found", "Mixture", "Options", "PrefixTree", "lengths", "prefix_tree", "search"]
 
 Cache = Any  # a pytree: a model's state after the tokens of every beam
-# (beam_XJ, token_XJ, their log p by the step's scores [X, J]) -> what to keep of these choices, leaves [X, J, ...]
+# (beam_XJ, token_XJ, their log p by the step's scores [X, J]) -> values to keep for these choices, leaves [X, J, ...]
 Read = Callable[[jax.Array, jax.Array, jax.Array], Any]
 
 
 class Mixture(NamedTuple):
-    """Next-token probabilities [X, N, V], perhaps with padding of probability 0 after the vocabulary, and all of a row
-    NaN where they are not known so; and a function that gives their logs [X, N, V] without padding, however small they
-    are. Where only the best matter, only those are logged.
+    """Next-token scores as probabilities, so that a search takes the logarithm of the best ones only.
+
+    p_XNV: probabilities [X, N, V]; may have padding of probability 0 after the vocabulary. A row that cannot be
+        computed so is all NaN.
+    logs: returns log-probabilities [X, N, V] without padding, correct for all rows and however small.
     """
 
     p_XNV: jax.Array
@@ -41,19 +43,21 @@ class Mixture(NamedTuple):
 
 
 Scores = jax.Array | Mixture
-# tokens_XM, each beam's last ones -> next-token scores [X, M, V], before softmax or after. The first call has the start
-# token alone, [X, 1], since all beams begin as one.
+# tokens_XM, the last token of each beam -> next-token scores [X, M, V], before softmax or after. The first call has the
+# start token alone, [X, 1], since all beams are equal then.
 Step = Callable[[jax.Array, Cache], tuple[Scores, Cache, Read | None]]
-Reorder = Callable[[Cache, jax.Array], Cache]  # (cache, beam_XM): beam m goes on where beam_XM[:, m] was
+Reorder = Callable[[Cache, jax.Array], Cache]  # (cache, beam_XM) -> cache in which beam m continues beam_XM[:, m]
 
-NEVER = -1e9  # log-probability of what cannot be
+NEVER = -1e9  # score of a sequence that is not there
 
 
 class Found(NamedTuple):
-    """sequences [X, N, T], best first, their scores [X, N], and what `read` gave of every token after the start
-    [X, N, T - 1, ...] (anything after eos). Where there are fewer than N sequences at all, the rest have score NEVER.
+    """Result of a search: N sequences per row, best first.
 
-    The score is the sum of the log-probabilities, as the rules left them, / length ** length_penalty.
+    sequences: [X, N, T].
+    scores: [X, N], sum of the log-probabilities, as changed by the rules, / length ** length_penalty; NEVER where
+        there are fewer than N sequences.
+    kept: results of `read` for every token after the start [X, N, T - 1, ...]; undefined after eos.
     """
 
     sequences: jax.Array
@@ -62,38 +66,40 @@ class Found(NamedTuple):
 
 
 def lengths(sequences: jax.Array, ends: tuple[int, ...]) -> jax.Array:
-    """Number of tokens after the start, the end included, of sequences [..., T] as they are found here."""
+    """Number of tokens after the start, the end token included, of sequences [..., T] from a search."""
     ended = is_one_of(sequences[..., 1:], ends)
     return jnp.where(ended.any(-1), ended.argmax(-1) + 1, ended.shape[-1])
 
 
 def every(scores: Scores) -> jax.Array:
-    """All scores [X, N, V], float32; of a Mixture the logs."""
+    """All scores [X, N, V] in float32; for a Mixture its logs."""
     return (scores.logs() if isinstance(scores, Mixture) else scores).astype(jnp.float32)
 
 
 def take(x: jax.Array, beam_XN: jax.Array) -> jax.Array:
-    """x [X, M, ...] of these beams [X, N, ...]."""
+    """Entries [X, N, ...] of x [X, M, ...] at these beams."""
     return jax.vmap(lambda one, beams: one[beams])(x, beam_XN)
 
 
 def picked(x_XMV: jax.Array, beam_XN: jax.Array, token_XN: jax.Array) -> jax.Array:
-    """x of these beams and tokens [X, N]."""
+    """Entries [X, N] of x at these beams and tokens."""
     return jax.vmap(lambda one, beams, tokens: one[beams, tokens])(x_XMV, beam_XN, token_XN)
 
 
 def take_beams(cache: Cache, beam_XM: jax.Array) -> Cache:
-    """The plain reordering, of a cache whose leaves are [X, M, ...]."""
+    """Default reordering, for a cache whose leaves are [X, M, ...]."""
     return jax.tree.map(lambda x: take(x, beam_XM), cache)
 
 
-BLOCK = 128  # of the vocabulary
-FAINT = 1e-24  # a sum of probabilities below this may have lost terms that float32 does not hold
+BLOCK = 128  # tokens of a block of the vocabulary, see _highest
+FAINT = 1e-24  # a sum of probabilities smaller than this may have lost terms that underflow in float32
 
 
 def _highest(scores_XNV: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The `count` highest of every beam, their tokens [X, N, count], and the maxima of blocks of the vocabulary, where
-    the highest stand.
+    """(scores, tokens, block maxima): the `count` highest scores of every beam [X, N, count], and their tokens.
+
+    The vocabulary is divided into blocks. The `count` highest scores are in the `count` blocks with the highest maxima,
+    so that top_k only sorts those. Of equal scores the lower token comes first.
     """
     X, N, V = scores_XNV.shape
     size = BLOCK if 2 * count * BLOCK < V else V
@@ -102,7 +108,8 @@ def _highest(scores_XNV: jax.Array, count: int) -> tuple[jax.Array, jax.Array, j
     most_XNY = blocks_XNYW.max(-1)
     if size == V:
         return *jax.lax.top_k(scores_XNV, count), most_XNY
-    chosen_XNC = jnp.sort(jax.lax.top_k(most_XNY, count)[1], axis=-1)  # in order, so that of equals the first remain
+    # sorted by position, so that of equal scores the lower token comes first
+    chosen_XNC = jnp.sort(jax.lax.top_k(most_XNY, count)[1], axis=-1)
     some_XNCW = jnp.take_along_axis(blocks_XNYW, chosen_XNC[..., None], 2)
     scores, at = jax.lax.top_k(some_XNCW.reshape(X, N, count * size), count)
     return scores, jnp.take_along_axis(chosen_XNC, at // size, -1) * size + at % size, most_XNY
@@ -111,12 +118,16 @@ def _highest(scores_XNV: jax.Array, count: int) -> tuple[jax.Array, jax.Array, j
 def best_of(
     scores_XNV: Scores, live_XM: jax.Array, count: int, normalised: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The `count` best of scores - norm + live: scores, beams, tokens and the same without live [X, count]; of equals
-    (of a Mixture, of equal probabilities) the first. The norm is the logsumexp of the scores or, where they are
-    `normalised`, 0. N: M or 1.
+    """The `count` best continuations of a row, best first: (scores - norm + live, beams, tokens, scores - norm).
 
-    First each beam's best, for which neither norm nor live matters, then the best of those. (One top_k over [X, M * V]
-    is slower on a CPU, where the reshape keeps XLA from making vectors of what stands before it.)
+    All four are [X, count]; of equal ones (for a Mixture, of equal probabilities) the first is taken.
+
+    scores_XNV: next-token scores; N is M, or 1 for all beams alike.
+    live_XM: scores of the beams so far.
+    normalised: scores are log-probabilities and the norm is 0; else it is their logsumexp.
+
+    The best of each beam are found first, for which neither norm nor live matters, then the best of those. (One top_k
+    over [X, M * V] is slower on a CPU, where the reshape keeps XLA from vectorising the operations before it.)
     """
     if isinstance(scores_XNV, Mixture):
         p_XNV, logs = scores_XNV
@@ -137,6 +148,7 @@ def best_of(
 def _best_of_beams(
     logp_XNC: jax.Array, token_XNC: jax.Array, live_XM: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`best_of` from the best log-probabilities of each beam and their tokens."""
     (X, M), each = live_XM.shape, logp_XNC.shape[-1]
     logp, tokens = (jnp.broadcast_to(x, (X, M, each)) for x in (logp_XNC, token_XNC))
     best, at = jax.lax.top_k((logp + live_XM[..., None]).reshape(X, M * each), count)
@@ -145,7 +157,16 @@ def _best_of_beams(
 
 
 class _Beams(NamedTuple):
-    """Unfinished beams (live) and hypotheses (done); `open`: those of a row may still change."""
+    """State of a beam search over X rows, with M unfinished beams (live) and M hypotheses (done) each.
+
+    t: tokens of every beam, the start included.
+    live, live_scores, live_kept: unfinished sequences [X, M, T], their sums of log p, and what is kept of them.
+    node: node of the prefix tree that each unfinished beam is at.
+    done, done_scores, done_kept: the same for hypotheses; their scores have the length penalty.
+    is_done: whether there is such a hypothesis [X, M].
+    open: whether the hypotheses of a row may still change [X].
+    ended: whether every continuation of the last step has ended.
+    """
 
     t: jax.Array
     cache: Cache
@@ -172,10 +193,15 @@ def search(
     tree: PrefixTree | None = None,
     key: jax.Array | None = None,
 ) -> Found:
-    """What `options` asks for: N = num_return_sequences of every row.
+    """The N = num_return_sequences best sequences of every row, by the search that `options` describes.
 
-    reorder: how the cache follows its beams. normalised: the step's scores are log-probabilities already. tree: the
-    only sequences allowed. key: for do_sample (ValueError without).
+    step: next-token scores of all beams.
+    cache: state before the start token.
+    rows: X.
+    reorder: moves the cache's beams.
+    normalised: the step's scores are log-probabilities already.
+    tree: the only sequences allowed.
+    key: random key, for do_sample; ValueError without.
     """
     if options.do_sample and key is None:
         raise ValueError("do_sample needs a key: pass key=jax.random.key(seed)")
@@ -186,12 +212,13 @@ def search(
 
 
 def _begin(options: Options, rows: int, beams: int) -> jax.Array:
+    """Sequences [X, M, T] with the start token and padding."""
     empty = jnp.full((rows, beams, options.max_length), options.pad_id, jnp.int32)
     return empty.at[:, :, 0].set(options.start_id)
 
 
 def _empty(read: Read | None, rows: int, beams: int, length: int) -> Any:
-    """Room for what is kept of all tokens [X, N, T - 1, ...]."""
+    """Zeros in the shape of what `read` keeps of all tokens [X, N, T - 1, ...]."""
     if read is None:
         return None
     one = jnp.zeros((rows, beams), jnp.int32)
@@ -204,7 +231,7 @@ def _keep(kept: Any, t: jax.Array, new: Any) -> Any:
 
 
 def _walk(tree: PrefixTree | None, options: Options, node: jax.Array, token: jax.Array, t: jax.Array) -> jax.Array:
-    """The tree begins after a forced bos."""
+    """Node of the prefix tree after `token`; a forced bos is before the tree and does not move."""
     if tree is None:
         return node
     return jnp.where((t == 1) & (options.forced_bos_id is not None), node, child(tree, node, token))
@@ -213,8 +240,9 @@ def _walk(tree: PrefixTree | None, options: Options, node: jax.Array, token: jax
 def _sample(
     step: Step, cache: Cache, rows: int, o: Options, normalised: bool, tree: PrefixTree | None, key: jax.Array
 ) -> Found:
-    """The likeliest token at every step, or one drawn: then num_return_sequences go side by side. The rules see the
-    step's scores as they are.
+    """Greedy search, or sampling of num_return_sequences independent sequences.
+
+    The rules are applied to the step's scores as they are; in beam search, to log-probabilities.
     """
     X, M, T = rows, o.num_return_sequences, o.max_length
     lane = jnp.broadcast_to(jnp.arange(M), (X, M))
@@ -267,11 +295,13 @@ def _beam_search(
     tree: PrefixTree | None,
     key: jax.Array,
 ) -> Found:
-    """Of the 2M best continuations at every step (one M more for every further token that ends), the M best unfinished
-    go on; a finished one counts if it is among the M best. What is unfinished at max_length counts as it is.
+    """Beam search over the M * (1 + number of end tokens) best continuations of every step.
+
+    The M best unfinished ones become the beams of the next step. A finished one becomes a hypothesis if it is among the
+    M best of all. Sequences that are unfinished at max_length are hypotheses as they are.
     """
     X, M, T = rows, o.num_beams, o.max_length
-    J = M * (1 + len(o.ends))
+    J = M * (1 + len(o.ends))  # at most M * len(ends) of them are finished, so M unfinished ones remain
     penalty_T = jnp.asarray(np.maximum(np.arange(T), 1.0) ** o.length_penalty, jnp.float32)  # by tokens after the start
 
     def choose(s: _Beams, logits: Scores, cache: Cache, read: Read | None, only: bool) -> _Beams:
@@ -285,6 +315,7 @@ def _beam_search(
         ended = is_one_of(token, o.ends) | (t + 1 == T)
         s = _with_hypotheses(o, penalty_T, s, grown, scores, kept, ended)
         live_scores, going_on = jax.lax.top_k(_less(scores, ended), M)
+        # a row stays open while its best beam could beat its worst hypothesis at this length or, for "never", at any
         source = jnp.take_along_axis(beam, going_on, 1)
         longest = T - 1 if o.early_stopping == "never" and o.length_penalty > 0 else t
         worst_done = jnp.where(s.is_done, s.done_scores.min(1, keepdims=True), NEVER)
@@ -312,13 +343,14 @@ def _beam_search(
     logits, cache, read = step(start[:, :1, 0], cache)
     first = _first_beams(start, cache, _empty(read, X, M, T), key)
     s = jax.lax.while_loop(go_on, one, choose(first, logits, cache, read, True))
+    # scores of hypotheses were divided by the length penalty, NEVER included
     real = s.done_scores > NEVER / 2 / jnp.maximum(penalty_T.max(), 1.0)
     found = Found(s.done, jnp.where(real, s.done_scores, NEVER), s.done_kept)
     return jax.tree.map(lambda x: x[:, : o.num_return_sequences], found)
 
 
 def _first_beams(start_XMT: jax.Array, cache: Cache, kept: Any, key: jax.Array) -> _Beams:
-    """M beams with the start token alone, which are one: the others score NEVER. No hypotheses."""
+    """State before the first step: M beams of the start token, all but the first with score NEVER; no hypotheses."""
     X, M, _ = start_XMT.shape
     scores_XM = jnp.full((X, M), NEVER)
     return _Beams(
@@ -341,8 +373,10 @@ def _first_beams(start_XMT: jax.Array, cache: Cache, kept: Any, key: jax.Array) 
 def _continuations(
     o: Options, normalised: bool, tree: PrefixTree | None, s: _Beams, logits: Scores, count: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The `count` best continuations of a row's beams, best first: scores of the sequences, beams, tokens and the
-    tokens' log p by the step [X, count]. With do_sample they are drawn, without replacement (Kool et al. 2019).
+    """(scores, beams, tokens, log p) [X, count]: the `count` best continuations of a row's beams, best first.
+
+    Scores are those of the sequences; log p is that of the tokens by the step, before the rules. With do_sample
+    continuations are drawn without replacement, by adding Gumbel noise (Kool et al. 2019).
     """
     if not has_rules(o) and tree is None:
         return best_of(logits, s.live_scores, count, normalised)
@@ -368,7 +402,7 @@ def _with_hypotheses(
     kept: Any,
     ended_XJ: jax.Array,
 ) -> _Beams:
-    """The beams with the M best of the old hypotheses and of those that have ended now, unless the row is closed."""
+    """The state with the M best of old hypotheses and newly finished sequences; a closed row keeps its hypotheses."""
     M = s.done_scores.shape[1]
     counts_XJ = ended_XJ & (jnp.arange(scores_XJ.shape[1]) < M)
     closed_X = ~s.open | (s.is_done.all(-1) & (o.early_stopping is True))
@@ -387,5 +421,5 @@ def _with_hypotheses(
 
 
 def _less(scores: jax.Array, where: jax.Array) -> jax.Array:
-    """Scores with NEVER added where that is True."""
+    """Scores with NEVER added where `where` is True."""
     return scores + jnp.where(where, NEVER, 0.0)
