@@ -2,8 +2,8 @@
 
 The real programs (the step of each stage, the search, the embedding of passages) are compiled ahead of time for a TPU
 topology by libtpu, or for fake CPU devices; for GPUs, and without libtpu, memory and work are counted from shapes. The
-roofline step time is the largest of three: products at the peak rate, memory traffic, and bytes over the links, each
-as if perfectly overlapped with the others; a real step takes longer.
+roofline step time is the largest of three times: matmuls at the peak rate, memory traffic, and bytes over the links,
+as if they overlapped perfectly; a real step takes longer.
 """
 
 import contextlib
@@ -38,12 +38,16 @@ ESTIMATED = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is compiled, and how.
+    """Options of `rag-jax compile`: which programs are compiled, and how.
 
-    programs: names of stages, `search`, `encode`; none: all. passages, encoder_length, generator_length: of a corpus
-    that is not there yet. batch, k: questions of one search, and passages it finds for each. text_dir: where compiled
-    programs are written as text. effort: of the compiler, -1 to 1. layers: how many of each stack are compiled, the
-    others reckoned from them; 0: all. count_only: compile nothing.
+    programs: names of stages, `search`, `encode`; none: all.
+    passages: size of a corpus that is not built yet.
+    encoder_length, generator_length: tokens of its passages for the encoder and the generator.
+    batch, k: questions of one search, and passages that it finds for each.
+    text_dir: directory that compiled programs are written to, as text.
+    effort: of the compiler, -1 to 1.
+    layers: layers of each stack that are compiled, from which the others are extrapolated; 0: all.
+    count_only: compile nothing.
     """
 
     programs: Sequence[str] = ()
@@ -64,8 +68,8 @@ def devices(where: Topology) -> list[Any] | None:
         return None
     if where.kind == "cpu":
         return cpu_devices(where.devices)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # ... and none to take from others
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be queried
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # ... and none that processes would compete for
     from jax.experimental import topologies
 
     how = {"chip_config_name": "megacore"} if where.name == "v4" else {}
@@ -78,8 +82,8 @@ def devices(where: Topology) -> list[Any] | None:
 
 
 def cpu_devices(count: int) -> list[Any]:
-    """Fake devices of the CPU; InputError where jax began with fewer of them."""
-    with contextlib.suppress(RuntimeError):  # it has begun with another number
+    """Fake devices of the CPU; InputError where jax was initialised with fewer of them."""
+    with contextlib.suppress(RuntimeError):  # jax is initialised already, with its own number of devices
         jax.config.update("jax_num_cpu_devices", count)
     there = jax.devices("cpu")
     if len(there) < count:
@@ -89,7 +93,7 @@ def cpu_devices(count: int) -> list[Any]:
 
 @dataclass(frozen=True)
 class StandIn:
-    """A device that is not there: enough for shapes and shardings, not for compiling."""
+    """Substitute for a device that is not there: enough for shapes and shardings, not for compiling."""
 
     id: int
     platform: str
@@ -98,36 +102,39 @@ class StandIn:
 
 
 def stand_ins(cfg: TrainConfig, where: Topology) -> Mesh:
-    """The mesh of a configuration over devices that are not there, in the order of their numbers."""
+    """The mesh of a configuration over substitute devices, in the order of their ids."""
+    # made of "cpu" devices, since jax would ask TPU devices for their coordinates
     plain: list[Any] = [StandIn(i, "cpu", where.name) for i in range(where.devices)]
-    mesh = sharding.make_mesh(cfg.mesh or None, plain)  # jax would ask TPUs where they stand
+    mesh = sharding.make_mesh(cfg.mesh or None, plain)
     away = np.array([dataclasses.replace(device, platform=where.kind) for device in plain])
     return Mesh(away.reshape(mesh.devices.shape), mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def mesh_of(cfg: TrainConfig, where: Topology) -> tuple[Mesh, bool]:
-    """The mesh of a configuration, and whether programs can be compiled for it; if not, its devices are stand-ins."""
-    found = devices(where)
-    if found is not None:
-        return sharding.make_mesh(cfg.mesh or None, found), True
+    """The mesh of a configuration, and whether programs can be compiled for it; if not, its devices are substitutes."""
+    targets = devices(where)
+    if targets is not None:
+        return sharding.make_mesh(cfg.mesh or None, targets), True
     return stand_ins(cfg, where), False
 
 
 def few_layers(cfg: TrainConfig, program: Program, where: Topology, mesh: Mesh, wanted: Wanted) -> Report:
-    """`compiled`, where the compiler sees wanted.layers layers of each stack and once more one more of each; what it
-    says of those is drawn on in a straight line. The work is counted from all layers.
+    """Report of a program from compiling it with few layers, extrapolated linearly.
+
+    It is compiled with wanted.layers layers in every stack, and again with one more layer in each deeper stack in turn.
+    The work is not extrapolated but counted from all layers.
     """
-    report, found, times = counted(program, where, mesh), [], []
+    report, measured, times = counted(program, where, mesh), [], []
     for shallow, n in layer_extrapolation.shallow(cfg, program.name, wanted.layers):
-        made = stage_programs.every(shallow, *sized(shallow, wanted), mesh, [program.name], wanted.batch, wanted.k)[
+        small = stage_programs.every(shallow, *sized(shallow, wanted), mesh, [program.name], wanted.batch, wanted.k)[
             program.name
         ]
-        found.append(compiled(made, where, mesh, wanted.effort, None))
+        measured.append(compiled(small, where, mesh, wanted.effort, None))
         times.append(n)
-        if found[-1].said:
-            return dataclasses.replace(found[-1], name=program.name, flops=report.flops, layers=wanted.layers)
+        if measured[-1].said:  # too large for the compiler already
+            return dataclasses.replace(measured[-1], name=program.name, flops=report.flops, layers=wanted.layers)
     memory, traffic, collectives = (
-        layer_extrapolation.line([getattr(one, name) for one in found], times)
+        layer_extrapolation.line([getattr(one, name) for one in measured], times)
         for name in ("memory", "traffic", "collectives")
     )
     return dataclasses.replace(
@@ -137,20 +144,20 @@ def few_layers(cfg: TrainConfig, program: Program, where: Topology, mesh: Mesh, 
         total=sum(memory.values()),
         traffic=traffic,
         collectives=collectives,
-        compile_seconds=sum(one.compile_seconds or 0.0 for one in found),
-        largest=found[-1].largest,
-        busiest=found[-1].busiest,
+        compile_seconds=sum(one.compile_seconds or 0.0 for one in measured),
+        largest=measured[-1].largest,
+        busiest=measured[-1].busiest,
         layers=wanted.layers,
     )
 
 
 def sized(cfg: TrainConfig, wanted: Wanted) -> tuple[Rag, Sizes]:
-    """`stage_programs.sizes` with what is said of the corpus."""
+    """`stage_programs.sizes` with the corpus options of the command."""
     return stage_programs.sizes(cfg, wanted.passages, wanted.encoder_length, wanted.generator_length)
 
 
 def roofline(report: Report, where: Topology) -> None:
-    """Seconds of products, of memory traffic and of links, where the chip's rates are known."""
+    """Adds the roofline to a report: seconds of matmuls, memory traffic and links, where the chip's rates are known."""
     chip = where.chip
     if chip is None:
         return
@@ -163,7 +170,7 @@ def roofline(report: Report, where: Topology) -> None:
 
 
 def table(cfg: TrainConfig, where: Topology, mesh: Mesh, reports: list[Report], effort: float) -> str:
-    """For people."""
+    """The reports as a readable table."""
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     lines = [f"{where.text}: {where.chips} chips, mesh {axes}; all figures are per device"]
     if where.chip and where.chip.devices > 1:
@@ -206,7 +213,7 @@ def table(cfg: TrainConfig, where: Topology, mesh: Mesh, reports: list[Report], 
 def estimate(cfg: TrainConfig, topology: str, wanted: Wanted) -> dict[str, Any]:
     """Memory, work and least time of each program on a topology such as v5e:16x16: a table as `text`, and all figures.
 
-    Devices that are here are not asked: the CPU is what JAX runs on afterwards.
+    JAX is set to run on the CPU, unless JAX_PLATFORMS is set: accelerators that are here are not used.
     """
     where = hardware.topology(topology)
     for name in ("batch", "k", "encoder_length", "generator_length"):

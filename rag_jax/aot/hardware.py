@@ -1,8 +1,8 @@
-"""What chips can do, by data sheet, and how a topology is written: `v5e:16x16`, `v5p:4x4x4`, `h100:8`, `cpu:8`.
+"""Rates of chips by data sheet, and the syntax of topologies: `v5e:16x16`, `v5p:4x4x4`, `h100:8`, `cpu:8`.
 
-Peaks are of dense matrix products. Sources: cloud.google.com/tpu/docs (pages v4, v5e, v5p, v6e, tpu7x; the link rate is
+Peaks are those of dense matmuls. Sources: cloud.google.com/tpu/docs (pages v4, v5e, v5p, v6e, tpu7x; the link rate is
 half of the bidirectional one there) and NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and B200 (NVLink, one
-way). A float32 product on a TPU at default precision is one pass in bfloat16; at the highest precision, as in exact
+way). A float32 matmul on a TPU at default precision is one pass in bfloat16; at the highest precision, as in exact
 search over a float32 index, it is six. On a GPU at default precision it is TF32, half the rate of bfloat16.
 """
 
@@ -17,8 +17,14 @@ GB, GIB = 1e9, 2.0**30
 
 @dataclass(frozen=True)
 class Chip:
-    """Rates of one chip, each per second: FLOP of products in bfloat16, in float32 at default and at highest precision,
-    and of int8; bytes of memory; bytes sent to other chips. devices: that JAX sees of it.
+    """Rates of one chip.
+
+    bfloat16, int8: FLOP/s of matmuls in these types.
+    float32, highest: FLOP/s of float32 matmuls at default and at highest precision.
+    memory_bytes: size of its memory.
+    memory_rate: bytes/s read from or written to memory.
+    link_rate: bytes/s sent to other chips.
+    devices: JAX devices of one chip.
     """
 
     name: str
@@ -32,18 +38,18 @@ class Chip:
     devices: int = 1
 
     def rate(self, kind: str) -> float:
-        """Of products of this kind, as `counting.work` names them."""
+        """FLOP/s of matmuls of this kind, a name of `operation_count.work`."""
         return {"float32": self.float32, "float32 highest": self.highest, "int8": self.int8}.get(kind, self.bfloat16)
 
 
 def tpu(name: str, bfloat16: float, int8: float, memory: float, rate: float, link: float, devices: int = 1) -> Chip:
-    """TFLOP/s, GiB, GB/s."""
+    """A TPU from its data sheet, in TFLOP/s, GiB and GB/s."""
     peak = bfloat16 * 1e12
     return Chip(name, peak, peak, peak / 6, int8 * 1e12, memory * GIB, rate * GB, link * GB, devices)
 
 
 def gpu(name: str, bfloat16: float, float32: float, memory: float, rate: float, link: float) -> Chip:
-    """TFLOP/s, GB, GB/s; float32: outside of the tensor cores."""
+    """A GPU from its data sheet, in TFLOP/s, GB and GB/s; float32: without tensor cores."""
     peak = bfloat16 * 1e12
     return Chip(name, peak, peak / 2, float32 * 1e12, 2 * peak, memory * GB, rate * GB, link * GB)
 
@@ -63,7 +69,7 @@ GPUS = {
 }
 
 
-# what JAX calls the devices: the beginning of device_kind
+# by the beginning of device_kind, JAX's name of the devices
 KINDS = {
     "TPU v4": TPUS["v4"],
     "TPU v5 lite": TPUS["v5e"],
@@ -78,14 +84,21 @@ KINDS = {
 
 
 def peak(device_kind: str, dtype: str) -> float | None:
-    """FLOP/s of one device as JAX names it, None for one that is not in the table."""
-    found = next((chip for name, chip in KINDS.items() if device_kind.startswith(name)), None)
-    return None if found is None else found.rate(dtype) / found.devices
+    """Peak FLOP/s of one device, by JAX's name of it; None for one that is not in the table."""
+    chip = next((chip for name, chip in KINDS.items() if device_kind.startswith(name)), None)
+    return None if chip is None else chip.rate(dtype) / chip.devices
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Chips of one kind. kind: "tpu", "gpu" or "cpu"; chip: None for the fake devices of a CPU."""
+    """A number of connected chips of one kind.
+
+    text: as written on the command line.
+    kind: "tpu", "gpu" or "cpu".
+    name: of the chip, a key of TPUS or GPUS, or "cpu".
+    shape: sides of a TPU slice, or the number of chips.
+    chip: its rates; None for the fake devices of a CPU.
+    """
 
     text: str
     kind: str
@@ -99,12 +112,15 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """As JAX counts them."""
+        """Number of JAX devices."""
         return self.chips * (self.chip.devices if self.chip else 1)
 
 
 def topology(text: str) -> Topology:
-    """`NAME:AxBxC` for a TPU slice, `NAME:COUNT` for GPUs or for fake CPU devices; InputError with the known names."""
+    """The topology that a text describes: `NAME:AxBxC` for a TPU slice, `NAME:COUNT` for GPUs or fake CPU devices.
+
+    InputError, with the known names, for any other text.
+    """
     name, _, size = text.partition(":")
     shape = tuple(map(int, size.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size) else ()
     known = {**dict.fromkeys(TPUS, "tpu"), **dict.fromkeys(GPUS, "gpu"), "cpu": "cpu"}

@@ -1,8 +1,8 @@
-"""What a compiled program does, read from its text: collectives, bytes to and from memory, and its largest arrays.
+"""Collectives, memory traffic and largest arrays of a compiled program, read from its HLO text.
 
-The text is that of one device (`compiled.as_text()`, after partitioning), so all sizes are per device. A loop counts as
-often as it runs, where the text says how often: as XLA's `known_trip_count`, or as the constant that the counter is
-compared with (loops that jax makes count from 0 in steps of 1).
+The text is that of one device (`compiled.as_text()`, after partitioning), so all sizes are per device. The body of a
+loop is counted once per iteration where the text gives their number: as XLA's `known_trip_count`, or as the constant
+that the counter is compared with (loops that jax writes count from 0 in steps of 1).
 """
 
 import math
@@ -25,7 +25,7 @@ _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}
 
 @dataclass(frozen=True)
 class Op:
-    """One instruction; `attributes` is all that stands behind its operands."""
+    """One instruction; `attributes` is the text after its operands."""
 
     name: str
     shape: str
@@ -34,16 +34,16 @@ class Op:
     attributes: str
 
     def attribute(self, pattern: str) -> str:
-        """The first group of a pattern in the attributes, "" where it is not there."""
-        found = re.search(pattern, self.attributes)
-        return found[1] if found else ""
+        """The first group of a pattern in the attributes; "" where it does not occur."""
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else ""
 
 
 Computations = dict[str, dict[str, Op]]
 
 
 def parse(text: str) -> tuple[Computations, str]:
-    """The computations of a module, each as its instructions by name, and the name of the one it begins with."""
+    """The computations of a module, each as its instructions by name, and the name of the entry computation."""
     computations: Computations = {}
     entry, ops = "", {}
     for line in text.splitlines():
@@ -51,20 +51,20 @@ def parse(text: str) -> tuple[Computations, str]:
         if header:
             ops = computations.setdefault(header[1], {})
             entry = header[1] if line.startswith("ENTRY") else entry
-        elif found := _OP.match(line):
-            end = _closing(found[4])
-            operands = tuple(re.findall(r"%([\w.\-]+)", found[4][:end])) or tuple(found[4][:end].split(", "))
-            ops[found[1]] = Op(found[1], found[2], found[3], operands, found[4][end:])
+        elif match := _OP.match(line):
+            end = _closing(match[4])
+            operands = tuple(re.findall(r"%([\w.\-]+)", match[4][:end])) or tuple(match[4][:end].split(", "))
+            ops[match[1]] = Op(match[1], match[2], match[3], operands, match[4][end:])
     return computations, entry
 
 
 def _closing(text: str) -> int:
-    """Where the bracket that was opened before `text` is closed."""
+    """Position of the bracket that closes the one opened just before `text`."""
     depth = 1
-    for found in re.finditer(r"[()]", text):
-        depth += 1 if found[0] == "(" else -1
+    for bracket in re.finditer(r"[()]", text):
+        depth += 1 if bracket[0] == "(" else -1
         if not depth:
-            return found.start()
+            return bracket.start()
     return len(text)
 
 
@@ -83,7 +83,7 @@ def size(shape: str) -> float:
 
 
 def trips(loop: Op, computations: Computations) -> int:
-    """How often a while loop runs; 0 where the text does not say."""
+    """Number of iterations of a while loop; 0 where the text does not say."""
     known = loop.attribute(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)')
     if known:
         return int(known)
@@ -97,14 +97,17 @@ def trips(loop: Op, computations: Computations) -> int:
 
 
 class Times(NamedTuple):
-    """How often each computation runs, and the loops of which nobody knows (their bodies count once)."""
+    """How often each computation runs (of), and the loops whose iterations are unknown and counted as one (unknown)."""
 
     of: dict[str, int]
     unknown: list[str]
 
 
 def times(computations: Computations, entry: str) -> Times:
-    """Fused computations and reducers are left out: their instructions are part of one that calls them."""
+    """How often each computation of a program runs.
+
+    Fused computations and reducers are left out: their instructions are part of the one that calls them.
+    """
     of: dict[str, int] = defaultdict(int)
     unknown: list[str] = []
 
@@ -128,8 +131,15 @@ def times(computations: Computations, entry: str) -> Times:
 
 
 class Collective(NamedTuple):
-    """bytes: of its result on a device; sent: what a device sends for it in a ring; both for one run of `times`.
-    group: how many devices take part. loop: whether it stands in one. op: the path of names in the program.
+    """A collective operation.
+
+    bytes: of its result on a device, per run.
+    sent: bytes that a device sends for it in a ring, per run.
+    group: number of devices that take part.
+    times: runs in one run of the program.
+    loop: whether it is inside a loop.
+    op: path of names in the program.
+    line: source line, see `source_lines`.
     """
 
     kind: str
@@ -144,7 +154,7 @@ class Collective(NamedTuple):
 
 
 def group_size(op: Op) -> int:
-    """How many devices take part, by any of the ways in which XLA writes replica_groups; 0 for all."""
+    """Number of devices that take part, from any of XLA's notations of replica_groups; 0 for all."""
     if axes := op.attribute(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}"):
         mesh = dict(re.findall(r"'(\w+)'=(\d+)", op.attribute(r"replica_groups=mesh\[([^\]]*)\]")))
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes)
@@ -156,7 +166,7 @@ def group_size(op: Op) -> int:
 
 
 def _result(op: Op) -> str:
-    """The shape of what a collective leaves; an asynchronous one names its operands before it."""
+    """Shape of the result of a collective, without the operands that asynchronous ones list before it."""
     if not op.kind.endswith("-start") or op.kind.startswith("all-reduce") or not op.shape.startswith("("):
         return op.shape
     found = arrays(op.shape)
@@ -165,7 +175,7 @@ def _result(op: Op) -> str:
 
 
 def sent(kind: str, nbytes: float, group: int) -> float:
-    """Bytes that each of `group` devices sends in a ring for a collective that leaves `nbytes` on it."""
+    """Bytes that each of `group` devices sends in a ring for a collective whose result has `nbytes` on it."""
     if kind == "collective-permute":
         return nbytes
     others = (group - 1) / max(group, 1)
@@ -173,12 +183,13 @@ def sent(kind: str, nbytes: float, group: int) -> float:
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """All of a program for so many devices, those that send most first. Where a TPU's compiler spreads one over several
-    fusions (a chain, with one channel), it counts once.
+    """All collectives of a program for `devices` devices, those that send most first.
+
+    Where a TPU's compiler spreads one over several fusions (a chain, with one channel), it counts once.
     """
     computations, entry = parse(text)
     counts = times(computations, entry).of
-    counts |= {name: 1 for name in computations if name not in counts}  # within fusions, which stand where they stand
+    counts |= {name: 1 for name in computations if name not in counts}  # fused computations, which `times` leaves out
     frames, found, seen = source_lines(text), [], set()
     for name, ops in computations.items():
         for op in ops.values():
@@ -209,7 +220,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
 
 def by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:
-    """count, bytes and bytes sent of a step, by kind."""
+    """Count, bytes and bytes sent of one run of the program, by kind of collective."""
     table: dict[str, dict[str, float]] = {}
     for c in found:
         row = table.setdefault(c.kind, {"count": 0, "bytes": 0.0, "sent": 0.0})
@@ -220,7 +231,7 @@ def by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:
 
 
 def source_lines(text: str) -> dict[str, str]:
-    """`directory/file:line` of every stack frame that the module names, by its number."""
+    """`directory/file:line` of every stack frame in the text, by the frame's number."""
 
     def table(title: str, pattern: str) -> list[tuple[str, ...]]:
         section = re.search(rf"^{title}\n(.*?)\n\n", text, re.M | re.S)
@@ -236,7 +247,7 @@ def source_lines(text: str) -> dict[str, str]:
 
 
 def in_memory(shape: str) -> float:
-    """Bytes of the arrays of a shape that lie in main memory: a TPU's compiler marks others with S(1) and so on."""
+    """Bytes of the arrays of a shape that are in main memory: a TPU's compiler marks others with S(1) and so on."""
     return sum(
         arrays(f"{dtype}[{dims}]")[0][0]
         for dtype, dims, layout in _ARRAY.findall(shape)
@@ -245,7 +256,7 @@ def in_memory(shape: str) -> float:
 
 
 def _read(op: Op, position: int, operand: Op, computations: Computations) -> float:
-    """Bytes that an instruction reads of an operand: where it only slices or gathers from it, those of the result."""
+    """Bytes that an instruction reads of an operand; if it only slices or gathers from it, those of the result."""
     whole = in_memory(operand.shape)
     if op.kind in ("dynamic-slice", "gather", "slice"):
         return min(whole, size(op.shape)) if position == 0 else whole
@@ -263,13 +274,13 @@ def _read(op: Op, position: int, operand: Op, computations: Computations) -> flo
 
 
 def _written(op: Op, computations: Computations) -> float:
-    """Bytes that an instruction writes: of an array that it changes in place, those of the change."""
+    """Bytes that an instruction writes; if it updates an array in place, those of the update."""
     body = computations.get(op.attribute(r"calls=%?([\w.\-]+)"), {})
     update = next(
         (x for x in body.values() if x.kind == "dynamic-update-slice" and size(x.shape) == size(op.shape)), None
     )
     if op.kind == "dynamic-update-slice":
-        return 0.0  # its operand is counted as read, and is about what it writes
+        return 0.0  # `_read` counts the update, which is about as large as what is written
     if update is not None and update.operands[1] in body:
         return size(body[update.operands[1]].shape)
     return in_memory(op.shape)
@@ -290,7 +301,7 @@ def traffic(text: str) -> float:
 
 
 class Largest(NamedTuple):
-    """An array that a program makes: bytes on a device, shape, the path of names and the line it comes from."""
+    """An array that a program computes: bytes on a device, shape, path of names and source line."""
 
     bytes: float
     shape: str
@@ -299,7 +310,7 @@ class Largest(NamedTuple):
 
 
 def largest(text: str, n: int) -> list[Largest]:
-    """The n largest arrays that instructions leave in main memory; one for each shape and source line."""
+    """The n largest arrays that instructions write to main memory; one for each shape and source line."""
     computations, entry = parse(text)
     frames = source_lines(text)
     found: dict[tuple[str, str], Largest] = {}  # by shape and line

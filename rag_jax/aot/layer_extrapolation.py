@@ -1,4 +1,4 @@
-"""What a program of many layers takes, from two of few: each layer adds what the one before it added."""
+"""Linear extrapolation of what a program with many layers needs from programs with few: every layer adds the same."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Any
 from rag_jax.training.config import TrainConfig
 
 FIELDS = ("layers", "encoder_layers", "decoder_layers")
-Depths = dict[tuple[str, str], int]  # by side and field of the model
+Depths = dict[tuple[str, str], int]  # number of layers, by side ("encoder", "generator") and field of its configuration
 
 
 def depths(cfg: TrainConfig, program: str) -> Depths:
-    """The layers of every stack that a program of the configuration runs through."""
+    """Number of layers of every stack that a program of the configuration runs."""
     stages = {stage.name: stage.objective.groups for stage in cfg.stages}
     reached = stages.get(program, {"context_encoder"} if program == "encode" else set())
     sides = {
@@ -28,7 +28,7 @@ def depths(cfg: TrainConfig, program: str) -> Depths:
 
 
 def cut(cfg: TrainConfig, layers: Depths) -> TrainConfig:
-    """The configuration with these depths."""
+    """The configuration with these numbers of layers."""
     model = cfg.model
     for (side, name), count in layers.items():
         model = dataclasses.replace(model, **{side: dataclasses.replace(getattr(model, side), **{name: count})})
@@ -36,20 +36,22 @@ def cut(cfg: TrainConfig, layers: Depths) -> TrainConfig:
 
 
 def shallow(cfg: TrainConfig, program: str, few: int) -> list[tuple[TrainConfig, int]]:
-    """Configurations to measure: that with at most `few` layers in every stack; then, for each stack that has more,
-    the same with one more there, and how many times what this adds is missing.
+    """Configurations to measure, each with the factor of its difference to the first, see `line`.
+
+    The first has at most `few` layers in every stack, with factor 0. Then there is one for each deeper stack, with one
+    more layer there; its factor is the number of layers that the stack lacks in the first.
     """
     full = depths(cfg, program)
     base = {stack: min(few, count) for stack, count in full.items()}
-    found = [(cut(cfg, base), 0)]
+    measured = [(cut(cfg, base), 0)]
     for stack, count in full.items():
         if count > few:
-            found.append((cut(cfg, base | {stack: few + 1}), count - few))
-    return found
+            measured.append((cut(cfg, base | {stack: few + 1}), count - few))
+    return measured
 
 
 def line(values: Sequence[Any], times: Sequence[int]) -> Any:
-    """values[0] and, times[i] times, what values[i] is more than that: of numbers, or of mappings of such."""
+    """Linear extrapolation values[0] + sum_i times[i] * (values[i] - values[0]), of numbers or mappings of numbers."""
     if any(isinstance(value, dict) for value in values):
         names = dict.fromkeys(name for value in values for name in value)
         missing: Any = next(({} for value in values for x in value.values() if isinstance(x, dict)), 0.0)

@@ -1,4 +1,4 @@
-"""Memory and work of one program on one device: counted from its shapes, or as its compiled form says."""
+"""Memory and work of one program on one device: counted from its shapes, or read from the compiled program."""
 
 import math
 import re
@@ -20,7 +20,20 @@ UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 @dataclass
 class Report:
-    """One program on one device, in bytes and seconds; None for what is not known. memory: by what it is of."""
+    """Needs of one program on one device, in bytes and seconds; None for what is not known.
+
+    compiled: whether figures are those of the compiled program, else they are counted from shapes.
+    memory: bytes by use (parameters, index, ...); total is their sum.
+    limit: bytes of a device's memory.
+    flops: of matmuls, by kind, see `operation_count.work`.
+    traffic: bytes read from and written to memory.
+    collectives: count, bytes and bytes sent, by kind, see `hlo.by_kind`.
+    seconds: of the roofline, by resource.
+    questions, tokens, passages: of one run.
+    largest, busiest: the largest arrays, and the collectives that send most.
+    layers: if not 0, figures are extrapolated from this many layers of each stack, and one more.
+    said: message of the compiler, if the program is too large for it.
+    """
 
     name: str
     compiled: bool
@@ -30,14 +43,14 @@ class Report:
     flops: dict[str, float]
     traffic: float | None = None
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)  # of the roofline
+    seconds: dict[str, float] = field(default_factory=dict)
     compile_seconds: float | None = None
     questions: int = 0
     tokens: int = 0
     passages: int = 0
     largest: list[hlo.Largest] = field(default_factory=list)
     busiest: list[hlo.Collective] = field(default_factory=list)
-    layers: int = 0  # of each stack that the compiler saw, and one more; 0: all
+    layers: int = 0
     said: str = ""
 
     @property
@@ -49,7 +62,7 @@ class Report:
         return max(self.seconds.values()) if self.seconds else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json."""
+        """The report as plain values, for --json."""
         step = self.step_seconds
         rates = {"questions": self.questions, "tokens": self.tokens, "passages": self.passages}
         return {
@@ -64,13 +77,16 @@ class Report:
 
 
 def shape_bytes(leaf: jax.ShapeDtypeStruct) -> float:
-    """Bytes of a device's part of an array, by its shape."""
+    """Bytes of one device's shard of an array, by its shape."""
     assert leaf.sharding is not None
     return operation_count.nbytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
 
 
 def padded_bytes(leaf: jax.ShapeDtypeStruct, layout: Any) -> float:
-    """The same as it lies in memory, in tiles; 0 for an argument that the program does not use."""
+    """Bytes of one device's shard of an array in its memory layout, with the padding of tiles.
+
+    layout: None for an argument that the program does not use, which has 0.
+    """
     if layout is None:
         return 0.0
     shape, item = leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize
@@ -84,7 +100,10 @@ def padded_bytes(leaf: jax.ShapeDtypeStruct, layout: Any) -> float:
 
 
 def group_bytes(program: Program, formats: Any | None) -> dict[str, float]:
-    """Bytes on a device of each group of arguments; formats: those of a compiled program, else by shape alone."""
+    """Bytes on a device of each group of arguments.
+
+    formats: memory layouts of a compiled program's arguments; None: by shape alone.
+    """
     size: dict[int, float] = {}
     leaves = jax.tree.leaves(program.arguments)
     layouts: list[Any] = [None] * len(leaves) if formats is None else jax.tree.leaves(formats)
@@ -94,7 +113,8 @@ def group_bytes(program: Program, formats: Any | None) -> dict[str, float]:
 
 
 def counted(program: Program, where: Topology, mesh: Mesh) -> Report:
-    """What shapes tell: arguments, work, and an estimate of the rest."""
+    """Report from shapes alone: arguments and work are exact, activations are estimated."""
+    # activations are taken as sharded over the batch only, over the mesh axes data and fsdp
     jaxpr = jax.make_jaxpr(program.call)(*program.arguments).jaxpr
     memory = group_bytes(program, None)
     memory["activations and the like"] = operation_count.peak_bytes(jaxpr) / (mesh.shape["data"] * mesh.shape["fsdp"])
@@ -113,8 +133,10 @@ def counted(program: Program, where: Topology, mesh: Mesh) -> Report:
 
 
 def compiled(program: Program, where: Topology, mesh: Mesh, effort: float, text_file: Path | None) -> Report:
-    """The same, with memory, traffic and collectives of the compiled program; where it is too large for the compiler
-    to place, what the compiler says of that.
+    """Report with memory, traffic and collectives of the compiled program; see `too_large` if it does not compile.
+
+    effort: of the compiler, -1 to 1.
+    text_file: where the program's text is written; None: nowhere.
     """
     report = counted(program, where, mesh)
     begun = time.perf_counter()
@@ -145,7 +167,7 @@ def compiled(program: Program, where: Topology, mesh: Mesh, effort: float, text_
 
 
 def too_large(report: Report, message: str) -> Report:
-    """What libtpu says of a program that it cannot place; RuntimeError where it failed for another reason."""
+    """Report of a program that does not fit in memory, from libtpu's error; RuntimeError if it failed otherwise."""
     said = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message)
     said = said or re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
     if said is None:

@@ -1,4 +1,4 @@
-"""Work and memory of a program, counted from the shapes in its jaxpr: nothing is compiled."""
+"""Work and memory of a program, counted from the shapes in its jaxpr without compiling it."""
 
 import math
 from collections import Counter
@@ -13,15 +13,16 @@ def inner(equation: Any) -> Iterator[Any]:
     """The jaxprs within an equation: bodies of loops, branches, calls."""
     for value in equation.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
-            found = getattr(part, "jaxpr", part)
-            if hasattr(found, "eqns"):
-                yield found
+            body = getattr(part, "jaxpr", part)
+            if hasattr(body, "eqns"):
+                yield body
 
 
 def work(jaxpr: Any) -> Counter[str]:
-    """Floating-point operations of all matrix products, 2 per multiply-add, by the type of what is multiplied; float32
-    at the highest precision is "float32 highest". A loop's body counts times its length, that of a while loop of
-    unknown length once; the body of a shard_map once for every device.
+    """Floating-point operations of all matmuls, 2 per multiply-add, by the type of the operands.
+
+    float32 at the highest precision is "float32 highest". The body of a scan counts once per iteration, that of a while
+    loop, whose length is unknown, once, and that of a shard_map once per device.
     """
     total: Counter[str] = Counter()
     for equation in jaxpr.eqns:
@@ -42,23 +43,24 @@ def work(jaxpr: Any) -> Counter[str]:
 
 
 def matmul_flops(jaxpr: Any) -> float:
-    """`work` of all types together."""
+    """Sum of `work` over all types."""
     return float(sum(work(jaxpr).values()))
 
 
 def nbytes(aval: Any) -> int:
-    """Of an array of this shape and type; keys of random numbers count as two words."""
+    """Bytes of an array of this shape and type; a random key counts as two words."""
     if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return 8 * math.prod(aval.shape)
     return math.prod(aval.shape) * aval.dtype.itemsize
 
 
-SAME = {"reshape", "squeeze", "expand_dims", "stop_gradient", "pvary", "copy"}  # no memory of their own
+SAME = {"reshape", "squeeze", "expand_dims", "stop_gradient", "pvary", "copy"}  # results take no memory of their own
 
 
 def peak_bytes(jaxpr: Any) -> int:
-    """Most bytes of intermediate values alive at once if the equations ran as they stand, with none fused: what
-    activations and gradients take, rather too much than too little. Arguments do not count.
+    """Peak bytes of intermediate values if the equations ran in their written order without fusion.
+
+    It estimates activations and gradients, rather too high than too low. Arguments do not count.
     """
     last = {v: i for i, equation in enumerate(jaxpr.eqns) for v in equation.invars if isinstance(v, core.Var)}
     last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if isinstance(v, core.Var)}

@@ -1,5 +1,6 @@
-"""The programs of a configuration with arguments that are shapes alone: the step of each stage, the search, and the
-embedding of passages, as training and evaluation make them. Nothing is allocated; the corpus need not be there.
+"""The programs of a configuration, with shapes as arguments: training steps, search, and embedding of passages.
+
+They are those of training and evaluation. Nothing is allocated, and the corpus need not exist.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,14 @@ from rag_jax.training.train_step import TrainState
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the corpus and the questions are like, in numbers. Lengths in tokens of a passage for each side."""
+    """Sizes of the corpus and its token table.
+
+    passages: rows, with the spare ones of a live corpus.
+    encoder_length, generator_length: tokens of a passage for the encoder and the generator.
+    encoder_dtype, generator_dtype: types of the token tables.
+    prefix_ids: special ids at the start of a generator's input.
+    live: whether the index has a mask of valid rows (not deleted).
+    """
 
     passages: int
     encoder_length: int
@@ -35,12 +43,16 @@ class Sizes:
     encoder_dtype: str
     generator_dtype: str
     prefix_ids: tuple[int, ...]
-    live: bool = False  # an index that says which rows are deleted
+    live: bool = False
 
 
 class Program(NamedTuple):
-    """A function with its arguments as ShapeDtypeStructs with shardings, in groups with a name each. call(*arguments)
-    is traced, jitted(*arguments) is compiled; questions and tokens (as if none were padding) of one run.
+    """A function with its arguments as ShapeDtypeStructs with shardings.
+
+    call: the function, to be traced as call(*arguments).
+    jitted: the same, to be compiled for the arguments.
+    groups: the arguments by what they are (parameters, index, ...), for reports.
+    questions, tokens, passages: of one run; all tokens count as if none were padding, passages are those embedded.
     """
 
     name: str
@@ -50,12 +62,16 @@ class Program(NamedTuple):
     groups: dict[str, Any]
     questions: int
     tokens: int
-    passages: int = 0  # that one run embeds
+    passages: int = 0
 
 
 def sizes(cfg: TrainConfig, passages: int, encoder_length: int, generator_length: int) -> tuple[Rag, Sizes]:
-    """The model with its vocabularies, and sizes: of the corpus where it is there, else those given; InputError where
-    neither says it.
+    """The model with its vocabulary sizes filled in, and the sizes of the corpus.
+
+    passages, encoder_length, generator_length: of a corpus that is not built yet; passages, if not 0, also replaces the
+        size of one that is.
+
+    InputError where neither the corpus nor the arguments give a size.
     """
     if Path(cfg.corpus).is_dir():
         corpus = Corpus.open(cfg.corpus)
@@ -84,19 +100,19 @@ def sizes(cfg: TrainConfig, passages: int, encoder_length: int, generator_length
 
 
 def array(mesh: Mesh, shape: tuple[int, ...], dtype: str, *names: str | None) -> Any:
-    """A ShapeDtypeStruct of an array whose axes have these logical names; those not named are not cut."""
+    """A ShapeDtypeStruct of an array whose axes have these logical names; axes without one are not sharded."""
     names = (*names, *[None] * (len(shape) - len(names)))
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding.sharding(mesh, names))
 
 
 def state(rag: Rag, stage: StageConfig, mesh: Mesh) -> TrainState:
-    """As `train_step.first_state` makes it."""
+    """Shapes of the state that `train_step.first_state` returns."""
     opt_state = sharding.described(mesh, jax.eval_shape(lambda: train_step.first_optimizer_state(rag, stage)))
     return TrainState(array(mesh, (), "int32"), runs.param_places(rag, mesh), opt_state)
 
 
 def batch(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> dict[str, Any]:
-    """The batch of a stage, with one gold passage a question."""
+    """Shapes of the batch of a stage, with one gold passage per question."""
     objective = stage.objective
     shapes = objective.batch_shapes(stage.batch, cfg, size.encoder_length, len(size.prefix_ids))
     if objective.asks and not cfg.search.in_graph:  # found between steps
@@ -105,7 +121,7 @@ def batch(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mes
 
 
 def tables(size: Sizes, mesh: Mesh, rows: int, name: str = "rows") -> Passages:
-    """The token table."""
+    """Shapes of the token table; name: logical axis of its rows."""
     return Passages(
         array(mesh, (rows, size.encoder_length), size.encoder_dtype, name),
         array(mesh, (rows,), "uint16", name),
@@ -115,7 +131,7 @@ def tables(size: Sizes, mesh: Mesh, rows: int, name: str = "rows") -> Passages:
 
 
 def index(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Index:
-    """An index on the devices, as `device_index.blank` makes it."""
+    """Shapes of an index on the devices, as in `device_index.blank`."""
     rows, width, dtype = padded(size, mesh), rag.config.encoder.output_width, cfg.search.dtype
     return Index(
         array(mesh, (rows, width), dtype, "rows"),
@@ -127,12 +143,12 @@ def index(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Index:
 
 
 def padded(size: Sizes, mesh: Mesh) -> int:
-    """Rows of the tables: a multiple of the devices."""
+    """Number of rows of the tables, a multiple of the devices."""
     return -(-size.passages // mesh.size) * mesh.size
 
 
 def setting(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Setting:
-    """What the step of a stage closes over; an epoch is that of Natural Questions, for the words of `refresh`."""
+    """Static settings of the step of a stage; its epoch, which `refresh` counts in, is at most Natural Questions'."""
     rows = padded(size, mesh) if cfg.live else size.passages
     questions = min(stage.questions or 79_168, 79_168)
     return Setting(rag, stage, mesh, rows, size.prefix_ids, cfg.search, max(1, questions // stage.batch))
@@ -173,7 +189,7 @@ def step(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh
 
 
 def search(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh, questions: int, k: int) -> Program:
-    """The search for that many questions at once, as in evaluation."""
+    """The search of `questions` questions at once, as in evaluation."""
     s, table = setting(cfg, cfg.stages[-1], rag, size, mesh), index(cfg, rag, size, mesh)
     q_BE = array(mesh, (questions, rag.config.encoder.output_width), "float32", "batch")
 
@@ -184,7 +200,7 @@ def search(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh, questions: int, 
 
 
 def encode(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Program:
-    """One block of making the index anew on the devices; its encoder is on every one of them."""
+    """One block of rebuilding the index on the devices; the encoder is replicated on all of them."""
     side = rag.config.passage_side
     whole = sharding.replicated(mesh)
     encoder = {
@@ -210,7 +226,7 @@ def encode(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Program:
 def every(
     cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh, stages: Sequence[str], questions: int, k: int
 ) -> dict[str, Program]:
-    """The programs named in `stages` (all where it is empty) by their names; InputError for one that is not there."""
+    """The programs named in `stages`, by name; all where it is empty. InputError for an unknown name."""
     known = [stage.name for stage in cfg.stages]
     graph = cfg.search.in_graph
     embeds = graph and (rag.config.context_encoder or rag.config.tie_encoders)

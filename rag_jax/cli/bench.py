@@ -28,6 +28,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    jax.config.update("jax_enable_compilation_cache", False)  # or compile times would be those of reading it
+    jax.config.update("jax_enable_compilation_cache", False)  # or compile times would be those of reading the cache
     module, _ = BENCHES[args.what]
     return module.run(args)
