@@ -114,9 +114,9 @@ def group_bytes(program: Program, formats: Any | None) -> dict[str, float]:
 
 def counted(program: Program, where: Topology, mesh: Mesh) -> Report:
     """Report from shapes alone: arguments and work are exact, activations are estimated."""
-    # activations are taken as sharded over the batch only, over the mesh axes data and fsdp
     jaxpr = jax.make_jaxpr(program.call)(*program.arguments).jaxpr
     memory = group_bytes(program, None)
+    # activations are assumed to be sharded over the batch only, which is over data and fsdp
     memory["activations and the like"] = operation_count.peak_bytes(jaxpr) / (mesh.shape["data"] * mesh.shape["fsdp"])
     chip = where.chip
     return Report(

@@ -1,8 +1,8 @@
-"""How fast answers are written, beside transformers and beside what the machine allows.
+"""Benchmark of decoding, beside transformers and against the limits of the machine.
 
 Weights, documents and scores are random and the same on both sides; torch and transformers are used where they are
-installed. The limit counts the matrix products that every exact decoder must do, at the machine's measured rate of
-matrix multiplication, or the bytes that it must read, at the measured rate of reading, whichever takes longer.
+installed. The limit is the time of the matmuls that every exact decoder must do, at the machine's measured rate, or of
+the bytes that it must read, at the measured rate of reading, whichever is longer.
 """
 
 import dataclasses
@@ -34,7 +34,14 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Load:
-    """What is decoded: B questions, K documents of L tokens, up to T tokens, M beams, by a BART of this shape."""
+    """Inputs of decoding, and the shape of the BART that decodes.
+
+    questions, docs: B and K.
+    source: L, tokens of a document.
+    length: T, longest answer in tokens, with start token and eos.
+    beams: M.
+    layers: of encoder and decoder, each.
+    """
 
     questions: int = 8
     docs: int = 5
@@ -69,7 +76,7 @@ LOADS = {
 
 
 def drawn(rag: Rag, seed: int = 0) -> Params:
-    """Parameters at a scale where documents disagree."""
+    """Random parameters, at a scale at which documents lead to different answers."""
     shapes = nn.unbox(jax.eval_shape(rag.init, jax.random.key(0)))
     paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
     keys = jax.random.split(jax.random.key(seed), len(paths))
@@ -84,7 +91,7 @@ def drawn(rag: Rag, seed: int = 0) -> Params:
 
 
 def random_model(load: Load, variant: Variant, seed: int = 0) -> tuple[Rag, Params]:
-    """A model whose every parameter is drawn."""
+    """A model of this load with a minimal encoder, and random parameters."""
     encoder = BertConfig(vocab_size=64, width=16, layers=1, heads=2, hidden=16, positions=16)
     rag = Rag(
         RagConfig(variant, encoder, load.model, n_docs=load.docs, source_length=load.source, context_encoder=False)
@@ -93,19 +100,19 @@ def random_model(load: Load, variant: Variant, seed: int = 0) -> tuple[Rag, Para
 
 
 def random_inputs(load: Load, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Context ids and mask [B, K, L], scores [B, K]; documents fill their length."""
+    """Random context ids and mask [B, K, L] and scores [B, K]; all documents have full length."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(3, load.vocabulary, (load.questions, load.docs, load.source)).astype(np.int32)
     return ids, np.ones(ids.shape, bool), rng.normal(0, 1, ids.shape[:2]).astype(np.float32)
 
 
 def needed(load: Load, variant: Variant, mode: str) -> dict[str, float]:
-    """FLOPs of the matrix products and bytes read that no exact decoder can do without, for answers of full length.
+    """Matmul FLOPs and bytes read that every exact decoder needs, for answers of full length.
 
-    Every source is read once. The first step is of one beam, the others of M. RAG-Sequence thorough: K*M candidates,
-    each scored under the K - 1 documents that did not produce it; beginnings that candidates share are counted as if
-    they were not, so a decoder that runs them once may beat this. Scores and sums of attention are counted, softmax
-    and top-k are not.
+    Every source is encoded once. The first step has one beam, the others M. For RAG-Sequence thorough, K * M candidates
+    are scored, each under the K - 1 documents that did not produce it. Prefixes that candidates share are counted for
+    each of them, so a decoder that computes them once may beat this limit. The matmuls of attention are counted,
+    softmax and top-k are not.
     """
     c, B, K, L, M, steps = load, load.questions, load.docs, load.source, load.beams, load.length - 1
     D, F = c.width, c.hidden
@@ -114,7 +121,7 @@ def needed(load: Load, variant: Variant, mode: str) -> dict[str, float]:
     encode = sources * c.layers * 2.0 * (4 * D * D + 2 * D * F + 2 * L * D)
     cross = sources * c.layers * 2.0 * 2 * D * D
     token = c.layers * 2.0 * (6 * D * D + 2 * D * F + 2 * L * D) + 2.0 * D * c.vocabulary
-    own = c.layers * 2.0 * 2 * D  # a position of its own past
+    own = c.layers * 2.0 * 2 * D  # attention of one token to one earlier token of its answer
     searched = 1 + M * (steps - 1)
     flops = encode + cross + B * K * (searched * token + M * own * steps * (steps + 1) / 2)
     decoder = c.layers * (8 * D * D + 2 * D * F) + D * c.vocabulary
@@ -128,7 +135,7 @@ def needed(load: Load, variant: Variant, mode: str) -> dict[str, float]:
 
 
 def theirs(rag: Rag, params: Params, directory: str) -> Any:
-    """The same model in transformers, by way of an export."""
+    """The same model in transformers, exported to `directory`."""
     import transformers
 
     save_pretrained(directory, rag, params)
@@ -137,6 +144,7 @@ def theirs(rag: Rag, params: Params, directory: str) -> Any:
 
 
 def their_answers(model: Any, load: Load, given: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Sequences that transformers' model writes; given: ids, mask and scores, see `random_inputs`."""
     import torch
 
     device = next(model.parameters()).device
@@ -157,18 +165,19 @@ def their_answers(model: Any, load: Load, given: tuple[np.ndarray, ...]) -> np.n
 
 
 def same(ours: np.ndarray, answers: np.ndarray, load: Load) -> float:
-    """Share of questions with the same tokens."""
+    """Share of questions with the same tokens; shorter answers are padded."""
     padded = np.full(ours.shape, load.model.pad_id)
     padded[:, : answers.shape[1]] = answers
     return float((ours == padded).all(1).mean())
 
 
 def ours(program: Any, params: Params, placed: list[Any], i: int) -> Any:
+    """The compiled program's answers to input i, when they are there."""
     return jax.block_until_ready(program(params, *placed[i]))
 
 
 def bench(load: Load, variant: Variant, modes: tuple[Mode, ...], repeats: int, rival: bool) -> list[dict[str, Any]]:
-    """Our programs and the rival take turns, one call each a round, so that what else the machine does hits both."""
+    """Results of each mode; our programs and the rival take turns, so that other load on the machine affects both."""
     rag, params = random_model(load, variant)
     inputs = [random_inputs(load, seed) for seed in range(repeats)]
     calls: dict[str, Callable[[int], Any]] = {}
@@ -219,7 +228,7 @@ def bench(load: Load, variant: Variant, modes: tuple[Mode, ...], repeats: int, r
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """One line a program."""
+    """The results as a readable table, one line per program."""
     lines = [f"{'':<22}{'median':>11}{'questions/s':>13}{'of the limit':>14}{'compile':>10}"]
     lines[0] += f"{'transformers':>15}{'faster':>9}{'same answers':>14}" if "times_faster" in results[0] else ""
     for r in results:
@@ -233,7 +242,10 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def report(load: Load, variants: Sequence[Variant], repeats: int, alone: bool) -> dict[str, Any]:
-    """`bench` of each variant, with a table as `text`; alone: without transformers, even if torch is there."""
+    """Results of `bench` for each variant, with a table as `text`; alone: without transformers, even if installed.
+
+    InputError for a load whose values do not fit together.
+    """
     if load.width % load.heads or load.dtype not in BYTES:
         raise InputError(
             f"--width {load.width} --heads {load.heads} --dtype {load.dtype}: the width must be a multiple of the "

@@ -1,8 +1,8 @@
-"""How fast passages are embedded, beside transformers and beside what the machine allows.
+"""Benchmark of embedding passages, beside transformers and against the machine's rate of matmuls.
 
-Weights are random and the same on both sides. The rival is what sentence-transformers does: passages sorted by length,
-batches padded to their longest, the mean over the tokens of transformers' BertModel. The work counted is that of the
-real tokens alone, so padding shows as a lower fraction of the measured rate of matrix multiplication.
+Weights are random and the same on both sides. The rival works like sentence-transformers: passages sorted by length,
+batches padded to their longest passage, the mean over the tokens of transformers' BertModel. Only the work of real
+tokens is counted, so padding lowers the fraction of the measured rate of matmuls.
 """
 
 import dataclasses
@@ -31,7 +31,11 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Load:
-    """`passages` passages of `shortest` to `length` tokens, evenly spread, `batch` at once, by a BERT of this shape."""
+    """Passages to embed, and the shape of the BERT that embeds them.
+
+    passages: number of passages, whose lengths are uniform from `shortest` to `length` tokens.
+    batch: passages at once.
+    """
 
     passages: int = 1024
     shortest: int = 16
@@ -69,7 +73,7 @@ def drawn(load: Load, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read(load: Load, corpus: Corpus) -> tuple[Load, np.ndarray, np.ndarray]:
-    """The first passages of a corpus, and the load with what they are."""
+    """The load with number, lengths and vocabulary of the first passages of a corpus, and their ids and lengths."""
     ids_NL, length_N = (
         np.asarray(corpus.encoder_ids[: load.passages]),
         np.asarray(corpus.encoder_length[: load.passages]),
@@ -80,24 +84,25 @@ def read(load: Load, corpus: Corpus) -> tuple[Load, np.ndarray, np.ndarray]:
 
 
 def flops(load: Load, length_N: np.ndarray) -> float:
-    """Of the matrix products for passages of these lengths, without padding; 2 per multiply-add."""
+    """Floating-point operations of the matmuls for passages of these lengths, without padding; 2 per multiply-add."""
     D, tokens = load.width, np.asarray(length_N, np.float64)
     return float(load.layers * 2 * ((4 * D * D + 2 * D * load.hidden) * tokens + 2 * D * tokens**2).sum())
 
 
 def padded_tokens(load: Load, length_N: np.ndarray) -> int:
-    """Tokens that our programs run, with those of padding."""
+    """Tokens that our programs process, padding included."""
     size = -(-load.batch // jax.local_device_count()) * jax.local_device_count()
     return sum(size * wide for _, wide in encode.plan(length_N, size, load.length))
 
 
 def random_model(load: Load) -> tuple[Rag, Params]:
-    """A model with an encoder alone."""
+    """A model with only an encoder, and random parameters."""
     rag = Rag(RagConfig(encoder=load.model, generator=None, tie_encoders=True))
     return rag, nn.unbox(jax.jit(rag.init)(jax.random.key(0)))
 
 
 def ours(load: Load, rag: Rag, params: Params, ids_NL: np.ndarray, length_N: np.ndarray) -> Callable[[int], np.ndarray]:
+    """call(round) -> vectors [N, E] of all passages, by our encoder."""
     encoder = rag.encoder
     embed_rows = encode.row_embedder(
         lambda p, ids, mask: encoder.apply({"params": p}, ids, mask),
@@ -109,7 +114,7 @@ def ours(load: Load, rag: Rag, params: Params, ids_NL: np.ndarray, length_N: np.
 def theirs(
     load: Load, rag: Rag, params: Params, ids_NL: np.ndarray, length_N: np.ndarray, directory: Path
 ) -> Callable[[int], np.ndarray]:
-    """The same model in transformers, by way of an export."""
+    """call(round) -> vectors [N, E] of all passages, by the same model in transformers, exported to `directory`."""
     import torch
     import transformers
 
@@ -136,6 +141,7 @@ def theirs(
 
 
 def bench(load: Load, ids_NL: np.ndarray, length_N: np.ndarray, repeats: int, rival: bool) -> dict[str, Any]:
+    """Measures ours and, with `rival`, transformers in turn, and how far their vectors differ."""
     rag, params = random_model(load)
     calls = {"ours": ours(load, rag, params, ids_NL, length_N)}
     with tempfile.TemporaryDirectory() as directory:
@@ -171,7 +177,7 @@ def bench(load: Load, ids_NL: np.ndarray, length_N: np.ndarray, repeats: int, ri
 
 
 def table(r: dict[str, Any]) -> str:
-    """For people."""
+    """The results as readable lines."""
     lines = [
         f"{r['passages']:,} passages of {r['shortest']} to {r['length']} tokens, {r['batch']} at once; "
         f"D={r['width']} layers={r['layers']} {r['dtype']}, {r['devices']} x {r['device']}",
@@ -189,8 +195,12 @@ def table(r: dict[str, Any]) -> str:
 
 
 def report(load: Load, corpus: Path | None, repeats: int, alone: bool) -> dict[str, Any]:
-    """`bench` of random passages or of the first of a corpus, with a table as `text`; alone: without transformers,
-    even if torch is there.
+    """Results of `bench` on random passages or the first of a corpus, with a table as `text`.
+
+    corpus: directory of a corpus; None: random passages.
+    alone: without transformers, even if torch is installed.
+
+    InputError for a load whose values do not fit together.
     """
     if load.width % load.heads or load.dtype not in DTYPES or load.shortest > load.length or load.vocabulary > 2**16:
         raise InputError(

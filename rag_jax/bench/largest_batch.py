@@ -1,7 +1,7 @@
-"""The most questions whose step fits on the device, ours and the rival's.
+"""The largest batch of questions whose training step fits in the device's memory, for us and for the rival.
 
-Each trial is a process of its own, since what a failed one leaves in a device's memory would count against the next;
-and the process that asks never touches the device.
+Each trial is a process of its own, since memory that a failed trial leaves allocated would count against the next; the
+process that starts the trials never uses the device.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from rag_jax.errors import InputError
 from rag_jax.system import logs, sharding
 
 SIDES = ("ours", "transformers")
-# jax may take nearly all of the device's memory, or leaves all of it to torch
+# for our trials jax may take nearly all of the device's memory; for the rival's it leaves all of it to torch
 ENVIRONMENT = {"ours": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}, "transformers": {"JAX_PLATFORMS": "cpu"}}
 
 
 def try_ours(load: Load, shape: dict[str, int]) -> dict[str, Any]:
-    """Runs two steps. InputError where there is no accelerator."""
+    """Runs two of our steps on a mesh of this shape; InputError where there is no accelerator."""
     if jax.default_backend() == "cpu":
         raise InputError("--largest asks for an accelerator: without one a machine does not say when memory is short")
     mesh = sharding.make_mesh(shape or None)
@@ -41,7 +41,7 @@ def try_ours(load: Load, shape: dict[str, int]) -> dict[str, Any]:
 
 
 def try_theirs(load: Load, device: str) -> dict[str, Any]:
-    """Runs two steps on random documents. InputError where torch sees no GPU."""
+    """Runs two steps of the rival on random documents; InputError where torch sees no GPU."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -61,14 +61,14 @@ def try_theirs(load: Load, device: str) -> dict[str, Any]:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether it says that the memory of the device was not enough."""
+    """Whether an error of jax or torch says that the device's memory was exhausted."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         return "RESOURCE_EXHAUSTED" in str(error)
     return type(error).__name__ == "OutOfMemoryError"  # torch's
 
 
 def trial(side: str, load: Load, shape: dict[str, int]) -> tuple[bool, dict[str, Any]]:
-    """Whether the load fits, and on what machine."""
+    """Whether the load fits, and for our side a description of the machine."""
     try:
         return True, try_ours(load, shape) if side == "ours" else try_theirs(load, "cuda")
     except Exception as error:
@@ -78,7 +78,7 @@ def trial(side: str, load: Load, shape: dict[str, int]) -> tuple[bool, dict[str,
 
 
 def in_process(side: str, load: Load, shape: dict[str, int]) -> tuple[bool, dict[str, Any]]:
-    """`trial` in a process that is gone afterwards; its exceptions are raised here."""
+    """Runs `trial` in a new process that ends with it; its exceptions are raised here."""
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT[side])
     try:
@@ -90,21 +90,21 @@ def in_process(side: str, load: Load, shape: dict[str, int]) -> tuple[bool, dict
 
 
 def search(load: Load, side: str, shape: dict[str, int]) -> tuple[int, dict[str, Any]]:
-    """The largest batch of one side, a multiple of what the load accumulates, and the machine."""
-    found: dict[str, Any] = {}
+    """The largest batch of one side, a multiple of load.accumulate, and the description of the machine."""
+    machine_info: dict[str, Any] = {}
 
     def fits(parts: int) -> bool:
         changed = dataclasses.replace(load, questions=parts * load.accumulate)
         fit, known = in_process(side, changed, shape)
-        found.update(known)
+        machine_info.update(known)
         logs.info(f"{side}: {changed.questions} questions {'fit' if fit else 'do not fit'}")
         return fit
 
-    return largest(fits) * load.accumulate, found
+    return largest(fits) * load.accumulate, machine_info
 
 
 def report(load: Load, shape: dict[str, int], alone: bool) -> dict[str, Any]:
-    """The largest batches of a load on a mesh of this shape, with them as `text`; alone: ours only."""
+    """The largest batches of a load on a mesh of this shape, also as `text`; alone: ours only."""
     synthetic_load.check(load)
     sides = SIDES if not alone and importlib.util.find_spec("torch") is not None else SIDES[:1]
     most: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What the machine allows, measured: the rates of matrix multiplication and of reading memory; and what it is."""
+"""Measured limits of the machine, the rates of matmuls and of reading memory; its description; timing helpers."""
 
 import platform
 import resource
@@ -19,7 +19,7 @@ from rag_jax.system.logs import Progress
 
 
 def timed(function: Any, repeats: int) -> list[float]:
-    """Seconds of each call; the function blocks until its result is there."""
+    """Seconds of each call of a function, which must block until its result is there."""
     seconds = []
     for _ in range(repeats):
         begun = time.perf_counter()
@@ -28,30 +28,31 @@ def timed(function: Any, repeats: int) -> list[float]:
     return seconds
 
 
-PAUSE = 0.5  # seconds before each call: torch's threads go on spinning for 0.2 s after theirs
+PAUSE = 0.5  # seconds before each call, since torch's threads keep spinning for 0.2 s after one
 
 
 def in_turn(
     calls: dict[str, Callable[[int], Any]], repeats: int, title: str
 ) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:
-    """Seconds and results of call(i) in each round: one call each, so that what else the machine does hits all alike.
-    The first round, with i = 0 as the second, warms up and stands first in the lists.
+    """Seconds and results of call(i), by name and round; in round i every call runs once.
+
+    Taking turns makes other load on the machine affect all alike. A warm-up round, with i = 0, is first in the lists.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    found: dict[str, list[Any]] = {name: [] for name in calls}
+    results: dict[str, list[Any]] = {name: [] for name in calls}
     with Progress(repeats + 1, title, "round") as progress:
         for i in (0, *range(repeats)):
             for name, call in calls.items():
                 time.sleep(PAUSE)
                 begun = time.perf_counter()
-                found[name].append(call(i))
+                results[name].append(call(i))
                 seconds[name].append(time.perf_counter() - begun)
             progress.update(1)
-    return seconds, found
+    return seconds, results
 
 
 def matmul_limit(sizes: tuple[int, ...] = (1024, 2048, 3072), repeats: int = 7, dtype: str = "float32") -> float:
-    """The machine's best rate of a square matrix product, FLOP/s on one device; larger ones on an accelerator."""
+    """Best rate of a square matmul among these sizes, FLOP/s on one device; an accelerator has larger sizes instead."""
     rates = []
     multiply = jax.jit(partial(matmul.einsum, "ij,jk->ik"))
     for size in sizes if jax.default_backend() == "cpu" else (4096, 8192):
@@ -62,7 +63,7 @@ def matmul_limit(sizes: tuple[int, ...] = (1024, 2048, 3072), repeats: int = 7, 
 
 
 def reading_limit(repeats: int = 7) -> float:
-    """The rate at which one device reads memory, bytes/s: the sum of an array that no cache holds."""
+    """Rate at which one device reads memory, bytes/s, from the sum of an array that is larger than any cache."""
     x = jnp.ones(2**26 if jax.default_backend() == "cpu" else 2**30, jnp.float32)
     total = jax.jit(jnp.sum)
     jax.block_until_ready(total(x))
@@ -70,7 +71,7 @@ def reading_limit(repeats: int = 7) -> float:
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Milliseconds: median, least and most."""
+    """Median, least and most of these times, in milliseconds."""
     return {
         "median_ms": round(1e3 * statistics.median(seconds), 3),
         "min_ms": round(1e3 * min(seconds), 3),
@@ -79,7 +80,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Kind and number of the devices, and the versions of what runs on them."""
+    """Kind and number of the devices, and versions of the software."""
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     for name in ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "transformers"):
         try:
@@ -98,7 +99,7 @@ def machine() -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes: the most that a device has held, where it tells, and the most that this process has."""
+    """Peak memory in bytes, of this process and, where devices report it, of a device."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     held = [x["peak_bytes_in_use"] for x in stats if "peak_bytes_in_use" in x]
     unit = 1 if sys.platform == "darwin" else 1024
@@ -107,15 +108,15 @@ def peak_memory() -> dict[str, int]:
 
 
 def resident_memory() -> dict[str, int]:
-    """Bytes of this process that are in memory now, where the system tells."""
+    """Resident memory of this process in bytes; empty where the system does not report it."""
     table = Path("/proc/self/statm")
     return {"resident_bytes": int(table.read_text().split()[1]) * resource.getpagesize()} if table.exists() else {}
 
 
 def largest(fits: Callable[[int], bool], most: int = 2**16) -> int:
-    """The largest n up to `most` that fits, by doubling and then halving what is between; 0 where 1 does not.
+    """The largest n up to `most` that fits, by doubling and then bisection; 0 where 1 does not fit.
 
-    What is smaller than something that fits is taken to fit.
+    It assumes that everything smaller than what fits also fits.
     """
     low, high = 0, 1
     while high <= most and fits(high):

@@ -1,9 +1,9 @@
-"""Exact search beside faiss, NumPy and ScaNN on the same data, and beside the products alone.
+"""Benchmark of exact search, beside faiss, NumPy and ScaNN on the same data, and beside the matmuls alone.
 
-The embeddings are synthetic and lie as those of dense encoders do: clusters of very different sizes around directions
-that share a mean, a few dimensions much larger than the others, and queries near single passages. The limit is the
-multiplication of the same tiles with nothing but a maximum taken of the scores, per type of the index. All take turns,
-one call each a round, so that what else the machine does hits all of them.
+The embeddings are synthetic, distributed like those of dense encoders: clusters of very different sizes around
+directions that share a mean, a few dimensions much larger than the others, and queries near single passages. The limit,
+for each type of the index, is the matmul of the same tiles with only a maximum taken of the scores. All programs take
+turns, one call each per round, so that other load on the machine affects all alike.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ from rag_jax.system.logs import Progress
 
 DTYPES = ("float32", "bfloat16", "int8")
 RIVALS = ("faiss", "numpy", "scann")
-BLOCK = 65536  # passages made or converted at once
-TUNING = 10**6  # number of the batch of questions that ScaNN is tuned on
+BLOCK = 65536  # passages drawn or converted at once
+TUNING = 10**6  # number (seed) of the batch of questions that ScaNN is tuned on
 Found = tuple[np.ndarray, np.ndarray]  # scores_BK, ids_BK
 
 
 @dataclass(frozen=True)
 class Load:
-    """N passages of width E, B questions."""
+    """Size of the data: N passages of width E, and B questions per call."""
 
     passages: int = 100_000
     width: int = 768
@@ -48,7 +48,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Program:
-    """A way to search. call(k, queries) blocks; bytes and build_seconds are those of its index."""
+    """A program that searches.
+
+    call: (k, queries) -> scores and ids; blocks until they are there.
+    bytes, build_seconds: size of its index, and time to build it.
+    limit: name of the program that measures its limit; "": none.
+    """
 
     call: Callable[[int, np.ndarray], Found]
     bytes: int
@@ -57,7 +62,7 @@ class Program:
 
 
 def passages(load: Load) -> Iterator[np.ndarray]:
-    """Blocks [X,E] float32 of unit-scale embeddings, the same for every call."""
+    """Synthetic embeddings of unit scale, in blocks [X, E] float32; the same at every call."""
     rng = np.random.default_rng(load.seed)
     loud_E = np.where(rng.random(load.width) < 0.01, 4.0, 1.0).astype(np.float32)
     mean_E = rng.standard_normal(load.width, np.float32) * loud_E
@@ -73,7 +78,7 @@ def passages(load: Load) -> Iterator[np.ndarray]:
 
 
 def collected(load: Load) -> np.ndarray:
-    """All passages [N,E], without a second copy of them on the way."""
+    """All passages [N, E], without a second copy in memory while they are collected."""
     index_NE = np.empty((load.passages, load.width), np.float32)
     with Progress(load.passages, "bench search: embeddings", "passages") as progress:
         for i, block_XE in enumerate(passages(load)):
@@ -83,7 +88,7 @@ def collected(load: Load) -> np.ndarray:
 
 
 def questions(load: Load, index_NE: np.ndarray, number: int) -> np.ndarray:
-    """[B,E]: passages drawn at random, with noise as large as the spread of a cluster; other ones for each number."""
+    """Questions [B, E]: random passages plus noise as large as the spread of a cluster; number: seed of the batch."""
     rng = np.random.default_rng((load.seed, number))
     near_BE = index_NE[rng.integers(0, load.passages, load.batch)]
     scale = 0.7 / np.float32(np.sqrt(load.width))
@@ -92,7 +97,7 @@ def questions(load: Load, index_NE: np.ndarray, number: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames="k")
 def products_alone(queries_BE: jax.Array, index_NE: jax.Array, *, k: int) -> jax.Array:
-    """The largest score of each query: the multiplication that `mips.search` does, cut alike, and no ranking."""
+    """The largest score of each query [B]: the matmuls of `mips.search` in the same tiles, without ranking."""
     n, chunk = index_NE.shape[0], mips_one_device.default_chunk(queries_BE.shape[0], k)
     platform = jax.default_backend()
     into = mips_one_device.cut(n, k, chunk, mips_one_device.TILE if platform == "cpu" else chunk)
@@ -108,7 +113,7 @@ def products_alone(queries_BE: jax.Array, index_NE: jax.Array, *, k: int) -> jax
 
 
 def ours(index_NE: np.ndarray, dtype: str) -> tuple[Program, Program]:
-    """Search in this type, and the products alone. bfloat16 is kept as its bits on a CPU (see `mips.search`)."""
+    """Our search with an index of this type, and its matmuls alone; on a CPU bfloat16 is kept as bits (`mips.search`)."""
     begun = time.perf_counter()
     bits = dtype == "bfloat16" and jax.default_backend() == "cpu"
     rows_NE = jnp.zeros(index_NE.shape, "uint16" if bits else dtype)
@@ -149,7 +154,7 @@ def faiss_flat(index_NE: np.ndarray) -> Program:
 
 
 def numpy_partition(index_NE: np.ndarray) -> Program:
-    """All scores by one product, argpartition, and a sort of the k best."""
+    """NumPy: all scores by one matmul, argpartition, and a sort of the k best."""
 
     def call(k: int, queries_BE: np.ndarray) -> Found:
         scores_BN = queries_BE @ index_NE.T
@@ -162,14 +167,16 @@ def numpy_partition(index_NE: np.ndarray) -> Program:
 
 
 def scann_tuned(load: Load, index_NE: np.ndarray, exact: Program) -> dict[str, Program]:
-    """ScaNN as `retrieval.ann` builds it, tuned to a recall@20 of 0.95 on questions of their own, and the library's own
-    call with the same settings.
+    """ScaNN as `retrieval.scann_index` builds it, and the library's own call with the same settings.
+
+    It is tuned to a recall@20 of 0.95 on separate questions, for which `exact` has the true results.
     """
     begun, k = time.perf_counter(), min(20, load.passages)
     sample = questions(dataclasses.replace(load, batch=256), index_NE, TUNING)
     truth = np.concatenate([exact.call(k, sample[at : at + load.batch])[1] for at in range(0, 256, load.batch)])
-    built = scann_index.build(index_NE, Source("bench")).tune(sample, truth, 0.965)  # a little more: questions differ
-    size = index_NE.nbytes // 2 + index_NE.shape[1] // 4 * 2 * len(index_NE)  # bfloat16 rows; codes, by SOAR two
+    # tuned to a little more than 0.95, since the questions of the benchmark differ
+    built = scann_index.build(index_NE, Source("bench")).tune(sample, truth, 0.965)
+    size = index_NE.nbytes // 2 + index_NE.shape[1] // 4 * 2 * len(index_NE)  # bfloat16 rows; codes, twice with SOAR
     seconds = time.perf_counter() - begun
 
     def call(k: int, queries_BE: np.ndarray) -> Found:
@@ -187,14 +194,14 @@ def scann_tuned(load: Load, index_NE: np.ndarray, exact: Program) -> dict[str, P
 
 
 def recall(found_BK: np.ndarray, exact_BK: np.ndarray) -> float:
-    """Share of the exact k best that were found."""
+    """Share of the exact k best passages that were found, averaged over the questions."""
     return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found_BK, exact_BK, strict=True)]))
 
 
 def bench(
     load: Load, ks: Sequence[int], dtypes: Sequence[str], rivals: Sequence[str], repeats: int
 ) -> list[dict[str, Any]]:
-    """One line for each program and k. Recall is against our own float32 search, which must be among them."""
+    """Results of each program and k. Recall is against our own float32 search, which must be among `dtypes`."""
     index_NE = collected(load)
     batches = [questions(load, index_NE, i) for i in range(repeats)]
     programs: dict[str, Program] = {}
@@ -239,7 +246,7 @@ def bench(
                 pairs = zip(ids[name, k][1:], ids["float32", k][1:], strict=True)
                 result["recall"] = float(np.mean([recall(a, b) for a, b in pairs]))
             if program.limit in programs:
-                # round by round: both were called next to each other
+                # the ratio is taken per round, in which both were called shortly after each other
                 limit = zip(seconds[program.limit, k][1:], times, strict=True)
                 result["fraction_of_limit"] = statistics.median(a / b for a, b in limit)
             results.append(result)
@@ -247,12 +254,12 @@ def bench(
 
 
 def peak_bytes() -> int:
-    """Most memory this process has had."""
+    """Peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """One line a program and k."""
+    """The results as a readable table, one line per program and k."""
     lines = [f"{'':<18}{'k':>5}{'median':>11}{'least':>9}{'most':>9}{'queries/s':>11}{'GFLOP/s':>9}"]
     lines[0] += f"{'of the limit':>14}{'recall':>9}{'index':>11}{'building':>10}"
     for r in results:
@@ -270,8 +277,14 @@ def table(results: list[dict[str, Any]]) -> str:
 def report(
     load: Load, ks: Sequence[int], dtypes: Sequence[str], rivals: Sequence[str] | None, repeats: int
 ) -> dict[str, Any]:
-    """`bench`, with a table as `text`. dtypes: of the index, float32 is always among them. rivals: None for those that
-    are installed.
+    """Results of `bench`, with a table as `text`.
+
+    ks: numbers of passages to find.
+    dtypes: types of the index; float32 is always added.
+    rivals: None for those that are installed.
+    repeats: rounds after the warm-up.
+
+    InputError for values out of range and for rivals that are not installed.
     """
     for name, values in (("passages", [load.passages]), ("width", [load.width]), ("batch", [load.batch]),
                          ("repeats", [repeats]), ("k", ks)):  # fmt: skip

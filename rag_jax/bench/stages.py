@@ -1,8 +1,8 @@
-"""How long the steps of a configuration take, against what the machine's matrix multiplication allows.
+"""Benchmark of the training steps of a configuration, against the machine's rate of matmuls.
 
-The limit is measured in the same run: the best rate of a product among a few sizes, in the type the model computes in.
-The work is counted from the shapes in the program (every matrix product of forward and backward pass): what is done,
-and what the model needs, which is that of the same step with nothing computed a second time to save memory.
+The limit is measured in the same run: the best rate of a matmul among a few sizes, in the type of the model. The work
+is counted from the shapes in the program (every matmul of forward and backward pass). Work that is done is that of the
+real step; work that the model needs is that of the same step with nothing recomputed to save memory.
 """
 
 import dataclasses
@@ -32,17 +32,23 @@ WARMUP = 3  # steps before those that count
 
 
 class Measured:
-    """Seconds and work of the steps that count, and of compiling."""
+    """Times and work of the measured steps, without warm-up.
+
+    compile_seconds: of all programs together.
+    step_seconds, wait_seconds: per step, in all and waiting for its batch.
+    tokens: per step.
+    flops: per step, as it is, and with nothing recomputed to save memory.
+    """
 
     def __init__(self) -> None:
         self.compile_seconds = 0.0
         self.step_seconds: list[float] = []
         self.wait_seconds: list[float] = []
         self.tokens: list[float] = []
-        self.flops: list[list[float]] = []  # of the step as it is, and without savings
+        self.flops: list[list[float]] = []
 
     def add(self, begun: float, ready: float, tokens: float, flops: list[float]) -> None:
-        """A step that was begun, had its batch when it was ready, and has ended now."""
+        """Adds a step that ends now; it began at `begun` and had its batch at `ready`, both in seconds."""
         self.wait_seconds.append(ready - begun)
         self.step_seconds.append(time.perf_counter() - begun)
         self.tokens.append(tokens)
@@ -50,7 +56,7 @@ class Measured:
 
 
 def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, Any]:
-    """One stage's real step on its real batches: compile time, host input work, step time, fraction of the limit."""
+    """Measures one stage's real step on its real batches: compile time, host work, step time, fraction of the limit."""
     corpus = Corpus.open(cfg.corpus)
     mesh = sharding.make_mesh(cfg.mesh or None)
     setup.check(cfg, corpus, mesh)
@@ -64,7 +70,7 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
     batches = setup.batches(stage, cfg, data, number)
     upkeep.before(params, 0, 0, batches[0])
     prepare_seconds: list[float] = []
-    for i in range(steps):  # the work itself, in this thread; in training it runs ahead in another
+    for i in range(steps):  # the host's work alone, in this thread; in training it runs ahead in another
         prepare_seconds += timed(lambda i=i: upkeep.feed(state.params, batches[i]), 1)
     measured = measure(stage, upkeep, state, batches, jax.random.key(cfg.seed), steps)
     part = loaded.rag.config.generator or loaded.rag.config.encoder
@@ -97,9 +103,9 @@ def bench_stage(cfg: TrainConfig, stage: StageConfig, steps: int) -> dict[str, A
 def measure(
     stage: StageConfig, upkeep: Upkeep, state: TrainState, batches: Any, key: jax.Array, steps: int
 ) -> Measured:
-    """Runs WARMUP steps and then `steps` more. A batch of new widths is compiled for outside of the times."""
+    """Runs WARMUP steps, then measures `steps` more; compiling for batches of new widths is not part of their times."""
     jitted = jit_step(upkeep.setting, 0, state, upkeep.feed(state.params, batches[0]).table)
-    programs: dict[tuple[int, ...], Any] = {}  # by the widths of their batches
+    programs: dict[tuple[int, ...], Any] = {}  # compiled steps, by the widths of their batches
     work: dict[tuple[int, ...], list[float]] = {}
     iterator = batching.iterate(batches, 0)
     measured = Measured()
@@ -116,7 +122,7 @@ def measure(
                 compiling = time.perf_counter()
                 programs[widths] = jitted.lower(state, *fed, key).compile()
                 measured.compile_seconds += time.perf_counter() - compiling
-                begun += time.perf_counter() - ready
+                begun += time.perf_counter() - ready  # as if the step had begun later by the time of compiling
                 ready = time.perf_counter()
             state, index, metrics = programs[widths](state, *fed, key)
             upkeep.after(index)
@@ -128,12 +134,15 @@ def measure(
 
 
 def rate(amounts: Sequence[float], seconds: Sequence[float]) -> float:
-    """Median over the steps of what was done in a second; steps of several buckets differ."""
+    """Median over the steps of amount per second; step by step, since steps of different buckets differ in both."""
     return float(np.median(np.asarray(amounts) / np.asarray(seconds)))
 
 
 def without_savings(setting: Setting) -> Setting:
-    """The same step with nothing in parts and nothing computed again (but for the logits in the gradient)."""
+    """Setting of the same step without accumulation, chunks and rematerialisation, which save memory.
+
+    Only the logits may still be computed again in the gradient.
+    """
 
     def kept(part: Any) -> Any:
         return part and dataclasses.replace(part, remat="none")

@@ -1,6 +1,6 @@
 """Synthetic loads of `rag-jax bench train`: a model, a corpus, an index and questions, all random and of fixed shape.
 
-No data and no corpus are needed. Everything fills its length, so that no work is padding.
+No data and no corpus are needed. All sequences have their full length, so that there is no padding.
 """
 
 import dataclasses
@@ -31,13 +31,25 @@ PREFIX = (0,)  # bos, before every joined input
 
 @dataclass(frozen=True)
 class Load:
-    """What a step reads and how large the model is.
+    """Sizes of a step's inputs and of the model.
 
-    questions B, each of `question` tokens; K = `docs` passages of `passages` in all; joined inputs of L = `source`
-    tokens, targets of T = `target`. A BERT question encoder, whose context encoder is frozen and elsewhere, as in the
-    paper, and a BART, or (generator=`lm`) a decoder-only model as Llama is, of `decoder_layers` layers, `groups` of
-    whose heads share keys and values; bert_*: of the BERT. dropout: of both; attention_dropout: of the generator alone,
-    as BERT has one. logit_chunk: see StageConfig; by default the logits are kept, as transformers keeps them.
+    The question encoder is a BERT; the context encoder is frozen and not part of the model, as in the paper.
+
+    questions: B.
+    docs: K, out of `passages` in the index.
+    source: L, tokens of a joined input.
+    target: T, tokens of a target.
+    question: tokens of a question.
+    generator: `bart`, or `lm` for a decoder-only model like Llama, with `decoder_layers` layers.
+    width, encoder_layers, decoder_layers, heads, hidden, vocabulary: of the generator.
+    bert_width, bert_layers, bert_heads, bert_hidden, bert_vocabulary: of the question encoder.
+    groups: of an `lm`, groups of heads that share keys and values; 0: every head has its own.
+    dropout: of both models.
+    attention_dropout: of the generator's attention weights; in the BERT it is `dropout`.
+    remat: see models.layers.
+    accumulate: parts of a batch whose gradients are summed.
+    doc_chunk, logit_chunk: see `Rag.likelihood`; by default the logits are kept, as in transformers.
+    moments: type of Adam's moments.
     """
 
     questions: int = 8
@@ -117,6 +129,7 @@ def check(load: Load) -> None:
 
 
 def model(load: Load) -> Rag:
+    """The model of a load."""
     bert = BertConfig(
         vocab_size=load.bert_vocabulary, width=load.bert_width, layers=load.bert_layers, heads=load.bert_heads,
         hidden=load.bert_hidden, positions=max(512, load.question), dropout=load.dropout, dtype=load.dtype,
@@ -140,7 +153,10 @@ def bart(load: Load) -> BartConfig:
 
 
 def lm(load: Load) -> LmConfig:
-    """As Llama is (Touvron et al. 2023): RMSNorm, gated SiLU, rotary positions, no biases; tied tables."""
+    """A decoder-only generator like Llama (Touvron et al. 2023): RMSNorm, gated SiLU, rotary positions, no biases.
+
+    The output layer is the token embedding.
+    """
     return LmConfig(
         vocab_size=load.vocabulary, width=load.width, layers=load.decoder_layers, heads=load.heads, groups=load.groups,
         hidden=load.hidden, positions=max(512, load.source + load.target), dropout=load.dropout,
@@ -154,7 +170,7 @@ GENERATORS: dict[str, Callable[[Load], GeneratorConfig]] = {"bart": bart, "lm": 
 
 
 def stage(load: Load) -> StageConfig:
-    """Joint training of question encoder and generator, gradients clipped."""
+    """A stage of joint training of question encoder and generator, with clipped gradients."""
     changes = OptimizerConfig(
         learning_rate=3e-5, schedule="constant", weight_decay=0.01, groups={"question_encoder": 1.0, "generator": 1.0},
         kind=load.optimizer, moments=load.moments,
@@ -168,7 +184,7 @@ def setting(load: Load, mesh: jax.sharding.Mesh) -> Setting:
 
 
 def batch(load: Load, mesh: jax.sharding.Mesh, seed: int) -> dict[str, jax.Array]:
-    """Questions of both tokenizers and targets `<s> y </s>`, on the mesh; no gold passages."""
+    """A batch on the mesh: questions for encoder and generator, and targets `<s> y </s>`; no gold passages."""
     rng, B = np.random.default_rng(seed), load.questions
 
     def ids(length: int, vocabulary: int) -> np.ndarray:
@@ -186,8 +202,9 @@ def batch(load: Load, mesh: jax.sharding.Mesh, seed: int) -> dict[str, jax.Array
 
 
 def corpus(load: Load, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Index, Passages]:
-    """The index, of rows with which inner products are about 1, and the token table. Its side of the context encoder,
-    which nobody runs, is one token wide.
+    """The index and the token table, on the mesh; inner products with the index's rows are about 1.
+
+    The encoder's passages have one token, since no context encoder runs.
     """
     rng, N = np.random.default_rng(seed), load.passages
     rows_NE = rng.normal(0, load.bert_width**-0.5, (N, load.bert_width)).astype(np.float32)
@@ -199,22 +216,23 @@ def corpus(load: Load, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Index, P
 
 
 def model_flops(load: Load) -> dict[str, float]:
-    """Floating-point operations of the matrix products of one step, by part, 2 per multiply-add: three times those of
-    the forward pass, once for it, twice for the gradients; those of the search once. What is computed anew to save
-    memory is not counted.
+    """Floating-point operations of the matmuls of one step, by part of the model; 2 per multiply-add.
+
+    They are three times those of the forward pass, which the gradients take twice more; the search counts once. What
+    is recomputed to save memory is not counted.
     """
     c = load
     sources, targets, D = c.questions * c.docs * c.source, c.questions * c.docs * c.target, c.width
     asked, E = c.questions * c.question, c.bert_width
 
     def layer(width: int, hidden: int, seen: int) -> float:
-        """A token through self-attention and feed-forward."""
+        """Operations of one token in self-attention, over `seen` tokens, and feed-forward."""
         return 2.0 * (4 * width * width + 2 * width * hidden + 2 * seen * width)
 
     cross = targets * 2.0 * (2 * D * D + 2 * c.source * D) + sources * 2.0 * 2 * D * D
     decoder = c.decoder_layers * (targets * layer(D, c.hidden, c.target) + cross)
     if c.generator == "lm":
-        kept = 2 * D * D * (1 + (c.groups or c.heads) / c.heads) + 3 * D * c.hidden  # numbers in a layer's kernels
+        kept = 2 * D * D * (1 + (c.groups or c.heads) / c.heads) + 3 * D * c.hidden  # parameters of a layer's kernels
         prefix, answer = 2 * kept + 4.0 * c.source * D, 2 * kept + 4.0 * (c.source + c.target) * D
         decoder = c.decoder_layers * (sources * prefix + targets * answer)
     return {
@@ -227,12 +245,12 @@ def model_flops(load: Load) -> dict[str, float]:
 
 
 def tokens(load: Load) -> int:
-    """Tokens of a step that the generator reads and writes: of K inputs and K times the target."""
+    """Tokens that the generator processes in a step: B * K sources and targets, without the last target token."""
     return load.questions * load.docs * (load.source + load.target - 1)
 
 
 def describe(load: Load) -> str:
-    """One line for people."""
+    """One readable line about a load."""
     c = load
     return (
         f"RAG-{c.variant.capitalize()} B={c.questions} K={c.docs} L={c.source} T={c.target} N={c.passages:,}; BERT "

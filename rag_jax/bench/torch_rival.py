@@ -1,7 +1,7 @@
-"""The rival of `rag-jax bench train`: the same step by transformers' RAG in PyTorch, as its users write it.
+"""The rival of `rag-jax bench train`: the same training step by transformers' RAG in PyTorch, as its users write it.
 
-Question encoder, inner products with the documents given (finding them costs it nothing), generator with torch's fused
-attention, loss, gradients, clipping and fused AdamW; on a GPU, and where the load is in bfloat16, under autocast.
+The step has the question encoder, inner products with given documents (it does not have to search), the generator with
+torch's fused attention, loss, gradients, clipping and fused AdamW. A load in bfloat16 runs under autocast.
 """
 
 import contextlib
@@ -21,7 +21,11 @@ KINDS = {"sequence": "RagSequenceForGeneration", "token": "RagTokenForGeneration
 
 
 class Given(NamedTuple):
-    """One batch for it: what our step found, joined and scored with, on the host."""
+    """One batch of the rival, on the host: the questions, labels and documents that our step uses.
+
+    context_ids_BKL: documents joined with their questions.
+    documents_BKE: vectors of the documents, for the scores.
+    """
 
     question_ids: np.ndarray
     context_ids_BKL: np.ndarray
@@ -30,7 +34,7 @@ class Given(NamedTuple):
 
 
 def model(rag: Rag, params: Params, directory: Path, device: str) -> Any:
-    """The same weights, by way of an export, in training mode. device: cpu or cuda."""
+    """transformers' model with the same weights, exported to `directory`, in training mode; device: cpu or cuda."""
     import transformers
 
     save_pretrained(directory, rag, params)
@@ -38,7 +42,7 @@ def model(rag: Rag, params: Params, directory: Path, device: str) -> Any:
 
 
 def loss(module: Any, given: Given, load: Load) -> Any:
-    """The mean over the questions, a scalar of torch."""
+    """The loss, a mean over the questions, as a torch scalar."""
     import torch
 
     on = module.device
@@ -59,7 +63,7 @@ def loss(module: Any, given: Given, load: Load) -> Any:
 
 
 def optimizer(module: Any, config: OptimizerConfig) -> Any:
-    """Fused AdamW; biases and LayerNorms are not decayed."""
+    """Fused AdamW with the settings of our step; biases and LayerNorms have no weight decay."""
     import torch
 
     parameters = list(module.parameters())
@@ -71,7 +75,7 @@ def optimizer(module: Any, config: OptimizerConfig) -> Any:
 
 
 def stepper(module: Any, load: Load) -> Callable[[Given], float]:
-    """step(batch) -> loss; it changes the module, and ends when the device has."""
+    """step(batch) -> loss: updates the module, and returns when the device has finished."""
     import torch
 
     config = synthetic_load.stage(load).optimizer
@@ -91,7 +95,7 @@ def stepper(module: Any, load: Load) -> Callable[[Given], float]:
 
 
 def plain_loss(module: Any, given: Given, load: Load) -> float:
-    """Without dropout."""
+    """The loss without dropout."""
     import torch
 
     module.eval()
