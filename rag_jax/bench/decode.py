@@ -135,7 +135,7 @@ def needed(load: Load, variant: Variant, mode: str) -> dict[str, float]:
 
 
 def theirs(rag: Rag, params: Params, directory: str) -> Any:
-    """The same model in transformers, exported to `directory`."""
+    """transformers' model with the same weights, exported to `directory`."""
     import transformers
 
     save_pretrained(directory, rag, params)

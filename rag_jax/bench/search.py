@@ -113,7 +113,7 @@ def products_alone(queries_BE: jax.Array, index_NE: jax.Array, *, k: int) -> jax
 
 
 def ours(index_NE: np.ndarray, dtype: str) -> tuple[Program, Program]:
-    """Our search with an index of this type, and its matmuls alone; on a CPU bfloat16 is kept as bits (`mips.search`)."""
+    """Our search with an index of this type, and its matmuls alone; on a CPU bfloat16 is kept as its bits."""
     begun = time.perf_counter()
     bits = dtype == "bfloat16" and jax.default_backend() == "cpu"
     rows_NE = jnp.zeros(index_NE.shape, "uint16" if bits else dtype)

@@ -452,8 +452,8 @@ def score_candidates(
     W = min(wave, C)
     slots = W * T1
     calls = max(1, round(B * K * slots / TOKENS_AT_ONCE))
-    width = -(-slots // calls)
-    order_BKC = jnp.argsort(~need_BKC, axis=-1, stable=True)
+    width = -(-slots // calls)  # nodes of a row in one call, so that a call has about TOKENS_AT_ONCE over all rows
+    order_BKC = jnp.argsort(~need_BKC, axis=-1, stable=True)  # the needed candidates first
     count_BK = need_BKC.sum(-1)
 
     def wave_of(i: jax.Array, logp_BKC: jax.Array) -> jax.Array:
@@ -463,7 +463,7 @@ def score_candidates(
         tokens_BKWT = jax.vmap(lambda one, at: one[at])(sequences_BCT, mine_BKW)
         counts_BKWT1 = jax.vmap(lambda one, at: one[at])(counted_BCT1, mine_BKW) & needed_BKW[..., None]
         found_BKW = _score_tree(reader, source, tokens_BKWT, counts_BKWT1, width)
-        written = jnp.where(needed_BKW, mine_BKW, C)
+        written = jnp.where(needed_BKW, mine_BKW, C)  # C is out of bounds, so that these writes are dropped
         return jax.vmap(jax.vmap(lambda old, at, new: old.at[at].set(new, mode="drop")))(logp_BKC, written, found_BKW)
 
     def one(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -484,7 +484,7 @@ def _score_tree(
     """
     B, K, W, T = tokens_BKWT.shape
     T1 = T - 1
-    slots = -(-W * T1 // width) * width
+    slots = -(-W * T1 // width) * width  # a multiple of width: every call writes a whole slice
     inputs_BKWT1, targets_BKWT1 = tokens_BKWT[..., :-1], tokens_BKWT[..., 1:]
     # a node is needed as long as something that counts follows; it belongs to the first candidate that needs it
     useful = jnp.flip(jnp.cumsum(jnp.flip(counts_BKWT1, -1), -1), -1) > 0

@@ -266,6 +266,7 @@ def warp(options: Options, scores: jax.Array, keep: int) -> jax.Array:
         least = jax.lax.top_k(scores, min(max(o.top_k, keep), V))[0][..., -1:]
         scores = jnp.where(scores < least, -jnp.inf, scores)
     if o.top_p < 1:
+        # in ascending order, as in transformers: the least likely tokens go while together they have 1 - top_p at most
         order = jnp.argsort(scores, axis=-1)
         p = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(scores, order, -1), axis=-1), axis=-1)
         gone = (p <= 1 - o.top_p) & (jnp.arange(V) < V - keep)

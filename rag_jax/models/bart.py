@@ -174,6 +174,7 @@ class Stack(nn.Module):
             position_BT = jnp.arange(tokens_BTD.shape[1])[None]
         x = float32_sums.add(tokens_BTD, self.position(position_BT + POSITION_OFFSET))
         x = self.drop(self.embedding_norm(x), deterministic=deterministic)
+        # here and after every layer: left to itself the compiler would also shard the width
         x = sharding.constrain(x, "batch", "length", "width")
         new = KeyValues([], [])
         for i, layer in enumerate(self.layer):

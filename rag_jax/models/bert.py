@@ -149,6 +149,7 @@ class Bert(nn.Module):
             self.word(ids_BL), self.position(jnp.arange(length)) + self.token_type(jnp.zeros(1, int))
         )
         x_BLD = self.drop(self.embedding_norm(x_BLD), deterministic=deterministic)
+        # here and after every layer: left to itself the compiler would also shard the width
         x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
         mask_B11L = mask_BL.astype(bool)[:, None, None, :]
         for layer in self.layer:

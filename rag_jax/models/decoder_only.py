@@ -52,8 +52,8 @@ class LmConfig(SpecialTokens):
     attention_dropout: of attention weights.
     rope_theta, rope_scaling, rope_factor: base of the rotary frequencies, and which are divided by rope_factor, see
         `frequencies`.
-    rope_low, rope_high: for llama3; rotations of fewer than rope_low turns over rope_original positions are slowed
-        down by rope_factor, those of more than rope_high are kept, and those in between are interpolated.
+    rope_low, rope_high: for llama3; frequencies with fewer than rope_low full rotations in rope_original positions are
+        divided by rope_factor, those with more than rope_high are kept, and those in between are interpolated.
     rope_original: for llama3; positions before they were extended.
     qkv_bias, out_bias, mlp_bias: whether queries, keys and values, attention's output and feed-forward have biases.
     tied: whether the output layer is the token embedding.
@@ -228,6 +228,7 @@ class Lm(GeneratorBase):
         x = self.token(ids_BT)
         if self.config.position_kind == "learned":
             x = float32_sums.add(x, self.position(position_BT))
+        # here and after every layer: left to itself the compiler would also shard the width
         x = sharding.constrain(self.drop(x, deterministic=deterministic), "batch", "length", "width")
         own = KeyValues([], [])
         for i, layer in enumerate(self.layer):

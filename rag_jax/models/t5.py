@@ -187,6 +187,7 @@ class Stack(nn.Module):
         c = self.config
         bucket_BTL = bucket(distance_BTL, c.buckets, c.max_distance, both_sides=not self.decoder)
         bias_BHTL = self.relative(bucket_BTL).transpose(0, 3, 1, 2)
+        # here and after every layer: left to itself the compiler would also shard the width
         x = sharding.constrain(self.drop(tokens_BTD, deterministic=deterministic), "batch", "length", "width")
         new = KeyValues([], [])
         for i, layer in enumerate(self.layer):

@@ -65,6 +65,7 @@ def _matmul_backward(names: Names, _: Any, saved: tuple, d_y: jax.Array) -> tupl
     x, used_IO, like = saved
     d_y, rows = d_y.astype(x.dtype), tuple(range(x.ndim - 1))
     d_x = matmul_ops.dot_general(d_y, used_IO, (((x.ndim - 1,), (1,)), ((), ())))
+    # the sum over rows, and then over devices, has the parameter's type, not that of x
     d_kernel_IO = matmul_ops.dot_general(x, d_y, ((rows, rows), ((), ())), preferred_element_type=like.dtype)
     return d_x, sharding.constrain(d_kernel_IO, *names)
 
