@@ -63,6 +63,9 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
         prog=f"rag-jax {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on standard output")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print all of the result; with several processes, the lines of each"
+    )
     module = importlib.import_module(module_name)
     module.configure(parser)
     args = parser.parse_args(argv)
@@ -85,11 +88,14 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def render(result: dict[str, Any], as_json: bool) -> str:
+def render(result: dict[str, Any], as_json: bool, verbose: bool = False) -> str:
+    """JSON, or the `text` of the result; with `verbose`, or where it has no text, a line for each field."""
     if as_json:
         return json.dumps(finite(result))
-    text = result["text"] if "text" in result else "\n".join(f"{key}: {value}" for key, value in result.items())
-    return plain_text.visible(text)
+    text = [result["text"]] if "text" in result else []
+    if verbose or not text:
+        text += [f"{key}: {value}" for key, value in result.items() if key != "text"]
+    return plain_text.visible("\n".join(text))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if result is None:  # of several processes another one says it
                 return 0
             status = result.pop("exit_status", 0)
-            output = render(result, args.json)
+            output = render(result, args.json, args.verbose)
         return show(output) or status
     except KeyboardInterrupt:
         said, status = "interrupted", 130

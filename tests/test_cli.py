@@ -70,6 +70,8 @@ def test_result_as_lines_text_or_json(command: Callable, capsys: pytest.CaptureF
     command(lambda args: {"text": "Anna Aska", "score": 1})
     assert cli.main(["fake"]) == 0
     assert capsys.readouterr().out == "Anna Aska\n"
+    assert cli.main(["fake", "--verbose"]) == 0
+    assert capsys.readouterr().out == "Anna Aska\nscore: 1\n"
 
 
 def test_bad_input_is_2_without_a_traceback(command: Callable, capsys: pytest.CaptureFixture) -> None:

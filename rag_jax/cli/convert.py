@@ -60,11 +60,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ignore=args.ignore_setting,
         overwrite=args.overwrite,
     )
-    return made if args.json else {"text": text(made)}
+    if args.json:
+        return made
+    return {"text": everything(made) if args.verbose else text(made)}
 
 
 def text(made: dict[str, Any]) -> str:
-    """What a reader sees: the counts, then each setting and where it came from."""
+    """What a reader wants first: the model, what was taken from which file and what was not, what comes next."""
+    lengths = f"{made['question_length']} and {made['passage_length']} tokens"
+    lines = [
+        f"{made['out']}: RAG-{made['variant'].capitalize()}, {made['parameters']:,} parameters",
+        f"questions and passages of {lengths}; vectors pooled by {made['pooling']}",
+    ]
+    prefixes = {name: made[name] for name in ("query_prefix", "passage_prefix") if made[name]}
+    lines += [f"{name}: {value!r}" for name, value in prefixes.items()]
+    lines += [f"no tokenizer for the {role}: put its files beside the weights" for role in made["no_tokenizer_for"]]
+    taken: dict[str, int] = {}
+    for where in (part.partition(": ")[0] for line in made["settings"].values() for part in line.split("; ")):
+        taken[where] = taken.get(where, 0) + 1
+    counts = ", ".join(f"{n} of {where}" for where, n in taken.items())
+    idle = f"; {len(made['without_effect'])} have no effect here" if made["without_effect"] else ""
+    lines.append(f"settings taken: {counts}{idle} (each with --verbose)")
+    lines += [f"left out: {where}={value!r}" for where, value in made["ignored_settings"].items()]
+    return "\n".join([*lines, f"next: rag-jax index {made['out']} --corpus CORPUS --out INDEX"])
+
+
+def everything(made: dict[str, Any]) -> str:
+    """The counts, then each setting and where it came from."""
     lines = [f"{name}: {value}" for name, value in made.items() if not isinstance(value, dict)]
     lines += [f"{setting} <- {where}" for setting, where in made["settings"].items()]
     idle: dict[str, list[str]] = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_jax.corpus.build import build
+from rag_jax.corpus.directory import Corpus
 from rag_jax.corpus.update import update
 from rag_jax.data.readers.formats import FORMATS, named
 from rag_jax.errors import InputError
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         corpus = update(args.update, args.out, **changes, overwrite=args.overwrite)
         counts = {name: corpus.manifest[name] for name in ("n_passages", "n_deleted")}
         seconds = round(time.monotonic() - started, 2)
-        return {"out": str(args.out), **counts, "hash": corpus.hash, "seconds": seconds}
+        said = f"{args.out}: {corpus.n_live:,} passages, {counts['n_deleted']:,} deleted, in {seconds} s"
+        return {"text": said, "out": str(args.out), **counts, "hash": corpus.hash, "seconds": seconds}
     wrong = [f"--{name}" for name, value in changes.items() if value]
     if wrong or not args.inputs:
         raise InputError(f"{wrong[0]} goes with --update CORPUS" if wrong else "no INPUT; name passages, or --update")
@@ -86,7 +88,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     counts = {name: corpus.manifest[name] for name in ("n_passages", "n_cut", "skipped", "truncated")}
     vocabs = {f"{role}_vocab": about["vocab_size"] for role, about in corpus.manifest["tokenizers"].items()}
     times = {"seconds": round(seconds, 2), "passages_per_second": round(len(corpus) / seconds, 1)}
-    return {"out": str(args.out), **counts, **vocabs, "hash": corpus.hash, **times}
+    result = {"out": str(args.out), **counts, **vocabs, "hash": corpus.hash, **times}
+    return {"text": text(result, corpus), **result}
+
+
+def text(result: dict[str, Any], corpus: Corpus) -> str:
+    """What a reader wants first: how much there is, what was cut, what comes next."""
+    lines = [f"{result['out']}: {result['n_passages']:,} passages in {result['seconds']:,.1f} s"]
+    for role, length in (("encoder", corpus.encoder_ids.shape[1]), ("generator", corpus.generator_ids.shape[1])):
+        cut = result["truncated"][role]
+        said = f"{cut:,} cut to {length} tokens" if cut else f"none longer than {length} tokens"
+        lines.append(f"{role}: {result[f'{role}_vocab']:,} tokens in the vocabulary; {said}")
+    if result["skipped"]:
+        lines.append(f"{result['skipped']:,} bad lines skipped")
+    return "\n".join([*lines, f"next: rag-jax index RUN --corpus {result['out']}, or rag-jax train with it"])
 
 
 def read_ids(words: Sequence[str]) -> list[str]:

@@ -73,7 +73,9 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, listed(text)))
 
 
-NOT_REPEATED = ("run", "json", "coordinator", "processes", "process", "distributed")
+FIGURES = 7  # that are printed; report.json has all
+AMONG_THE_REST = ("kilt_", "answer_recall_", "recall_at_100")  # of the figures, while there are others
+NOT_REPEATED = ("run", "json", "verbose", "coordinator", "processes", "process", "distributed")
 USUAL = {"limit": 0}
 
 
@@ -114,11 +116,27 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         report = evaluate(args.run, out, wanted)
         if not distributed.first():
             return None
-        return report if args.json else {"text": text(report, out)}
+        if args.json:
+            return report
+        curves = ("curves", "risk_coverage")  # they are drawn in the report
+        return {"text": text(report, out), **{name: value for name, value in report.items() if name not in curves}}
 
 
 def text(report: dict[str, Any], out: Path) -> str:
-    """The printed result: all of report.json but the curves, and the files in which to see them."""
-    shown = {name: value for name, value in report.items() if name not in ("curves", "risk_coverage")}
-    lines = [f"{name}: {value}" for name, value in shown.items()]
-    return "\n".join([*lines, f"see {out / 'report.html'}, {out / 'report.md'} and {out / 'predictions.jsonl'}"])
+    """What a reader wants first: what was asked of what, the main figures with their intervals, where the rest is."""
+    how = "closed book" if report["closed_book"] else f"{report['n_docs']} passages read of {report['n_retrieved']}"
+    how = f"the right passages first, {how}" if report["oracle"] else how
+    model = "retrieval alone" if report["retrieval_only"] else f"RAG-{report['variant'].capitalize()}"
+    lines = [f"{report['n']:,} questions of {report['questions']}: {model}, {how}, {report['seconds']:.0f} s"]
+    lines += ["figures, and in brackets their 95% intervals:"]
+    figures = [name for name in report if f"{name}_low" in report]
+    first = [name for name in figures if not name.startswith(AMONG_THE_REST)][:FIGURES] or figures[:FIGURES]
+    width = max(map(len, first), default=0) + 2
+    for name in first:
+        low, high = report[f"{name}_low"], report[f"{name}_high"]
+        lines.append(f"{name:<{width}}{report[name]:.3f}  ({low:.3f} to {high:.3f})")
+    rest = len(figures) - len(first)
+    more = f"{rest} more figures and all settings: --verbose, or {out / 'report.json'}" if rest else ""
+    said = [f"nothing was found for {report['nothing_found']:,} questions"] if report.get("nothing_found") else []
+    files = f"see {out / 'report.html'} and {out / 'report.md'}; every answer: {out / 'predictions.jsonl'}"
+    return "\n".join([*lines, *said, *([more] if more else []), files])

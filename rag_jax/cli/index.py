@@ -52,4 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"{args.source}: with a run, --corpus says what to embed; it is no encode job")
     else:
         snapshot = build_index.from_run(args.source, args.corpus, args.out, args.overwrite, args.dtype or "float32")
-    return {"index": str(args.out), **asdict(snapshot.manifest), "hash": snapshot.hash}
+    m = snapshot.manifest
+    said = f"{args.out}: {m.n_passages:,} passages as {m.width} numbers of {m.dtype}, by the encoder of step {m.step:,}"
+    hint = f"next: rag-jax ask QUESTION --run RUN --index {args.out}, or rag-jax evaluate RUN --index {args.out}"
+    return {"text": f"{said}\n{hint}", "index": str(args.out), **asdict(m), "hash": snapshot.hash}

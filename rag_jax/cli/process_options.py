@@ -6,7 +6,7 @@ from rag_jax.system.distributed import Processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--coordinator, --processes, --process; --distributed auto; --verbose."""
+    """--coordinator, --processes, --process; --distributed auto. (--verbose is an option of every command.)"""
     group = parser.add_argument_group("several processes (the same command on each)")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, the same on all of them")
     group.add_argument("--processes", type=int, metavar="P", help="how many there are")
@@ -14,7 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--distributed", choices=["auto"], help="auto: as JAX finds by itself on TPU pods, Slurm, Open MPI, Kubernetes"
     )
-    group.add_argument("--verbose", action="store_true", help="lines of all processes, not of the first one alone")
 
 
 def from_arguments(args: argparse.Namespace) -> Processes:

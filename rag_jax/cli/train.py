@@ -16,6 +16,8 @@ from rag_jax.training.config import TrainConfig
 from rag_jax.training.profile import Profile
 from rag_jax.training.train import train
 
+SHOWN = 5  # figures of the dev questions that are printed at the end
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENT")
@@ -56,7 +58,23 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     with distributed.together(process_options.from_arguments(args), args.run / "checkpoints", preemption=True):
         with logs.stamped(jax.process_index(), jax.process_count()):
             found = train(configured(args), args.run, profile=args.profile)
-        return found if distributed.first() else None
+        return {"text": text(found), **found} if distributed.first() else None
+
+
+def text(result: dict[str, Any]) -> str:
+    """What a reader wants first: how far it is, the figures of the last log line, what comes next."""
+    run, last = result["run"], result.get("last", {})
+    if result.get("preempted"):
+        return f"{run}: stopped after step {result['steps']:,} of {result['of']:,}; the same command resumes it"
+    lines = [f"{run}: {result['steps']:,} steps in {result['training_seconds']:,.0f} s of training"]
+    evaluated = [name for name in last if name.startswith("eval/")][:SHOWN]
+    shown = [name for name in ("loss", "step_seconds", "tokens_per_second", *evaluated) if name in last]
+    width = max(map(len, shown), default=0) + 2
+    lines += [
+        f"{name:<{width}}{last[name]:,.{0 if last[name] >= 1000 else 4}{'f' if last[name] >= 1000 else 'g'}}"
+        for name in shown
+    ]
+    return "\n".join([*lines, f"every log line: {run}/metrics.jsonl; next: rag-jax evaluate {run}"])
 
 
 def configured(args: argparse.Namespace) -> TrainConfig:

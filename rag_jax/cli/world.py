@@ -31,7 +31,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     manifest = write(
         args.out, args.entities, args.seed, args.edit, args.workers, relations=args.relations, wordings=args.wordings
     )
+    made = ", ".join(f"{n:,} {name}" for name, n in manifest["counts"].items())
     return {
+        "text": f"{args.out}: {made}\nnext: rag-jax corpus {args.out}/passages.jsonl --out CORPUS --train-tokenizer",
         "out": str(args.out),
         **manifest,
         "passages_per_second": round(args.entities / (time.perf_counter() - start)),
