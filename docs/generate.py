@@ -48,15 +48,15 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
-def row(action: argparse.Action) -> str:
+def row(action: argparse.Action, parser_prog: str) -> str:
     """An option with what it means."""
     words = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     value = "" if action.nargs == 0 else words
     if action.nargs in ("*", "+"):
         value = f"{words} ..."
     shown = action.option_strings[-1] + (f" {value}" if value else "") if action.option_strings else value
-    meaning = (action.help or "") % {**vars(action), "prog": ""} if action.help else ""
-    parts = [cell(meaning)]
+    default = "all cores" if action.dest == "workers" else action.default  # which is that of this machine
+    parts = [cell((action.help or "") % {**vars(action), "default": default, "prog": parser_prog})]
     if action.choices is not None:
         parts.append("one of " + ", ".join(f"`{choice}`" for choice in action.choices))
     if action.required and action.option_strings:
@@ -78,7 +78,7 @@ def options(parser: argparse.ArgumentParser) -> list[str]:
             continue
         title = group.title if group.title not in ("positional arguments", "options", "optional arguments") else ""
         lines += [f"**{title}**", ""] if title else []
-        lines += ["| | |", "|---|---|", *map(row, shown), ""]
+        lines += ["| | |", "|---|---|", *(row(action, parser.prog) for action in shown), ""]
     return lines
 
 
