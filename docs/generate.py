@@ -78,7 +78,8 @@ def options(parser: argparse.ArgumentParser) -> list[str]:
             continue
         title = group.title if group.title not in ("positional arguments", "options", "optional arguments") else ""
         lines += [f"**{title}**", ""] if title else []
-        lines += ["| | |", "|---|---|", *(row(action, parser.prog) for action in shown), ""]
+        kind = "option" if shown[0].option_strings else "argument"
+        lines += [f"| {kind} | meaning |", "|---|---|", *(row(action, parser.prog) for action in shown), ""]
     return lines
 
 
