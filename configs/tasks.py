@@ -26,7 +26,7 @@ runs/tables` does all of it and more: every baseline beside the trained model, i
     fever_symmetric    claim -> SUPPORTS, REFUTES                  its dev               test
     ir_cacm            topic -> a ranking                          the corpus itself     dev
 
-The README has what was seen: every kind beside its baselines, with intervals (`Every kind of task`).
+docs/benchmarks.md has what was seen: every kind beside its baselines, with intervals.
 
 multihop and clapnq search nq_gold's passages, too. ir_cacm has no generator: its retriever learns from titles and
 sentences of the passages (inverse cloze).

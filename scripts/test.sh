@@ -33,7 +33,7 @@ ruff check .
 if [[ ${1:-} == --fast ]]; then
     shift
     fast=(imports config losses matching metrics ranking bootstrap curves abstention texts json_stream formats malformed gold
-        tasks logs lock plain_text refresh_schedule stacked_arrays block_checksums search report_markdown report_html hlo wheel)
+        tasks logs lock plain_text refresh_schedule stacked_arrays block_checksums search report_markdown report_html hlo wheel docs trace)
     exec pytest -q -n "${WORKERS:-2}" --dist loadfile $(printf "tests/test_%s.py " "${fast[@]}") "$@"
 fi
 ruff format --check .

@@ -1,9 +1,9 @@
 """The generator's input `title / passage // question`, joined from ids so that it equals tokenising the joined text.
 
-REFERENCE section 2. Passages are tokenised once, at corpus build, and questions apart from them. The text is cut at the
-seam before " // ": its left side ends in a character that is no space, and its right side starts with exactly one. So
-double spaces can be replaced on each side alone, and a tokenizer whose tokens never span two words gives the ids of the
-left side, then those of the right side, for the whole text.
+The text is that of transformers' RagRetriever (postprocess_docs). Passages are tokenised once, at corpus build, and
+questions apart from them. The text is cut at the seam before " // ": its left side ends in a character that is no
+space, and its right side starts with exactly one. So double spaces can be replaced on each side alone, and a tokenizer
+whose tokens never span two words gives the ids of the left side, then those of the right side, for the whole text.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def question_text(question: str) -> str:
 
 
 def joined_text(title: str, text: str, question: str) -> str:
-    """The generator's input as one text (REFERENCE section 2); title and text as the corpus stores them."""
+    """The generator's input as one text; title and text as the corpus stores them."""
     return (title + TITLE_SEPARATOR + text + QUESTION_SEPARATOR + question).replace("  ", " ")
 
 
