@@ -28,7 +28,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init", type=Path, help="start from the parameters of this run directory or converted checkpoint"
     )
-    parser.add_argument("--refresh", metavar="WHEN", help="in all stages that search: 250, rolling:500, ... (docs/retrieval.md)")
+    parser.add_argument(
+        "--refresh", metavar="WHEN", help="in all stages that search: 250, rolling:500, ... (docs/retrieval.md)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the configuration"
     )
