@@ -1,9 +1,9 @@
-"""Checksums of a file by blocks of 64 KiB, each verified where it is first read.
+"""Checksums of a file by blocks of 64 KiB, each verified when it is first read.
 
-A manifest holds, beside the sha256 of a whole file, the XXH3 (64 bits) of each of its blocks. Why XXH3: it runs at over
-10 GB/s on one core, five times as fast as zlib's CRC-32, so that a first pass over rows is not held up, and misses one
-damaged block in 2^64. It is no defence against intent; that is what the sha256 is for. Why 64 KiB: one random read pays
-for a whole block, and that is about what the system reads ahead for it anyway.
+A manifest holds, beside the sha256 of a whole file, the XXH3 (64 bits) of each of its blocks. XXH3 runs at over 10 GB/s
+on one core, five times as fast as zlib's CRC-32, so it does not slow a first pass over the rows, and it misses one
+damaged block in 2^64. It does not protect against intended changes; the sha256 does. A block is 64 KiB because a single
+random read has to verify a whole block, and the system reads about as much ahead for it anyway.
 """
 
 import base64
@@ -21,14 +21,14 @@ from xxhash import xxh3_64_intdigest
 from rag_jax.errors import InputError
 
 SIZE = 1 << 16
-AT_ONCE = 64  # blocks that one thread verifies in one go
-FIELD, DTYPE = "xxh3", "<u8"  # of a file's entry in a manifest: base64 of its sums, one a block
+AT_ONCE = 64  # blocks a thread verifies in one task
+FIELD, DTYPE = "xxh3", "<u8"  # key of a file's entry in a manifest: base64 of its block sums, and their type
 
 Entry = dict[str, Any]  # {"bytes", "sha256", "xxh3"} of a file
 
 
 def of_file(path: Path) -> Entry:
-    """Size, sha256 and block sums of a file, read once."""
+    """The manifest entry of a file: size, sha256 and block sums, from one pass over it."""
     digest, sums, size = hashlib.sha256(), [], 0
     with path.open("rb") as stream:
         while part := stream.read(SIZE * AT_ONCE):
@@ -44,10 +44,10 @@ def of_file(path: Path) -> Entry:
 
 
 class Blocks:
-    """The sums of one file and which of its blocks were found right; safe to use from several threads.
+    """The block sums of one file and which of its blocks have been verified; safe to use from several threads.
 
-    mend: what to do about a damaged file, which ends the message of the InputError. Without sums (an entry of an older
-    format) everything passes.
+    entry: the file's entry in a manifest. Without block sums (an older format) nothing is verified.
+    mend: what to do about a damaged file; ends the message of the InputError.
     """
 
     def __init__(self, path: Path, entry: Mapping[str, Any], mend: str) -> None:
@@ -57,11 +57,11 @@ class Blocks:
             self.wanted = np.frombuffer(base64.b64decode(entry[FIELD]), DTYPE)
             if len(self.wanted) != -(-self.size // SIZE):
                 raise InputError(f"{path}: {len(self.wanted)} block sums for {self.size} bytes in the manifest; {mend}")
-            # one byte a block: two threads that verify the same block at once do the same work twice, and no harm
+            # One byte a block, so no lock is needed: two threads that verify one block at once write the same value.
             self.good = np.zeros(len(self.wanted), bool)
 
     def map(self) -> np.ndarray:
-        """The bytes of the file, uint8, memory-mapped and not verified."""
+        """The bytes of the file as a memory-mapped uint8 array, not verified; InputError if its size is wrong."""
         try:
             found = os.stat(self.path).st_size
             if found != self.size:
@@ -71,7 +71,7 @@ class Blocks:
             raise InputError(f"{self.path}: unreadable ({error}); {self.mend}") from error
 
     def verify(self, data: np.ndarray, start: int = 0, stop: int | None = None) -> None:
-        """Verifies bytes start ... stop - 1 of `data`, the bytes of the file."""
+        """Verifies the blocks with bytes start ... stop - 1 of `data`, the whole file; InputError for a damaged one."""
         if self.wanted is None:
             return
         first, last = start // SIZE, -(-(self.size if stop is None else stop) // SIZE)
@@ -79,9 +79,10 @@ class Blocks:
             self._verify(data, first + np.flatnonzero(~self.good[first:last]))
 
     def verify_at(self, data: np.ndarray, starts_X: np.ndarray, width: int) -> None:
-        """Verifies `width` bytes of `data` from each of the starts on."""
+        """Verifies the blocks with the `width` bytes of `data` that begin at each of the X starts."""
         if self.wanted is None or not len(starts_X) or not width:
             return
+        # `width` bytes touch at most `spans` blocks; a start that touches fewer repeats its last block
         first_X, spans = starts_X // SIZE, (width - 1) // SIZE + 2
         numbers = np.minimum(first_X[:, None] + np.arange(spans), ((starts_X + width - 1) // SIZE)[:, None]).reshape(-1)
         if not self.good[numbers].all():
@@ -112,7 +113,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def whole(path: Path, entry: Mapping[str, Any], mend: str) -> np.ndarray:
-    """The bytes of a file, memory-mapped, after all of them were verified: by the sha256 where there are no sums."""
+    """The memory-mapped bytes of a file, all of them verified: by block sums or, without those, by its sha256."""
     known = Blocks(path, entry, mend)
     data = known.map()
     known.verify(data)

@@ -1,5 +1,6 @@
-"""Configurations: frozen dataclasses built from nested values or from `configs/*.py:get_config(argument)`, where a typo
-raises.
+"""Configurations: frozen dataclasses built from nested values or from `configs/*.py:get_config(argument)`.
+
+Every key is checked against the fields of its dataclass, so that a typo raises.
 """
 
 import dataclasses
@@ -17,19 +18,21 @@ import ml_collections
 from rag_jax.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parents[1]
-SHIPPED = PACKAGE / "configs", PACKAGE.parent / "configs"  # of an installed wheel; of a checkout
+SHIPPED = PACKAGE / "configs", PACKAGE.parent / "configs"  # in an installed wheel; in a checkout
 
 
 def build(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
-    """A frozen dataclass from nested mappings; unknown or missing keys and wrong types raise InputError with their
-    path. A class may have a `from_values(values, where)` of its own.
+    """A frozen dataclass built from nested mappings; a class may define its own `from_values(values, where)`.
+
+    where: the path of `values` in the configuration, for messages.
+    InputError, naming the path, for unknown or missing keys and for values of a wrong type.
     """
     own = getattr(cls, "from_values", None)
     return own(values, where) if own is not None and isinstance(values, Mapping) else build_fields(cls, values, where)
 
 
 def build_fields(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """The same from the fields as they are."""
+    """Builds the dataclass field by field, as `build` does for a class without `from_values`."""
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: expected keys and values ({', '.join(typing.get_type_hints(cls))}), got {values!r}")
     hints = typing.get_type_hints(cls)
@@ -45,13 +48,13 @@ def build_fields(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """One field's value in the type its dataclass states."""
+    """The value of a field in the type that its dataclass declares; InputError if it cannot be that."""
     if dataclasses.is_dataclass(hint):
         if isinstance(value, typing.cast(type, hint)):
             return value
         return build(typing.cast(type, hint), value, where)
     if hint is object or getattr(hint, "_is_protocol", False):
-        return value  # checked where it is used, or made of values by its class's from_values
+        return value  # checked where it is used, or built by its class's from_values
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if dataclasses.is_dataclass(value):
@@ -77,7 +80,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def one_of(classes: Sequence[type], value: Any, where: str) -> Any:
-    """The dataclass whose `kind` is that of the value, the first where it names none; None stays None."""
+    """The value as the dataclass of `classes` that has its `kind`, the first where it names none; None stays None."""
     if value is None:
         return None
     kinds = {cls.kind: cls for cls in classes}  # type: ignore[attr-defined]
@@ -88,7 +91,7 @@ def one_of(classes: Sequence[type], value: Any, where: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """ConfigDicts, dataclasses and tuples as plain dicts and lists. A class may have a `to_values()` of its own."""
+    """ConfigDicts, dataclasses and tuples as plain dicts and lists; a class may define its own `to_values()`."""
     if hasattr(value, "to_values"):
         return value.to_values()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -101,7 +104,7 @@ def plain(value: Any) -> Any:
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, section by section; a generator of another kind stands for itself."""
+    """`base` updated with `changes`, section by section; a section of another `kind` replaces the old one whole."""
     merged = dict(base)
     for name, value in changes.items():
         old = merged.get(name)
@@ -113,7 +116,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def changed(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass that have another value than by default."""
+    """The fields of a dataclass whose values are not the defaults, by name."""
     found = {}
     for f in dataclasses.fields(config):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
@@ -123,12 +126,16 @@ def changed(config: Any) -> dict[str, Any]:
 
 
 def at_least(least: int, name: str, value: int) -> None:
+    """Raises InputError if the value of the setting `name` is below `least`."""
     if value < least:
         raise InputError(f"{name}={value} must be at least {least}")
 
 
 def evaluated(path: str, assignments: Sequence[str] = ()) -> dict[str, Any]:
-    """What `configs/NAME.py` or `configs/NAME.py:ARGUMENT` says, with `key=value` overrides, as plain values."""
+    """Plain values of the configuration file `configs/NAME.py` or `configs/NAME.py:ARGUMENT`, after overrides.
+
+    assignments: `key.sub=value`, see `override`.
+    """
     file, _, argument = path.partition(":")
     file = str(found_file(file))
     spec = importlib.util.spec_from_file_location("rag_jax_config", file)
@@ -150,7 +157,7 @@ def evaluated(path: str, assignments: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def found_file(name: str) -> Path:
-    """The configuration file of that path or, of a name without directory and suffix, the shipped one."""
+    """The configuration file at this path or, for a name without directory and suffix, the one that is shipped."""
     if Path(name).is_file():
         return Path(name)
     shipped = {path.stem: path for folder in SHIPPED for path in sorted(folder.glob("*.py"))}
@@ -160,7 +167,10 @@ def found_file(name: str) -> Path:
 
 
 def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> None:
-    """Apply `key.sub=value` (value as JSON, else text); `stages.NAME.key=value` picks a stage by its name."""
+    """Sets `key.sub=value` in the configuration; `stages.NAME.key=value` picks a stage by its name.
+
+    A value is read as JSON where it is JSON, else it is text.
+    """
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
         if not separator:
@@ -176,7 +186,7 @@ def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> N
         if not isinstance(node, ml_collections.ConfigDict):
             raise InputError(f"--set {path}: {'.'.join(parents)} holds no keys, it is {node!r}")
         if isinstance(node.get(last), str) and not isinstance(value, str):
-            value = text  # as 250 in refresh=250
+            value = text  # such as 250 in refresh=250, where refresh is a text
         try:
             with node.unlocked():
                 node[last] = value
@@ -185,9 +195,9 @@ def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> N
 
 
 def section(node: Any, name: str, where: str) -> Any:
-    """What stands under `name`: in a list of stages the one of that name, else a section, a new one if need be.
+    """The section `name` of a configuration, added if it is absent; in a list of stages, the stage of that name.
 
-    A name that no section has is found out when the configuration is built.
+    A misspelt name becomes a new section here; `build` refuses it later.
     """
     if isinstance(node, tuple | list):
         stages = {stage["name"]: stage for stage in node}

@@ -1,7 +1,7 @@
-"""Errors of a disk, in words that say what to do: full, read-only, without permission, a file in the way.
+"""Messages for errors of a disk (full, read-only, no permission, a file in the way) that say what to do.
 
-They come as OSError from Python, and from libraries in C++ and Rust (tensorstore below Orbax, tokenizers, ScaNN) as
-other errors that only quote the system's words.
+Python raises OSError. Libraries in C++ and Rust (tensorstore below Orbax, tokenizers, ScaNN) raise other errors, which
+only quote the system's message.
 """
 
 import errno
@@ -32,31 +32,31 @@ CURES = {
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _QUOTED = {os.strerror(number): number for number in CURES}
-_SHORT = re.compile(r"\d+ requested and \d+ written")  # as NumPy's tofile says it
+_SHORT = re.compile(r"\d+ requested and \d+ written")  # NumPy's tofile on a full disk
 _PATHS = re.compile(r"""["'](/[^"']+)["']|(?:file|path|directory):?\s+(/[^\s:"']+)""")
 _TEMPORARY = re.compile(r"/\.([^/]+)\.building(-[0-9a-f]{8})?(?=/|$)|(\.orbax-checkpoint-tmp[^/]*)|(\.tmp$)")
 
 
 def number(error: BaseException) -> int | None:
-    """The key of CURES that the error stands for; None where it is of another kind."""
+    """The errno of an error of a disk, a key of CURES; None for any other error."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in CURES else None
     if not isinstance(error, OSError | ValueError | RuntimeError) and type(error) is not Exception:
-        return None  # the others are what bindings to C++ and Rust raise, NumPy's tofile and shutil.copytree
+        return None  # only these types come from bindings to C++ and Rust, NumPy's tofile and shutil.copytree
     if _SHORT.search(str(error)):
         return errno.ENOSPC
     return next((number for cause, number in _QUOTED.items() if cause in str(error)), None)
 
 
 def full(error: BaseException) -> bool:
-    """Whether there was no room for what was written."""
+    """Whether a write failed because there was no room: disk full, quota, or largest file size."""
     return number(error) in FULL
 
 
 def words(error: BaseException, what: str = "") -> str | None:
-    """One line for the user: the path, what is wrong with it, what to do; None for an error of another kind.
+    """One line for the user: the path, what is wrong with it, what to do; None for an error not of a disk.
 
-    what: the path and what could not be done with it, where the error does not say it so that the user knows it.
+    what: the path and what could not be done with it; by default the path that the error names.
     """
     found = number(error)
     if found is None:
@@ -67,26 +67,26 @@ def words(error: BaseException, what: str = "") -> str | None:
 
 
 def _path(error: BaseException) -> str:
-    """Which path the error is about; "" where it does not say."""
+    """The path that the error is about; "" where it names none."""
     if isinstance(error, shutil.Error):
         return shown(str(error.args[0][-1][1])) if error.args and isinstance(error.args[0], list) else ""
     if isinstance(error, OSError) and error.errno is not None:
         name = error.filename
-        return "" if not name or isinstance(name, int) else shown(os.fsdecode(name))  # a number: of an open file
+        return "" if not name or isinstance(name, int) else shown(os.fsdecode(name))  # int: a file descriptor
     quoted = _PATHS.findall(str(error))
     return shown(quoted[-1][0] or quoted[-1][1]) if quoted else ""  # tensorstore names the directory, then the file
 
 
 def shown(path: str) -> str:
-    """The path as the user knows it: what is written under a temporary name has its own."""
+    """The path as the user knows it: a temporary name, used while writing, gives way to the final one."""
     return _TEMPORARY.sub(lambda hit: f"/{hit[1]}" if hit[1] else "", path)
 
 
 def without_echoes() -> None:
-    """Keeps off stderr what libraries print, with tracebacks, of disk errors that they also raise.
+    """Silences the tracebacks that libraries print about disk errors which they raise as well.
 
-    Orbax logs each error in every thread that it passes through. It closes its event loop at the first failed write,
-    and tensorstore, which then tells of the others, complains that the loop is closed.
+    Orbax logs each error in every thread that it passes through. It closes its event loop at the first failed write;
+    tensorstore then reports the other failures to that loop, and prints that it is closed.
     """
     logging.getLogger("absl").addFilter(_is_news)
     sys.unraisablehook = _without_closed_loops

@@ -1,4 +1,4 @@
-"""Several processes of one command: where they meet, what they tell each other, and how they end when one is lost."""
+"""Several processes of one command: how they connect, agree on values, and end when one of them is lost."""
 
 import contextlib
 import json
@@ -19,19 +19,23 @@ from jax.experimental import multihost_utils
 from rag_jax.errors import InputError
 from rag_jax.system import disk_errors, logs, plain_text
 
-HEARTBEAT_SECONDS = 30  # after so long without a word, a process counts as dead, and the others stop
-GRACE_SECONDS = 3.0  # the others hear of an error by themselves; when the first process ends, JAX aborts them
+HEARTBEAT_SECONDS = 30  # a process that is silent for so long counts as dead, and the others stop
+# How long process 0 waits before it ends after an error: its end makes JAX abort the others, which meanwhile find the
+# error in a collective themselves and can report it.
+GRACE_SECONDS = 3.0
 # what errors say when another process has gone
 LOST = ("gloo", "connection", "unavailable", "deadline", "heartbeat", "coordination", "barrier", "nccl", "timed out")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How the processes of one command find each other; by default there is one.
+    """How the processes of one command find each other; by default there is only one.
 
-    coordinator: HOST:PORT where process 0 listens. count: of the processes. number: of this one, from 0.
+    coordinator: HOST:PORT where process 0 listens.
+    count: the number of processes.
+    number: the number of this process, from 0.
     automatic: JAX finds out all three by itself, on TPU pods, Slurm, Open MPI and Kubernetes.
-    verbose: all of them show their lines, not the first one alone.
+    verbose: all processes print their lines, not process 0 alone.
     """
 
     coordinator: str | None = None
@@ -42,10 +46,11 @@ class Processes:
 
 
 def initialize(processes: Processes, heartbeat_seconds: int = HEARTBEAT_SECONDS, preemption: bool = False) -> None:
-    """Joins the other processes; nothing where there are none. Call it before anything else touches JAX.
+    """Connects to the other processes, if there are any; must be called before anything else touches JAX.
 
-    preemption: SIGTERM does not end the process; `multihost_utils.reached_preemption_sync_point` tells of it.
-    InputError for settings that do not go together, and where the others cannot be reached.
+    heartbeat_seconds: a process that is silent for so long counts as dead.
+    preemption: SIGTERM does not end the process; `multihost_utils.reached_preemption_sync_point` reports it.
+    InputError for settings that do not fit together, and where the others cannot be reached.
     """
     coordinator, count, number = processes.coordinator, processes.count, processes.number
     named = {"coordinator": coordinator, "processes": count, "process": number}
@@ -74,39 +79,40 @@ def initialize(processes: Processes, heartbeat_seconds: int = HEARTBEAT_SECONDS,
 
 
 def first() -> bool:
-    """Whether this is the process that writes."""
+    """Whether this is process 0, the one that writes."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes have come here."""
+    """Waits until all processes have reached the barrier of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def from_first(value: Any) -> Any:
-    """What the first process gives (JSON), in all of them."""
+    """The value of process 0, in all processes; it must be JSON."""
     if jax.process_count() == 1:
         return value
     text = json.dumps(value).encode() if first() else b""
+    # broadcasts need the same shape in all processes, so the length goes first
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     padded = np.frombuffer(text.ljust(size, b" ")[:size], np.uint8)
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)))
 
 
 def everywhere(true: bool) -> bool:
-    """Whether it is true in all processes."""
+    """Whether the argument is true in all processes."""
     return true if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(true)).all())
 
 
 @contextlib.contextmanager
 def together(processes: Processes, checkpoints: Path | None = None, preemption: bool = False) -> Iterator[None]:
-    """`initialize`; only the first process shows progress, unless `verbose`; of several, each line says when and by
-    which process; an error inside ends the process at once if it is one of
-    several, and says why.
+    """Context manager: connects the processes, and ends this one at once, saying why, if the block fails.
 
-    Python's own end would wait for the others, who may wait for this one. checkpoints: from which the command goes on,
-    for the message.
+    That holds for several processes; in a single one the error passes through. Only process 0 shows progress, unless
+    `verbose`; with several, each line begins with the time and the process.
+    checkpoints: the directory from which the command will resume, for the message.
+    preemption: see `initialize`.
     """
     initialize(processes, preemption=preemption)
     several = jax.process_count() > 1
@@ -119,6 +125,7 @@ def together(processes: Processes, checkpoints: Path | None = None, preemption: 
     except BaseException as error:
         if jax.process_count() == 1:
             raise
+        # a normal exit would wait for the others in JAX's shutdown barrier, while they may wait for this process
         leave(error, checkpoints)
 
 
@@ -131,9 +138,9 @@ echo "$1${2:+; training goes on from step ${step:-0}}" >&2"""
 
 @contextlib.contextmanager
 def _last_words(checkpoints: Path | None) -> Iterator[None]:
-    """What this process says if it ends inside without a chance to: JAX aborts it when it misses another one.
+    """Context manager: prints a message if this process is killed inside, as JAX does when another process is lost.
 
-    A shell waits for a word, and speaks when none comes before the end of its input.
+    A shell does it: it reads a line from a pipe to this process, and prints when the pipe closes without one.
     """
     if jax.process_count() == 1:
         yield
@@ -148,11 +155,11 @@ def _last_words(checkpoints: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _standard_output_apart() -> Iterator[None]:
-    """What libraries print to standard output goes to standard error: Gloo tells there of its connections."""
+    """Context manager: redirects standard output to standard error, since Gloo reports its connections there."""
     if jax.process_count() == 1:
         yield
         return
-    kept = os.dup(1)
+    kept = os.dup(1)  # descriptors, not sys.stdout: the C++ library does not know Python's streams
     os.dup2(2, 1)
     try:
         yield
@@ -162,7 +169,10 @@ def _standard_output_apart() -> Iterator[None]:
 
 
 def leave(error: BaseException, checkpoints: Path | None = None) -> None:
-    """Says what happened and ends this process: status 2 for an InputError, 130 when interrupted, 1 for the rest."""
+    """Prints what happened and ends this process without any clean-up.
+
+    Status 2 for an InputError or an error of the disk, 130 when interrupted, 1 for the rest.
+    """
     said, status = plain_text.one_line(str(error)), 1
     if isinstance(error, InputError):
         status = 2

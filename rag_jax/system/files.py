@@ -1,4 +1,4 @@
-"""Directories and files that are whole or not there: written under a temporary name, synced, renamed."""
+"""Atomic writing of directories and files (temporary name, fsync, rename), and the manifests that describe them."""
 
 import fcntl
 import functools
@@ -20,16 +20,17 @@ from rag_jax.system.paths import real
 from rag_jax.system.renaming import renamed, sync
 
 MANIFEST = "manifest.json"
-NEWEST = 10**6  # of any kind: a version that is too new is found where the artifact is opened
+NEWEST = 10**6  # accepts every format version here: one that is too new is refused where the artifact is opened
 
 
 @contextmanager
 def new_directory(out: str | Path, kind: str, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary sibling of `out` to fill; renamed to `out` if the block ends well, else removed.
+    """Yields a temporary sibling of `out` to fill, renamed to `out` if the block succeeds and removed if it fails.
 
-    What a killed run left beside `out` is removed first. A finished `out` is refused unless `overwrite`, and even then
-    anything but an artifact of this `kind` (see `write_manifest`). Two runs at once for the same `out`: the second is
-    refused (the first holds a lock that the kernel gives back when it dies).
+    kind: of the artifact, see `write_manifest`.
+    overwrite: replace a finished artifact of this kind; InputError without it, and for anything else that is there.
+    What a killed process left beside `out` is removed first. InputError if another process is building `out` now; that
+    one holds a lock, which the kernel releases when it dies.
     """
     out = real(out)
     _check_out(out, kind, overwrite)
@@ -37,7 +38,7 @@ def new_directory(out: str | Path, kind: str, overwrite: bool = False) -> Iterat
         yield temporary
         sync_tree(temporary)
         if out.exists() and any(out.iterdir()):
-            _check_out(out, kind, overwrite)
+            _check_out(out, kind, overwrite)  # again: another process may have written there in the meantime
             old = out.with_name(f".{out.name}.old-{secrets.token_hex(4)}")
             out.rename(old)
             temporary.rename(out)
@@ -49,10 +50,11 @@ def new_directory(out: str | Path, kind: str, overwrite: bool = False) -> Iterat
 
 @contextmanager
 def new_files(out: Path, last: str, instead_of: Iterable[str] = ()) -> Iterator[Path]:
-    """Yields a temporary directory to fill with files, which go into the directory `out` if the block ends well.
+    """Yields a temporary directory to fill with files, which are moved into the directory `out` if the block succeeds.
 
-    There they replace those of the same name, and those named by `instead_of` are removed before; `last` comes last, so
-    that where it is, all are. If the block fails, `out` is as it was.
+    last: the file that is moved last, and removed first if it is there, so that where it is, all are.
+    instead_of: files of `out` that are removed before.
+    Files of the same name are replaced. If the block fails, `out` is unchanged.
     """
     there = out.exists()
     with _temporary(out / last) as temporary:
@@ -73,8 +75,9 @@ def new_files(out: Path, last: str, instead_of: Iterable[str] = ()) -> Iterator[
 
 @contextmanager
 def _temporary(out: Path) -> Iterator[Path]:
-    """A hidden directory beside `out`, locked, which is gone at the end unless it was renamed; InputError where there
-    is no room for it, or it cannot be made. What a killed process left is removed first.
+    """Yields a locked hidden directory beside `out`, which is removed at the end unless it has been renamed.
+
+    What a killed process left is removed first. InputError where it cannot be made, and where the disk is full.
     """
     temporary = out.with_name(f".{out.name}.building-{secrets.token_hex(4)}")
     try:
@@ -99,8 +102,9 @@ def _temporary(out: Path) -> Iterator[Path]:
 
 
 def remove_tree(directory: Path, seconds: float = 5.0) -> None:
-    """Removes a directory, as far as that can be done. After a failed write, threads of tensorstore may still make
-    files in it, so it is tried again for a while.
+    """Removes a directory, trying again for some seconds; what cannot be removed stays, without an error.
+
+    After a failed write, threads of tensorstore may still be creating files in it.
     """
     end = time.monotonic() + seconds
     shutil.rmtree(directory, ignore_errors=True)
@@ -148,7 +152,7 @@ def _lock(directory: Path) -> int | None:
 
 
 def check_writable(directory: Path) -> None:
-    """Raises now what writing into the directory would raise after hours of work; leaves nothing there."""
+    """Raises the error that writing into the directory would raise, before hours of work; leaves nothing there."""
     missing = [one for one in (directory, *directory.parents) if not one.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     trial = directory / f".writable-{secrets.token_hex(4)}"
@@ -160,7 +164,7 @@ def check_writable(directory: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Everything below, and the directory itself, is on disk when this returns."""
+    """Waits until everything below the directory, and the directory itself, is on disk (fsync)."""
     for folder, _, names in os.walk(directory, topdown=False):
         for name in names:
             sync(Path(folder, name))
@@ -174,17 +178,18 @@ def file_sha256(path: Path) -> str:
 
 
 def canonical_sha256(value: Any) -> str:
-    """Hex digest of a JSON value, whatever the order of its keys."""
+    """Hex digest of a JSON value, independent of the order of its keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 @contextmanager
 def claimed(path: Path) -> Iterator[BinaryIO | None]:
-    """Yields an unbuffered file to fill, which becomes `path` if the block ends well and is removed if it does not.
+    """Yields an unbuffered file to fill, renamed to `path` if the block succeeds and removed if it fails.
 
-    None where `path` is there, or another process is making it: it holds a lock, which the kernel gives back when it
-    dies. What it left half written is written anew. So processes share a list of files to make without a word.
+    Yields None if `path` exists or another process is writing it: that one holds a lock, which the kernel releases when
+    it dies, and a half-written file is then rewritten by the next. So processes can divide a list of files among
+    themselves without communicating.
     """
     temporary = path.with_name(f".{path.name}.building")
     with temporary.open("ab", buffering=0) as stream:
@@ -217,7 +222,7 @@ def _claim(stream: BinaryIO, temporary: Path, path: Path) -> bool:
 
 
 def write_all(stream: BinaryIO, parts: Iterable[Any]) -> None:
-    """Writes byte strings or arrays to an unbuffered file, which may take less than is offered."""
+    """Writes byte strings or arrays whole to an unbuffered file, whose `write` may accept only a part of them."""
     for part in parts:
         left = memoryview(part).cast("B")
         while left:
@@ -225,7 +230,7 @@ def write_all(stream: BinaryIO, parts: Iterable[Any]) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """`target` shares the bytes of `source` where the file system can, else it is a copy."""
+    """Makes `target` a hard link to `source`, or a copy where the file system has no such links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
@@ -234,9 +239,9 @@ def link(source: Path, target: Path) -> None:
 
 
 def read_json(path: Path, missing: str = "") -> Any:
-    """The content of a JSON file; InputError where it is none, or there is no such file.
+    """The content of a JSON file; InputError if it is absent or not JSON.
 
-    missing: what to do about a file that is not there.
+    missing: advice for the message when the file is absent.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -247,7 +252,10 @@ def read_json(path: Path, missing: str = "") -> Any:
 
 
 def read_json_object(path: Path, missing: str = "") -> dict[str, Any]:
-    """As `read_json`; InputError where the content is not an object, too."""
+    """The content of a JSON file that holds an object; InputError if it is absent, not JSON, or no object.
+
+    missing: advice for the message when the file is absent.
+    """
     found = read_json(path, missing)
     if not isinstance(found, dict):
         raise InputError(f"{path}: not a JSON object")
@@ -255,13 +263,13 @@ def read_json_object(path: Path, missing: str = "") -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """UTF-8, by rename; errors: what to do with what has no UTF-8."""
+    """Writes a text file in UTF-8 by rename; errors: as in `str.encode`, for characters that have no UTF-8."""
     with renamed(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=errors)
 
 
 def write_sealed(path: Path, kind: str, version: int, fields: Mapping[str, Any]) -> None:
-    """A JSON file with kind, format version, `fields` and a hash over all of it; there whole or not at all."""
+    """Writes a JSON file with kind, format version, `fields` and a hash over all of these, by rename."""
     sealed = {"kind": kind, "format_version": version, **fields}
     sealed["manifest_hash"] = canonical_sha256(sealed)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -276,9 +284,11 @@ def write_sealed(path: Path, kind: str, version: int, fields: Mapping[str, Any])
 
 
 def read_sealed(path: Path, kind: str, version: int, again: str, oldest: int | None = None) -> dict[str, Any]:
-    """What `write_sealed` wrote, without the hash; InputError, ending in the words `again`, for anything else.
+    """The content of a file by `write_sealed`, without the hash; InputError if it is absent, damaged or another kind.
 
-    oldest: the first format version that is read, too.
+    version: the newest format version that is accepted.
+    again: advice that ends the message of the error.
+    oldest: the oldest format version that is accepted; None means `version`.
     """
     try:
         content = path.read_bytes()
@@ -300,7 +310,7 @@ def read_sealed(path: Path, kind: str, version: int, again: str, oldest: int | N
 
 
 def kind_of(directory: Path) -> str | None:
-    """The kind that the manifest of a directory names, whole or not; None where there is none."""
+    """The kind in the manifest of a directory, whether or not its hash is right; None where there is none."""
     try:
         found = json.loads((directory / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -316,10 +326,9 @@ def write_manifest(
     fields: dict[str, Any],
     known: Mapping[str, block_checksums.Entry] | None = None,
 ) -> None:
-    """Writes manifest.json: kind, format version, `fields`, and size, hash and block sums of every file below
-    `directory`.
+    """Writes manifest.json: kind, format version, `fields`, and an entry (size, hash, block sums) for every file below.
 
-    known: entries of files that need not be read again.
+    known: entries, by name, of files that need not be read again.
     """
     known = known or {}
     files: dict[str, Any] = {}
@@ -331,7 +340,10 @@ def write_manifest(
 
 
 def entry_of(path: Path, known: block_checksums.Entry | None = None) -> block_checksums.Entry:
-    """That of a file in a manifest; `known` as it is, if it has block sums; InputError where the file is not its."""
+    """The manifest entry of a file.
+
+    known: an entry to use as it is if it has block sums; else InputError where its sha256 is not that of the file.
+    """
     if known is not None and block_checksums.FIELD in known:
         return known
     found = block_checksums.of_file(path)
@@ -341,10 +353,10 @@ def entry_of(path: Path, known: block_checksums.Entry | None = None) -> block_ch
 
 
 def read_manifest(directory: Path, kind: str, version: int, oldest: int | None = None) -> dict[str, Any]:
-    """The manifest, after checking kind, version, its own hash and the size of every file. What the files hold is
-    verified where it is read, by the block sums in `files`.
+    """The manifest of a directory, after checks of kind, version, its own hash and the size of every file.
 
-    A line says where those are missing, since the artifact is of an older format, from `oldest` on.
+    The content of a file is verified when it is read, by the block sums in `files`.
+    oldest: the oldest format version that is accepted; for one before `version`, a line says that it has no block sums.
     """
     again = f"build the {kind} again"
     if not directory.is_dir():
@@ -361,7 +373,7 @@ def read_manifest(directory: Path, kind: str, version: int, oldest: int | None =
 
 
 def read_verified(directory: Path, kind: str, version: int) -> dict[str, Any]:
-    """The manifest, after every byte of every file was verified: for what other libraries read."""
+    """The manifest, after every byte of every file was verified: for files that other libraries will read."""
     manifest = read_manifest(directory, kind, version)
     for name, entry in manifest["files"].items():
         block_checksums.whole(directory / name, entry, f"build the {kind} again")
@@ -369,7 +381,7 @@ def read_verified(directory: Path, kind: str, version: int) -> dict[str, Any]:
 
 
 def entries(directory: Path, manifest: Mapping[str, Any], again: str) -> dict[str, block_checksums.Entry]:
-    """`files` of a manifest; InputError where they are not what `write_manifest` wrote."""
+    """The entries of the files of a manifest by name; InputError where they do not look like `write_manifest`'s."""
     found = manifest.get("files")
     if not isinstance(found, dict) or not all(_is_entry(name, entry) for name, entry in found.items()):
         raise InputError(f"{directory / MANIFEST}: does not list files with their sizes and hashes; {again}")
@@ -392,15 +404,17 @@ MEND = {
 
 
 def _ours(directory: Path) -> dict[str, Any] | None:
-    """The manifest of a directory, whatever its kind; None where there is none, or one of another program; InputError
-    for a damaged one.
+    """The manifest of a directory, of any kind; None where there is none, or that of another program.
+
+    InputError for a damaged one.
     """
     path = directory / MANIFEST
     try:
         content = path.read_bytes()
     except OSError:
         return None
-    if not any(mark in content for mark in (b'"manifest_hash"', b'"format_version"')):  # one flip leaves one of them
+    # either mark is enough: a flipped byte can damage only one of them
+    if not any(mark in content for mark in (b'"manifest_hash"', b'"format_version"')):
         return None
     mend = "restore it from a copy; if files beside it were changed on purpose, remove it"
     kind = kind_of(directory)
@@ -416,10 +430,12 @@ def check_listed(
     below: bool = False,
     kinds: Collection[str] = MEND,
 ) -> bool:
-    """Verifies the files of a folder that a manifest there, or up to two levels above, lists: InputError names a
-    damaged or missing one. Whether there is such a manifest.
+    """Verifies the files of a folder that a manifest lists, there or up to two levels above; False if there is none.
 
-    names: of the files, by default all with one of the suffixes. below: also in folders within.
+    names: names of the files to verify; by default all with one of the suffixes.
+    below: verify files in folders below, too.
+    kinds: manifests of other kinds are passed over.
+    InputError for a damaged or missing file.
     """
     folder = folder.absolute()
     for home in (folder, *list(folder.parents)[:2]):
@@ -438,7 +454,7 @@ def check_listed(
 
 @functools.cache  # one line a directory
 def told_without_sums(directory: Path, kind: str) -> None:
-    """Says that damage in an older artifact is not noticed by itself."""
+    """Prints that damage in an artifact of an older format is not noticed when it is read."""
     logs.info(
         f"{directory}: a {kind} of an older format, without checksums by block: damage is not noticed as it is read; "
         f"rag-jax verify {directory} looks for it"
@@ -447,7 +463,10 @@ def told_without_sums(directory: Path, kind: str) -> None:
 
 @contextmanager
 def described(path: Path, again: str) -> Iterator[None]:
-    """Turns what a sealed file with wrong types or missing fields raises into an InputError with its name."""
+    """Context manager: turns errors from wrong types or missing fields of a sealed file into an InputError.
+
+    path: the file, for the message. again: advice that ends the message.
+    """
     try:
         yield
     except InputError:

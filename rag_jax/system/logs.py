@@ -26,12 +26,12 @@ _now = time.monotonic
 _silent = threading.Event()  # like stderr itself, one for the whole process
 
 
-_stamp: list[str] = []  # what stands between the time and a line; empty: lines have neither
+_stamp: list[str] = []  # one text between the time and a line; an empty list: lines have no time either
 
 
 @contextlib.contextmanager
 def stamped(process: int, processes: int) -> Iterator[None]:
-    """Inside, every line begins with the time and, of several processes, which one says it: `14:03:21 2/8`."""
+    """Context manager: inside, every line begins with the time and, with several processes, which: `14:03:21 2/8`."""
     _stamp[:] = [f"{process}/{processes} " if processes > 1 else ""]
     try:
         yield
@@ -40,7 +40,7 @@ def stamped(process: int, processes: int) -> Iterator[None]:
 
 
 def silence() -> None:
-    """From now on this process shows neither lines nor progress: another one of the same command does."""
+    """From now on this process prints neither lines nor progress, since another process of the same command does."""
     _silent.set()
 
 
@@ -57,10 +57,12 @@ def info(message: str) -> None:
 
 
 class Progress:
-    """Context manager: a bar on a terminal, else a line at once, then at most every 10 s, and a last one.
+    """Context manager that shows progress: a bar on a terminal, else a line at the start, every 10 s and at the end.
 
-    `total` None means unknown. `initial` counts as done but not in the rate. Values given to `update` are turned into
-    text only when shown, so that passing arrays still on the device does not wait for them at every step.
+    total: None means unknown.
+    initial: counts as done, but not in the rate.
+    Values given to `update` are turned into text only when they are shown, so that a loop that passes arrays on the
+    device does not wait for them at every step.
     """
 
     def __init__(self, total: int | None, desc: str, unit: str = "it", initial: int = 0) -> None:
@@ -82,7 +84,7 @@ class Progress:
         return self
 
     def update(self, n: int = 1, **shown_values: Any) -> None:
-        """Counts n more done; `shown_values` (numbers, 0-d arrays or strings) stand beside the bar until given anew."""
+        """Counts n more as done; `shown_values` (numbers, 0-d arrays or strings) are shown until they are replaced."""
         self.done += n
         self._values.update(shown_values)
         if self._bar is not None:
@@ -91,7 +93,7 @@ class Progress:
         if _silent.is_set() or now - self._shown_at < (LINE_SECONDS if self._bar is None else BAR_SECONDS):
             return
         if self._bar is None:
-            # The rate of the last stretch alone: the first step compiles, and an average would remember it for long.
+            # The rate since the last line: an average over all would include the first step, which compiles.
             rate = (self.done - self._shown_done) / (now - self._shown_at)
             info(f"{self.desc}: {self._count()}{self._rate(rate)}{self._left(rate)}{self._shown_values()}")
         else:
@@ -142,19 +144,20 @@ def _short(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A 0-d array or NumPy scalar as the Python number it holds (exactly: float32 widens); others as they are."""
+    """The Python number in a 0-d array or NumPy scalar (exact, since float32 widens); other values unchanged."""
     return value.item() if hasattr(value, "item") else value
 
 
 class MetricWriter:
     """Appends rows to `run_dir/metrics.jsonl` and scalars to event files in `run_dir/tensorboard`.
 
-    Opening keeps what is there, but for a last line torn by a kill. `resume_step=s` also drops rows with step > s: the
-    resumed run will write them again. One process at a time may write.
+    Opening keeps the rows that are there, except a last line torn by a kill.
+    resume_step: also drops rows with a larger step, which the resumed run will write again.
+    Only one process at a time may write.
     """
 
     def __init__(self, run_dir: str | Path, resume_step: int | None = None) -> None:
-        from tensorboardX.event_file_writer import EventsWriter  # synchronous: nothing is queued when a kill comes
+        from tensorboardX.event_file_writer import EventsWriter  # synchronous, so a kill loses no queued events
 
         self.path = Path(run_dir) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +173,8 @@ class MetricWriter:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one row: numbers and 0-d arrays in full precision, strings (such as `stage`) only to metrics.jsonl.
 
-        JSON has no NaN: what is not finite is written as "NaN", "Infinity" or "-Infinity"; `read_rows` turns it back.
+        JSON has no NaN: numbers that are not finite are written as "NaN", "Infinity" or "-Infinity", and `read_rows`
+        converts them back.
         """
         row = {"step": int(step)} | {name: plain(value) for name, value in values.items()}
         row_json = {name: _json_value(value) for name, value in row.items()}
@@ -209,7 +213,7 @@ class MetricWriter:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a torn last line is left out, a broken one elsewhere or no file is an InputError."""
+    """The rows of a metrics.jsonl, without a torn last line; InputError for a broken line elsewhere or no file."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; training writes it into its run directory")
     return [{name: _float_value(name, value) for name, value in row.items()} for row, _ in _parse(Path(path))]
@@ -234,7 +238,7 @@ def _parse(path: Path) -> list[tuple[dict[str, Any], bytes]]:
 
 
 def _restore(path: Path, resume_step: int | None) -> None:
-    """Rewrites the file without a torn last line and, given resume_step, later rows; the rest stays byte for byte."""
+    """Rewrites the file without a torn last line and without rows after `resume_step`; others keep their bytes."""
     if not path.exists():
         return
     kept = [line for row, line in _parse(path) if resume_step is None or row["step"] <= resume_step]

@@ -1,9 +1,9 @@
-"""Memory of a process on a CPU, in large pages, of which it keeps the small pieces from one program to the next.
+"""Settings of glibc's malloc for programs on a CPU: large pages, and small pieces kept from one step to the next.
 
-XLA takes the memory of a program at its start and gives it back at its end. glibc then gives it to the kernel, which
-clears all of it again for the next step: in pages of 4 kB 92,000 of a step that needs 360 MB, a third of the
-processor's time; in pages of 2 MB 180. Only the environment that a process begins with can tell glibc which pages to
-ask for and what to keep, so a command begins a second time.
+XLA allocates the memory of a program when it starts and frees it when it ends. glibc then returns it to the kernel,
+which has to clear all of it again for the next step. A step of 360 MB takes 92,000 pages of 4 kB, and clearing them a
+third of the processor's time; in pages of 2 MB it takes 180. glibc reads these settings only from the environment that
+a process starts with, so a command replaces itself by a second start of the same process.
 """
 
 import importlib.util
@@ -14,10 +14,10 @@ from collections.abc import Mapping
 
 VARIABLE = "GLIBC_TUNABLES"
 TUNABLES = {
-    "glibc.malloc.arena_max": "1",  # one heap that can grow; those of threads are too small for XLA's pieces
-    # Pieces of 32 MiB and more, the most that glibc takes here, come from the kernel and go back to it: the buffer of a
-    # step is one of them. In a heap that keeps everything, smaller pieces settle in its gap and the next buffer comes
-    # behind it, so that a large step stays resident several times.
+    "glibc.malloc.arena_max": "1",  # one heap that can grow; the heaps of threads are too small for XLA's buffers
+    # Buffers of 32 MiB and more (the largest threshold that glibc accepts) are mapped from the kernel and returned to
+    # it, and the buffer of a step is one of them. In a heap that keeps everything, smaller pieces would fill the gap
+    # that it leaves and the next one be placed behind them, so that a large step would stay resident several times.
     "glibc.malloc.mmap_threshold": str(2**25),
     "glibc.malloc.trim_threshold": str(2**60),
     "glibc.malloc.hugetlb": "1",
@@ -26,7 +26,7 @@ PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
 
 
 def helps(environment: Mapping[str, str]) -> bool:
-    """Whether programs run on the CPU, and glibc knows these settings."""
+    """Whether programs run on the CPU and glibc (2.35 or newer) knows these settings."""
     name, version = platform.libc_ver()
     if name != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):
         return False
@@ -34,9 +34,9 @@ def helps(environment: Mapping[str, str]) -> bool:
 
 
 def keep(environment: Mapping[str, str]) -> None:
-    """Begins this process again, as the same process, where that helps and GLIBC_TUNABLES is not set; else returns.
+    """Restarts this command in the same process (exec) with these settings, if they help; else returns.
 
-    What the user says there stays: GLIBC_TUNABLES=glibc.malloc.hugetlb=0 turns all of it off.
+    It does nothing where the user has set GLIBC_TUNABLES: GLIBC_TUNABLES=glibc.malloc.hugetlb=0 turns all of it off.
     """
     if VARIABLE not in environment and helps(environment):
         settings = ":".join(f"{name}={value}" for name, value in TUNABLES.items())

@@ -1,11 +1,14 @@
-"""Paths as a user means them, before anything is written there. No numpy: the command line starts with it."""
+"""Paths that a user gives, resolved before anything is written there; without NumPy, to keep the start-up fast."""
 
 import os
 from pathlib import Path
 
 
 def real(path: str | Path) -> Path:
-    """The absolute path, links in the middle followed; `missing/..` counts as if `missing` were there (mkdir -p)."""
+    """The absolute path, with symbolic links followed except at its last name.
+
+    `missing/..` is resolved as if `missing` existed, since `mkdir -p` would create it.
+    """
     path = Path(path)
     if path.name in ("", ".."):
         return Path(os.path.realpath(path))
@@ -13,6 +16,6 @@ def real(path: str | Path) -> Path:
 
 
 def crosses_missing(path: Path) -> bool:
-    """Whether `..` stands behind a directory that is not there, so that the system would not find what is meant."""
+    """Whether `..` follows a directory that does not exist, so that the system could not resolve the path."""
     parts = path.parts
     return any(part == ".." and not Path(*parts[:i]).exists() for i, part in enumerate(parts) if i)

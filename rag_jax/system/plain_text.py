@@ -1,7 +1,7 @@
-"""Texts of others as they may be shown: without what would steer a terminal or show letters in another order.
+"""Untrusted text made safe to show: without control characters, escape sequences and changes of text direction.
 
 Passages, titles, ids and answers come from anywhere. An escape sequence in one could clear the screen, change the
-window's title or write into the clipboard; an override of direction shows a text that is not there.
+window's title or write into the clipboard; an override of the text direction displays another text than is there.
 """
 
 import re
@@ -10,12 +10,12 @@ _ENDED = "(?:\x07|\x1b\\\\|\x9c)"
 _STEERING = re.compile(
     "(?:\x1b[\\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c\n]*" + _ENDED  # OSC, DCS, SOS, PM, APC with their strings
     + "|(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor, screen
-    + "|\x1b[ -/]*[0-~]?"  # all other escapes, and those that are cut off
-    + "|[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]"  # C0 and C1 but for white space
-    + "|[\u202a-\u202e\u2066-\u2069]"  # embeddings, overrides and isolates of direction
+    + "|\x1b[ -/]*[0-~]?"  # all other escapes, and incomplete ones
+    + "|[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]"  # C0 and C1 except white space
+    + "|[\u202a-\u202e\u2066-\u2069]"  # embeddings, overrides and isolates of text direction
 )  # fmt: skip
 _LINES = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
-_HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs, which no stream takes
+_HALVES = re.compile("[\ud800-\udfff]")  # lone halves of surrogate pairs, which cannot be encoded as UTF-8
 
 
 def visible(text: str) -> str:
@@ -26,5 +26,5 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same with every white space as one blank, so that a title cannot look like several lines of ours."""
+    """`visible` text with runs of white space as one blank, so that a title cannot imitate lines of our output."""
     return " ".join(visible(text).split())

@@ -1,4 +1,4 @@
-"""SIGTERM: the machine is about to be taken away. The run saves what it has, and ends as if all were well."""
+"""Preemption: SIGTERM says that the machine will be taken away, so the run saves its state and ends without error."""
 
 import signal
 import threading
@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):
-    """The run has stopped after `step`, and everything up to there is saved."""
+    """Raised when the run has stopped after `step`, with everything up to there saved."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped after step {step}")
@@ -18,10 +18,10 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Context manager: inside, SIGTERM does not end the process, and `asked` tells of it.
+    """Context manager: inside, SIGTERM does not end the process; `asked` says whether it came.
 
-    Of several processes, JAX hears it in each (`distributed.initialize`) and agrees on a step with the others. A
-    process alone listens here, if this is its main thread.
+    With several processes, JAX catches the signal in each of them (`distributed.initialize`) and agrees on one step for
+    all. A single process catches it here, if this is its main thread: Python allows signal handlers nowhere else.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Preemption:
         self._came = True
 
     def asked(self, step: int) -> bool:
-        """Whether to stop before `step`, the same in all processes; asked before each step, in ascending order."""
+        """Whether to stop before `step`, the same in all processes; call it before each step, in ascending order."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
         return self._came

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that the same command starts at once the next time."""
+"""Cache of compiled programs on disk, so that the same command starts without compiling the next time."""
 
 import contextlib
 import hashlib
@@ -11,18 +11,19 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import TextIO
 
-VERBS = {  # JAX warns so for every program
+VERBS = {  # how JAX's warnings begin, one for every program -> what our line says instead
     "Error writing persistent compilation cache entry": "kept",
     "Error reading persistent compilation cache entry": "read",
 }
-TORN_SECONDS = 60.0  # younger ones may be in the middle of being written
+TORN_SECONDS = 60.0  # a younger file may still be being written
 
 
 def keep(environment: MutableMapping[str, str]) -> None:
-    """Tells JAX to keep programs in rag_jax/xla-NAME of the user's cache directory.
+    """Sets JAX's environment variables to cache programs in rag_jax/xla-NAME of the user's cache directory.
 
-    NAME is for this kind of processor: a program for another one could crash. JAX's own variables come first;
-    JAX_ENABLE_COMPILATION_CACHE=false turns it off. Where nothing can be written, nothing is kept, and a line says so.
+    NAME stands for this kind of processor, since a program for another one could crash. Variables that the user has set
+    are kept; JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. If the directory cannot be written to, a line on
+    stderr says so and nothing is cached.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in environment:
         home = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -42,7 +43,7 @@ def keep(environment: MutableMapping[str, str]) -> None:
 
 
 def processor() -> str:
-    """A short name of this kind of processor."""
+    """A hash of 12 digits that names this kind of processor: its model and instruction sets."""
     try:
         with open("/proc/cpuinfo") as file:
             words = "".join(sorted({line for line in file if line.startswith(("model name", "flags"))}))
@@ -52,14 +53,15 @@ def processor() -> str:
 
 
 def remove_torn(directory: Path) -> None:
-    """Removes programs that a full disk or a kill left half written: JAX would fail to read them for ever after.
+    """Removes programs that a full disk or a kill left half written, which JAX would fail to read every time.
 
-    Where its cache has a largest size, it writes the time of last use, in a file of its own, after the program.
+    A cache with a largest size writes each program's time of last use to a second file (`-atime`) after the program,
+    so a program without one is incomplete.
     """
     names = {path.name for path in directory.iterdir()}
     for name in names:
         if name.endswith("-cache") and f"{name.removesuffix('-cache')}-atime" not in names:
-            with contextlib.suppress(FileNotFoundError):  # another process evicts it
+            with contextlib.suppress(FileNotFoundError):  # another process has evicted it
                 if time.time() - (directory / name).stat().st_mtime > TORN_SECONDS:
                     (directory / name).unlink()
 
@@ -72,7 +74,7 @@ def _once(
     message: Warning | str, category: type[Warning], filename: str, lineno: int,
     file: TextIO | None = None, line: str | None = None,
 ) -> None:  # fmt: skip
-    """One line for all programs that cannot be kept or read, in place of two for each."""
+    """Prints one line for all programs that cannot be kept or read, in place of two warnings for each."""
     start = next((start for start in VERBS if str(message).startswith(start)), None)
     if start is None:
         _shown(message, category, filename, lineno, file, line)

@@ -1,4 +1,4 @@
-"""A file that is whole or not there: written under a temporary name, then renamed."""
+"""Atomic writing of a file: under a temporary name, then renamed, so that it is complete or absent."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def renamed(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to, which becomes `path` if the block ends well and is removed if not."""
+    """Yields a temporary path to write to, renamed to `path` if the block succeeds and removed if it fails."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
@@ -19,7 +19,7 @@ def renamed(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """The file, or the list of names of a directory, is on disk when this returns."""
+    """Waits until a file's content, or a directory's list of names, is on disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""Where arrays lie: the mesh, the table from logical names to mesh axes, and arrays from host memory.
+"""The device mesh, the table from logical axis names to mesh axes, and sharded arrays made from host memory.
 
-Parameters and batches name their axes in words (`("embed", "mlp")`); `RULES` is the one place that says which mesh
-axis a word is cut over. A word that is not in the table, or two words on one mesh axis, is an error: nothing is
-replicated by accident.
+Parameters and batches give each axis a logical name (`("embed", "mlp")`); `RULES` is the only place that says over
+which mesh axis a name is sharded. A name that is not in the table, or two names on one mesh axis, is an error: nothing
+is replicated by accident.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from rag_jax.errors import InputError
 AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    # activations
+    # activations: the devices of an fsdp group share the parameters and divide the batch, so both axes shard it
     "batch": ("data", "fsdp"),
     "documents": None,
     "length": None,
     "width": None,
-    # parameters
+    # parameters: fsdp shards how they are stored (`gathered` where they are used), tensor how they are used, too
     "embed": "fsdp",
     "heads": "tensor",
     "head_dim": None,
@@ -36,16 +36,19 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
     "position": None,
     "norm": None,
-    # the index and the token table: one row a passage, over every device
+    # the index and the token table: one row a passage, sharded over all devices
     "rows": AXES,
     "retrieval": None,
 }
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes (data, fsdp, tensor); an axis not named has size 1 and -1 takes the devices that are left.
+    """A mesh with the axes (data, fsdp, tensor).
 
-    Without `shape`, all devices are on `data`. Raises InputError when the sizes do not multiply to their number.
+    shape: axis name -> size. An axis that is not named has size 1; -1 takes the devices that the other axes leave.
+        None puts all devices on `data`.
+    devices: by default all of JAX's.
+    Raises InputError for an unknown axis, and for sizes whose product is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = {"data": -1} if shape is None else dict(shape)
@@ -59,19 +62,23 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     if math.prod(sizes) != len(devices):
         raise InputError(f"mesh {shape} does not fit {len(devices)} devices; write -1 for one axis to give it the rest")
     try:
+        # Auto: the compiler propagates shardings; make_mesh's default, Explicit, refuses a plain matmul or top_k
         return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-    except NotImplementedError as error:  # a TPU slice has sides, and an axis takes whole ones
+    except NotImplementedError as error:  # chips of a TPU slice form a torus, and a mesh axis takes whole sides of it
         raise InputError(f"mesh {shape} does not lie on these chips: {error}") from error
 
 
 def _filled(sizes: list[int], devices: int) -> list[int]:
-    """-1 becomes the devices that the other axes leave."""
+    """The sizes with -1 replaced by the number of devices that the other axes leave."""
+    # the product is negative, since it contains the -1
     return [devices // -math.prod(sizes) if size == -1 else size for size in sizes]
 
 
 def mesh_here(shape: Mapping[str, int]) -> Mesh:
-    """The mesh of a run that was made elsewhere; where that has another number of devices, all that are here: on fsdp
-    if the run's parameters were cut, else on data.
+    """A mesh over the devices of this machine for a run that was trained on another one.
+
+    It has the run's `shape` where that fits the number of devices. Else all devices are on one axis: on fsdp if the
+    run's parameters were sharded (its fsdp or tensor axis is larger than 1), so that they still fit, else on data.
     """
     here = len(jax.devices())
     if not shape or math.prod(_filled(list(shape.values()), here)) == here:
@@ -80,9 +87,9 @@ def mesh_here(shape: Mapping[str, int]) -> Mesh:
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:
-    """The PartitionSpec of an array whose axes have these logical names (None: not cut).
+    """The PartitionSpec of an array whose axes have these logical names; an axis with None is not sharded.
 
-    Raises ValueError for a name that RULES does not have and for two names on one mesh axis.
+    Raises ValueError for a name that is not in RULES and for two names on one mesh axis.
     """
     entries = []
     for name in names:
@@ -97,15 +104,15 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
 
 
 def sharding(mesh: Mesh, names: Sequence[str | None]) -> NamedSharding:
-    """`spec(names)` on a mesh."""
+    """The NamedSharding of an array whose axes have these logical names, see `spec`."""
     return NamedSharding(mesh, spec(names))
 
 
 def placed(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
-    """Where a parameter of this shape lies: `sharding`, but that a vocabulary which does not divide is not cut.
+    """The sharding of a parameter of this shape: `sharding`, except that an axis may stay whole that does not divide.
 
-    (Those of BERT and BART are odd numbers, which released checkpoints keep.) InputError for another axis that does
-    not divide.
+    That is an axis of size 1, and the vocabulary: BERT's and BART's have an odd size, which released checkpoints keep.
+    InputError for any other axis whose size the number of devices on it does not divide.
     """
     kept = list(names)
     for i, (name, size) in enumerate(zip(names, shape, strict=True)):
@@ -121,37 +128,42 @@ def placed(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> Nam
 
 
 def extent(mesh: Mesh | AbstractMesh, name: str) -> int:
-    """Over how many devices a logical axis is cut."""
+    """The number of shards of a logical axis: the product of the sizes of its mesh axes."""
     axes = RULES[name] or ()
     return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
 
 
 def on(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
-    """While a program is traced within, `constrain` and `gathered` know this mesh; without, they do nothing."""
+    """Context manager: a program traced inside is for this mesh, and `constrain` and `gathered` shard over it.
+
+    Outside, these two leave shardings to the compiler.
+    """
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def running_on(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
-    """While a program is traced within, `platform` is that of this mesh; nothing else of `on`."""
+    """Context manager: inside, `platform` is that of this mesh, but `constrain` and `gathered` pin no layout."""
     if jax.sharding.get_abstract_mesh().abstract_device is not None:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=mesh.abstract_mesh.abstract_device))
 
 
 def _current() -> AbstractMesh | None:
-    """The mesh of `on`; None outside, on one device, and within shard_map, where each device is on its own."""
+    """The mesh of `on`; None outside, on one device, and within shard_map, where the program is that of one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
 def shared() -> bool:
-    """Whether the compiler cuts the program that is being traced over several devices."""
+    """Whether the compiler partitions the program that is being traced over several devices."""
     return _current() is not None
 
 
 def platform(mesh: Mesh | None = None) -> str:
-    """What the program that is being traced will run on: the devices of the mesh, or of that of `on`, else those that
-    are here. Not always these, when it is compiled ahead of time.
+    """The platform ("cpu", "gpu", "tpu") that the program being traced will run on.
+
+    It is that of the devices of `mesh`, else of the mesh of `on` or `running_on`, else JAX's default backend. The last
+    may be another platform than the target when a program is compiled ahead of time.
     """
     if mesh is not None:
         return mesh.devices.flat[0].platform
@@ -160,15 +172,16 @@ def platform(mesh: Mesh | None = None) -> str:
 
 
 def pieces(name: str, size: int) -> int:
-    """In how many pieces an axis of this name and size lies over the mesh of `on`."""
+    """The number of shards of an axis of this name and size on the mesh of `on`; 1 if the size does not divide."""
     mesh = _current()
     return 1 if mesh is None or size % extent(mesh, name) else extent(mesh, name)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Activations, as the mesh of `on` cuts axes of these names; a compiler that is left to guess cuts the width, too.
+    """Pins activations to the sharding that their axes' logical names have on the mesh of `on`.
 
-    An axis that does not divide, as that of a batch of one, is not cut.
+    Without it the compiler chooses, and may shard the width as well. An axis that does not divide, such as a batch of
+    one, is not sharded.
     """
     mesh = _current()
     if mesh is None:
@@ -179,23 +192,28 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gathered(parameter: jax.Array, names: tuple[str | None, ...], dtype: Any) -> jax.Array:
-    """A parameter as it is used: whole over `fsdp`, in the type of the products (ZeRO-3, Rajbhandari et al. 2020).
+    """A stored parameter as a matmul uses it: cast to `dtype` and gathered over `fsdp` (ZeRO-3, Rajbhandari et al.
+    2020).
 
-    What the devices send each other has that type. The gradient comes back sharded as the parameter is; it arrives in
-    `dtype`, so where that is narrower `sums` has products and lookups that sum it in the parameter's own type.
+    The devices send each other values in `dtype`. The gradient has the sharding of the parameter. It arrives in
+    `dtype`; where that is narrower than the parameter, use the matmuls and lookups of `ops.float32_sums`, which sum
+    the gradient in the parameter's type.
     """
     whole = [None if name and RULES[name] == "fsdp" else name for name in names]
     used = parameter.astype(dtype)
     if used.dtype != parameter.dtype and _current() is not None:
-        used = jax.lax.optimization_barrier(used)  # or the compiler converts after it has sent twice as much
+        # without the barrier the compiler may cast after the all-gather, which then sends twice as many bytes
+        used = jax.lax.optimization_barrier(used)
     return constrain(used, *whole)
 
 
 def _gathered_forward(parameter: jax.Array, names: tuple, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    # the backward pass needs the parameter's type alone, and only arrays can be saved: an empty one carries it
     return gathered(parameter, names, dtype), jnp.zeros(0, parameter.dtype)
 
 
 def _gathered_backward(names: tuple, _: Any, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    # JAX's own rule would pin the gradient to the gathered layout; this one reduces it straight into the shards
     return (constrain(gradient.astype(like.dtype), *names),)
 
 
@@ -203,16 +221,16 @@ gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def init(mesh: Mesh, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` with every array made on its own shards and out of its box of names.
+    """`function(*args)`, compiled so that each device computes only its shard of every array; boxes are removed.
 
-    Arrays are boxed by `nn.with_logical_partitioning`; an optimiser state made from boxed parameters is boxed too. An
-    array with fewer axes than its names, as Adafactor keeps for rows and columns, lies whole on every device.
-    Raises ValueError for an array without names, unless it is a scalar.
+    A box, made by `nn.with_logical_partitioning`, holds an array with the logical names of its axes; an optimiser state
+    made from boxed parameters is boxed, too. An array with fewer axes than names, such as Adafactor's statistics of
+    rows and columns, is replicated. Raises ValueError for an array without names, unless it is a scalar.
     """
 
     def boxed(leaf: Any, x: jax.ShapeDtypeStruct) -> Any:
@@ -225,7 +243,7 @@ def init(mesh: Mesh, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def described(mesh: Mesh, tree: Any) -> Any:
-    """What `init` makes: from boxed shapes the shapes, types and shardings, out of their boxes."""
+    """Shapes, types and shardings of the arrays that `init` makes, from the boxed shapes of its function's result."""
 
     def describe(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
         names, x = (leaf.names, leaf.value) if _boxed(leaf) else ((), leaf)
@@ -242,8 +260,9 @@ def _boxed(leaf: Any) -> bool:
 
 
 def shard_rows(mesh: Mesh, array_NX: Any, fill: Any, least: int = 0) -> jax.Array:
-    """Rows over all devices, padded with `fill` to a multiple of their number: [ceil(N/D)*D, ...], or to `least` rows.
+    """A host array with its rows sharded over all D devices: [ceil(max(N, least) / D) * D, ...].
 
+    fill: the value of the rows that are added. least: the array has at least that many rows.
     Only the rows of this process's devices are read, so `array_NX` may be a memory map larger than memory.
     """
     n = array_NX.shape[0]
@@ -261,9 +280,9 @@ def shard_rows(mesh: Mesh, array_NX: Any, fill: Any, least: int = 0) -> jax.Arra
 
 
 def with_rows(array_NX: jax.Array, first: int, new_MX: Any) -> jax.Array:
-    """The sharded array with other rows [first, first + M); the old array stays as it is, and nothing is compiled.
+    """The sharded array with its rows first ... first + M - 1 replaced; the old array stays valid.
 
-    A shard that holds none of them is shared by both arrays; the others go by way of the host.
+    Nothing is compiled: a shard without such rows is shared by both arrays, the others are changed on the host.
     """
     n, last = array_NX.shape[0], first + new_MX.shape[0]
     if not 0 <= first <= last <= n:
@@ -282,15 +301,15 @@ def with_rows(array_NX: jax.Array, first: int, new_MX: Any) -> jax.Array:
 
 
 def with_more_rows(array_NX: jax.Array, n: int) -> jax.Array:
-    """The array with zeros behind its rows, up to n of them: a multiple of the devices. Compiled for each size."""
+    """The array with rows of zeros appended, n rows in all (a multiple of the devices). Compiled for each size."""
     widths = [(0, n - array_NX.shape[0]), *[(0, 0)] * (array_NX.ndim - 1)]
     return jax.jit(lambda x: jnp.pad(x, widths), out_shardings=array_NX.sharding)(array_NX)
 
 
 def own_rows(mesh: Mesh, size: int) -> np.ndarray:
-    """Which rows of a batch of `size` lie on the devices of this process, ascending.
+    """The positions, ascending, of the rows of a batch of `size` that the devices of this process hold.
 
-    Two processes may have the same ones, where the axes over which a batch is not cut reach across both.
+    Two processes hold the same rows where the tensor axis, over which a batch is not sharded, spans both.
     """
     places = sharding(mesh, ("batch",)).addressable_devices_indices_map((size,)).values()
     ranges = sorted({index[0].indices(size)[:2] for index in places if index is not None})
@@ -298,16 +317,17 @@ def own_rows(mesh: Mesh, size: int) -> np.ndarray:
 
 
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
-    """A tree of host arrays, the `own_rows` of this process, as global arrays with rows over `batch`; numbers are the
-    same in all processes.
+    """Global arrays, rows sharded over `batch`, from a tree of host arrays that hold the `own_rows` of this process.
 
-    Raises ValueError (from JAX) when the rows do not divide over the devices of the data and fsdp axes.
+    A scalar is replicated and must be the same in all processes. Raises ValueError (from JAX) when the rows do not
+    divide over the devices of the data and fsdp axes.
     """
 
     arrays = jax.tree.map(np.asarray, batch)
     places = jax.tree.map(lambda x: sharding(mesh, ("batch", *[None] * (x.ndim - 1)) if x.ndim else ()), arrays)
     if jax.process_count() == 1:  # one call for the whole tree: most of the cost is per call
         return jax.device_put(arrays, places)
+    # a batch of one row a shard shows how many of the shards this process holds, and so how large the whole batch is
     cuts = mesh.shape["data"] * mesh.shape["fsdp"]
     share = len(own_rows(mesh, cuts))
 
@@ -319,7 +339,7 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
             if not x.ndim:
                 return x
             start, stop, _ = index[0].indices(shape[0])
-            first = int(np.searchsorted(own, start))
+            first = int(np.searchsorted(own, start))  # from a row of the whole batch to a row of this process's x
             return x[first : first + stop - start]
 
         return jax.make_array_from_callback(shape, place, rows)
@@ -328,12 +348,12 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def fetched(tree: Any) -> Any:
-    """Arrays that lie over the mesh, whole in the memory of every process."""
+    """A tree of sharded arrays as NumPy arrays, each whole in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def own_mesh(mesh: Mesh) -> Mesh:
-    """The mesh, or one of the devices of this process alone where there are several."""
+    """The mesh itself in a single process; of several, a mesh of the devices of this process alone."""
     return mesh if jax.process_count() == 1 else make_mesh(devices=jax.local_devices())
