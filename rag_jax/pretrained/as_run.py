@@ -1,4 +1,4 @@
-"""A model of Hugging Face directories -> a directory in the form of a run with no stages."""
+"""Writes a model of Hugging Face directories as a run directory without training stages."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +18,15 @@ from rag_jax.runs import directory as runs
 from rag_jax.system import files
 
 VERSION = 1
-TOKENIZER_SETTINGS = "tokenizers.json"  # role -> files of settings that its tokenizer came with, name -> content
-SENTENCE = "sentence_transformers.json"  # side -> files of sentence-transformers that it came with, path -> content
+TOKENIZER_SETTINGS = "tokenizers.json"  # role -> {file name -> content} of its tokenizer's files of settings
+SENTENCE = "sentence_transformers.json"  # side -> {path -> content} of its files of sentence-transformers
 
 
 def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: bool = False) -> dict[str, Any]:
-    """Convert: a directory in the form of a run with no stages, so that every command that takes a run takes it."""
+    """Writes the model as a run directory without stages, so that every command that takes a run takes it.
+
+    Returns what `rag-jax convert` reports: counts of tensors, settings of the encoder, the fate of each setting.
+    """
     report = Report()
     with files.new_directory(out, "converted model", overwrite=overwrite) as temporary:
         found = {role: source.tokenizer_directory(role) for role in TOKENIZERS}
@@ -70,8 +73,9 @@ def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: boo
 
 
 def provenance(directory: Path) -> dict[str, dict[str, Any]]:
-    """The configuration files that a run's parameters came with, for `save_pretrained`; {} for one trained from
-    scratch.
+    """The configuration files that a run's parameters came with, name -> content, for `save_pretrained`.
+
+    {} for a model trained from scratch.
     """
     folder = directory / runs.PROVENANCE
     files.check_listed(folder)
@@ -79,20 +83,23 @@ def provenance(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def without(settings: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """Settings less the keys that were left out, those of parts too."""
+    """The settings without these keys, at every level."""
     kept = {key: value for key, value in settings.items() if key not in keys}
     return {key: without(value, keys) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def tokenizer_settings(directory: Path, saved: Path) -> dict[str, Any]:
-    """The files of settings beside a tokenizer.json, name -> content, where it is the one that was saved here: they go
-    with it into an export. {} where the tokenizer was made of other files, which an export does not have.
+    """The files of settings beside a tokenizer.json, name -> content, to go with it into an export.
+
+    directory: where the tokenizer came from. saved: where it was saved here.
+    {} where the saved tokenizer.json is not the one of `directory`: then it was built from other files, such as
+    vocab.txt, which an export does not have.
     """
     path = directory / tokenizers.TOKENIZER_FILE
     if not path.is_file():
         return {}
     one, other = read_json(path), read_json(saved / tokenizers.TOKENIZER_FILE)
-    calls = {"truncation": None, "padding": None}  # of a call, as it was last used
+    calls = {"truncation": None, "padding": None}  # left from the last call of the tokenizer, so no difference
     names = (tokenizers.CONFIG_FILE, tokenizers.SPECIALS_FILE)
     if one | calls != other | calls:
         return {}

@@ -1,4 +1,4 @@
-"""One model from one directory, or from those of its parts."""
+"""Opens a whole model from one directory, or combines one from the directories of its parts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from rag_jax.pretrained.source import Source
 from rag_jax.rag import RagConfig
 from rag_jax.system.logs import info
 
-OF_TRAINING = ("dropout", "attention_dropout")  # fields of an encoder without effect on the vectors of a trained one
+OF_TRAINING = ("dropout", "attention_dropout")  # fields that matter in training alone, not for an encoder's vectors
 
 
 def open_source(
@@ -28,8 +28,13 @@ def open_source(
     ignore: Sequence[str] = (),
     asked: Asked | None = None,
 ) -> Source:
-    """A whole model from one directory: a RAG composite, or an encoder as a retriever alone. `context_encoder`: another
-    directory, for a composite that has none. ignore: settings to leave out, see `settings.Account`.
+    """Opens a whole model from one directory: a RAG composite, or an encoder, which makes a retriever alone.
+
+    variant, change_variant: see `from_pretrained`.
+    context_encoder: the directory of one to use in place of the composite's own, if it has any.
+    ignore: keys of the files to leave out, see `settings.Account`.
+    asked: settings of the encoder that take precedence over its files.
+    InputError for a generator alone.
     """
     account = Account(ignore)
     config = read_json(encoder_files.transformer_directory(directory) / CONFIG)
@@ -61,8 +66,13 @@ def combine(
     asked: Asked | None = None,
     **settings: Any,
 ) -> Source:
-    """One model from parts. A BERT alone encodes both questions and passages; a DPR question encoder needs its other
-    half. ignore: settings to leave out, see `settings.Account`.
+    """Combines one model from the directories of its parts.
+
+    A single BERT encodes both questions and passages; DPR's two encoders are separate.
+    generator: None for a retriever alone.
+    ignore: keys of the files to leave out, see `settings.Account`.
+    asked: settings of the encoder that take precedence over its files.
+    settings: further fields of RagConfig.
     """
     account = Account(ignore)
     parts = [encoder_part(question_encoder, "question_encoder", account, asked)]
@@ -89,15 +99,16 @@ def combine(
 
 
 def finished(source: Source, asked: Asked | None) -> Source:
-    """With lengths and prefixes, when all settings are accounted for."""
+    """The source with lengths and prefixes set; InputError for a key to be ignored that no file has."""
     source = source.encoding(asked or Asked())
     source.account.check()
     return source
 
 
 def check_form(context: EncoderConfig, question: EncoderConfig, context_from: Path, question_from: Path) -> None:
-    """InputError with the first field in which the two encoders differ: here they have one configuration. Their dropout
-    may differ: it is a setting of training, where the question encoder's is taken for both.
+    """Raises InputError with the first field in which the two encoders differ, since here they share a configuration.
+
+    Their dropout may differ: it matters in training alone, where the question encoder's is used for both.
     """
     pairs = zip(dataclasses.asdict(context).items(), dataclasses.asdict(question).values(), strict=True)
     for (name, ours), theirs in pairs:

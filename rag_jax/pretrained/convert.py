@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints -> a model here, in the form of a run directory."""
+"""Converts Hugging Face checkpoints to a run directory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +27,18 @@ def convert(
     ignore: Sequence[str] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Makes the run directory `out` from a whole model, or from its parts; each is a directory or a hub name.
+    """Writes the run directory `out` from a whole model, or from its parts; each is a directory or a hub name.
 
-    source: a whole model, else question_encoder and the other parts. context_encoder: for either. variant: RAG-Sequence
-    or RAG-Token, by default as stored; change_variant: though another one is stored. n_docs, source_length: 0 for those
-    stored. asked: settings of the encoder. ignore: keys of the files to leave out. Returns what `write_run` says.
+    source: a whole model. None: the model is combined from question_encoder and the other parts.
+    context_encoder: may be given in both cases.
+    variant: "sequence" or "token"; by default as stored.
+    change_variant: allow another variant than the stored one.
+    n_docs: documents a question; 0 for the stored number.
+    source_length: tokens of the generator's input; 0 for the stored number.
+    asked: settings of the encoder that take precedence over its files.
+    ignore: keys of the files to leave out.
+    overwrite: replace a model converted earlier.
+    Returns the report of `write_run`.
     """
     asked = asked or Asked()
     if (source is None) == (question_encoder is None):

@@ -1,4 +1,4 @@
-"""config.json and generation_config.json of a model: what came with it, and over that what has changed since."""
+"""config.json and generation_config.json of an export: the files that the model came with, updated where it changed."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,8 +22,12 @@ def describe_part(
     beside: dict[str, Any] | None = None,
     read: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """config.json of one part: `original`, where the part came from one, and over it only what is no longer as that
-    says. beside: the generation_config.json that came with it. read: what was read, if not the original alone.
+    """The config.json of one part: `original`, with only the settings replaced that have changed since.
+
+    kind: the key of `family` in ENCODERS or GENERATORS.
+    original: the config.json that the part came with; {} for one trained from scratch.
+    beside: the generation_config.json that it came with.
+    read: the config that was read in place of `original`, where a composite's settings took precedence.
     """
     model_type, now = {"dpr_context": "dpr"}.get(kind, kind), family.describe(config)
     named = {"model_type": model_type, "architectures": [family.architecture]}
@@ -35,7 +39,10 @@ def describe_part(
 
 
 def first_form(family: Family, config: Any, original: dict[str, Any], beside: dict[str, Any] | None) -> dict[str, Any]:
-    """What `family.describe` said of the part as it came. Tokens that a tokenizer gave are no change."""
+    """`family.describe` of the part as it was when it came.
+
+    Special tokens that were taken from a tokenizer since then do not count as a change.
+    """
     names = {entry.theirs for entry in family.entries(config)}
     first = family.adapt(family.config(generation.tokens(original, beside), CONFIG), names)
     if isinstance(config, SpecialTokens) and config.tokens_from == "tokenizer":
@@ -52,7 +59,11 @@ def describe_generation(
     beside: dict[str, Any] | None,
     answering: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """generation_config.json: the one that came, and over it only what is no longer as it was; {} for no file."""
+    """The generation_config.json: the one that the model came with, with only the changed settings replaced.
+
+    original: the config.json it came with. beside: the generation_config.json it came with, or None. answering: the
+    section of the run's configuration. {} where no file is needed.
+    """
     decoder_only, now = isinstance(config, LmConfig), naming.describe_tokens(config)
     given = beside if beside is not None else original
     differ = generation.changed(given, answering, decoder_only)
@@ -60,14 +71,16 @@ def describe_generation(
         was = first_form(family, config, original, beside)
         said = family.describe(config)
         differ |= {key: now[key] for key in now if key in said and said[key] != was.get(key)}
-    if beside is None and differ:  # as there is a file now, it alone is read
+    if beside is None and differ:  # transformers reads the file alone once there is one, so it must be complete
         beside = generation.of_config(original) if original else {k: v for k, v in now.items() if v is not None}
     return (beside or {}) | differ
 
 
 def encoder_kind(config: EncoderConfig, side: str, original: dict[str, Any]) -> str:
-    """The row of models.hf that writes an encoder. Of a BERT: bert where it came from one, or pools otherwise than DPR:
-    the first token's vector, as it comes.
+    """The key in ENCODERS of the family with which an encoder is exported.
+
+    A BERT is exported as DPR's encoder unless it came from a BERT, or its vector is not that of the first token,
+    unscaled, which is DPR's pooling.
     """
     if config.kind != "bert":
         return config.kind
@@ -77,7 +90,7 @@ def encoder_kind(config: EncoderConfig, side: str, original: dict[str, Any]) -> 
 
 
 def layout_of(model: RagConfig, side: str) -> Layout:
-    """What sentence-transformers' files say of an encoder of the model; of two with one set of files, both."""
+    """The settings of an encoder for sentence-transformers' files; with tied encoders, one set for both."""
     longest = model.question_length + len(model.query_prefix_ids)
     if side == "context_encoder" and not model.tie_encoders:
         longest = model.passage_length + len(model.passage_prefix_ids)

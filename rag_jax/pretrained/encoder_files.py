@@ -1,6 +1,4 @@
-"""What lies beside an encoder's weights, read from and written to its directory: sentence-transformers' files and the
-settings of its tokenizer.
-"""
+"""The files beside an encoder's weights: those of sentence-transformers, and the tokenizer's longest input."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +11,18 @@ from rag_jax.models.hf.settings import Account
 from rag_jax.models.protocols import Pooling
 from rag_jax.system import files
 
-# Of a BERT without modules.json, by the class that wrote it: what its hidden states become.
+# class that wrote a BERT without modules.json -> how its hidden states are pooled
 BY_ARCHITECTURE: dict[str, Pooling] = {"BertModel": "cls", "BertForPreTraining": "cls", "Contriever": "mean"}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What `rag-jax convert` is told about the encoder; 0, "" and None leave it to the checkpoint."""
+    """Settings of the encoder given to `rag-jax convert`; 0, "" and None leave them to the checkpoint.
+
+    pooling: how hidden states become one vector.
+    question_length, passage_length: tokens, without the prefix.
+    query_prefix, passage_prefix: texts before each question and each passage.
+    """
 
     pooling: str = ""
     question_length: int = 0
@@ -29,12 +32,12 @@ class Asked:
 
 
 def read_any(path: Path) -> Any:
-    """The content of a JSON file of the checkpoint, whatever it is."""
+    """The content of a JSON file of the checkpoint, of any type; InputError where it is absent or not JSON."""
     return files.read_json(path, "download the checkpoint again, with its folders")
 
 
 def sentence_files(directory: Path) -> dict[str, Any]:
-    """The files of sentence-transformers in a directory: path -> content; {} where there are none."""
+    """The files of sentence-transformers in a directory, path -> content; {} where there are none."""
     found = {name: read_any(directory / name) for name in (MODULES, MODEL) if (directory / name).is_file()}
     folders = [""]
     for kind, folder in sentence.modules_of(found.get(MODULES, []), str(directory / MODULES)):
@@ -53,7 +56,7 @@ def sentence_files(directory: Path) -> dict[str, Any]:
 
 
 def transformer_directory(directory: Path) -> Path:
-    """Where the encoder itself is: older releases of sentence-transformers kept it in a folder of its own."""
+    """The directory with the encoder's weights, which older sentence-transformers put in a folder of modules.json."""
     if (directory / "config.json").is_file() or not (directory / MODULES).is_file():
         return directory
     modules = sentence.modules_of(read_any(directory / MODULES), str(directory / MODULES))
@@ -61,12 +64,13 @@ def transformer_directory(directory: Path) -> Path:
 
 
 def read_layout(directory: Path, account: Account) -> Layout:
-    """What sentence-transformers' files of the directory say."""
+    """Pooling, lengths and prefixes in the files of sentence-transformers; defaults where there are none."""
     return sentence.read_layout(sentence_files(directory), str(directory), account)
 
 
 def pooling_of(layout: Layout, config: dict[str, Any], where: str, asked: Asked) -> Pooling:
-    """How a BERT's hidden states become a vector: as asked, as its files say, or as the class that wrote it has it;
+    """How a BERT's hidden states become one vector: as asked, else by its files, else by the class that wrote it.
+
     InputError where none of them tells.
     """
     if asked.pooling or layout.pooling:
@@ -82,7 +86,7 @@ def pooling_of(layout: Layout, config: dict[str, Any], where: str, asked: Asked)
 
 
 def token_limit(folder: Path) -> int:
-    """The longest input that a tokenizer was saved for (model_max_length), 0 where it does not say."""
+    """A tokenizer's longest input in tokens (model_max_length); 0 where its file gives none."""
     path = folder / "tokenizer_config.json"
     found = read_any(path) if path.is_file() else {}
     limit = found.get("model_max_length") if isinstance(found, dict) else None

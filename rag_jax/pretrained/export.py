@@ -1,4 +1,4 @@
-"""`save_pretrained`: a model written as directories that transformers and sentence-transformers load."""
+"""`save_pretrained`: writes a model as directories that transformers and sentence-transformers load."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -42,13 +42,19 @@ def save_pretrained(
     overwrite: bool = False,
     answering: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a directory that transformers loads: RagSequenceForGeneration or RagTokenForGeneration, or one part alone.
+    """Writes a directory that transformers loads: RagSequenceForGeneration or RagTokenForGeneration, or a single part.
 
-    params: a tree, or those of `open_pretrained`, which are read as they are written. part: question_encoder,
-    context_encoder or generator. tokenizers_from: a directory with `encoder` and `generator`, as a run has it.
-    original: file name -> content of the configuration files to keep what has no place here (see `provenance`).
-    shard_bytes: of weights in one file, also of a part and of the context encoder's folder. answering: of the run's
-    configuration, for generation_config.json. InputError for what transformers has no class for.
+    params: a tree, or the lazy one of `open_pretrained`, of which each tensor is read when it is written.
+    part: question_encoder, context_encoder or generator; None for the whole model (for the question encoder, where
+        there is no generator).
+    tokenizers_from: a directory with the tokenizers `encoder` and `generator`, such as a run's.
+    original: file name -> content of the configuration files that the model came with (see `as_run.provenance`); their
+        settings that have no counterpart here are kept.
+    context_inside: write the context encoder into the checkpoint, not into a folder of its own.
+    shard_bytes: the largest number of bytes of weights in one file.
+    overwrite: replace an earlier export at `path`.
+    answering: the section of the run's configuration, for generation_config.json.
+    InputError for a model that has no class in transformers.
     """
     if part is not None and part not in SIDES:
         raise InputError(f"part {part!r} is not one of {', '.join(SIDES)}")
@@ -95,8 +101,10 @@ def write_rag(
     context_inside: bool,
     shard_bytes: int,
 ) -> None:
-    """A directory for RagSequenceForGeneration or RagTokenForGeneration; the context encoder in its own folder, where
-    DPRContextEncoder finds it, or inside the checkpoint.
+    """Writes a directory for RagSequenceForGeneration or RagTokenForGeneration.
+
+    original: config.json that the model came with. beside: generation_config.json that it came with, or None.
+    The context encoder goes into its own folder, for DPRContextEncoder, or inside the checkpoint (`context_inside`).
     """
     model, generator = rag.config, rag.config.reader
     parts: dict[str, Any] = {key: original.get(key) or {} for key in ("question_encoder", "generator")}
@@ -146,7 +154,7 @@ def write_generator(
     answering: Mapping[str, Any],
     shard_bytes: int,
 ) -> None:
-    """A directory for the generator's own class. beside: the generation_config.json that came with it."""
+    """Writes a directory for the generator's own class; beside: the generation_config.json that it came with."""
     kind = original.get("model_type") or family_name(config)
     family = GENERATORS[kind]
     out.mkdir(parents=True, exist_ok=True)
@@ -165,11 +173,13 @@ def write_encoder(
     shard_bytes: int,
     beside: dict[str, Any] | None = None,
 ) -> None:
-    """A directory for DPRQuestionEncoder, DPRContextEncoder, BertModel or sentence-transformers. beside: the files of
-    the last that the encoder came with.
+    """Writes a directory for DPRQuestionEncoder, DPRContextEncoder, BertModel or sentence-transformers.
+
+    original: the config.json that the encoder came with. beside: its files of sentence-transformers, path -> content.
     """
     model, config = rag.config, rag.config.encoder
-    if side == "context_encoder" and not model.tie_encoders:  # dropout is each encoder's own
+    # here both encoders have one configuration, with the question encoder's dropout; its own file keeps its own dropout
+    if side == "context_encoder" and not model.tie_encoders:
         theirs = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
         config = dataclasses.replace(
             config, **{ours: original.get(key, getattr(config, ours)) for ours, key in theirs.items()}
@@ -179,7 +189,7 @@ def write_encoder(
     described = describe_part(kind, family, config, original)
     names = original.get("architectures") or []
     if config.pooling == "mean" and names and set(names) <= set(BY_ARCHITECTURE) and kind == "bert":
-        described["architectures"] = names  # Contriever's name says how it pools
+        described["architectures"] = names  # Contriever has no modules.json: readers know its pooling by this name
     out.mkdir(parents=True, exist_ok=True)
     layout = layout_of(model, side)
     plain = Layout(pooling="cls", length=layout.length)

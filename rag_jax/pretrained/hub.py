@@ -1,4 +1,4 @@
-"""Hugging Face directories: found on this disk or downloaded from the hub, and their JSON files."""
+"""Finding Hugging Face directories, on this disk or on the hub, and reading their JSON files."""
 
 import json
 import re
@@ -10,28 +10,31 @@ from rag_jax.errors import InputError
 from rag_jax.pretrained import encoder_files
 from rag_jax.system import files
 
-EXPORTED = "Hugging Face model"  # the kind in the manifest of what `save` writes
+EXPORTED = "Hugging Face model"  # the kind in the manifest of an export (`save_pretrained`)
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a Hugging Face directory; InputError with the file where it is none."""
+    """The content of a JSON file of a Hugging Face directory; InputError if it is absent or not an object."""
     return files.read_json_object(path, "a Hugging Face model directory has one")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file in a directory that is still under its temporary name."""
+    """Writes a JSON file in place; only for a directory that still has its temporary name."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def is_hugging_face(directory: Path) -> bool:
-    """Whether the directory's config.json is one of transformers."""
+    """Whether the directory has a config.json of transformers (one with a model_type)."""
     directory = encoder_files.transformer_directory(directory)
     return (directory / CONFIG).is_file() and "model_type" in read_json(directory / CONFIG)
 
 
 def find(name_or_dir: str | Path) -> Path:
-    """A local directory, else one downloaded from the hub (or its cache)."""
+    """The local directory of this path or hub name, downloaded where it is not in the hub's cache.
+
+    Files of an export are verified by its manifest. InputError where there is no such directory or model.
+    """
     directory = Path(name_or_dir)
     if directory.is_dir():
         files.check_listed(directory, suffixes=(*files.SMALL, ".safetensors"), below=True, kinds=(EXPORTED,))

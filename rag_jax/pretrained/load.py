@@ -17,7 +17,7 @@ from rag_jax.system import sharding
 
 
 def in_dtype(model: RagConfig, dtype: str) -> RagConfig:
-    """The model computing in `dtype`."""
+    """The configuration of the model with the computation of its encoder and generator in `dtype`."""
     generator = model.generator and dataclasses.replace(model.generator, dtype=dtype)
     return dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, dtype=dtype), generator=generator)
 
@@ -30,7 +30,7 @@ def open_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     ignore: Sequence[str] = (),
 ) -> tuple[Rag, LazyParams]:
-    """`from_pretrained` for parameters that need not all be in memory at once."""
+    """As `from_pretrained`, but the parameters are read only when they are asked for, one part after another."""
     directory = find(path)
     if is_hugging_face(directory):
         source = open_source(directory, variant, change_variant, ignore=ignore)
@@ -55,11 +55,14 @@ def from_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     ignore: Sequence[str] = (),
 ) -> tuple[Rag, Params]:
-    """The model of a run directory, a converted checkpoint, or a Hugging Face directory or hub name; its parameters.
+    """The model and the parameters of a run, a converted checkpoint, or a Hugging Face directory or hub name.
 
-    variant: what is expected (RAG-Sequence or RAG-Token); another one stored is an InputError, unless `change_variant`.
-    dtype: of parameters and computation. ignore: settings of a Hugging Face directory to leave out, which are an
-    InputError otherwise. InputError for any other directory and for an unfinished run.
+    variant: "sequence" or "token", to make sure of it: InputError if the checkpoint is the other one, unless
+        `change_variant`. None takes the stored one.
+    dtype: of parameters and computation.
+    mesh: where the parameters lie; by default, all devices (for a run, `sharding.mesh_here`).
+    ignore: keys of a Hugging Face directory's files to leave out that would be an InputError otherwise.
+    InputError for any other directory, and for an unfinished run.
     """
     rag, params = open_pretrained(path, variant, change_variant, dtype, mesh, ignore)
     return rag, dict(params.items())

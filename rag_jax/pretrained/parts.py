@@ -1,6 +1,6 @@
-"""The parts of a RAG model, each opened: its family, its configuration, and where its tensors are.
+"""Opening the parts of a RAG model: the family, the configuration and the tensors of each.
 
-Every key of config.json and generation_config.json is honoured, without effect here, or refused.
+Every key of config.json and generation_config.json is honoured, known to have no effect here, or refused.
 """
 
 import dataclasses
@@ -23,12 +23,19 @@ from rag_jax.rag import RagConfig
 
 ARCHITECTURES = {"RagSequenceForGeneration": "sequence", "RagTokenForGeneration": "token"}
 SIDES = ("question_encoder", "context_encoder", "generator")
-ENCODER, GENERATOR = "model.encoder.", "model.generator."  # where a part's settings go
+ENCODER, GENERATOR = "model.encoder.", "model.generator."  # prefixes of a part's settings in our configuration
 
 
 class Part(NamedTuple):
-    """One of the three models of a RAG model, and where its tensors are: under `base` in a checkpoint. answering: of a
-    generator, how it answers by default (fields of AnswerConfig).
+    """One of the three models of a RAG model: question encoder, context encoder or generator.
+
+    side: one of SIDES.
+    family: names and settings of its architecture at Hugging Face.
+    config: its configuration here.
+    tensors: the checkpoint that holds its tensors.
+    base: prefix of the names of its tensors in that checkpoint.
+    answering: fields of AnswerConfig that a generator's files set.
+    layout: settings of an encoder that are in sentence-transformers' files.
     """
 
     side: str
@@ -37,11 +44,14 @@ class Part(NamedTuple):
     tensors: Tensors
     base: str
     answering: Mapping[str, Any] = MappingProxyType({})
-    layout: Layout = Layout()  # of an encoder: what its files say beside its configuration
+    layout: Layout = Layout()
 
 
 def encoder_part(directory: Path, side: str, account: Account | None = None, asked: Asked | None = None) -> Part:
-    """A question or context encoder from a directory of its own: DPR, BERT, or BERT as sentence-transformers has it."""
+    """Opens a question or context encoder in its own directory: DPR, BERT, or BERT with sentence-transformers' files.
+
+    InputError for another model_type, and for DPR's encoder of the other side.
+    """
     account, asked, whole = account or Account(), asked or Asked(), directory
     directory = encoder_files.transformer_directory(directory)
     config, where = read_json(directory / CONFIG), str(directory / CONFIG)
@@ -71,7 +81,7 @@ def encoder_part(directory: Path, side: str, account: Account | None = None, ask
 
 
 def generator_part(directory: Path, account: Account | None = None) -> Part:
-    """A generator from a directory of its own."""
+    """Opens a generator in its own directory."""
     account = account or Account()
     config, where = read_json(directory / CONFIG), str(directory / CONFIG)
     family = pick(GENERATORS, config, where)
@@ -85,7 +95,7 @@ def generator_part(directory: Path, account: Account | None = None) -> Part:
 
 
 def generation_beside(directory: Path, family: Family, account: Account) -> dict[str, Any] | None:
-    """The content of a generator's generation_config.json, or None where there is none."""
+    """The content of a generator's generation_config.json, its settings recorded; None where there is none."""
     path = directory / GENERATION
     if not path.is_file():
         return None
@@ -94,6 +104,7 @@ def generation_beside(directory: Path, family: Family, account: Account) -> dict
 
 
 def pick(families: dict[str, Family], config: dict[str, Any], where: str) -> Family:
+    """The family with the model_type of the config; InputError where it is not among them."""
     kind = config.get("model_type")
     if kind not in families:
         raise InputError(f"{where}: model_type={kind!r} is not one of {', '.join(families)}")
@@ -107,7 +118,7 @@ def rag_parts(
     account: Account | None = None,
     asked: Asked | None = None,
 ) -> tuple[RagConfig, list[Part]]:
-    """The model and the parts of a RagSequenceForGeneration or RagTokenForGeneration directory."""
+    """Opens a RagSequenceForGeneration or RagTokenForGeneration directory: the model's configuration and its parts."""
     return rag_parts_of(directory, read_json(directory / CONFIG), None, variant, change_variant, account, asked)
 
 
@@ -120,7 +131,7 @@ def rag_parts_of(
     account: Account | None = None,
     asked: Asked | None = None,
 ) -> tuple[RagConfig, list[Part]]:
-    """The same, from a configuration that was read, and tensors if they are open already."""
+    """As `rag_parts`, with config.json already read; tensors: those of the directory, None to open them."""
     account, where = account or Account(), str(directory / CONFIG)
     beside = generation_beside(directory, GENERATORS["bart"], account)
     known = composite.RAG if beside is None else generation.superseded(composite.RAG)
@@ -167,7 +178,10 @@ def rag_parts_of(
 
 
 def choose_variant(where: Path, stored: str | None, asked: str | None, change: bool) -> str:
-    """sequence or token: as stored, or as asked; InputError where the two differ and nobody said to change it."""
+    """The variant, "sequence" or "token": the one asked for, else the one stored.
+
+    InputError where both are given and differ, unless `change`, and where neither is given.
+    """
     if asked is not None and asked not in ARCHITECTURES.values():
         raise InputError(f"variant {asked!r} is not one of {', '.join(ARCHITECTURES.values())}")
     if stored is None and asked is None:

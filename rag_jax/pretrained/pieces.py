@@ -1,4 +1,4 @@
-"""The weights of a directory for transformers, written one tensor at a time under their names there."""
+"""Writes the weights of a directory for transformers, one tensor at a time, under transformers' names."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -20,14 +20,20 @@ from rag_jax.pretrained.weights import LazyParams
 
 
 def family_name(config: GeneratorConfig) -> str:
-    """The model_type that a generator is written as."""
+    """The model_type of transformers with which a generator is exported."""
     if isinstance(config, LmConfig):
         return decoder_only_models.lm_family(config)
     return {"bart": "mbart" if getattr(config, "norm", "") == "pre" else "bart", "t5": "t5"}[config.kind]
 
 
 class Piece(NamedTuple):
-    """One part as it is written: whose parameters, in the form of which family, under which name."""
+    """One part of a model to be written.
+
+    side: the part of the parameters.
+    family: the architecture whose names and shapes are written.
+    config: the part's configuration.
+    base: prefix of the names of its tensors in the checkpoint.
+    """
 
     side: str
     family: Family
@@ -35,26 +41,26 @@ class Piece(NamedTuple):
     base: str = ""
 
     def names(self) -> Iterator[tuple[str, naming.Entry]]:
-        """(name, entry) of each tensor, as transformers writes them: no tied copies."""
+        """(name, entry) of each tensor that transformers writes; tied copies are not among them."""
         for entry in self.family.entries(self.config):
             yield self.base + spell(self.family.spellings[0], entry.theirs), entry
 
 
 def write_pieces(out: Path, pieces: list[Piece], params: LazyParams, shard_bytes: int) -> None:
-    """The weights of a directory, of which one tensor is in memory at a time, if `params` hold no more."""
+    """Writes the weights of a directory; with lazy `params`, one tensor is in memory at a time."""
     shapes: Shapes = {}
     for piece in pieces:
         leaves = flatten_dict(params.places[piece.side], sep="/")
         for name, entry in piece.names():
             shape = naming.their_shape(entry, [leaves[path].shape for path in entry.ours])
             shapes[name] = shape, str(leaves[entry.ours[0]].dtype)
-    # chain holds nothing; the variable of a loop would hold a tensor while the next one is made
+    # a generator, not a loop: the loop's variable would keep a tensor in memory while the next one is read
     tensors = chain.from_iterable(tensors_of(piece, params.read(piece.side)) for piece in pieces)
     write_tensors(out, shapes, tensors, shard_bytes)
 
 
 def tensors_of(piece: Piece, parameters: Iterator[tuple[str, jax.Array]]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) of one part, each when the last of its parameters has come."""
+    """(name, tensor) of one part; a tensor of several parameters is yielded once the last of them has been read."""
     homes = {path: (name, entry) for name, entry in piece.names() for path in entry.ours}
     waiting: dict[str, np.ndarray] = {}
     for path, parameter in parameters:

@@ -1,4 +1,4 @@
-"""A model read from Hugging Face directories: its configuration, tokenizers, lengths and prefixes, its parameters."""
+"""A model in Hugging Face directories: its configuration, tokenizers, lengths, prefixes and parameters."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -27,21 +27,28 @@ TOKENIZERS = {"encoder": "question_encoder_tokenizer", "generator": "generator_t
 
 @dataclass(frozen=True)
 class Source:
-    """A model read from Hugging Face directories, and what else was there."""
+    """A model in Hugging Face directories, opened but with its tensors not yet read.
+
+    model: its configuration.
+    parts: those of question encoder, context encoder and generator that it has.
+    directories: side -> directory; the key "" stands for the directory of a whole RAG model.
+    account: which settings of the files were honoured, had no effect, or were left out.
+    """
 
     model: RagConfig
     parts: list[Part]
-    directories: dict[str, Path]  # side -> directory; "" for that of the whole
+    directories: dict[str, Path]
     account: Account = field(default_factory=Account)
 
     @property
     def answering(self) -> dict[str, Any]:
-        """Fields of AnswerConfig that the checkpoint says."""
+        """The fields of AnswerConfig that the checkpoint sets, by name."""
         return {name: value for part in self.parts for name, value in part.answering.items()}
 
     def tokenizer_directory(self, role: str) -> Path | None:
-        """Where the tokenizer of `encoder`, `generator` or `context` is, or None; context: where the context encoder
-        has files of its own for it.
+        """The directory with the tokenizer of `role`, or None.
+
+        role: encoder, generator, or context (the context encoder's own, if it has one).
         """
         whole = self.directories.get("")
         if role == "context":
@@ -49,7 +56,7 @@ class Source:
         elif whole is not None:
             folder = whole / TOKENIZERS[role]
         elif role == "generator" and "generator" not in self.directories:
-            folder = self.directories["question_encoder"]  # a retriever alone: a corpus needs both
+            folder = self.directories["question_encoder"]  # a retriever alone; a corpus needs a tokenizer for both
         else:
             folder = self.directories["question_encoder" if role == "encoder" else "generator"]
         folders = () if folder is None else (folder, encoder_files.transformer_directory(folder))
@@ -57,8 +64,9 @@ class Source:
         return next((folder for folder in folders if any((folder / mark).is_file() for mark in marks)), None)
 
     def encoding(self, asked: Asked) -> "Source":
-        """With lengths and prefixes as asked, or as the files of the encoders and of their tokenizer say; each honoured
-        or refused.
+        """The source with lengths and prefixes set: those of `asked`, else of the files of encoders and tokenizer.
+
+        InputError for a setting that cannot be honoured.
         """
         found = {side: part.layout for part in self.parts if (side := part.side) != "generator"}
         question, context = found["question_encoder"], found.get("context_encoder", found["question_encoder"])
@@ -101,8 +109,9 @@ class Source:
         return dataclasses.replace(self, model=model)
 
     def check_tokenizers(self, encoder: Path | None) -> None:
-        """Accounts for the settings of the tokenizers; InputError where the context encoder has one of its own that
-        reads a text otherwise: a corpus has one table of ids, and both encoders one vocabulary.
+        """Records the settings of the tokenizers; InputError if the context encoder's own one gives other token ids.
+
+        A corpus has one table of token ids for the encoders, so both must read the same ids.
         """
         generator, own = (self.tokenizer_directory(role) for role in ("generator", "context"))
         tables = {generator: tokenizer_settings.READER, encoder: tokenizer_settings.TOKENIZER}
@@ -119,7 +128,7 @@ class Source:
             )
 
     def resized(self, n_docs: int, source_length: int) -> "Source":
-        """With other settings of the model; 0 leaves them."""
+        """The source with another number of documents and length of the generator's input in tokens; 0 keeps each."""
         model = dataclasses.replace(
             self.model,
             n_docs=n_docs or self.model.n_docs,
@@ -134,8 +143,9 @@ class Source:
         return dataclasses.replace(self, model=model)
 
     def params(self, mesh: jax.sharding.Mesh, report: Report, dtype: str = "float32") -> LazyParams:
-        """The parameters, each in its type and on its shards; what is wrong with any of them is said before the first
-        is read. Fills the report.
+        """The parameters in `dtype`, sharded over the mesh; adds to the report what is read.
+
+        Names and shapes of all tensors are checked first, so that an error comes before the first one is read.
         """
         places = in_type(runs.param_places(Rag(self.model), mesh), dtype)
         for tensors in {id(part.tensors): part.tensors for part in self.parts}.values():
@@ -150,13 +160,13 @@ class Source:
 
 
 def lowers(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether capitals make no difference to it."""
+    """Whether the tokenizer lower-cases its input."""
     one, other = tokenizer.encode_batch(["The CAT sat In Āþens", "the cat sat in āþens"])
     return one == other
 
 
 def same_files(one: Path, other: Path) -> bool:
-    """Whether two tokenizer directories hold the same tokenizer.json, byte for byte, of one class."""
+    """Whether two directories have the same tokenizer.json and tokenizer_config.json, byte for byte."""
     names = (tokenizers.TOKENIZER_FILE, tokenizers.CONFIG_FILE)
     if not all((folder / name).is_file() for folder in (one, other) for name in names):
         return one == other

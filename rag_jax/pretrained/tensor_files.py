@@ -1,6 +1,7 @@
-"""Checkpoint files: tensors read one at a time, by name, and written one at a time, in shards.
+"""Checkpoint files: reads tensors one at a time, by name, and writes them one at a time, in shards.
 
-safetensors, single or sharded; torch's .bin only where torch is installed, and only as plain weights.
+Formats: safetensors, single or sharded; torch's .bin only for reading, only where torch is installed, and only with
+plain weights.
 """
 
 import json
@@ -18,15 +19,20 @@ from rag_jax.system import safetensors_header
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # in the order in which a file has them
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # in the order in which a file stores its tensors
 SHARD_BYTES = 5 * 10**9
 
-Shapes = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, type), named as in NumPy where it can be a weight's
+Shapes = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, type); types of FLOATS have their NumPy names
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of one checkpoint, and a function that reads one of them."""
+    """The tensors of one checkpoint.
+
+    where: the file with them, or their index.
+    shapes: name -> (shape, type).
+    read: reads one tensor, by name.
+    """
 
     where: Path
     shapes: Shapes
@@ -34,7 +40,7 @@ class Tensors:
 
 
 def open_tensors(directory: Path) -> Tensors:
-    """The checkpoint of a Hugging Face directory; InputError where there is none or a file is damaged."""
+    """Opens the checkpoint of a Hugging Face directory; InputError where there is none or a file is damaged."""
     if (directory / SAFE_INDEX).is_file():
         return _open_safe(directory / SAFE_INDEX, _weight_map(directory / SAFE_INDEX))
     if (directory / SAFE).is_file():
@@ -48,7 +54,7 @@ def open_tensors(directory: Path) -> Tensors:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """tensor name -> file name, of a sharded checkpoint."""
+    """The table tensor name -> file name of a sharded checkpoint."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -82,7 +88,7 @@ def _open_safe(where: Path, weight_map: dict[str, str] | None) -> Tensors:
             raise InputError(f"{where}: says that {name} is in {(weight_map or {})[name]}, which does not have it")
 
     def read(name: str) -> np.ndarray:
-        # opened anew for every tensor: the pages of a mapped file count as memory until it is closed
+        # reopened for every tensor: the pages of a mapped file count as memory until it is closed
         with safe_open(homes[name], "np") as opened:
             return opened.get_tensor(name)
 
@@ -99,7 +105,7 @@ def _open_bin(where: Path, files: list[str]) -> Tensors:
     tensors: dict[str, Any] = {}
     for file in (where.parent / name for name in files):
         try:
-            # before torch 1.6 a file was no zip archive and cannot be mapped; either is read as plain weights alone
+            # a file from before torch 1.6 is no zip archive and cannot be memory-mapped
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except Exception as error:  # torch raises many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -111,7 +117,7 @@ def _open_bin(where: Path, files: list[str]) -> Tensors:
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name].detach()
-        if tensor.dtype == torch.bfloat16:  # NumPy has none: by way of its bits
+        if tensor.dtype == torch.bfloat16:  # torch gives NumPy no bfloat16, so its bits go as int16
             return np.asarray(tensor.view(torch.int16).numpy()).view("bfloat16")
         return tensor.numpy()
 
@@ -121,11 +127,11 @@ def _open_bin(where: Path, files: list[str]) -> Tensors:
 def write_tensors(
     directory: Path, shapes: Shapes, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes model.safetensors, or shards with their index where there is more than `shard_bytes`; each tensor is let
-    go before the next is asked for.
+    """Writes model.safetensors, or shards with an index where there are more than `shard_bytes` of weights.
 
-    shapes: of all tensors; their order says which go into one shard. tensors: (name, tensor) of each, in any order.
-    InputError for a type that weights cannot have, ValueError where the two arguments differ.
+    shapes: all tensors; they fill the shards in this order.
+    tensors: (name, tensor) of each, in any order; each is freed before the next is asked for.
+    InputError for a type that weights cannot have, ValueError where `tensors` are not those of `shapes`.
     """
     for name, (_, kind) in shapes.items():
         if kind not in FLOATS.values():
@@ -170,8 +176,9 @@ def _shards(shapes: Shapes, limit: int) -> list[Shapes]:
 
 
 def _write_header(path: Path, shapes: Shapes) -> dict[str, int]:
-    """Begins a file with the header that safetensors' own writer gives it, which wants all tensors at once; where in
-    the file the data of each tensor goes.
+    """Writes the header of a safetensors file; returns each tensor's position in the file, in bytes.
+
+    safetensors' own writer, which gives the same header, needs all tensors in memory at once.
     """
     types = {ours: theirs for theirs, ours in FLOATS.items()}
     ordered = sorted(shapes.items(), key=lambda item: (list(types).index(item[1][1]), item[0]))

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint -> parameters on their shards, one at a time.
+"""Loads the tensors of a checkpoint as sharded parameters, one at a time.
 
 Every tensor is loaded, known to be a copy or ignorable, or an error.
 """
@@ -25,21 +25,28 @@ NAMED = 10  # names listed in an error
 
 @dataclass(frozen=True)
 class LazyParams:
-    """Parameters that need not be in memory: the shapes, types and shardings of each part, and a function that gives
-    one part's (path with slashes, array), in any order.
+    """Parameters that are read only when they are needed.
+
+    places: side -> tree of shapes, types and shardings.
+    read: yields (path with slashes, array) for the parameters of a side, in any order.
     """
 
-    places: dict[str, Any]  # side -> tree
+    places: dict[str, Any]
     read: Callable[[str], Iterator[tuple[str, jax.Array]]]
 
     def items(self) -> Iterator[tuple[str, Any]]:
-        """(side, parameters) of each part, one after another."""
+        """(side, tree of parameters) of each part, read one after another."""
         return ((side, unflatten_dict(dict(self.read(side)), sep="/")) for side in self.places)
 
 
 @dataclass
 class Report:
-    """What became of the tensors of one or several checkpoints."""
+    """How the tensors of one or several checkpoints were used.
+
+    loaded, tied, ignored: names of tensors that are parameters, copies of others, and not needed.
+    zeros: names that are missing and stand for zeros.
+    parameters: number of values.
+    """
 
     loaded: list[str] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
@@ -53,7 +60,10 @@ class Report:
 
 
 def check_names(parts: list[Part], tensors: Tensors, places: Any) -> None:
-    """InputError with their names where tensors are missing, too many, or of another shape or type."""
+    """Raises InputError, with their names, where tensors are missing, unknown, or of another shape or type.
+
+    parts: those with their tensors in this checkpoint. places: side -> tree of the shapes of its parameters.
+    """
     missing, known = [], set()
     for part in parts:
         option = spelling(part)
@@ -93,7 +103,7 @@ def listed(names: list[str]) -> str:
 
 
 def spelling(part: Part) -> tuple[str, str]:
-    """How this checkpoint writes the family's names: the spelling of which the most are there."""
+    """The family's spelling of names with which the most tensors are found in the part's checkpoint."""
     names = [entry.theirs for entry in part.family.entries(part.config)]
 
     def there(option: tuple[str, str]) -> int:
@@ -103,8 +113,9 @@ def spelling(part: Part) -> tuple[str, str]:
 
 
 def stored_name(part: Part, option: tuple[str, str], theirs: str) -> str | None:
-    """The name under which a checkpoint has a tensor of the table, None where it is not there: its own name, that of
-    before LayerNorm's weight and bias were called so, or that of a tied copy where only the copy was saved.
+    """The name of a tensor of the table in the part's checkpoint, or None where it is missing.
+
+    It may be the usual name, TensorFlow's for a LayerNorm (gamma, beta), or a tied copy's where only that was saved.
     """
     own = spell(option, theirs)
     tied = [copy for copy, source in copies(part, option).items() if source == own]
@@ -113,7 +124,7 @@ def stored_name(part: Part, option: tuple[str, str], theirs: str) -> str | None:
 
 
 def copies(part: Part, option: tuple[str, str]) -> dict[str, str]:
-    """Names of tied copies, in every spelling, and the name of what they repeat."""
+    """Names of tied copies, both as in the table and in this spelling -> the name of the tensor that they repeat."""
     table = part.family.copies(part.config)
     return {key: spell(option, value) for name, value in table.items() for key in {name, spell(option, name)}}
 
@@ -123,12 +134,12 @@ def ignores(part: Part, name: str) -> bool:
 
 
 def in_type(places: Any, dtype: str) -> Any:
-    """The same places for parameters of another type."""
+    """The shapes and shardings of `places` with another type."""
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype), sharding=p.sharding), places)
 
 
 def read_part(part: Part, places: Any, report: Report) -> Iterator[tuple[str, jax.Array]]:
-    """(path, array) of one part, tensor by tensor."""
+    """Yields (path, array) of each parameter of one part, tensor by tensor, and adds their names to the report."""
     option, leaves = spelling(part), flatten_dict(places, sep="/")
     names = [entry.theirs for entry in part.family.entries(part.config)]
     homes = {spell(option, name): stored_name(part, option, name) for name in names}
@@ -148,7 +159,8 @@ def read_part(part: Part, places: Any, report: Report) -> Iterator[tuple[str, ja
         for path, array in zip(entry.ours, arrays, strict=True):
             yield path, put(array, leaves[path])
     for copy, source in copies(part, option).items():
-        name, first = part.base + copy, str(homes[source])  # where the source is not, the copy that stands for it
+        # `first` is the tensor that was loaded: the source or, where that is missing, another copy of it
+        name, first = part.base + copy, str(homes[source])
         if name in part.tensors.shapes and name != first:
             if not np.array_equal(part.tensors.read(name), part.tensors.read(first)):
                 raise InputError(f"{part.tensors.where}: {name} differs from {first}, of which it should be a copy")
@@ -164,10 +176,10 @@ def read_finite(tensors: Tensors, name: str) -> np.ndarray:
 
 
 def put(array: np.ndarray, place: jax.ShapeDtypeStruct) -> jax.Array:
-    """A host array as a device array of this type and sharding; each device is given its own part alone."""
+    """A host array as a device array of the type and sharding of `place`; each device gets only its own shard."""
     dtype = np.dtype(place.dtype)
 
     def part(index: Any) -> np.ndarray:
-        return np.array(array[index], dtype, order="C")  # a copy: what was read can be let go
+        return np.array(array[index], dtype, order="C")  # a copy, so that the tensor that was read can be freed
 
     return jax.make_array_from_callback(place.shape, place.sharding, part)
