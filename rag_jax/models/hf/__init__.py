@@ -1,19 +1,18 @@
-"""Hugging Face checkpoints and the models here: for every family one table of names, read in both directions.
+"""Names and settings of Hugging Face checkpoints: for every model family one table, used to read and to write.
 
-A family says how `config.json` becomes a configuration here and back, which tensor is which parameter, which names are
-copies of another tensor (tied), which may be left out, and what becomes of every key of config.json. Nothing here reads
-or writes files.
+A `Family` converts `config.json` to our configuration and back, says which tensor is which parameter, which tensors are
+copies of another (tied) or not needed, and which fate each key of config.json has. Nothing here reads or writes files.
 """
 
 from rag_jax.models.hf import bart, bert, composite, decoder_only, generation, sentence, t5, tokenizer
 from rag_jax.models.hf.naming import Family
 from rag_jax.models.hf.settings import Table
 
-# by model_type, as config.json has it; dpr_context is the other half of dpr
+# by model_type of config.json; dpr is DPR's question encoder, dpr_context its context encoder
 ENCODERS: dict[str, Family] = bert.FAMILIES
 GENERATORS: dict[str, Family] = {**bart.FAMILIES, **decoder_only.FAMILIES, **t5.FAMILIES}
 
-# what becomes of the keys of each kind of file, by the name that docs/settings.md gives it
+# the fates of the keys of each kind of file, by its name in docs/settings.md
 SETTINGS: dict[str, Table] = {
     **{f"config.json of {name}": family.settings for name, family in (ENCODERS | GENERATORS).items()},
     "config.json of rag": composite.RAG,

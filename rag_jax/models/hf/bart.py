@@ -1,4 +1,4 @@
-"""BART and mBART."""
+"""Names and settings of BART and mBART."""
 
 import math
 from typing import Any
@@ -55,7 +55,10 @@ MBART: Table = BART | fates({
 
 
 def bart_config(config: HfConfig, where: str, pre: bool = False) -> BartConfig:
-    """Of a BartConfig; pre: of an MBartConfig, which begins with bos where nothing else is said."""
+    """Our configuration from a BartConfig or, with `pre`, an MBartConfig.
+
+    pre: LayerNorm before each sublayer. Where the config has no start token, BART's decoder starts with eos.
+    """
     heads = need(config, "encoder_attention_heads", where)
     hidden = need(config, "encoder_ffn_dim", where)
     refuse(config, where, decoder_attention_heads=heads, decoder_ffn_dim=hidden)
@@ -131,8 +134,9 @@ def bart_entries(c: BartConfig) -> list[Entry]:
 
 
 def without_logit_scale(config: Any, path: str, parameter: Any) -> Any:
-    """A parameter of the same generator with its logit_scale in the decoder's last LayerNorm, since BART's form has no
-    such factor.
+    """A parameter of the equivalent generator without logit_scale, for which Hugging Face's BART has no setting.
+
+    The factor goes into scale and bias of the decoder's last LayerNorm, whose output the logits are linear in.
     """
     if not isinstance(config, BartConfig) or config.logit_scale == 1.0:
         return parameter
@@ -152,7 +156,7 @@ def bart_copies(_config: BartConfig) -> dict[str, str]:
     )
 
 
-BART_SPELLINGS = (("", ""), ("model.", ""))  # saved without its head, it has no "model."
+BART_SPELLINGS = (("", ""), ("model.", ""))  # a checkpoint saved without its head has no prefix "model."
 
 
 FAMILIES = {

@@ -1,4 +1,4 @@
-"""BERT, alone or as sentence-transformers has it, and the two encoders of DPR."""
+"""Names and settings of BERT, alone or with sentence-transformers' files, and of the two encoders of DPR."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ BERT: Table = COMMON | LEGACY_ENCODER | fates({
 
 
 def bert_config(config: HfConfig, where: str) -> BertConfig:
-    """Of a BertConfig or DPRConfig; pooling and vector_norm are the defaults of DPR."""
+    """Our configuration from a BertConfig or DPRConfig; pooling and vector_norm are left at DPR's."""
     refuse(config, where, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     return BertConfig(
         vocab_size=need(config, "vocab_size", where),
@@ -100,7 +100,10 @@ BERT_IGNORABLE = (
 
 
 def dpr_entries(side: str) -> Callable[[BertConfig], list[Entry]]:
-    """A DPR encoder: BERT under a name, and the projection beside it. side: question_encoder or ctx_encoder."""
+    """The entries of a DPR encoder: BERT's under a prefix, and the projection.
+
+    side: the prefix, question_encoder or ctx_encoder.
+    """
 
     def entries(c: BertConfig) -> list[Entry]:
         inner = [entry._replace(theirs=f"{side}.bert_model.{entry.theirs}") for entry in bert_entries(c)]

@@ -1,4 +1,4 @@
-"""The config.json of a RAG composite (RagConfig of transformers), without those of its parts."""
+"""The config.json of a whole RAG model (transformers' RagConfig), apart from the configs of its parts within."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,14 +31,18 @@ RAG: Table = COMMON | LEGACY | fates({
 
 
 def over(whole: Mapping[str, Any], generator: Mapping[str, Any]) -> dict[str, Any]:
-    """The generator's config with what the composite says of generation over it, null aside."""
+    """The generator's config, updated with the composite's keys of generation that are not null."""
     return {**generator, **{key: whole[key] for key in LEGACY if whole.get(key) is not None}}
 
 
 def describe(
     model: Any, original: Mapping[str, Any], parts: Mapping[str, Any], tokens: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """config.json of a composite with these parts: the original, and over it only what is no longer as it says."""
+    """The config.json of a RAG model: `original`, with only the settings replaced that have changed since.
+
+    model: its RagConfig here. original: the config.json that it came with; {} for none.
+    parts: the configs of question_encoder and generator. tokens: the special tokens, as `describe_tokens` gives them.
+    """
     own = {"n_docs": model.n_docs, "max_combined_length": model.source_length}
     if not original:
         whole = (
@@ -60,6 +64,6 @@ def describe(
 
 
 def _named_as_before(part: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
-    """A part's config with the name of its class as the composite had it, which is often null there."""
+    """A part's config with `architectures` as in the original composite, where it is often null."""
     kept = {key: original[key] for key in ("architectures",) if key in original}
     return {key: value for key, value in part.items() if key != "architectures"} | kept

@@ -1,4 +1,4 @@
-"""Decoder-only models: GPT-2, Llama, Mistral, Qwen2."""
+"""Names and settings of decoder-only models: GPT-2, Llama, Mistral, Qwen2."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -95,13 +95,16 @@ QWEN2: Table = LLAMA | fates({
 
 
 def lm_tokens(config: HfConfig, where: str, bos: int | None, eos: int | None) -> dict[str, Any]:
-    """The special tokens; bos stands between prefix and answer, and what is null is the same as the end."""
+    """The special tokens of a decoder-only model; those that are null are the end token.
+
+    bos, eos: the ids where the config has no such key. bos stands between the prompt and the answer.
+    """
     config = {"bos_token_id": bos, "eos_token_id": eos} | dict(config)
     ends = config["eos_token_id"]
     if ends in (None, []):
         raise InputError(f"{where}: eos_token_id is missing; it must be given, as int")
     end = ends[0] if isinstance(ends, list) else ends
-    config |= {"decoder_start_token_id": None, "forced_bos_token_id": None}  # of encoder-decoders
+    config |= {"decoder_start_token_id": None, "forced_bos_token_id": None}  # for encoder-decoders alone
     return special_tokens(config, where, end, end, end, NONE)
 
 
@@ -141,7 +144,9 @@ def gpt2_config(config: HfConfig, where: str) -> LmConfig:
 
 
 def rope(config: HfConfig, where: str) -> dict[str, Any]:
-    """How positions are turned, from rope_parameters or, as before transformers 5, rope_theta and rope_scaling."""
+    """Our fields of the rotary position embedding, from rope_parameters or, before transformers 5, rope_theta and
+    rope_scaling.
+    """
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in given.values()):
         raise InputError(f"{where}: rope_parameters that differ from layer to layer are not supported")
@@ -165,7 +170,7 @@ def rope(config: HfConfig, where: str) -> dict[str, Any]:
 
 
 def llama_config(config: HfConfig, where: str) -> LmConfig:
-    """Of a LlamaConfig, or of what `mistral_config` and `qwen2_config` say in its words."""
+    """Our configuration from a LlamaConfig, or from another config that was put into its keys."""
     if other := sorted(set(config.get("layer_types") or ()) - {"full_attention"}):
         raise InputError(f"{where}: layer_types {', '.join(other)} are not supported; full_attention is")
     biased = bool(config.get("attention_bias", False))
@@ -215,7 +220,7 @@ def qwen2_config(config: HfConfig, where: str) -> LmConfig:
 
 
 def lm_family(c: LmConfig) -> str:
-    """The family that has this form, a key of GENERATORS; InputError where none has."""
+    """The family (a key of GENERATORS) as which a generator can be exported; InputError where there is none."""
     form, biases = (c.norm_kind, c.position_kind, c.gated), (c.qkv_bias, c.out_bias, c.mlp_bias)
     even = c.groups in (0, c.heads) and c.head_width * c.heads in (0, c.width)
     if c.logit_scale == 1.0:
@@ -231,6 +236,7 @@ def lm_family(c: LmConfig) -> str:
 
 
 def check_form(c: LmConfig, *families: str) -> None:
+    """Raises InputError if the generator cannot be exported as one of these families."""
     if lm_family(c) not in families:
         raise InputError(f"this generator has the form of {lm_family(c)}, not of {families[0]}")
 
@@ -255,7 +261,10 @@ def describe_gpt2(c: LmConfig) -> dict[str, Any]:
 
 
 def describe_rotary(c: LmConfig) -> dict[str, Any]:
-    """What Llama, Mistral and Qwen2 share. Positions in both spellings, for readers before and after transformers 5."""
+    """The keys of config.json that Llama, Mistral and Qwen2 share.
+
+    Rotary positions are written under both names, for transformers before and after version 5.
+    """
     scaling: dict[str, Any] = {"rope_type": "default" if c.rope_scaling == "none" else c.rope_scaling}
     if c.rope_scaling != "none":
         scaling["factor"] = c.rope_factor
@@ -305,7 +314,7 @@ def describe_qwen2(c: LmConfig) -> dict[str, Any]:
 
 def gpt2_entries(c: LmConfig) -> list[Entry]:
     def conv(theirs: str, *ours: str) -> list[Entry]:
-        """A Conv1D: its weight is [in, out] as here."""
+        """Entries of a Conv1D, whose weight is [in, out], as here; with several paths, they are concatenated in it."""
         return [
             Entry(f"{theirs}.{name}", tuple(f"{path}/{leaf}" for path in ours))
             for name, leaf in (("weight", "kernel"), ("bias", "bias"))

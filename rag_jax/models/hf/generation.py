@@ -1,4 +1,4 @@
-"""How an answer is written: generation_config.json, and the same keys as older config.json have them."""
+"""Settings of generation: the keys of generation_config.json, which older checkpoints have in config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from rag_jax.models.hf.settings import Table, fates, idle, into, only
 SEARCH = "how transformers searches, with the same result"
 ASSISTANT = idle("of an assistant model, which is given to transformers' generate and not in the checkpoint")
 
-# of encoder-decoders; their answer begins with the start token, which max_length counts, there and here
+# for encoder-decoders; max_length counts the start token, with which the answer begins, in transformers and here
 GENERATION: Table = fates({
     "decoder_start_token_id": into("start_id"),
     "bos_token_id": into("bos_id"),
@@ -56,7 +56,7 @@ GENERATION: Table = fates({
     "custom_generate": only(why="the model has code of its own, which is never run here"),
 })  # fmt: skip
 
-# what differs for decoder-only models, where transformers counts the prompt too
+# differences for decoder-only models, where transformers counts the prompt as well
 GENERATION_LM: Table = GENERATION | fates({
     "decoder_start_token_id": idle("of encoder-decoders; here generator.bos_id stands before the answer"),
     "max_length": idle("counts the prompt there; answering.max_length counts the answer"),
@@ -70,7 +70,7 @@ NOT_OF_CONFIGS = ("transformers_version", "_commit_hash", "_from_model_config", 
 
 
 def legacy(table: Table) -> Table:
-    """The keys of generation that config.json had before there was a file for them."""
+    """The table for the keys of generation in config.json, where they were before generation_config.json existed."""
     return {key: fate for key, fate in table.items() if key not in NOT_OF_CONFIGS}
 
 
@@ -79,27 +79,30 @@ LEGACY_ENCODER: Table = dict.fromkeys(LEGACY, idle("an encoder writes nothing"))
 
 TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
 FORCED = ("forced_bos_token_id", "forced_eos_token_id")
-# theirs -> AnswerConfig's, with one meaning
+# key of generation_config.json -> field of AnswerConfig with the same meaning
 SAME = {key: key for key in (
     "num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size", "repetition_penalty", "do_sample",
     "temperature", "top_k", "top_p",
 )} | {
     "bad_words_ids": "bad_word_ids", "suppress_tokens": "suppress_ids", "begin_suppress_tokens": "begin_suppress_ids",
 }  # fmt: skip
-TOP_K = 50  # where a file says do_sample and not how many
+TOP_K = 50  # transformers' default where a file has do_sample but no top_k
 
 
 def superseded(table: Table) -> Table:
-    """A table of config.json where generation_config.json is beside it, which takes the place of its keys but for the
-    tokens that it leaves out.
+    """The table of a config.json that has a generation_config.json beside it, which overrides its keys of generation.
+
+    The special tokens of config.json stay honoured, since they are used where generation_config.json has none.
     """
     instead = idle("generation_config.json takes its place")
     return table | {key: instead for key in LEGACY if key in table and key not in TOKENS}
 
 
 def tokens(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The config with the special tokens of generation_config.json, if there is one, as transformers generates: what
-    that forces, and no more; its start, or else its bos.
+    """The config with the special tokens that transformers generates with.
+
+    generation: the content of generation_config.json; None leaves the config as it is. Its tokens override those of the
+    config; where it has no start token, its bos token starts; and only the tokens that it forces itself are forced.
     """
     if generation is None:
         return dict(config)
@@ -110,15 +113,18 @@ def tokens(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> d
 
 
 def answering(given: Mapping[str, Any], decoder_only: bool) -> dict[str, Any]:
-    """Fields of AnswerConfig from generation_config.json, or from the older keys of config.json."""
+    """The fields of AnswerConfig that generation_config.json, or config.json with its older keys, sets.
+
+    decoder_only: lengths that count the prompt (max_length, min_length) are then left out.
+    """
     given = {key: value for key, value in given.items() if value is not None}
     found = {ours: given[key] for key, ours in SAME.items() if key in given}
     if found.get("do_sample"):
         found.setdefault("top_k", TOP_K)
-    elif found.get("temperature") == 0:  # as some files say that nothing is drawn
+    elif found.get("temperature") == 0:  # some files mean by it that nothing is sampled, which is so without do_sample
         del found["temperature"]
     if "max_new_tokens" in given:
-        found["max_length"] = given["max_new_tokens"] + 1  # and the start
+        found["max_length"] = given["max_new_tokens"] + 1  # our length counts the start token, too
     elif "max_length" in given and not decoder_only:
         found["max_length"] = given["max_length"]
     least = max(given.get("min_new_tokens", -1) + 1, 0 if decoder_only else given.get("min_length", 0))
@@ -126,7 +132,10 @@ def answering(given: Mapping[str, Any], decoder_only: bool) -> dict[str, Any]:
 
 
 def changed(given: Mapping[str, Any], now: Mapping[str, Any], decoder_only: bool) -> dict[str, Any]:
-    """Keys of generation_config.json for the fields of AnswerConfig that differ from what was `given`."""
+    """Keys of generation_config.json for the fields of AnswerConfig that differ from those it had.
+
+    given: the content of the file that the model came with. now: the present fields of AnswerConfig.
+    """
     was = answering(given, decoder_only)
     back = {ours: key for key, ours in SAME.items()}
     counts_new = decoder_only or given.get("max_new_tokens") is not None
@@ -137,5 +146,5 @@ def changed(given: Mapping[str, Any], now: Mapping[str, Any], decoder_only: bool
 
 
 def of_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json says of generation, as a file of its own."""
+    """The keys of generation of a config.json that are not null, as the content of a generation_config.json."""
     return {key: config[key] for key in LEGACY if config.get(key) is not None}

@@ -1,4 +1,4 @@
-"""What every family is made of: an entry of a table of names, a family, and how values of config.json are read."""
+"""The building blocks of a model family: entries of its table of names, the family itself, readers of config.json."""
 
 import re
 from collections.abc import Callable, Container, Mapping
@@ -18,10 +18,12 @@ Form = Literal["same", "transposed", "row"]
 
 
 class Entry(NamedTuple):
-    """One tensor of a checkpoint, and the parameters it is here, as paths with slashes.
+    """One tensor of a checkpoint and the parameters that it becomes here.
 
-    Several paths: the tensor is their concatenation along the last axis. transposed: torch keeps a linear layer's
-    weight as [out, in], here it is [in, out]. row: [1, V] there, [V] here.
+    theirs: the tensor's name.
+    ours: paths of the parameters, with slashes; the tensor is their concatenation along the last axis.
+    form: "transposed" for a linear layer, which is [out, in] in torch and [in, out] here; "row" for [1, V] in torch and
+        [V] here.
     """
 
     theirs: str
@@ -30,7 +32,7 @@ class Entry(NamedTuple):
 
 
 def to_ours(entry: Entry, tensor: np.ndarray) -> list[np.ndarray]:
-    """The parameters of an entry, views of the tensor where they can be."""
+    """The parameters of an entry from its tensor; they are views of it."""
     if entry.form == "transposed":
         tensor = tensor.T
     elif entry.form == "row":
@@ -39,25 +41,31 @@ def to_ours(entry: Entry, tensor: np.ndarray) -> list[np.ndarray]:
 
 
 def to_theirs(entry: Entry, parameters: list[np.ndarray]) -> np.ndarray:
-    """The inverse of `to_ours`."""
+    """The tensor of an entry from its parameters, the inverse of `to_ours`."""
     tensor = np.concatenate(parameters, axis=-1) if len(parameters) > 1 else parameters[0]
     return tensor.T if entry.form == "transposed" else tensor[None] if entry.form == "row" else tensor
 
 
 def their_shape(entry: Entry, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape that the tensor of an entry must have, from those of its parameters."""
+    """The shape that the tensor of an entry must have, given the shapes of its parameters."""
     shape = (*shapes[0][:-1], sum(s[-1] for s in shapes))
     return shape[::-1] if entry.form == "transposed" else (1, *shape) if entry.form == "row" else shape
 
 
 @dataclass(frozen=True)
 class Family:
-    """What one architecture is called there.
+    """Names and settings of one architecture at Hugging Face.
 
-    spellings: prefixes (written in the table, found in a checkpoint), the usual one first. copies: name -> the name
-    that it repeats. ignorable: patterns of names that carry nothing the model needs. zeros: names that, where they are
-    missing, stand for zeros. architecture: the class that reads an export. settings: what becomes of each key of
-    config.json. adapt: the configuration, once it is known which names are there.
+    config: (config.json, its path for messages) -> our configuration.
+    describe: our configuration -> config.json.
+    entries: our configuration -> the table of tensors and parameters.
+    architecture: the class of transformers that loads an export.
+    settings: the fate of each key of config.json.
+    spellings: pairs (prefix in the table, prefix in a checkpoint in its place), the usual pair first.
+    copies: our configuration -> {name of a tied tensor: name of the tensor that it repeats}.
+    ignorable: patterns of names of tensors that the model does not need.
+    zeros: names of tensors that stand for zeros where they are missing.
+    adapt: (configuration, names of the checkpoint's tensors) -> the configuration, corrected by which are there.
     """
 
     config: Callable[[HfConfig, str], Any]
@@ -76,7 +84,7 @@ class Family:
 
 
 def spell(spelling: tuple[str, str], name: str) -> str:
-    """A name of the table as a checkpoint with this spelling has it."""
+    """A name of the table as it is in a checkpoint with this spelling."""
     written, found = spelling
     return found + name.removeprefix(written) if name.startswith(written) else name
 
@@ -85,7 +93,7 @@ OLDER_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNo
 
 
 def older_name(name: str) -> str:
-    """The name that a tensor had in TensorFlow, which many released checkpoints keep (bert-base-uncased)."""
+    """A tensor's name in TensorFlow, which many released checkpoints keep (bert-base-uncased)."""
     return next((name[: -len(new)] + old for new, old in OLDER_NAMES.items() if name.endswith(new)), name)
 
 
@@ -93,7 +101,7 @@ def older_name(name: str) -> str:
 
 
 def need(config: HfConfig, key: str, where: str, kind: type = int) -> Any:
-    """A value that the shapes depend on; InputError where it is missing or of another type."""
+    """The value of a key that has no default; InputError where it is missing or of another type."""
     value = config.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
         found = f"is {value!r}" if key in config else "is missing"
@@ -102,7 +110,7 @@ def need(config: HfConfig, key: str, where: str, kind: type = int) -> Any:
 
 
 def refuse(config: HfConfig, where: str, **known: Any) -> None:
-    """InputError where a setting has a value that is not built here; `known` gives the one that is."""
+    """Raises InputError where a setting has another value than the only one supported here, given by `known`."""
     for key, value in known.items():
         if config.get(key, value) != value:
             raise InputError(f"{where}: {key}={config[key]!r} is not supported; only {value!r} is")
@@ -112,6 +120,7 @@ ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "s
 
 
 def activation(config: HfConfig, key: str, default: str, where: str) -> Any:
+    """Our name of the activation function under a key of config.json; InputError for one that is not supported."""
     name = config.get(key, default)
     name = ACTIVATION_NAMES.get(name, name)
     if name not in ACTIVATIONS:
@@ -120,7 +129,10 @@ def activation(config: HfConfig, key: str, default: str, where: str) -> Any:
 
 
 def special_tokens(config: HfConfig, where: str, bos: int, pad: int, eos: int, start: int) -> dict[str, Any]:
-    """The fields of `SpecialTokens`; bos, pad, eos and start stand for what is missing or null."""
+    """The fields of `SpecialTokens` from a config.json.
+
+    bos, pad, eos, start: the ids to use where the config has none or null.
+    """
 
     def one(key: str, default: int) -> int:
         value: Any = config.get(key)
@@ -133,7 +145,7 @@ def special_tokens(config: HfConfig, where: str, bos: int, pad: int, eos: int, s
     several = isinstance(ends, list) and len(ends) > 1
     ends = [need({"eos_token_id": end}, "eos_token_id", where) for end in ends] if several else []
     bos_id = one("bos_token_id", bos)
-    again = bos_id if config.get("force_bos_token_to_be_generated") else NONE  # as older BARTs say it
+    again = bos_id if config.get("force_bos_token_to_be_generated") else NONE  # the key of older BARTs
     return {
         "bos_id": bos_id,
         "pad_id": one("pad_token_id", pad),
@@ -147,7 +159,7 @@ def special_tokens(config: HfConfig, where: str, bos: int, pad: int, eos: int, s
 
 
 def describe_tokens(c: GeneratorConfig) -> dict[str, Any]:
-    """The same as config.json has them."""
+    """The special tokens under their keys of config.json, the inverse of `special_tokens`."""
     return {
         "bos_token_id": c.bos_id,
         "pad_token_id": c.pad_id,
@@ -162,14 +174,17 @@ def describe_tokens(c: GeneratorConfig) -> dict[str, Any]:
 
 
 def dense(theirs: str, ours: str, bias: bool = True) -> list[Entry]:
+    """Entries of a linear layer."""
     weight = Entry(f"{theirs}.weight", (f"{ours}/kernel",), "transposed")
     return [weight, Entry(f"{theirs}.bias", (f"{ours}/bias",))] if bias else [weight]
 
 
 def norm(theirs: str, ours: str, bias: bool = True) -> list[Entry]:
+    """Entries of a LayerNorm, or of an RMSNorm (without bias)."""
     weight = Entry(f"{theirs}.weight", (f"{ours}/scale",))
     return [weight, Entry(f"{theirs}.bias", (f"{ours}/bias",))] if bias else [weight]
 
 
 def table(theirs: str, ours: str) -> list[Entry]:
+    """The entry of an embedding table."""
     return [Entry(f"{theirs}.weight", (f"{ours}/embedding",))]

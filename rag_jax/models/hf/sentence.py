@@ -1,7 +1,7 @@
-"""The files that sentence-transformers keeps beside an encoder: which modules follow it, how tokens are pooled, how
-many are read, and what text stands before queries and documents.
+"""The files of sentence-transformers beside an encoder: its modules, pooling, longest input, and prompts.
 
-Both spellings of Pooling are read: a flag for each way (`pooling_mode_mean_tokens`), and `pooling_mode` as it is now.
+Two formats of Pooling are read: the older one with a flag for each kind (`pooling_mode_mean_tokens`), and
+`pooling_mode`.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from rag_jax.models.hf.settings import Account, Table, fates, idle, into, only
 from rag_jax.models.protocols import Pooling
 
 MODULES, MODEL = "modules.json", "config_sentence_transformers.json"
-# of the module Transformer, by the version that wrote it
+# possible names of the settings of the module Transformer, by the version that wrote them
 TRANSFORMER_FILES = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-PASSAGE_PROMPTS = ("document", "passage", "corpus")  # the first that a model has is that of its documents
+PASSAGE_PROMPTS = ("document", "passage", "corpus")  # the first of these that a model has is put before its documents
 
 FLAGS: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls",
@@ -64,8 +64,14 @@ TABLES: dict[str, Table] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """What the files say. pooling: None where they do not. length: tokens read, 0 where they do not say. lower_case:
-    the text is lower-cased before the tokenizer reads it.
+    """Settings of an encoder in the files of sentence-transformers.
+
+    pooling: how hidden states become one vector; None where the files do not say.
+    normalise: whether vectors are scaled to length 1.
+    length: longest input in tokens; 0 where the files do not say.
+    query_prefix, passage_prefix: texts before each question and each passage.
+    pool_prefix: whether the prefix's tokens are pooled, too.
+    lower_case: whether the text is lower-cased before the tokenizer reads it.
     """
 
     pooling: Pooling | None = None
@@ -86,11 +92,15 @@ def modules_of(content: Any, where: str) -> list[tuple[str, str]]:
 
 
 def config_path(folder: str) -> str:
+    """The path of the config.json of a module in this folder."""
     return f"{folder}/config.json" if folder else "config.json"
 
 
 def read_layout(files: Mapping[str, Any], where: str, account: Account) -> Layout:
-    """files: path in the directory `where` -> content. InputError for a module or a setting that is not built here."""
+    """The layout that these files describe; InputError for a module or a setting that is not supported.
+
+    files: path in the directory `where` -> content. account: records the settings.
+    """
     found: dict[str, Any] = {}
     for kind, folder in modules_of(files.get(MODULES, []), f"{where}/{MODULES}"):
         if kind == "Pooling":
@@ -121,10 +131,10 @@ def read_layout(files: Mapping[str, Any], where: str, account: Account) -> Layou
 
 
 def read_pooling(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """pooling and pool_prefix of the config.json of a module Pooling."""
+    """The fields `pooling` and `pool_prefix` of the layout, from the config.json of a module Pooling."""
     named = settings.get("pooling_mode")
     if named is None:
-        flags = {"pooling_mode_mean_tokens": True} | dict(settings)  # its default there
+        flags = {"pooling_mode_mean_tokens": True} | dict(settings)  # the default of sentence-transformers
         chosen: list[Any] = [way for flag, way in FLAGS.items() if flags.get(flag) is True]
     else:
         chosen = list(named) if isinstance(named, list | tuple) else str(named).lower().split("+")
@@ -137,8 +147,9 @@ def read_pooling(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def prompts_of(settings: Mapping[str, Any], where: str) -> tuple[str, str]:
-    """The texts before a query and before a document, as encode_query and encode_document choose them; a model that
-    names neither reads its default prompt before both.
+    """(prompt before a query, prompt before a document), as encode_query and encode_document choose them.
+
+    A model that names neither has its default prompt before both.
     """
     prompts, default = settings.get("prompts") or {}, settings.get("default_prompt_name")
     if not isinstance(prompts, Mapping) or not all(isinstance(text, str) for text in prompts.values()):
@@ -151,7 +162,10 @@ def prompts_of(settings: Mapping[str, Any], where: str) -> tuple[str, str]:
 
 
 def write_layout(layout: Layout, width: int, original: Mapping[str, Any]) -> dict[str, Any]:
-    """The files that say this, path -> content: those of `original`, changed where they say otherwise."""
+    """The files of sentence-transformers for this layout, path -> content.
+
+    width: of the encoder's vectors. original: the files that it came with, of which only what differs is changed.
+    """
     files = dict(original)
     modules = files.get(MODULES) or [module(0, "Transformer"), module(1, "Pooling")]
     cosine = files.get(MODEL, {}).get("similarity_fn_name") == "cosine"

@@ -1,7 +1,8 @@
-"""What becomes of every setting of a checkpoint's files: a table a kind of file and family, key -> fate.
+"""The fate of every setting in a checkpoint's files: for each kind of file and family, a table key -> fate.
 
-A key is honoured (into which setting here), without effect here (why), or refused unless it has a value that changes
-nothing (why). A key that the table does not have is refused by name. `--ignore-setting KEY` leaves one out.
+A key is honoured (it becomes a setting here), without effect (for a stated reason), or refused (for a stated reason)
+unless it has a value that changes nothing. A key that is not in the table is an error that names it, unless
+`--ignore-setting KEY` leaves it out.
 """
 
 import json
@@ -13,7 +14,10 @@ from rag_jax.errors import InputError
 
 
 class Fate(NamedTuple):
-    """What becomes of a key. text: where it goes (honoured), else the reason; values: those that are not refused;
+    """The fate of a key: honoured, without effect, or refused.
+
+    text: the setting here that it becomes, if it is honoured; else the reason.
+    values: the values that are accepted of a refused key, null aside, which always is.
     inner: the table of its keys, where the value is an object.
     """
 
@@ -27,27 +31,27 @@ Table = dict[str, Fate]
 
 
 def into(setting: str, inner: Table | None = None) -> Fate:
-    """Honoured: the key's value becomes this setting here; inner: the table of its keys, where it is an object."""
+    """A fate: honoured, the value becomes this setting here; inner: the table of its keys if the value is an object."""
     return Fate("honoured", setting, inner=inner)
 
 
 def idle(why: str) -> Fate:
-    """Known, and without effect on what is computed here."""
+    """A fate: the key is known and has no effect on what is computed here, for this reason."""
     return Fate("without effect", why)
 
 
 def only(*values: Any, why: str) -> Fate:
-    """Refused, unless null or one of these values, which change nothing."""
+    """A fate: refused for this reason, unless the value is null or one of these, which change nothing."""
     return Fate("refused", why, values)
 
 
 def fates(of: Mapping[str, Fate]) -> Table:
-    """A table, written with several keys of one fate in one string."""
+    """The table key -> fate from one whose keys may be several, separated by white space."""
     return {key: fate for keys, fate in of.items() for key in keys.split()}
 
 
 class Taken(NamedTuple):
-    """A setting here, and the file and key that it came from."""
+    """An honoured setting: its name here, and the file, key and value that it came from."""
 
     setting: str
     where: str
@@ -60,10 +64,12 @@ class Taken(NamedTuple):
 
 @dataclass
 class Account:
-    """What became of the settings of the files that were read.
+    """A record of how the settings of the files that were read were used.
 
-    ignore: keys to leave out, in any file. taken: what was honoured. idle: (file: key, value, why) of what has no
-    effect here and says more than its default. ignored: (file: key, value) of what was left out.
+    ignore: keys to leave out, in any file.
+    taken: settings that were honoured.
+    idle: ("file: key", value, reason) of settings without effect, except empty and false ones.
+    ignored: ("file: key", value) of settings that were left out.
     """
 
     ignore: Sequence[str] = ()
@@ -72,10 +78,12 @@ class Account:
     ignored: list[tuple[str, Any]] = field(default_factory=list)
 
     def read(self, config: Mapping[str, Any], known: Table, where: str, prefix: str = "") -> dict[str, Any]:
-        """The config without the keys to be left out; InputError for a key that is unknown, or refused with its value.
+        """The config without the keys to be left out, after recording the fate of each key.
 
-        where: the file, as errors name it. prefix: of the names of settings here, as in "model.generator."; a name with
-        a dot is whole.
+        known: the table of the file.
+        where: the file, for messages.
+        prefix: put before the names of settings here that have no dot, such as "model.generator.".
+        InputError for a key that is unknown, and for one whose value is refused.
         """
         kept: dict[str, Any] = {}
         for key, value in config.items():
@@ -103,13 +111,13 @@ class Account:
         return kept
 
     def check(self) -> None:
-        """InputError for a key to be left out that no file had."""
+        """Raises InputError for a key of `ignore` that was in none of the files."""
         found = {where.rpartition(": ")[2] for where, _ in self.ignored}
         if left := [key for key in self.ignore if key not in found]:
             raise InputError(f"--ignore-setting {left[0]}: none of the checkpoint's files has this key")
 
     def summary(self) -> dict[str, Any]:
-        """For reports: setting -> "file: keys"; what has no effect, and why; what was left out."""
+        """The record for reports: setting -> "file: keys"; keys without effect -> reason; keys left out -> value."""
         found: dict[str, dict[str, list[str]]] = {}
         for one in self.taken:
             found.setdefault(one.setting, {}).setdefault(one.where, []).append(one.key)
@@ -124,7 +132,7 @@ class Account:
         }
 
 
-# --- what every config.json may have ----------------------------------------------------------------------------------
+# --- keys that every config.json may have -----------------------------------------------------------------------------
 
 COMMON: Table = fates({
     "model_type": into("kind"),
@@ -158,7 +166,10 @@ COMMON: Table = fates({
 
 
 def document(tables: Mapping[str, Table]) -> str:
-    """All tables as one, in Markdown: docs/settings.md, which a test holds to them."""
+    """The Markdown of docs/settings.md: all tables as one; a test compares the file with it.
+
+    tables: name of the kind of file -> its table.
+    """
     rows: dict[tuple[str, str], list[str]] = {}
     for name, known in tables.items():
         for key, fate in known.items():

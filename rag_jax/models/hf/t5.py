@@ -1,4 +1,4 @@
-"""T5 1.0 and 1.1, Flan-T5, mT5."""
+"""Names and settings of T5 1.0 and 1.1, Flan-T5 and mT5."""
 
 from collections.abc import Container
 from dataclasses import replace
@@ -46,10 +46,11 @@ T5: Table = COMMON | LEGACY | fates({
 
 
 def t5_config(config: HfConfig, where: str) -> T5Config:
-    """The logits are scaled where scale_decoder_outputs or, if that is missing, tie_word_embeddings says so.
+    """Our configuration from a T5Config.
 
-    Only tie_word_embeddings=False says that the head is not tied; transformers 5 writes True for every T5, and the
-    checkpoint must be asked (`t5_adapt`).
+    The logits are scaled by width ** -0.5 if scale_decoder_outputs is true or, where that is missing, unless
+    tie_word_embeddings is false. Of tie_word_embeddings only false is sure, a head of its own: transformers 5 writes
+    true for every T5, so `t5_adapt` looks into the checkpoint.
     """
     refuse(config, where, is_decoder=False, is_encoder_decoder=True)
     scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
@@ -93,7 +94,7 @@ def t5_config(config: HfConfig, where: str) -> T5Config:
 
 
 def mt5_config(config: HfConfig, where: str) -> T5Config:
-    """mT5 is gated where nothing is said, and its logits are never scaled."""
+    """Our configuration from an MT5Config: gated by default, and its logits are never scaled."""
     return t5_config({"feed_forward_proj": "gated-gelu"} | dict(config) | {"scale_decoder_outputs": False}, where)
 
 
@@ -127,7 +128,10 @@ TABLE_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
 def t5_adapt(c: T5Config, names: Container[str]) -> T5Config:
-    """Not tied where the logits are not scaled and the checkpoint has a head of its own beside the word table."""
+    """The configuration with `tied` as in the checkpoint: false if it has both a head and a word table.
+
+    A head beside the table counts only where the logits are not scaled, else it is a copy.
+    """
     own = "lm_head.weight" in names and any(name in names for name in ("shared.weight", *TABLE_COPIES))
     return replace(c, tied=c.tied and not (c.logit_scale == 1.0 and own))
 

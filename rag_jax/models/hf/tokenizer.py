@@ -1,5 +1,6 @@
-"""tokenizer_config.json and special_tokens_map.json. What the class of a tokenizer does with them is in tokenizer.json
-as it is saved here: it is transformers that loads them.
+"""Fates of the settings in tokenizer_config.json and special_tokens_map.json.
+
+transformers loads the tokenizer, so what its class makes of these settings is in the tokenizer.json that is saved here.
 """
 
 from rag_jax.models.hf.settings import Table, fates, idle, into, only
@@ -27,7 +28,7 @@ TOKENIZER: Table = fates({
     "auto_map": idle("code of its makers, which is never run here"),
 })  # fmt: skip
 
-# A generator's inputs are joined and cut by rules of their own.
+# A generator reads passage and question joined and truncated here, so two settings of its tokenizer have no effect.
 READER: Table = {**TOKENIZER, **fates({
     "truncation_side": idle("of the joined input the passage is cut"),
     "model_max_length": idle("model.source_length says it"),
