@@ -1,4 +1,4 @@
-"""How to answer, for `rag-jax evaluate` and `rag-jax ask`: the settings of the paper's evaluation, and others.
+"""Presets of decoding for `rag-jax evaluate` and `rag-jax ask`: the settings of the paper's evaluation, and others.
 
     rag-jax evaluate RUN --decoding configs/decoding.py:paper_sequence
     rag-jax ask --run RUN --decoding configs/decoding.py:paper_generation --set num_beams=8 "Who ...?"
@@ -6,12 +6,11 @@
 - paper_token, paper_sequence: open-domain questions (Lewis et al. 2020, appendix A): greedy; 15 documents for
   RAG-Token, 50 for RAG-Sequence, thorough.
 - paper_generation: MS MARCO and Jeopardy questions: 10 documents, 4 beams, fast decoding for RAG-Sequence.
-- transformers: what Hugging Face's RAG does by default: 5 documents, greedy, thorough.
+- transformers: the defaults of Hugging Face's RAG: 5 documents, greedy, thorough.
 - beams (the default): 5 documents, 4 beams, thorough.
 
-Any field of rag_jax.inference.config.AnswerConfig may stand here; a run that is asked for more documents than its
-corpus has says so. 50 documents of BART-large size at once need about 6 GB a question in bfloat16; doc_chunk holds
-fewer.
+A preset may set any field of rag_jax.inference.config.AnswerConfig. Asking for more documents than the corpus has is an
+error. 50 documents at once need about 6 GB a question with BART-large in bfloat16; doc_chunk decodes fewer at a time.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""DPR on Natural Questions (Karpukhin et al. 2020): two BERT-base encoders, in-batch and BM25's negatives.
+"""DPR on Natural Questions (Karpukhin et al. 2020): two BERT-base encoders, in-batch negatives and BM25's.
 
     rag-jax convert --question-encoder google-bert/bert-base-uncased --context-encoder google-bert/bert-base-uncased \\
         --out models/bert2
@@ -7,15 +7,16 @@
     rag-jax train --config configs/dpr_nq.py --run runs/dpr_nq
     rag-jax evaluate runs/dpr_nq --retrieval-only
 
-data/nq/biencoder-nq-*.json are DPR's own training files: of every question the right passages, and hard negatives that
-BM25 found. As in the paper: 128 questions, each with one of its hard negatives, 40 epochs of the 58,880 with a passage,
-Adam at 2e-5 with linear warm-up and decay, dropout 0.1, passages of 256 tokens there and of 160 here. No index is
-needed. A further stage with hard_negatives=1 and negatives="retrieved" would take those that its own index finds (as
-ANCE does).
+data/nq/biencoder-nq-*.json are DPR's own training files: for every question its positive passages, and hard negatives
+that BM25 found. As in the paper: batches of 128 questions, each with one of its hard negatives, 40 epochs over the
+58,880 questions with a positive passage, Adam at 2e-5 with linear warm-up and decay, dropout 0.1. Passages have 160
+tokens here, 256 in the paper. No index is needed. A further stage with hard_negatives=1 and negatives="retrieved" would
+use the negatives that its own index finds (as ANCE does).
 
-The batch must be a multiple of the devices of `data` and `fsdp`: --set stages.dpr.batch=256 for 256 chips. `rag-jax
-compile --layers 1` with that, --topology v5e:16x16, --set mesh.data=-1, --set mesh.fsdp=8 and --passages 21015300 says:
-at most 1.3 of 16 GiB a chip, 6.2 ms a step at best, bound by the links: 9,200 of them are at least a minute.
+The batch must be a multiple of the number of devices on `data` and `fsdp`: --set stages.dpr.batch=256 for 256 chips.
+`rag-jax compile --layers 1` with that, --topology v5e:16x16, --set mesh.data=-1, --set mesh.fsdp=8 and --passages
+21015300 reports: at most 1.3 of 16 GiB a chip, 6.2 ms a step at best, bound by the links; 9,200 steps take at least a
+minute.
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,14 @@
 """RAG-Sequence with a decoder-only reader, Qwen2 of 1.5 or 7 billion parameters, over the Wikipedia of DPR.
 
-As configs/nq_rag_sequence.py, whose docstring has the commands, with --generator Qwen/Qwen2-1.5B in `rag-jax convert`
+The commands are in the docstring of configs/nq_rag_sequence.py, with --generator Qwen/Qwen2-1.5B in `rag-jax convert`
 and models/rag-nq-lm for models/rag-nq:
 
     rag-jax train --config configs/nq_lm.py --run runs/nq_lm           # configs/nq_lm.py:7b for the larger
 
-Moments of AdamW in bfloat16, one of five passages read at a time; the token table has four bytes a token, since the
-vocabulary is larger than 65,536. `rag-jax compile --layers 1` of 1.5 billion on v5e:16x16, 256 questions, fsdp=8: at
-most 6.6 of 16 GiB a chip; 0.53 s a step at best, bound by memory traffic, and 0.37 s on the links, as the weights are
-gathered for each document: 5,000 steps, some 15 epochs, take at least 45 minutes.
+AdamW's moments are bfloat16, and the five passages are read one at a time. The token table has four bytes a token,
+since the vocabulary is larger than 65,536. `rag-jax compile --layers 1` for 1.5 billion on v5e:16x16, 256 questions,
+fsdp=8, reports: at most 6.6 of 16 GiB a chip; 0.53 s a step at best, bound by memory traffic, and 0.37 s on the links,
+since the weights are gathered for each document. 5,000 steps, some 15 epochs, take at least 45 minutes.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ QWEN2 = {
 
 
 def get_config(size: str = "1.5b") -> ConfigDict:
-    """`1.5b` or `7b`."""
+    """size: `1.5b` or `7b` parameters."""
     if size not in SHAPES:
         raise ValueError(f"{size!r} is no size; there are {', '.join(SHAPES)}")
     c = nq_config("sequence", {"kind": "lm", **QWEN2, **SHAPES[size]})

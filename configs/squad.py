@@ -6,21 +6,21 @@
     rag-jax train --config configs/squad.py --run runs/squad $DATA
     rag-jax evaluate runs/squad --batch 64
 
-Both objectives from the same start:
+RAG-Sequence and RAG-Token from the same starting point:
 
     rag-jax train --config configs/squad.py --run runs/squad-base $DATA \\
         --stage retriever --stage read_32 --stage read_96 --stage read
     rag-jax train --config configs/squad.py:token --run runs/squad-token $DATA --stage joint --init runs/squad-base
 
-SQUAD: a directory with passages.jsonl, train.jsonl and dev.jsonl. Stages: the retriever, which starts from the
-corpus' document frequencies (init="lexical"), on gold passages; reading windows around the answer, then whole
-passages; and joint training through the marginal likelihood with no labels. No dropout in the generator: with it,
-copying from the passage is not learned in this time.
+SQUAD is a directory with passages.jsonl, train.jsonl and dev.jsonl. The stages train the retriever on gold passages,
+starting from the corpus' document frequencies (init="lexical"); the generator on windows around the answer that grow to
+whole passages; and both jointly through the marginal likelihood, without retrieval labels. The generator has no
+dropout: with it, it does not learn to copy from the passage in this time.
 
-Seen (two CPU cores busy with other work too; 12 minutes for the base, 4 for each joint stage), dev, 728 questions:
+Measured (two CPU cores busy with other work; 12 minutes for the base, 4 for each joint stage), dev, 728 questions:
 recall@1/5/20 54.1/76.6/86.5 (RAG-Sequence), 54.1/76.0/84.6 (RAG-Token), BM25 76.6/94.0/97.3; exact match 2.2 and 2.2,
-F1 4.6 and 5.3, closed book 0.0 and 2.2. What limits: 8,315 questions are too few to learn to read English from nothing;
-the reader learns them by heart (0.95 nats a token on them) and copies spans that do not answer new ones.
+F1 4.6 and 5.3, closed book 0.0 and 2.2. The limit is the data: 8,315 questions are too few to learn to read English
+from scratch; the reader memorises them (0.95 nats a token on them) and copies spans that do not answer new ones.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ WIDTH = 128
 
 
 def adam(learning_rate: float, schedule: str = "cosine", warmup: int = 50, **groups: float) -> ConfigDict:
-    """Adam for the named groups; the others are frozen."""
+    """Adam with these learning-rate factors of parameter groups; groups that are not named are frozen."""
     config = ConfigDict({"learning_rate": learning_rate, "schedule": schedule, "warmup_steps": warmup})
     config.b2, config.clip_norm = 0.98, 1.0
     config.groups = dict(groups)
@@ -37,7 +37,7 @@ def adam(learning_rate: float, schedule: str = "cosine", warmup: int = 50, **gro
 
 
 def text_config(name: str, variant: str) -> ConfigDict:
-    """Retriever warm-up, reading, joint training, for a corpus of some thousand passages."""
+    """The stages retriever, reading and joint training, for a corpus of some thousand passages."""
     c = ConfigDict()
     c.corpus, c.train, c.dev = f"data/{name}-corpus", f"data/{name}/train.jsonl", f"data/{name}/dev.jsonl"
     c.seed, c.target_length = 0, 16
@@ -73,5 +73,5 @@ def text_config(name: str, variant: str) -> ConfigDict:
 
 
 def get_config(variant: str = "sequence") -> ConfigDict:
-    """`sequence` or `token`."""
+    """variant: `sequence` (RAG-Sequence) or `token` (RAG-Token)."""
     return text_config("squad", variant)

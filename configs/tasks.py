@@ -1,5 +1,5 @@
-"""One configuration for each kind of task, everything learned from scratch on two CPU cores from some hundred to some
-thousand examples: small proofs that a task works, and the start of a table of baselines.
+"""One configuration for each kind of task, learned from scratch on two CPU cores from some hundred to some thousand
+examples: small proofs that a task works, and the start of a table of baselines.
 
     rag-jax corpus SET/passages.jsonl --out data/SET-corpus --train-tokenizer --passage-words 0 \\
         --encoder-vocab 8192 --generator-vocab 8192 --encoder-length TOKENS --generator-length TOKENS
@@ -7,9 +7,9 @@ thousand examples: small proofs that a task works, and the start of a table of b
         --set train=SET/train.jsonl --set dev=SET/dev.jsonl
     rag-jax evaluate runs/NAME
 
-TOKENS is that of TASKS below. A run answers as its task needs with no flags: classification within its labels, long
-answers with beams. `--set model.variant=token` trains RAG-Token. `python scripts/baselines.py DATA NAME --out
-runs/tables` does all of it and more: every baseline beside the trained model, in one table.
+TOKENS is the task's `tokens` in TASKS below. A run answers as its task needs without further flags: classification
+within its labels, long answers with beams. `--set model.variant=token` trains RAG-Token. `python scripts/baselines.py
+DATA NAME --out runs/tables` does all of this, and puts every baseline beside the trained model in one table.
 
     NAME               reads -> writes                             trained on            evaluated on
     squad, nq_gold     question -> answer                          train                 dev
@@ -46,53 +46,57 @@ def stage(name: str, steps: int, batch: int, optimizer: ConfigDict, **values: ob
 
 
 def retriever(steps: int) -> ConfigDict:
-    """In-batch negatives, from the corpus' document frequencies."""
+    """Stage: contrastive training with in-batch negatives, starting from the corpus' document frequencies."""
     return stage("retriever", steps, 32, adam(3e-4, warmup=10, question_encoder=1.0), objective="contrastive")
 
 
 def read(steps: int, documents: str = "gold", **values: object) -> ConfigDict:
-    """The generator alone, with the right passage or with none."""
+    """Stage: training of the generator alone, with the gold passage or, with documents="none", without passages."""
     return stage("read", steps, 16, adam(1e-3, generator=1.0), documents=documents, **values)
 
 
 def joint(steps: int, **values: object) -> ConfigDict:
-    """Both through the marginal likelihood, on what is retrieved."""
+    """Stage: joint training through the marginal likelihood, on retrieved passages."""
     groups = {"question_encoder": 0.2, "generator": 1.0}
     return stage("joint", steps, 8, adam(5e-4, warmup=10, **groups), refresh=str(max(steps // 2, 1)), **values)
 
 
 def lengths(c: ConfigDict, question: int, source: int, target: int) -> None:
-    """In tokens."""
+    """Sets the lengths of question, joined input and target, in tokens."""
     c.model.question_length, c.model.source_length, c.target_length = question, source, target
 
 
 def answers(c: ConfigDict) -> None:
-    """Short answers, as configs/squad.py."""
+    """Short answers: the configuration of configs/squad.py, unchanged."""
 
 
 def language(c: ConfigDict, bm25: str, match: str = "string") -> None:
-    """900 questions in another language. match: how answers are compared."""
+    """Short answers from 900 questions in another language, with fewer steps.
+
+    bm25: language of BM25's analysis. match: how answers are compared.
+    """
     for one in c.stages[:-1]:
         one.steps = int(0.4 * one.steps)
     c.stages = (*c.stages[:-1], joint(60))
     c.task = ConfigDict({"match": match})
-    c.search = ConfigDict({"bm25": {"language": bm25}})  # where it is searched with
+    c.search = ConfigDict({"bm25": {"language": bm25}})  # has effect only where BM25 searches
 
 
 def generation(c: ConfigDict, beams: int = 4) -> None:
-    """Texts of some sentences: beams without repeated trigrams."""
+    """Answers of some sentences: beam search without repeated trigrams."""
     c.answering = ConfigDict({"num_beams": beams, "no_repeat_ngram_size": 3, "mode": "fast", "batch": 32})
     c.best_metric = "eval/rouge_l"
 
 
 def long_answers(c: ConfigDict, reading: int, trained: int = 60) -> None:
+    """Long answers; reading, trained: steps of the stages read and joint."""
     lengths(c, 40, 240, 64)
     generation(c)
     c.stages = (retriever(100), read(reading), joint(trained))
 
 
 def dialogue(c: ConfigDict) -> None:
-    """What was said last is what counts, so the end of a long dialogue stays."""
+    """The next turn of a dialogue; a long one is truncated at its beginning, since the last turns count."""
     lengths(c, 112, 256, 40)
     generation(c)
     c.model.question_keeps = "end"
@@ -100,10 +104,10 @@ def dialogue(c: ConfigDict) -> None:
 
 
 def questions(c: ConfigDict, reads: str) -> None:
-    """Question generation."""
+    """Question generation; reads: the field of an example that is read, "answer" or "passage"."""
     generation(c)
     c.task = ConfigDict({"reads": reads, "writes": "question"})
-    if reads == "passage":  # it is all that is needed; what is retrieved are others like it
+    if reads == "passage":  # the input holds all that is needed; retrieval can only add similar passages
         lengths(c, 64, 160, 32)
         c.stages = (read(1200, documents="none", source_length=72), joint(60))
     else:
@@ -112,9 +116,10 @@ def questions(c: ConfigDict, reads: str) -> None:
 
 
 def labels(c: ConfigDict, classes: tuple[str, ...], reading: int, trained: int, question: int = 48) -> None:
-    """Nothing but a label can be said, and all labels are compared by their probability.
+    """Classification: decoding allows only labels, with one beam for each, so all are compared by their probability.
 
-    So there is no length penalty, and no label smoothing: it takes as much from every token, more from longer labels.
+    There is no length penalty and no label smoothing: smoothing costs each token equally, so longer labels would lose.
+    classes: the labels. reading, trained: steps of the stages read (0: none) and joint. question: length in tokens.
     """
     lengths(c, question, 200, 16)
     c.task = ConfigDict({"writes": "answer"})
@@ -125,6 +130,7 @@ def labels(c: ConfigDict, classes: tuple[str, ...], reading: int, trained: int, 
 
 
 def ranking(c: ConfigDict) -> None:
+    """Retrieval alone, with a retriever trained by inverse cloze on the passages; there is no generator."""
     c.train, c.model.generator, c.model.question_length = "", None, 64
     c.answering = ConfigDict({"retrieval_only": True})
     c.best_metric = "eval/ndcg_at_10"
@@ -132,8 +138,13 @@ def ranking(c: ConfigDict) -> None:
 
 
 class Task(NamedTuple):
-    """A kind of task on a data set. configure with options: what is other than in configs/squad.py. train, dev: files
-    of questions; passages: data sets whose passages are searched, of so many tokens each; metrics: what a table has.
+    """A kind of task on a data set.
+
+    configure, options: the function, and its arguments, that changes the configuration of configs/squad.py.
+    train, dev: files of questions, without suffix.
+    passages: data sets whose passages are searched.
+    metrics: columns of the table of baselines.
+    tokens: length of a passage.
     """
 
     configure: Callable[..., None]
@@ -155,7 +166,11 @@ def task(
     tokens: int = 256,
     **options: Any,
 ) -> Task:
-    """Of the data set `data`; train: another file than its train questions; beside: further passages."""
+    """A task on the data set `data`.
+
+    train: questions to train on, by default the set's own. dev: split to evaluate on. beside: further data sets whose
+    passages are searched. tokens: length of a passage. options: arguments of `configure`.
+    """
     return Task(configure, options, train or f"{data}/train", f"{data}/{dev}", (data, *beside), metrics, tokens)
 
 
@@ -194,7 +209,7 @@ TASKS = {
 
 
 def get_config(name: str = "climate_fever") -> ConfigDict:
-    """A name of TASKS."""
+    """name: a key of TASKS."""
     if name not in TASKS:
         raise ValueError(f"{name!r} is no task; there are {', '.join(TASKS)}")
     chosen = TASKS[name]

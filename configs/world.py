@@ -2,10 +2,10 @@
 
     rag-jax train --config configs/world.py --run runs/world
 
-Stages: the retriever is warmed up on gold passages, then against what it confuses them with; the generator learns to
-read, from windows around the answer that grow to the whole passage; then both are trained together through the
-marginal likelihood, on retrieved passages and no labels. `configs/world.py:token` trains RAG-Token. Paths: data/world
-and data/world-corpus, changed with --set.
+Stages: the retriever is warmed up on gold passages, first with in-batch negatives, then with hard negatives from its
+own index; the generator learns to read windows around the answer that grow to the whole passage; then both are trained
+jointly through the marginal likelihood, on retrieved passages and without retrieval labels. `configs/world.py:token`
+trains RAG-Token. The paths data/world and data/world-corpus can be changed with --set.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ WIDTH = 128
 
 
 def adam(learning_rate: float, schedule: str = "cosine", final: float = 0.0, **groups: float) -> ConfigDict:
-    """Adam for the named groups; the others are frozen."""
+    """Adam with these learning-rate factors of parameter groups; groups that are not named are frozen."""
     config = ConfigDict({"learning_rate": learning_rate, "schedule": schedule, "final": final, "warmup_steps": 20})
     config.b2, config.clip_norm = 0.98, 1.0
     config.groups = dict(groups)
@@ -22,7 +22,7 @@ def adam(learning_rate: float, schedule: str = "cosine", final: float = 0.0, **g
 
 
 def get_config(variant: str = "sequence") -> ConfigDict:
-    """`sequence` or `token`."""
+    """variant: `sequence` (RAG-Sequence) or `token` (RAG-Token)."""
     c = ConfigDict()
     c.corpus, c.train, c.dev = "data/world-corpus", "data/world/train.jsonl", "data/world/dev.jsonl"
     c.seed, c.target_length = 0, 10
