@@ -1,6 +1,7 @@
 """Retrieval-augmented generation in JAX and Flax.
 
-The names of `__all__` are stable: a change to one is announced in CHANGELOG.md. All else may move between versions.
+The names in `__all__` are stable: a change to one is announced in CHANGELOG.md. Everything else may change between
+versions.
 """
 
 import importlib
@@ -8,7 +9,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Imported when first asked for, so that the command line and `import rag_jax` start at once.
+# public name -> its module, imported when the name is first used, so that `import rag_jax` and the commands start fast
 _PUBLIC = {
     "fit": "rag_jax.training.from_python",
     "Texts": "rag_jax.training.from_python",

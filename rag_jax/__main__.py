@@ -1,6 +1,6 @@
 """The command line: a table of commands, each a module with `configure(parser)` and `run(args)`.
 
-A module is imported only when its command is named, so that help comes at once.
+A module is imported only when its command is used, so that help is printed without delay.
 """
 
 import argparse
@@ -45,11 +45,11 @@ COMMANDS = {
     ),
     "bench": ("rag_jax.cli.bench", "time the steps of training and search against the limits of the machine"),
 }
-COMPUTES = ("train", "evaluate", "encode", "index", "bench")  # long enough to begin twice
+COMPUTES = ("train", "evaluate", "encode", "index", "bench")  # long enough to be worth the restart of `malloc.keep`
 
 
 def help_text() -> str:
-    """What `rag-jax` alone prints."""
+    """The text that `rag-jax` prints without a command."""
     lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
     head = ["usage: rag-jax COMMAND [options]", "       rag-jax COMMAND --help", "       rag-jax --version"]
     example = "example: rag-jax world --out data/world --entities 1000 --seed 0"
@@ -57,7 +57,7 @@ def help_text() -> str:
 
 
 def parse(name: str, argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
-    """The module of a command and its parsed arguments; exits with 2 on bad usage."""
+    """The module of a command and its parsed arguments; exits with status 2 on bad usage."""
     module_name, text = COMMANDS[name]
     parser = argparse.ArgumentParser(
         prog=f"rag-jax {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,12 +75,12 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
 
 
 def found(value: Any) -> Any:
-    """A path as the system finds it, also where `..` in it stands behind a directory that is not there."""
+    """An argument as it is, but a path in which `..` follows a missing directory is resolved, see `paths.real`."""
     return paths.real(value) if isinstance(value, Path) and paths.crosses_missing(value) else value
 
 
 def finite(value: Any) -> Any:
-    """`value` with NaN and infinities as None: JSON has no word for them."""
+    """`value` with NaN and infinities as None, since JSON has neither."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -99,8 +99,11 @@ def render(result: dict[str, Any], as_json: bool, verbose: bool = False) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 (or the `exit_status` of a result), 2 for bad usage or input, 130 when interrupted, 141 when the
-    reader of our output left.
+    """Runs the command line and returns its exit status.
+
+    argv: the arguments; by default those of the process.
+    Status: 0 (or the `exit_status` of the result), 2 for bad usage or input, 130 when interrupted, 141 when the reader
+    of our output has closed the pipe.
     """
     if argv is None and sys.argv[1:2] and sys.argv[1] in COMPUTES:
         malloc.keep(os.environ)
@@ -120,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module, args = parse(argv[0], argv[1:])
             with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
                 result = module.run(args)
-            if result is None:  # of several processes another one says it
+            if result is None:  # with several processes, one of them alone prints the result
                 return 0
             status = result.pop("exit_status", 0)
             output = render(result, args.json, args.verbose)
@@ -134,18 +137,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words is None:
             raise
         said, status = words, 2
-    say(said)  # after what progress says of its end, when the frames of the error have gone
+    say(said)  # outside the handler: the error's frames are gone, so progress bars have printed their last lines
     return status
 
 
 def say(message: str) -> None:
-    """A last line to standard error, as far as that can be written to."""
+    """Prints a last line to standard error, if that can still be written to."""
     with contextlib.suppress(OSError):
         print(f"rag-jax: {plain_text.one_line(message)}", file=sys.stderr, flush=True)
 
 
 def show(output: str) -> int:
-    """Writes the result to standard output; the exit status."""
+    """Prints the result to standard output and returns the exit status."""
     try:
         print(output, flush=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The options of commands that answer questions."""
+"""Options shared by the commands that answer questions."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from rag_jax.system import configuration
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of answering that commands share."""
+    """Adds the options of answering: --decoding, --search, --n-docs, --num-beams, --mode, --set."""
     parser.add_argument("--decoding", default="", metavar="FILE[:NAME]", help="as configs/decoding.py:paper_sequence")
     parser.add_argument(
         "--search", metavar="KIND|JSON", help="exact, scann, bm25, hybrid (default: as trained), or all of SearchConfig"
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def search_from_argument(text: str | None) -> SearchConfig | None:
-    """What --search says: a kind, or the keys of SearchConfig as JSON; None where it is not given."""
+    """The SearchConfig of --search, which is a kind or the keys of SearchConfig as JSON; None where it is not given."""
     if not text:
         return None
     try:
@@ -44,7 +44,7 @@ def search_from_argument(text: str | None) -> SearchConfig | None:
 
 
 def from_arguments(args: argparse.Namespace, base: AnswerConfig) -> AnswerConfig:
-    """`base`, changed by --decoding, then by the options that were given, then by --set."""
+    """`base`, updated by --decoding, then by the other options given, then by --set."""
     values = configuration.plain(base) | (configuration.evaluated(args.decoding) if args.decoding else {})
     names = {field.name for field in dataclasses.fields(AnswerConfig)}
     values |= {name: value for name, value in vars(args).items() if name in names and value is not None}

@@ -1,4 +1,4 @@
-"""`rag-jax convert`: Hugging Face checkpoints -> a model here, in the form of a run directory."""
+"""`rag-jax convert`: converts Hugging Face checkpoints to a run directory."""
 
 import argparse
 from pathlib import Path

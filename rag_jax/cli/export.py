@@ -1,4 +1,4 @@
-"""`rag-jax export`: a model here -> a directory that transformers loads."""
+"""`rag-jax export`: writes the model of a run as a directory that transformers loads."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The options of benchmarks that run on a load: a named one, whose fields options change."""
+"""Options of benchmarks that run on a synthetic load: --load names it, and an option for each field changes it."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,7 @@ Load = TypeVar("Load", bound=Any)  # a dataclass
 
 
 def add_arguments(parser: argparse.ArgumentParser, loads: Mapping[str, Any]) -> None:
-    """--load, and an option a field."""
+    """Adds --load and an option for each field of a load; loads: name -> load (a dataclass)."""
     parser.add_argument("--load", choices=tuple(loads), default="small", help="shapes to begin with (default: small)")
     for field in dataclasses.fields(loads["small"]):
         kind = str if field.name == "dtype" else int
@@ -19,8 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser, loads: Mapping[str, Any]) -> 
 
 
 def chosen(args: argparse.Namespace, loads: Mapping[str, Load], may_be_0: Sequence[str] = ()) -> Load:
-    """The load that is named, with what the options change; InputError for a number below 1, or below 0 where it may
-    be 0, --repeats included.
+    """The load that --load names, with the fields that options change.
+
+    may_be_0: fields that may be 0. InputError for another field, or --repeats, below 1.
     """
     load = loads[args.load]
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(load)}

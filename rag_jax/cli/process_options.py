@@ -1,4 +1,4 @@
-"""The options of commands that run as several processes."""
+"""Options shared by the commands that can run as several processes."""
 
 import argparse
 
@@ -17,5 +17,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(args: argparse.Namespace) -> Processes:
-    """What those options say."""
+    """The settings of `distributed.initialize` that these options give."""
     return Processes(args.coordinator, args.processes, args.process, args.distributed == "auto", args.verbose)
