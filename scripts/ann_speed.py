@@ -1,10 +1,10 @@
-"""ScaNN, tuned to a recall, beside exact search: seconds a batch, taken in turn.
+"""Speed of ScaNN, tuned to a recall, beside exact search: seconds a batch, taking turns.
 
     python scripts/ann_speed.py --passages 1000000 --width 768
     python scripts/ann_speed.py --index DIR            # embeddings of rag-jax index, queries made from them
 
-Synthetic passages lie in clusters of all sizes and in few dimensions, as embeddings of text do; a query is a passage
-with noise. Recall is that on queries which the tuning did not see. Prints one JSON line.
+Synthetic passages form clusters of all sizes in a space of few dimensions, as embeddings of text do; a query is a
+passage plus noise. Recall is measured on queries that were not used for tuning. Prints one JSON line.
 """
 
 import argparse
@@ -27,7 +27,10 @@ from rag_jax.system.logs import info
 
 
 def synthetic(n: int, width: int, dims: int, rng: np.random.Generator, block: int = 65536) -> np.ndarray:
-    """[n,width] of length 1: sqrt(n) clusters, sizes by Zipf's law, inside a space of `dims` dimensions."""
+    """Vectors [n, width] of length 1: sqrt(n) clusters, sizes by Zipf's law, of `dims` dimensions, plus noise.
+
+    block: rows made at a time.
+    """
     clusters = max(int(n**0.5), 1)
     centres = rng.standard_normal((clusters, dims), np.float32)
     share = 1 / np.arange(1, clusters + 1) ** 0.7
@@ -55,7 +58,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def in_turn(searchers: dict[str, Searcher], queries: Queries, k: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Median, fastest and slowest of `rounds` searches each, after one that is not counted."""
+    """Median, fastest and slowest seconds of `rounds` searches each, taking turns; one round before is not counted."""
     times: dict[str, list[float]] = {name: [] for name in searchers}
     for turn in range(rounds + 1):
         for name, searcher in searchers.items():

@@ -1,22 +1,22 @@
-"""One table of a task: what the generator knows by itself, with BM25, with a frozen and with a learned retriever,
-RAG-Sequence and RAG-Token, and with the right passage given.
+"""The table of baselines of a task: the generator without passages, with BM25, with a frozen and with a learned
+retriever (RAG-Sequence and RAG-Token), and with the gold passage given.
 
     pip install -e '.[bm25,metrics]'
     python scripts/baselines.py shared/data pubmedqa climate_fever --out runs/tables
 
-DATA/SET holds the data sets that configs/tasks.py names. Below OUT/TASK come the corpus, the runs, an evaluation of
-each, and table.md and table.json: 95% intervals, and p beside the frozen retriever, question by question. Killed at
-any moment and started again, it goes on. --budget 0.1 takes a tenth of the steps.
+DATA/SET holds the data sets that configs/tasks.py names. OUT/TASK gets the corpus, the runs, an evaluation of each, and
+table.md and table.json: 95% intervals, and p values of a paired comparison with the frozen retriever. When it was
+killed, start it again: it resumes. --budget 0.1 takes a tenth of the steps.
 
     start         the model before any training; its retriever is the frozen one
-    reader        start, and the stages of reading: the generator of all rows begins here
-    closed_book   reader, and the joint stage's steps with no passage
-    bm25, frozen  reader, and the joint stage for the generator alone, on what BM25 or the frozen retriever finds
-    retriever     reader, and the stages that train the retriever on right passages
-    sequence      retriever, and the joint stage; an oracle gives it the right passage (n_docs=1)
-    token         the same as RAG-Token
+    reader        start, then the stages of reading: the generators of all rows start from here
+    closed_book   reader, then the steps of the joint stage without passages
+    bm25, frozen  reader, then the joint stage for the generator alone, on the results of BM25 or the frozen retriever
+    retriever     reader, then the stages that train the retriever on gold passages
+    sequence      retriever, then the joint stage; the row `oracle` gives it the gold passage (n_docs=1)
+    token         as sequence, with RAG-Token
 
-Where there is no generator: BM25, the frozen retriever, and that of all stages.
+A task without a generator has three rows: BM25, the frozen retriever, and the retriever after all stages.
 """
 
 import argparse
@@ -46,7 +46,13 @@ FROZEN = "frozen"
 
 
 class Row(NamedTuple):
-    """A row of the table: a run, and how it answers."""
+    """A row of the table.
+
+    title: shown in the table.
+    run: the run that is evaluated.
+    answering: fields of AnswerConfig.
+    search: kind of search, "" for the run's own.
+    """
 
     title: str
     run: str
@@ -70,18 +76,18 @@ RANKINGS = {
 
 
 def scaled(stage: StageConfig, budget: float) -> StageConfig:
-    """With that share of its steps."""
+    """The stage with this share of its steps, but more than its warm-up."""
     return replace(stage, steps=max(stage.optimizer.warmup_steps + 1, round(budget * stage.steps)))
 
 
 def generator_alone(stage: StageConfig, **changes: Any) -> StageConfig:
-    """The stage without its retriever's part."""
+    """The stage with only the generator trained, and no index refresh; changes: further fields."""
     rate = stage.optimizer.groups["generator"]
     return stage.changed(refresh="", optimizer=replace(stage.optimizer, groups={"generator": rate}), **changes)
 
 
 def trainings(cfg: TrainConfig, out: Path) -> dict[str, TrainConfig]:
-    """The runs in order; each begins with the parameters of one before it."""
+    """Name of each run -> its configuration, in order: a run starts from the parameters of an earlier one."""
     if cfg.model.generator is None:
         return {"learned": replace(cfg, init=str(out / "start"), index=str(out / "start/index"))}
     *earlier, joint = cfg.stages
@@ -114,7 +120,7 @@ def build_corpus(data: Path, passages: Sequence[str], tokens: int, out: Path) ->
 
 
 def start(cfg: TrainConfig, out: Path) -> None:
-    """A run directory with the parameters before the first step, and their index."""
+    """Writes a run directory with the initial parameters and their index."""
     if (out / "index").is_dir():
         return
     corpus, mesh = Corpus.open(cfg.corpus), sharding.make_mesh()
@@ -129,7 +135,7 @@ def start(cfg: TrainConfig, out: Path) -> None:
 
 
 def answered(cfg: TrainConfig, row: Row, run: Path, out: Path, limit: int) -> dict[str, Any]:
-    """The report of a row, made if it is not there."""
+    """The evaluation report of a row, from an earlier start where there is one."""
     if not (out / "report.json").is_file():
         search = replace(cfg.search, kind=row.search) if row.search else None
         wanted = evaluate.Wanted(
@@ -140,7 +146,7 @@ def answered(cfg: TrainConfig, row: Row, run: Path, out: Path, limit: int) -> di
 
 
 def commonest(out: Path) -> tuple[str, float]:
-    """The prediction made most often, and its share: a reader that always says the same is seen here."""
+    """The most frequent prediction and its share, which expose a reader that always gives one answer."""
     lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     said = [json.loads(line)["prediction"] for line in lines]
     text, count = collections.Counter(said).most_common(1)[0]
@@ -148,7 +154,7 @@ def commonest(out: Path) -> tuple[str, float]:
 
 
 def majority(cfg: TrainConfig, limit: int = 0) -> float | None:
-    """Accuracy of always saying the label that most training questions have; None where there are no labels."""
+    """Accuracy of always predicting the most frequent training label; None where a task has no labels."""
     if not cfg.answering.get("allowed_answers"):
         return None
     label = collections.Counter(question.answers[0] for question in formats.read_questions(cfg.train)).most_common(1)
@@ -157,7 +163,7 @@ def majority(cfg: TrainConfig, limit: int = 0) -> float | None:
 
 
 def cell(figure: dict[str, float] | None) -> str:
-    """Percent, with the interval, and p where there is one."""
+    """A figure in percent, with its interval, and its p value where there is one."""
     if figure is None:
         return ""
     text = "{:.1f} ({:.1f} to {:.1f})".format(*(100 * figure[name] for name in ("value", "low", "high")))
@@ -165,7 +171,7 @@ def cell(figure: dict[str, float] | None) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown."""
+    """The table of a task in Markdown."""
     names = [name for name in result["metrics"] if any(name in row["figures"] for row in result["rows"].values())]
     lines = [f"| {result['task']} | {' | '.join(names)} | commonest answer |", "|---" * (len(names) + 2) + "|"]
     for row in result["rows"].values():
@@ -182,7 +188,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def one(data: Path, name: str, out: Path, budget: float, limit: int) -> dict[str, Any]:
-    """Everything of a task."""
+    """Trains and evaluates everything for one task, and writes its table.
+
+    budget: share of the steps of the configuration. limit: number of questions evaluated, 0 for all.
+    """
     sys.path.insert(0, str(CONFIGS))
     from tasks import TASKS
 

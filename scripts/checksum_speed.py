@@ -1,11 +1,11 @@
-"""Cost of checksums by block in a first pass over rows.
+"""Measures the cost of block checksums in a first pass over rows.
 
     python scripts/checksum_speed.py --out DIR --gigabytes 1
 
-Writes a table of that size in DIR (float32 rows of 768, as an index has them) and reads it with and without sums, for
-several sizes of a block: all of it in order into memory; the same and searched for 64 questions; and single rows at
-random places, each in a block of its own; with the file in the page cache and without. Prints a table of wall-clock and
-processor seconds (of all threads, so that other programs on the machine count less); each is the best of --repeats.
+Writes a table of that size in DIR (float32 rows of 768 numbers, like an index) and reads it with and without checksums,
+for several block sizes: all rows in order into memory; the same, and searched for 64 questions; and single rows at
+random positions, each in a block of its own; with the file in the page cache and without. Prints a table of wall-clock
+and processor seconds (of all threads, so that other programs on the machine count less); each is the best of --repeats.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from rag_jax.system import block_checksums
 from rag_jax.system.block_checksums import Blocks
 
 WIDTH = 768
-PART = 1 << 14  # rows copied at a time, as to a device
+PART = 1 << 14  # rows copied at a time, as when they go to a device
 RANDOM = 400  # rows
 SIZES = (1 << 14, 1 << 16, 1 << 18, 1 << 20)
 
 
 def write(path: Path, rows: int) -> None:
-    """Random float32 rows, as they are in a shard."""
+    """Writes random float32 rows."""
     rng = np.random.default_rng(0)
     with path.open("wb") as stream:
         for first in range(0, rows, PART):
@@ -39,7 +39,7 @@ def write(path: Path, rows: int) -> None:
 
 
 def entry_of(path: Path) -> block_checksums.Entry:
-    """Sums of the block size that is set."""
+    """The size and block sums of a file, for the block size `block_checksums.SIZE`."""
     sums = []
     with path.open("rb") as stream:
         while part := stream.read(block_checksums.SIZE):
@@ -51,7 +51,7 @@ def entry_of(path: Path) -> block_checksums.Entry:
 
 
 def forget(path: Path) -> None:
-    """Takes the file out of the page cache."""
+    """Drops the file from the page cache."""
     with path.open("rb") as stream:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

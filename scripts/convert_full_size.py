@@ -31,7 +31,7 @@ assert np.isfinite(nll).all()
 
 
 def tensors() -> tuple[dict[str, tuple[tuple[int, ...], str]], Iterator[tuple[str, np.ndarray]]]:
-    """Shapes and (name, tensor) of the composite, tied copies as in the released files."""
+    """Shapes by name, and an iterator over (name, tensor), of a RAG checkpoint with tied copies, like released ones."""
     import flax.linen as nn
     import jax
     from flax.traverse_util import flatten_dict
@@ -66,7 +66,7 @@ def tensors() -> tuple[dict[str, tuple[tuple[int, ...], str]], Iterator[tuple[st
 
 
 def make(out: Path) -> None:
-    """The Hugging Face directory."""
+    """Writes the Hugging Face directory."""
     from rag_jax.models.bart import BartConfig
     from rag_jax.models.bert import BertConfig
     from rag_jax.models.hf import ENCODERS, GENERATORS
@@ -84,7 +84,7 @@ def make(out: Path) -> None:
 
 
 def measured(name: str, command: list[str], size: int) -> None:
-    """Runs it and prints time, peak memory and their ratio to the checkpoint."""
+    """Runs the command and prints its time, its peak memory, and the ratio of that to `size`, a checkpoint's bytes."""
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     out, _ = process.communicate()
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["measure"]:  # a process of its own, so that its children's peak is that of one alone
+    if sys.argv[1:2] == ["measure"]:  # in a process of its own, whose children's peak memory is that of one command
         measured(sys.argv[2], sys.argv[4:], int(sys.argv[3]))
     else:
         main()

@@ -1,9 +1,9 @@
-"""Shows that building a corpus takes little memory however many passages there are, and how fast it goes.
+"""Measures memory and speed of building a corpus, whose memory must not grow with the number of passages.
 
     python scripts/corpus_memory.py --out runs/corpus_memory --passages 100000 1000000
 
-Writes the passages of worlds of these sizes, builds a corpus of each in a process of its own (tokenizers trained on
-it) and prints one JSON line each: seconds, also of CPU (machines are shared), peak memory, sizes of the files.
+Writes the passages of worlds of these sizes, builds a corpus of each in a process of its own (with tokenizers trained
+on it) and prints one JSON line each: wall-clock and CPU seconds (machines are shared), peak memory, sizes of the files.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def measured(command: list[str]) -> tuple[float, float, float]:
 
 
 def write_world(path: Path, passages: int) -> None:
-    """The passages alone: questions would take several times as long."""
+    """Writes a world's passages alone, since its questions would take several times as long."""
     temporary = path.with_suffix(".tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("w", encoding="utf-8") as stream, Progress(passages, "world", unit="passages") as progress:

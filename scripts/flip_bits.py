@@ -1,16 +1,16 @@
-"""One bit flipped in a file, then the command that reads it: what does it say?
+"""Is a single flipped bit in any file detected by the code that reads it?
 
     python scripts/flip_bits.py --data DIR --run RUN --flips 150
 
-DIR holds `corpus`, `world/test.jsonl` (rag-jax world, rag-jax corpus) and RUN is a run trained on it; both are copied
-and left alone. Every flip is judged in this process:
+DIR holds `corpus`, `world/test.jsonl` (rag-jax world, rag-jax corpus) and RUN is a run trained on it; flips are made in
+copies of both. Every flip is judged in this process:
 
     detected   an InputError, or a checkpoint that is set aside, names the damage
-    harmless   the reader gives the very values that it gave before
-    SILENT     other values, and not a word: wrong
-    TRACEBACK  an exception that is no message to a user: wrong
+    harmless   the reader gives exactly the values that it gave before
+    SILENT     wrong: other values without an error
+    TRACEBACK  wrong: an exception that is not meant for users
 
-Exits with 1 where anything is silent or a traceback.
+Ends with status 1 if any flip is silent or a traceback.
 """
 
 import argparse
@@ -45,14 +45,14 @@ from rag_jax.system import files, logs, sharding
 
 
 class Kind(NamedTuple):
-    """Files of one kind, and what reads them: a digest of every value that the reader gets."""
+    """Files of one kind, and a function that reads them as a command does and returns a digest of all values."""
 
     files: list[Path]
     read: Callable[[], str]
 
 
 def digest(*values: Any) -> str:
-    """Hash of arrays by their bytes, and of other values by their repr."""
+    """A hash of values: of arrays by their bytes, of others by their repr."""
     found = hashlib.sha256()
     for value in values:
         array = isinstance(value, np.ndarray | jax.Array)
@@ -61,7 +61,7 @@ def digest(*values: Any) -> str:
 
 
 def read_corpus(directory: Path) -> str:
-    """Tables, passages, ids, tokenizers: what training, search, ask and evaluate read."""
+    """Digest of a corpus: tables, passages, ids and tokenizers, which training, search, ask and evaluate read."""
     corpus = Corpus.open(directory)
     tables = (corpus.encoder_ids, corpus.encoder_length, corpus.generator_ids, corpus.generator_length)
     passages = [corpus[row] for row in range(len(corpus))]
@@ -76,7 +76,7 @@ def read_index(directory: Path) -> str:
 
 
 def read_job(directory: Path, corpus: Path, out: Path) -> str:
-    """`rag-jax index JOB`, after the headers that `rag-jax encode` looks at when it goes on."""
+    """Digest of the index made from an encode job, after reading the job's headers as `rag-jax encode` does."""
     list(encode_job.finished(directory, encode_job.read_job(directory)))
     made = snapshots.from_job(directory, Corpus.open(corpus), out, overwrite=True)
     return digest(made.embeddings_NE[:], made.manifest)
@@ -102,7 +102,7 @@ def read_examples(run: Path) -> str:
 
 
 def read_export(directory: Path) -> str:
-    """Tensors, configuration and tokenizer, as `rag-jax convert --generator` reads them."""
+    """Digest of an export: tensors, configuration and tokenizer, as `rag-jax convert --generator` reads them."""
     part = generator_part(find(directory))
     tensors = [part.tensors.read(name) for name in sorted(part.tensors.shapes)]
     return digest(*tensors, part.config, sorted(part.tensors.shapes), tokenizers.load(directory).hash)
@@ -113,7 +113,7 @@ def below(directory: Path, *patterns: str) -> list[Path]:
 
 
 def kinds(work: Path) -> dict[str, Kind]:
-    """Kinds of files by name, each with its reader."""
+    """Name -> kind of files below `work`, each with its reader."""
     corpus, run = work / "corpus", work / "run"
     tables = below(corpus, "encoder_*.npy", "generator_*.npy")
     manifests = [corpus / files.MANIFEST, run / "index" / files.MANIFEST, run / "params" / files.MANIFEST]
@@ -146,7 +146,7 @@ def kinds(work: Path) -> dict[str, Kind]:
 
 
 def flip(path: Path, rng: np.random.Generator) -> None:
-    """One bit of the file, drawn evenly."""
+    """Flips one bit of the file, drawn uniformly."""
     content = bytearray(path.read_bytes())
     bit = int(rng.integers(8 * len(content)))
     content[bit // 8] ^= 1 << bit % 8
@@ -154,7 +154,7 @@ def flip(path: Path, rng: np.random.Generator) -> None:
 
 
 def judge(kind: Kind, path: Path, rng: np.random.Generator, before: str) -> tuple[str, str]:
-    """Outcome and message of one flip; the file is restored afterwards."""
+    """Flips one bit and reads: (outcome, message); the file is restored. before: the digest of the whole files."""
     whole = path.read_bytes()
     flip(path, rng)
     try:
@@ -168,7 +168,7 @@ def judge(kind: Kind, path: Path, rng: np.random.Generator, before: str) -> tupl
 
 
 def prepare(data: Path, run: Path, work: Path) -> None:
-    """Copies, an encode job and an export."""
+    """Copies corpus and run to `work`, and makes an encode job and an export there."""
     shutil.copytree(data / "corpus", work / "corpus")
     shutil.copytree(run, work / "run", ignore=shutil.ignore_patterns("tensorboard"))
     make_job(run, work)
@@ -177,7 +177,7 @@ def prepare(data: Path, run: Path, work: Path) -> None:
 
 
 def make_job(run: Path, work: Path) -> None:
-    """An encode job that has the embeddings of the run's index."""
+    """Makes an encode job from the embeddings of the run's index, without computing them."""
     opened = snapshots.open_snapshot(run / "index")
     found = opened.manifest
     job = encode_job.Job(
@@ -190,7 +190,7 @@ def make_job(run: Path, work: Path) -> None:
 
 
 def experiment(data: Path, run: Path, flips: int, seed: int = 0) -> dict[str, Counter[str]]:
-    """Outcomes by kind of file; `flips` are spread evenly over the kinds, and within one over its files by size."""
+    """Counts of outcomes by kind of file; flips are divided evenly among kinds, and among the files of one by size."""
     rng, table = np.random.default_rng(seed), {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -1,14 +1,16 @@
-"""Does every command that writes survive a full disk? One line and status 2, nothing half there, and the same again.
+"""Does every command that writes survive a full disk? It must print one line, end with status 2, leave nothing
+half-written, and give the right result when it is repeated.
 
     python scripts/full_disk.py --out runs/full_disk
 
-Each command runs with its output on a small disk of its own (a tmpfs): once with room, then with room for n bytes, for
-SIZES numbers n up to what it needs; then, with room again, the same command must end well, with the result of the first
-time and with no file beside it. After that with a read-only disk, without permission, with a file where the directory
-should be, and below a file. Prints a table, writes OUT/report.json; the exit status is 1 where anything is wrong.
+Each command runs with its output on a small disk of its own (a tmpfs): once with enough room, then with room for n
+bytes, for SIZES values of n up to what it needs; then, with enough room again, the same command must succeed with the
+result of the first time and without stray files. After that it runs on a read-only disk, without permission, with a
+file where the directory should be, and with a path below a file. Prints a table and writes OUT/report.json; the exit
+status is 1 where anything is wrong.
 
-Needs Linux and the right to mount a tmpfs: as root, or in a user namespace (unshare), which it makes by itself; it says
-so and ends with status 0 where neither is allowed. Some 700 runs take hours on two cores, most of them in train and
+Needs Linux and the right to mount a tmpfs: as root, or in a user namespace (unshare), which it creates by itself; where
+neither is allowed it says so and ends with status 0. Some 700 runs take hours on two cores, mostly in train and
 evaluate; --commands and --sizes make it shorter. Every run is a process of its own, forked from one that has loaded the
 libraries.
 """
@@ -39,8 +41,11 @@ ROOM = "200m"
 
 
 class Command(NamedTuple):
-    """What is tried. words: of the command line, {ready} and {out} stand in them. Where it `resumes`, what was finished
-    may stay after a full disk; `result` says what must be the same.
+    """A command to be tried.
+
+    words: its command line, with the placeholders {ready} (prepared inputs) and {out} (its output).
+    result: of the output, the value that must be the same after a full disk.
+    resumes: whether finished parts may stay after a full disk, since the command resumes from them.
     """
 
     words: str
@@ -55,17 +60,17 @@ def contents(directory: Path) -> dict[str, str]:
 
 
 def names(directory: Path) -> list[str]:
-    """Files that are there, whatever is in them."""
+    """Sorted names of all files, whatever their content."""
     return sorted(path.name for path in directory.rglob("*") if path.is_file())
 
 
 def evaluation(directory: Path) -> Any:
-    """Which files, and the predictions, which do not hold the time."""
+    """The names of the files, and the predictions, which contain no times."""
     return names(directory), (directory / "predictions.jsonl").read_bytes()
 
 
 def parameters(directory: Path) -> Any:
-    """The parameters of a run, and what is in its directory but for names that Orbax draws."""
+    """A hash of a run's parameters, and the names in its directory (those deeper down are random ones of Orbax)."""
     import jax
 
     from rag_jax.pretrained import load
@@ -76,7 +81,7 @@ def parameters(directory: Path) -> Any:
 
 
 def trained(directory: Path) -> Any:
-    """Parameters, index and metrics but for the times."""
+    """Parameters, index, metrics without times, and steps of the checkpoints."""
     rows = [
         {name: value for name, value in row.items() if name not in kill_resume.TIMES}
         for row in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
@@ -116,7 +121,7 @@ COMMANDS = {
 
 
 class Disk:
-    """A tmpfs, with a directory `out` for the command to make."""
+    """A tmpfs, with a path `out` on it for the command's output."""
 
     def __init__(self, mount: Path) -> None:
         self.mount, self.out = mount, mount / "out"
@@ -155,7 +160,7 @@ class Trial:
         return found.split()
 
     def run(self, text: str, out: Path, obeying: bool = False) -> tuple[int, str]:
-        """Exit status and standard error."""
+        """Runs a command; returns its exit status and output. obeying: without root's right to write anywhere."""
         said = self.out / "said.txt"
         process = self.processes.Process(target=command, args=(self.words(text, out), said, obeying))
         process.start()
@@ -171,7 +176,7 @@ class Trial:
 
 
 def command(words: list[str], said: Path, obeying: bool) -> None:
-    """In a process of its own: the command line, as `rag-jax` starts it."""
+    """The body of a process: runs the command line as `rag-jax` does, with its output to the file `said`."""
     from rag_jax import __main__ as cli
 
     stream = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -183,7 +188,7 @@ def command(words: list[str], said: Path, obeying: bool) -> None:
 
 
 def obey_permissions() -> None:
-    """Root of this process loses its right to write wherever it likes (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
+    """Drops root's right to ignore permissions in this process (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the interface, this process
     data = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
@@ -193,7 +198,7 @@ def obey_permissions() -> None:
 
 
 def prepare(trial: Trial) -> None:
-    """What the commands read, on a disk with room."""
+    """Makes the inputs of all commands, on a disk with room."""
     ready = trial.out / "ready"
     ready.mkdir()
     trial.finish("world --out {ready}/world --entities 60 --workers 1")
@@ -210,7 +215,7 @@ def prepare(trial: Trial) -> None:
 
 
 def faults(status: int, said: str, wanted: int = 2) -> list[str]:
-    """What is wrong with how a command ended."""
+    """Faults in the way a command ended: another status, a traceback, or a last line that is no message of rag-jax."""
     last = (said.splitlines() or [""])[-1]
     found = [] if status == wanted else [f"status {status}: {last}"]
     found += ["a traceback"] if "Traceback" in said or "Exception ignored" in said else []
@@ -220,7 +225,10 @@ def faults(status: int, said: str, wanted: int = 2) -> list[str]:
 
 
 def full(trial: Trial, one: Command, room: int, right: Any) -> tuple[bool, list[str]]:
-    """With room for so many bytes, then with room for all: whether the first was too little, and what is wrong."""
+    """Runs the command with `room` bytes, then with enough: (whether `room` was too little, faults).
+
+    right: the result with enough room.
+    """
     with trial.disk.mounted(str(max(room // PAGE, 1) * PAGE)) as out:
         status, said = trial.run(one.words, out)
         wrong = faults(status, said, wanted=2 if status else 0)
@@ -238,7 +246,7 @@ def full(trial: Trial, one: Command, room: int, right: Any) -> tuple[bool, list[
 
 
 def refused(trial: Trial, one: Command) -> dict[str, list[str]]:
-    """Places that cannot be written to: what is wrong with how the command ends."""
+    """Runs the command with outputs that cannot be written to: place -> faults, where there are any."""
     found: dict[str, list[str]] = {}
     with trial.disk.mounted(ROOM) as out:
         out.write_text("a file")
@@ -258,7 +266,7 @@ def refused(trial: Trial, one: Command) -> dict[str, list[str]]:
 
 
 def attempt(trial: Trial, name: str, sizes: int) -> dict[str, Any]:
-    """A row of the report."""
+    """Tries one command in every way: a row of the report."""
     one, begun = COMMANDS[name], time.monotonic()
     with trial.disk.mounted(ROOM) as out:
         status, said = trial.run(one.words, out)
@@ -277,7 +285,7 @@ def attempt(trial: Trial, name: str, sizes: int) -> dict[str, Any]:
 
 
 def in_namespace() -> None:
-    """Starts this script again where it may mount, or says that it cannot."""
+    """Restarts this script in a namespace where it may mount, or ends it with a message where there can be none."""
     probe = ["sh", "-c", "mount -t tmpfs tmpfs /mnt && umount /mnt"]
     unshare = ["unshare", "--mount", *(["--user", "--map-root-user"] if os.geteuid() else [])]
     if "FULL_DISK_MOUNTS" in os.environ:

@@ -1,10 +1,10 @@
-"""Is an encode job that was killed and started again the same job? Byte for byte, or this says where not.
+"""Is an encode job that was killed and resumed equal to an uninterrupted one, byte for byte? Prints where it is not.
 
     python scripts/kill_encode.py --out runs/kill_encode
 
 Embeds a corpus without interruption; then again, killed with SIGKILL at random moments (before and during compilation,
-between shards, while a shard is being written) and started again each time; then by two processes, and by two of which
-one is killed and its share left to the other command. Compares the files, and sees that no finished shard was made
+between shards, while a shard is written) and resumed each time; then with two processes; then with two of which one is
+killed, after which a single process finishes the job. Compares the files, and checks that no finished shard was written
 twice. Writes OUT/report.json; the exit status is 1 where anything differs. Takes some minutes.
 """
 
@@ -31,7 +31,7 @@ SHARD_ROWS = 400
 
 
 class Trial:
-    """Starts of the command line in one directory, all with the same compiled programs."""
+    """Starts the commands of one experiment in one directory; all share a cache of compiled programs."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -54,7 +54,7 @@ class Trial:
         )
 
     def pair(self, job: Path) -> "list[subprocess.Popen[bytes]]":
-        """Two processes that know of each other."""
+        """Starts one job as two connected processes."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             meet = ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", 2]
@@ -66,7 +66,7 @@ class Trial:
             sys.exit(f"the command failed; see {self.out / 'log.txt'}")
 
     def prepare(self, entities: int) -> None:
-        """A corpus, and a run whose encoder was drawn and never trained."""
+        """Makes a corpus, and a run with a randomly initialised encoder."""
         world = self.out / "world"
         self.finish(self.start("world", "--out", world, "--entities", entities, "--workers", 1))
         sizes = ["--train-tokenizer", "--encoder-vocab", 1000, "--generator-vocab", 1000]
@@ -84,12 +84,12 @@ class Trial:
 
 
 def finished(job: Path) -> dict[str, int]:
-    """Name -> inode of the shards that are there."""
+    """Name -> inode of the finished shards; a shard that is written again has another inode."""
     return {path.name: path.stat().st_ino for path in job.glob("rows-*")}
 
 
 def half(job: Path) -> int:
-    """Bytes of shards that are being written, or were."""
+    """Bytes of unfinished shards."""
     sizes = 0
     for path in job.glob(".rows-*.building"):
         try:
@@ -100,7 +100,11 @@ def half(job: Path) -> int:
 
 
 def kill_once(trial: Trial, job: Path, kind: str, rng: random.Random) -> dict[str, int]:
-    """Start, wait for the moment, kill."""
+    """Starts the job and kills it at a moment of its kind; returns counts for the report.
+
+    kind: "early" (after a random time up to 6 s), "shard" (after another shard is finished), "writing" (while a later
+    shard is written).
+    """
     before = finished(job)
     begun, process = time.monotonic(), trial.encode(job)
     early = rng.uniform(0.2, 6.0)
@@ -136,7 +140,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 def two_processes(trial: Trial, whole: Path, rng: random.Random) -> dict[str, bool]:
-    """By two processes; and by two of which one is killed, after which one alone ends the job."""
+    """Runs the job with two processes; and with two of which one is killed, after which a single one finishes it."""
     both, one = trial.out / "both", trial.out / "one_of_two"
     print("two processes", flush=True)
     trial.finish(*trial.pair(both))

@@ -1,11 +1,11 @@
-"""Is a run that was killed and started again the same run? Bit for bit, or this says where not.
+"""Is a run that was killed and resumed equal to an uninterrupted one, bit for bit? Prints where it is not.
 
     python scripts/kill_resume.py --out runs/kill_resume
 
-Trains a small run without interruption; then the same again, killed with SIGKILL at random moments (before and during
-compilation, between steps, while a checkpoint is being written, before the results are) and started again each time.
-Compares parameters, index and every logged value but the times; writes OUT/report.json; the exit status is 1 where
-anything differs. Takes about three minutes on two cores. What is compiled is kept in OUT/compiled, for all starts;
+Trains a small run without interruption; then the same run again, killed with SIGKILL at random moments (before and
+during compilation, between steps, while a checkpoint is written, before the results are) and resumed each time.
+Compares parameters, index and every logged value except times; writes OUT/report.json; the exit status is 1 where
+anything differs. Takes about three minutes on two cores. Compiled programs are cached in OUT/compiled for all starts;
 --compile compiles in every start instead, which takes much longer.
 """
 
@@ -30,7 +30,7 @@ TIMES = ("step_seconds", "tokens_per_second", "host_share")
 
 
 def get_config(data: str) -> ConfigDict:
-    """Every kind of stage, dropout, an index that is made anew; `data` as made by `prepare`."""
+    """A run with every kind of stage, dropout and index refresh; data: a directory by `prepare`."""
     c = ConfigDict({"corpus": f"{data}/corpus", "train": f"{data}/world/train.jsonl", "dev": f"{data}/world/dev.jsonl"})
     c.target_length, c.log_every, c.checkpoint_every = 16, 5, 10
     shape = {"width": 32, "heads": 2, "hidden": 64, "norm": "pre", "init": "copy", "vocab_size": 0, "dropout": 0.1}
@@ -53,7 +53,7 @@ def get_config(data: str) -> ConfigDict:
 
 
 class Trial:
-    """Starts of one command line in one directory, all with the same compiled programs or each with its own."""
+    """Starts the commands of one experiment; compile_anew: each start compiles, else all share a cache of programs."""
 
     def __init__(self, out: Path, steps: int, compile_anew: bool) -> None:
         self.out, self.environment = out, {"JAX_PLATFORMS": "cpu", **os.environ}
@@ -76,7 +76,7 @@ class Trial:
             sys.exit(f"the command failed; see {self.out / 'log.txt'}")
 
     def prepare(self) -> None:
-        """The data of `get_config`."""
+        """Makes the data of `get_config`."""
         world = self.out / "world"
         self.finish(self.start("world", "--out", world, "--entities", 60, "--workers", 1))
         sizes = ["--train-tokenizer", "--encoder-vocab", 500, "--generator-vocab", 800]
@@ -84,13 +84,17 @@ class Trial:
 
 
 def last_step(run: Path) -> int:
-    """The last step logged."""
+    """The last step in the run's metrics, 0 where there is none."""
     rows = logs.read_rows(run / logs.METRICS_FILE) if (run / logs.METRICS_FILE).exists() else []
     return rows[-1]["step"] if rows else 0
 
 
 def kill_once(trial: Trial, run: Path, kind: str, step: int, rng: random.Random) -> None:
-    """Start, wait for the moment, kill."""
+    """Starts the run and kills it at a moment of its kind.
+
+    kind: "early" (after a random time up to 6 s), "step" (after `step` is logged), "saving" (while a checkpoint after
+    it is written).
+    """
     begun, process = time.monotonic(), trial.train(run)
     early, metrics = rng.uniform(0.2, 6.0), run / logs.METRICS_FILE
     written = metrics.stat().st_mtime_ns if metrics.exists() else 0
@@ -113,7 +117,7 @@ def kill_once(trial: Trial, run: Path, kind: str, step: int, rng: random.Random)
 
 
 def compare(a: Path, b: Path) -> dict[str, bool]:
-    """What of two runs is the same, bit for bit."""
+    """Whether parameters, index and metrics of two runs are equal, bit for bit."""
     import jax
 
     params = [jax.device_get(load.from_pretrained(run)[1]) for run in (a, b)]

@@ -1,11 +1,12 @@
-"""Runs one command as several processes of this machine, as it would run on several hosts.
+"""Runs one command as several processes on this machine, as it would run on several hosts.
 
     python scripts/launch_local.py --processes 4 --devices 8 -- train --config configs/world.py --run runs/world
     python scripts/launch_local.py --processes 4 --gpus 8 -- train --config configs/squad.py --run runs/squad
 
---devices: so many CPU devices are made up and shared out, to try a mesh. --gpus: so many GPUs are shared out, in order.
-Every line that a process writes begins with its number. SIGTERM and Ctrl-C go on to all of them. Where one fails, the
-others have a minute to say why and to end; then they are killed. The exit status is that of the first that failed.
+--devices: so many fake CPU devices are divided among the processes, to try a mesh. --gpus: so many GPUs are divided
+among them, in order. Every line that a process writes to standard error begins with its number. SIGTERM and Ctrl-C are
+forwarded to all of them. When one fails, the others have a minute to say why and to end; then they are killed. The exit
+status is that of the first that failed.
 """
 
 import argparse
@@ -30,21 +31,21 @@ def free_port() -> int:
 
 
 def environments(processes: int, devices: int, gpus: int, base: Mapping[str, str]) -> list[dict[str, str]]:
-    """The environment of each process, made of a common one."""
+    """The environment of each process: the common one, and its share of fake CPU devices or of GPUs."""
     if gpus:
         share = gpus // processes
         lists = [range(i * share, (i + 1) * share) for i in range(processes)]
         return [{**base, "CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))} for mine in lists]
     share = devices // processes
     flags = " ".join(flag for flag in base.get("XLA_FLAGS", "").split() if not flag.startswith(HOST_DEVICES))
-    # with fewer threads than twice the devices, collectives of two steps under way can block each other
+    # with fewer threads than twice the devices, collectives of two unfinished steps can deadlock
     threads = str(max(64, 2 * share))
     own = {"JAX_PLATFORMS": "cpu", "NPROC": threads, "XLA_FLAGS": f"{flags} {HOST_DEVICES}={share}"}
     return [{**base, **own}] * processes
 
 
 def start(words: list[str], environment: list[dict[str, str]]) -> list[subprocess.Popen[str]]:
-    """The processes of one command, which meet at a free port."""
+    """Starts the processes of one command, connected through a free port; environment: one for each process."""
     port, count = free_port(), len(environment)
     meet = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count)] if count > 1 else []
     started = []
@@ -52,7 +53,7 @@ def start(words: list[str], environment: list[dict[str, str]]) -> list[subproces
         number = ["--process", str(i)] if count > 1 else []
         command = [sys.executable, "-m", "rag_jax", *words, *meet, *number]
         pipe = subprocess.PIPE
-        # a session of its own: Ctrl-C reaches it through the launcher alone, once
+        # in a session of its own, so that Ctrl-C reaches it once, from this launcher, and not also from the terminal
         one = subprocess.Popen(
             command, env=own, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
         )
@@ -61,7 +62,7 @@ def start(words: list[str], environment: list[dict[str, str]]) -> list[subproces
 
 
 def copy(source: IO[str], target: IO[str], mark: str) -> threading.Thread:
-    """A thread that passes lines on, each with a mark before it."""
+    """Starts a thread that copies lines from source to target, with `mark` before each."""
 
     def lines() -> None:
         for line in source:
@@ -74,7 +75,10 @@ def copy(source: IO[str], target: IO[str], mark: str) -> threading.Thread:
 
 
 def wait(processes: list[subprocess.Popen[str]], grace: float = GRACE_SECONDS) -> int:
-    """Until all have ended, which is soon after one has failed; the status of that one, or 0."""
+    """Waits until all processes have ended; returns the status of the first that failed, or 0.
+
+    grace: seconds after a failure until the others are killed.
+    """
     failed, since = 0, 0.0
     while any(process.poll() is None for process in processes):
         time.sleep(0.1)

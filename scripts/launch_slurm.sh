@@ -1,13 +1,13 @@
 #!/bin/bash
-# A command of rag-jax on several nodes of a Slurm cluster, one process a node. Preempted, or at the end of its time, it
-# saves a checkpoint, and the job is put back into the queue and goes on from there.
+# Runs a command of rag-jax on several nodes of a Slurm cluster, one process a node. When it is preempted, or its time
+# ends, it saves a checkpoint, and the job is put back into the queue and resumes from there.
 #
 #   sbatch --nodes 4 --gpus-per-node 8 scripts/launch_slurm.sh train --config configs/world.py --run /shared/runs/world
 #
 # The run directory, the corpus and the questions must be on a file system that all nodes share.
 #
 # VENV     a virtual environment to activate first (default: none)
-# Anything else, such as partition and account, goes to sbatch.
+# All other settings, such as partition and account, are options of sbatch.
 
 #SBATCH --job-name=rag-jax
 #SBATCH --ntasks-per-node=1
@@ -27,7 +27,7 @@ if [ -n "${VENV:-}" ]; then
 fi
 
 asked_to_stop=
-# one process ends, and all end: those that are left say why within a minute
+# When one process ends, srun waits a minute before it kills the others, so that they can say why they end.
 srun --kill-on-bad-exit=0 --wait=60 --label python -m rag_jax "$@" --distributed auto &
 steps=$!
 trap 'asked_to_stop=1; scancel --signal=TERM "$SLURM_JOB_ID.0" || kill -TERM "$steps"' TERM

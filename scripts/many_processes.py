@@ -1,19 +1,19 @@
-"""Is a run of several processes the run of one? And what is left of it when a process dies, a machine is taken away, or
-a checkpoint is damaged?
+"""Does a run of several processes give the results of one? Does it survive a killed process, a preempted machine, and a
+damaged checkpoint?
 
     python scripts/many_processes.py --out runs/many_processes
     python scripts/many_processes.py --out runs/many_processes --only killed
 
-same     1, 2 and 4 processes with 8 made-up CPU devices in all, on four meshes: the same losses (to 1e-5 of their size)
-         and the same evaluation, with the search in graph, an index that is made anew, and dropout
-killed   one of 4 processes is killed with SIGKILL: the others end within a minute and say why; 2 processes go on from
+same     1, 2 and 4 processes with 8 fake CPU devices in all, on four meshes: the same losses (relative error at most
+         1e-5) and the same evaluation, with the search in graph, index refresh, and dropout
+killed   one of 4 processes is killed with SIGKILL: the others end within a minute and say why; 2 processes resume from
          the checkpoint, and the losses are those of the undisturbed run
-sigterm  10 times at random moments: nothing is lost, nothing is repeated, and all values are equal bit for bit
-damaged  bits flipped, a file cut short, an empty directory: the checkpoint is named and set aside, and the run goes on
+sigterm  10 times at random moments: no step is lost or repeated, and all values are equal bit for bit
+damaged  a flipped bit, a truncated file, an empty directory: the checkpoint is named and set aside, and the run resumes
          from the one before
 
-Prints a table, writes OUT/report.json, and ends with status 1 where something is not as it should be. All of it takes
-about half an hour on two cores.
+Prints a table, writes OUT/report.json, and ends with status 1 if any check fails. All of it takes about half an hour on
+two cores.
 """
 
 import argparse
@@ -43,7 +43,7 @@ Row = dict[str, Any]
 
 
 def get_config(data: str) -> ConfigDict:
-    """In-batch contrastive, then the whole model with search in graph; `data` as made by `prepare`."""
+    """Two stages: in-batch contrastive, then joint training with search in graph; data: a directory by `prepare`."""
     c = ConfigDict({"corpus": f"{data}/corpus", "train": f"{data}/world/train.jsonl", "dev": f"{data}/world/dev.jsonl"})
     c.target_length, c.log_every, c.checkpoint_every, c.keep_checkpoints = 12, 1, 5, 3
     c.evaluate_every, c.evaluate_questions = 50, 16
@@ -67,7 +67,7 @@ def get_config(data: str) -> ConfigDict:
 
 
 class Started:
-    """The processes of a command, whose words are read as they come."""
+    """The running processes of a command; threads collect what each prints, so that no pipe fills up."""
 
     def __init__(self, processes: "list[subprocess.Popen[str]]") -> None:
         self.processes, self._said = processes, ["" for _ in processes]
@@ -83,14 +83,14 @@ class Started:
         return all(process.poll() is None for process in self.processes)
 
     def end(self) -> list[str]:
-        """Waits for all of them; what each said."""
+        """Waits for all processes; returns the standard error of each."""
         launch_local.wait(self.processes)
         for thread in self._threads:
             thread.join()
         return self._said
 
     def finish(self, name: str) -> list[str]:
-        """The same; a status other than 0 ends the script."""
+        """Waits for all processes; a status other than 0 ends the script. Returns the standard error of each."""
         said = self.end()
         if any(process.returncode for process in self.processes):
             sys.exit(f"{name} failed:\n" + "\n".join(text[-2000:] for text in said))
@@ -98,7 +98,7 @@ class Started:
 
 
 class Trial:
-    """Runs of one configuration in one directory, which share what they compile."""
+    """Runs of one configuration in one directory, which share their compiled programs."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -110,7 +110,7 @@ class Trial:
         }
 
     def prepare(self) -> None:
-        """The data of `get_config`."""
+        """Makes the data of `get_config`."""
         if (self.out / "corpus").exists():
             return
         lengths = ["--encoder-length", "96", "--generator-length", "128", "--overwrite"]
@@ -135,14 +135,14 @@ class Trial:
         return rows[-1]["step"] if rows else 0
 
     def whole(self, name: str, mesh: str, processes: int, devices: int) -> list[Row]:
-        """The rows of an undisturbed run; one that is there already is taken."""
+        """The metrics of an undisturbed run, which is run only if it has not finished before."""
         if self.last(name) < sum(STEPS.values()):
             self.start(name, mesh, processes, devices).finish(name)
         return self.rows(name)
 
 
 def difference(rows: list[Row], others: list[Row]) -> float:
-    """The largest difference of the losses, as a share of the loss; infinite where the steps are not the same."""
+    """The largest relative difference of the losses; infinite where the steps are not the same."""
     if [row["step"] for row in rows] != [row["step"] for row in others]:
         return float("inf")
     return max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(rows, others, strict=True))
@@ -157,7 +157,7 @@ def untimed(rows: list[Row]) -> list[Row]:
 
 
 def same(trial: Trial, rng: random.Random) -> Iterator[Row]:
-    """The table of processes and meshes; each row is compared with one process and the first mesh."""
+    """Part `same`: a row for each mesh and number of processes, compared with one process on the first mesh."""
     first = trial.whole("8x1x1-1", "8x1x1", 1, 8)
     for mesh in MESHES:
         for processes in (1, 2, 4):
@@ -174,7 +174,7 @@ def same(trial: Trial, rng: random.Random) -> Iterator[Row]:
 
 
 def killed(trial: Trial, rng: random.Random) -> Iterator[Row]:
-    """One of 4 processes killed at a random step; 2 go on."""
+    """Part `killed`: one of 4 processes is killed at a random step; 2 processes resume the run."""
     name, mesh, victim, step = "killed", "2x4x1", rng.randrange(4), rng.randrange(8, 45)
     undisturbed = trial.whole("2x4x1-4", mesh, 4, 8)
     shutil.rmtree(trial.out / name, ignore_errors=True)
@@ -203,13 +203,13 @@ def killed(trial: Trial, rng: random.Random) -> Iterator[Row]:
 
 
 def sigterm(trial: Trial, rng: random.Random) -> Iterator[Row]:
-    """At random moments: 10 times one process, then 3 times two processes."""
+    """Part `sigterm`: SIGTERM at random moments, 10 times with one process, then 3 times with two."""
     for processes, times in ((1, 10), (2, 3)):
         mesh = f"{processes}x1x1"
         undisturbed, name = trial.whole(f"whole-{processes}", mesh, processes, processes), f"sigterm-{processes}"
         shutil.rmtree(trial.out / name, ignore_errors=True)
         stops: list[int] = []
-        lost = 0  # times that a start did not go on from the step that the one before had stopped after
+        lost = 0  # starts that did not resume from the step after which the one before had stopped
         for number in range(times):
             before, latest = trial.last(name), sum(STEPS.values()) * (number + 1) // times
             target = rng.randrange(before, max(latest, before + 1))
@@ -257,7 +257,7 @@ def largest(checkpoint: Path) -> Path:
 
 
 def damaged(trial: Trial, rng: random.Random) -> Iterator[Row]:
-    """The newest checkpoint of a finished run, damaged; its results are removed, so that it is needed."""
+    """Part `damaged`: damages the newest checkpoint of a finished run, and removes its index so that it must resume."""
     undisturbed = trial.whole("whole-1", "1x1x1", 1, 1)
     last = sum(STEPS.values())
     for how in (flip, cut, empty):

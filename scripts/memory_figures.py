@@ -1,9 +1,9 @@
-"""Peak memory of one training step of BERT-base and BART-base with K = 5 on a CPU, by what is done to save it.
+"""Peak memory of a training step of BERT-base and BART-base with K = 5 on a CPU, for each way to save memory.
 
     python scripts/memory_figures.py [--load base] [--questions 4] [--only NAME ...]
 
-Each setting runs in a process of its own. `step` is the peak of resident memory during two steps less what was there
-before them (parameters, optimiser, index, tables); `temporary` is what XLA says that its program needs.
+Each setting runs in a process of its own. `step` is the peak of resident memory during two steps minus the memory
+before them (parameters, optimiser, index, tables); `temporary` is XLA's own figure for its program's temporaries.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SETTINGS = {
 
 
 def resident(name: str) -> int:
-    """Bytes: VmRSS, what there is now, or VmHWM, the most since `forget`."""
+    """Resident memory of this process in bytes; name: VmRSS (now) or VmHWM (the peak since `forget`)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024
@@ -38,7 +38,7 @@ def resident(name: str) -> int:
 
 
 def forget() -> None:
-    """Peaks are counted from now on."""
+    """Resets the peak of resident memory (VmHWM) to the present value."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,17 +1,17 @@
-"""How fast questions and passages become batches, and what of a training step goes by waiting for them.
+"""How fast questions and passages become batches, and which share of a training step waits for them.
 
     python scripts/pipeline_speed.py --out runs/pipeline_speed [--entities 10000] [--only NAME ...]
     python scripts/pipeline_speed.py --out DIR --corpus CORPUS --train FILE --passages FILE     # data of your own
     python scripts/pipeline_speed.py --out DIR --config configs/squad.py --stage read --only step
 
-Without data, a world of so many entities is made in OUT, with a corpus whose tokenizers are trained on it. Parts:
+Without data, a world of --entities entities is made in OUT, with a corpus whose tokenizers are trained on it. Parts:
 
-start     reading and tokenising the questions for a run, and the same again from what the run keeps; each in a process
-          of its own, whose peak memory is told
-passages  a corpus built again from its passages with the same tokenizers, and tokenised by the two tokenizers alone
-batches   batches of --batch questions, assembled in this thread, as one shape and in buckets of question lengths and
-          mixed of two inputs; beside torch's DataLoader over the same questions with a collate function that tokenises
-          and pads to the longest, where torch is installed: rounds taken in turn
+start     reading and tokenising the questions of a run, and the same from the cache that the run keeps; each in a
+          process of its own, whose peak memory is printed
+passages  a corpus rebuilt from its passages with the same tokenizers, and the two tokenizers alone
+batches   batches of --batch questions, assembled in this thread: in one shape, in buckets of question lengths, and
+          mixed from two inputs; beside them, where torch is installed, its DataLoader over the same questions with a
+          collate function that tokenises and pads to the longest. The kinds take turns, round by round
 step      `rag-jax bench train` of the stages of --config
 """
 
@@ -35,13 +35,13 @@ PARTS = ("start", "passages", "batches", "step")
 
 
 def rag_jax(*words: object) -> str:
-    """The command's output."""
+    """Runs a command of rag-jax; returns its standard output."""
     command = [sys.executable, "-m", "rag_jax", *map(str, words)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """A world and its corpus, where none is named."""
+    """Makes a world and its corpus where --corpus names none, and sets the arguments to them."""
     if args.corpus is None:
         world, args.corpus = args.out / f"world-{args.entities}", args.out / f"corpus-{args.entities}"
         args.train, args.passages = world / "train.jsonl", world / "passages.jsonl"
@@ -51,7 +51,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def config(args: argparse.Namespace, train: str = "") -> Any:
-    """A run over the questions."""
+    """The configuration of a run over the questions; train: another input than --train."""
     from rag_jax.rag import RagConfig
     from rag_jax.training.config import TrainConfig, make_stage
 
@@ -68,12 +68,15 @@ def config(args: argparse.Namespace, train: str = "") -> Any:
 
 
 def peak_mb() -> float:
-    """Of this process so far."""
+    """Peak resident memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def start(args: argparse.Namespace) -> dict[str, float]:
-    """In a process of its own: seconds until there are batches; the questions are kept for the next one."""
+    """Measures the time until there are batches, and caches the tokenised questions for the next call.
+
+    It needs a process of its own, for its peak memory.
+    """
     from rag_jax.corpus.directory import Corpus
     from rag_jax.training import setup
 
@@ -129,7 +132,7 @@ def passages(args: argparse.Namespace) -> list[str]:
 
 
 def ours(args: argparse.Namespace) -> dict[str, Callable[[int], None]]:
-    """call(i) makes --batches batches, from number i times that on."""
+    """Our ways to make batches by name: call(i) makes --batches batches, beginning with number i * --batches."""
     from rag_jax.corpus.directory import Corpus
     from rag_jax.data import batching
     from rag_jax.training import setup
@@ -160,7 +163,7 @@ def ours(args: argparse.Namespace) -> dict[str, Callable[[int], None]]:
 
 
 def rivals(args: argparse.Namespace) -> dict[str, Callable[[int], None]]:
-    """The same in torch: call(i) takes --batches more batches from a DataLoader."""
+    """Torch's ways to make batches by name: call(i) takes the next --batches batches from a DataLoader."""
     try:
         from torch import from_numpy
         from torch.utils.data import DataLoader
@@ -189,7 +192,7 @@ def rivals(args: argparse.Namespace) -> dict[str, Callable[[int], None]]:
         return batch
 
     def of(workers: int) -> Callable[[int], None]:
-        # forked: the tokenizers see it and use one thread in each
+        # forked workers: the tokenizers notice a fork and use one thread in each
         how: dict[str, Any] = {"multiprocessing_context": "fork", "persistent_workers": True} if workers else {}
         loader: Any = DataLoader(pairs, args.batch, True, collate_fn=collate, num_workers=workers, **how)  # type: ignore[arg-type]
 

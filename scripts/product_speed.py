@@ -1,10 +1,10 @@
-"""The matrix products of a training step by themselves: as jax.numpy has them, as `rag_jax.ops.float32_sums` has them,
-and in torch (oneDNN or MKL on a CPU), in turn.
+"""The speed of a training step's matmuls alone: with jax.numpy, with `rag_jax.ops.float32_sums`, and with torch (oneDNN
+or MKL on a CPU), taking turns.
 
     python scripts/product_speed.py [--load medium] [--dtype bfloat16] [--rounds 5]
 
-For the dense layers of the generator's encoder and its output layer: y = x W, the gradient in x, and that in W. In
-float32 the first two are the same, and the second is left out. Needs the extra `parity`.
+Measured for the dense layers of the generator's encoder and its output layer: y = x W, the gradient of x, and that of
+W. In float32 the first two are the same, and `float32_sums` is left out. Needs the extra `parity`.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from rag_jax.bench.synthetic_load import DTYPES, LOADS, Load
 from rag_jax.ops import float32_sums
 from rag_jax.system import malloc
 
-CALLS = 8  # in one turn
+CALLS = 8  # matmuls in one turn
 AXES = ("embed", "mlp")
 
 
 def shapes(load: Load) -> dict[str, tuple[int, int, int]]:
-    """Tokens, width in and width out of the layers."""
+    """Name of a layer -> (tokens, input width, output width)."""
     sources, targets = load.questions * load.docs * load.source, load.questions * load.docs * load.target
     return {
         "attention": (sources, load.width, load.width),
@@ -54,7 +54,7 @@ OURS = (
 
 
 def compare(tokens: int, wide: int, out: int, dtype: str, rounds: int) -> dict[str, list[float]]:
-    """GFLOP/s of each side: y, the gradient in x, that in W."""
+    """GFLOP/s of each library, for y, the gradient of x and that of W."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=s).astype(np.float32) for s in ((tokens, wide), (wide, out), (tokens, out))]
     here = [jnp.asarray(a, dtype) for a in arrays]

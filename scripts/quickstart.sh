@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole of rag_jax on a fictional world, in about ten minutes on two CPU cores and with no download but the packages:
-# a retriever and a generator learn from scratch to find and to read, answer questions about things no training question
-# mentioned, and answer from an edited corpus with no retraining. Everything it shows lands in runs/quickstart.
-# Killed and started again it goes on where it was. VENV, RUN and PYTHON may be set.
+# The whole pipeline on a fictional world, in about ten minutes on two CPU cores and with no download but the packages:
+# a retriever and a generator learn from scratch to find and to read, answer questions about entities that no training
+# question mentioned, and answer from an edited corpus without retraining. All results are written to runs/quickstart.
+# When it was killed, start it again: it resumes. VENV, RUN and PYTHON may be set.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 begun=$(date +%s)

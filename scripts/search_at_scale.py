@@ -1,11 +1,12 @@
-"""What exact search over the Wikipedia of DPR (21,015,300 passages) takes on each device of a TPU slice: no TPU needed.
+"""Memory and collectives of exact search over DPR's Wikipedia (21,015,300 passages) on a TPU slice; needs no TPU.
 
-    pip install libtpu     # then the real programs are compiled ahead of time; without it only shapes are counted
+    pip install libtpu     # with it the real programs are compiled ahead of time; without it only shapes are counted
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python scripts/search_at_scale.py --topology v5e:8x8
 
-Prints a table, or with --json one line a program: bytes of the arguments and temporaries of one device, FLOPs of one
-search on all of them (from the shapes), and the collectives of the compiled program with the bytes each leaves on a
-device. `mips` on every device, queries and results cut over the batch as in training (or --replicated).
+Prints a table, or with --json one line a program: bytes of the arguments and temporaries on one device, FLOPs of one
+search on all devices (from the shapes), and the collectives of the compiled program with the bytes of their results on
+a device. The index rows are sharded over all devices, queries and results over the batch as in training (or
+--replicated).
 """
 
 import argparse
@@ -31,7 +32,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def abstract_mesh(topology: str) -> Mesh:
-    """All chips of the topology on the data axis."""
+    """A mesh with all chips of a TPU topology, which need not exist here, on the data axis."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     return Mesh(np.array(devices).reshape(-1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -59,7 +60,7 @@ def compiled(mesh: Mesh, n: int, args: argparse.Namespace, dtype: str, batch: in
 
 
 def counted(devices: int, n: int, args: argparse.Namespace, dtype: str, batch: int) -> dict[str, Any]:
-    """From shapes: rows, scale, live, and the queries, of which all are on every device when they are used."""
+    """Bytes of the arguments on one device from shapes alone: its rows with scale and validity, and its queries."""
     row_bytes = args.width * BYTES[dtype] + 1 + 4 * (dtype == "int8")
     share = batch if args.replicated else -(-batch // devices)
     return {"argument_bytes": -(-n // devices) * row_bytes + 4 * share * args.width}

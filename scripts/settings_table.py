@@ -1,4 +1,4 @@
-"""Writes docs/settings.md from the tables that `rag-jax convert` decides by."""
+"""Writes docs/settings.md from the tables of settings that `rag-jax convert` uses."""
 
 from pathlib import Path
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that must pass: virtual environment, install, ruff, types, tests. From any directory:
+# Runs every check: virtual environment, install, ruff, types, tests. From any directory:
 #   scripts/test.sh [arguments of pytest]
-#   scripts/test.sh --fast               ruff, and the tests that take seconds: for the loop of editing, under 90 s
-# VENV: where the environment is or will be (default .venv-test).  PYTHON: the interpreter that makes it (default python3).
-# WORKERS: processes that run tests side by side (default 2; 0: in this one, as a debugger wants it).
-# EXTRAS: what is installed beside the package (default test; test,parity,minilm has the comparisons with torch too).
+#   scripts/test.sh --fast               ruff, and the tests that take seconds: while editing, under 90 s
+# VENV: the environment, created if need be (default .venv-test).  PYTHON: the interpreter for it (default python3).
+# WORKERS: processes that run tests in parallel (default 2; 0: in the process of pytest, for a debugger).
+# EXTRAS: extras of the package to install (default test; test,parity,minilm adds the comparisons with torch).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,7 +18,7 @@ if sys.version_info < (3, 11):
     sys.exit(f"rag-jax needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}. Set PYTHON.")
 CHECK
 
-# The stamp is written last, so an install that was interrupted, or is of other requirements, is done again.
+# The stamp is written last, so an install that was interrupted, or was for other requirements, is repeated.
 stamp="$(cat pyproject.toml constraints.txt | cksum) $extras"
 if [[ ! -x $venv/bin/python || $(cat "$venv/complete" 2>/dev/null) != "$stamp" ]]; then
     "$python" -m venv "$venv"
