@@ -1,4 +1,4 @@
-"""Eight fake CPU devices for every test, and the real data where it is there."""
+"""Fixtures for all tests: eight fake CPU devices, and the real data sets where they are present."""
 
 import atexit
 import contextlib
@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 from repeats import QUICK
 
-# Before jax is imported: the backend reads these once. Tests that start processes pass them on.
+# Set before jax is imported, since the backend reads these once. Tests that start processes pass them on.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "64")  # threads of the CPU client: with fewer, collectives of two steps can deadlock
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -27,7 +27,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     if tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 12):  # later ones do not know it, and end
         flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-# What one process of this session compiled, the others read: workers of xdist and every command that a test starts.
+# Compiled programs are shared by all processes of this session: workers of xdist and every command that a test starts.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rag-jax-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
-    """`shared_data("squad")` is the path of a real data set beside the repository, or the test is skipped."""
+    """`shared_data("squad")` is the path of a real data set beside the repository; the test is skipped without it."""
 
     def find(name: str) -> Path:
         path = ROOT.parent / "shared" / "data" / name
@@ -81,7 +81,7 @@ def parity_needs_torch(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that matplotlib draws, caught as they are saved."""
+    """The figures that matplotlib draws, collected when they are saved."""
     from matplotlib.figure import Figure
 
     saved = []

@@ -1,4 +1,4 @@
-"""Plain restatements to compare with: NumPy float64, loops, probabilities rather than logarithms, no caches."""
+"""Simple reference implementations: NumPy float64, loops, probabilities instead of logarithms, no caches."""
 
 import itertools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ def softmax(x, axis=-1):
 
 
 def rag_sequence(p_next, targets, prior, prior_counts=lambda target: True) -> float:
-    """p(y|x) of one question: p_next [K][T][V], targets [t, ...] without padding, prior [K]."""
+    """p(y|x) of one question under RAG-Sequence: p_next [K][T][V], targets [t, ...] without padding, prior [K]."""
     total = 0.0
     for k, p_z in enumerate(prior):
         p_y = p_z if prior_counts(targets) else 1.0
@@ -23,7 +23,7 @@ def rag_sequence(p_next, targets, prior, prior_counts=lambda target: True) -> fl
 
 
 def rag_token(p_next, targets, prior) -> float:
-    """p(y|x) of one question, marginalised at every token."""
+    """p(y|x) of one question under RAG-Token, which marginalises at every token; arguments as `rag_sequence`."""
     p_y = 1.0
     for t, token in enumerate(targets):
         p_y *= sum(p_z * p_next[k][t][token] for k, p_z in enumerate(prior))
@@ -31,7 +31,7 @@ def rag_token(p_next, targets, prior) -> float:
 
 
 def sequences(vocabulary: int, steps: int, eos: int) -> list[tuple[int, ...]]:
-    """Everything that can be generated in `steps` tokens: up to and with eos, or `steps` tokens without one."""
+    """All sequences that can be generated in `steps` tokens: ending with eos, or `steps` tokens without one."""
     found = []
     for n in range(1, steps + 1):
         for tokens in itertools.product(range(vocabulary), repeat=n):
@@ -46,9 +46,9 @@ NextLogp = Callable[[tuple[int, ...]], np.ndarray]  # the tokens so far, bos inc
 def beam_search(
     next_logp: NextLogp, beams: int, length: int, bos: int, eos: int, length_penalty: float = 1.0
 ) -> list[tuple[tuple[int, ...], float, float]]:
-    """(tokens with bos, score, log-probability), best first. Lists, and never stops early.
+    """(tokens with bos, score, log-probability) of the beams, best first; plain lists, and no early stopping.
 
-    Of the 2M best continuations the finished ones among the first M count, and the M best others go on.
+    Of the 2M best continuations, the finished ones among the first M are results; the best M others stay open.
     """
     live, done = [((bos,), 0.0)], []
 

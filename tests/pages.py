@@ -1,4 +1,4 @@
-"""Rows and passages that a report page must bear, for the tests of its file and of what a browser makes of it."""
+"""Rows and passages for the tests of report.html, as a file and in a browser."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +35,7 @@ def row(number: int, **values: Any) -> dict[str, Any]:
 
 
 def hostile_rows() -> list[dict[str, Any]]:
-    """Every text of a question is hostile in turn."""
+    """Rows in which each text of a question in turn is hostile (HTML, scripts, control characters)."""
     return [
         row(i, id=f"{text[:100]} {i}", question=text, prediction=text, answers=[text, "Velor"], tokens=[text[:50], "x"],
             gold=[text[:100]], read=[f"h{i}", "p1"], retrieved=[f"h{i}", "p1"])

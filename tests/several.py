@@ -1,4 +1,4 @@
-"""What each of several processes checks, for test_processes.py: `python several.py DATA`, DATA as made there."""
+"""The checks of each process of test_processes.py: `python several.py DATA`, with DATA as that test writes it."""
 
 import argparse
 import sys
@@ -33,7 +33,7 @@ STAGES = {
 
 
 class ByText:
-    """Finds passages by the length of the question alone."""
+    """A search whose results depend on the length of the question alone."""
 
     def search(self, queries, k):
         first_B1 = np.asarray([len(text) for text in queries.texts])[:, None]
@@ -52,7 +52,7 @@ def model(corpus, mesh):
 
 
 def batch_of(corpus):
-    """A batch with everything that a feed looks at."""
+    """A batch with every field that `feed` reads."""
     rng = np.random.default_rng(0)
     return {
         "question_ids": rng.integers(0, 300, (8, 8)).astype(np.int32),
@@ -64,7 +64,7 @@ def batch_of(corpus):
 
 
 def fed(corpus, mesh, rag, params, stage):
-    """What a step is given on `mesh`, whole: of every array its values, by name."""
+    """The whole arrays that a step gets on `mesh`, by name."""
     own = sharding.own_rows(mesh, 8)
     setting = Setting(rag, stage, mesh, len(corpus), ())
     embeddings_NE = np.arange(len(corpus) * 4, dtype=np.float32).reshape(-1, 4)
@@ -90,7 +90,7 @@ def feeds(corpus, sizes):
 
 
 def checks(data):
-    """Everything that several processes do together, against what the test wrote."""
+    """All operations that several processes do together, compared with what the test wrote."""
     expected, corpus = dict(np.load(data / "expected.npz")), Corpus.open(data / "corpus")
     assert distributed.from_first(["of", jax.process_index()]) == ["of", 0]
     assert distributed.from_first("") == ""
@@ -133,7 +133,7 @@ def checks(data):
 
 
 def rows_squared(first, last, done):
-    """Embeddings that tell which row they are of."""
+    """Embeddings whose values identify their rows."""
     assert first < last
     done(last - first)
     return np.arange(first, last, dtype=np.float32)[:, None] ** 2

@@ -1,4 +1,4 @@
-"""Predictions made from real questions: every kind of right and wrong, the same ones each time."""
+"""Predictions made from real questions, deterministic: every kind of right and wrong answer."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def rows(path: Path, limit: int) -> list[dict]:
 
 
 def predictions(golds: list[list[str]]) -> list[str]:
-    """One prediction for each list of gold texts: one of them, spoiled in one of eleven ways, or left as it is."""
+    """One prediction for each list of gold texts: one of them, unchanged or spoiled in one of eleven ways."""
     made = []
     for i, texts in enumerate(golds):
         words, other = texts[i % len(texts)].split(), golds[(i * 7 + 3) % len(golds)][0].split()

@@ -1,4 +1,4 @@
-"""Answers held back: the risk-coverage curve and its area by hand and by brute force, and what counts as no answer."""
+"""Abstention: the risk-coverage curve and its area by hand and by brute force, and which rows count as no answer."""
 
 import itertools
 

@@ -38,14 +38,14 @@ from rag_jax.runs import directory as runs
 
 
 def copied(run, out):
-    """A run directory of its own, but without what is for training alone."""
+    """A copy of a run directory without the files that only training needs."""
     shutil.copytree(run, out, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
     return out
 
 
 @pytest.fixture(scope="module")
 def run(tiny_data, tiny_run):
-    """The trained run, with a generator that ends its answers later: trained so little it would say nothing at all."""
+    """The trained run with longer answers from its generator, which would answer nothing after so little training."""
     run = copied(tiny_run, tiny_data / "talking")
     params = rag_jax.from_pretrained(run)[1]
     eos = Corpus.open(tiny_data / "corpus").generator_tokenizer.eos_id
@@ -67,7 +67,7 @@ def questions(tiny_data):
 
 @pytest.fixture(scope="module")
 def cfg(opened):
-    """The only way of answering here but for closed book: what is compiled serves all tests."""
+    """The answering configuration of all tests except closed book, so that they share compiled programs."""
     return opened.answer_config(batch=8)
 
 
@@ -78,7 +78,7 @@ def answers(opened, questions, cfg):
 
 @pytest.fixture(scope="module")
 def edited_index(tiny_data, run):
-    """`rag-jax index` on the edited corpus."""
+    """The index of the edited corpus, made by `rag-jax index`."""
     out = tiny_data / "edited-index"
     assert tiny.rag_jax("index", run, "--corpus", tiny_data / "edited-corpus", "--out", out) == 0
     return out
@@ -86,7 +86,7 @@ def edited_index(tiny_data, run):
 
 @pytest.fixture
 def reuse(monkeypatch, opened):
-    """Commands open a run without compiling its program again."""
+    """Makes commands that open a run reuse its compiled program."""
     from_run = Pipeline.from_run
 
     def with_programs(path, index=None, search=None):
@@ -97,7 +97,7 @@ def reuse(monkeypatch, opened):
 
 @pytest.fixture(autouse=True)
 def undrawn(request, monkeypatch):
-    """No pictures: tests/test_evaluation_plots.py looks at them, and they take longer than the rest of a report."""
+    """Turns off pictures, which take longer than the rest of a report; tests/test_evaluation_plots.py tests them."""
     monkeypatch.setattr(write_report.evaluation_plots, "draw", lambda report, out: [])
     monkeypatch.setattr(write_report, "training", lambda run, out: [])
 
@@ -146,7 +146,7 @@ def test_the_index_on_disk_is_that_of_training(opened):
 
 
 def test_answers_and_scores_are_those_of_the_model(opened, questions, answers, cfg):
-    """The first question again, by the public names alone: join on the host, then generate."""
+    """Recomputes the first question with public functions alone: join on the host, then generate."""
     model, params = rag_jax.from_pretrained(opened.snapshot.directory.parent)
     assert model == opened.loaded.rag and model.variant == "sequence"
     corpus, found = opened.loaded.corpus, answers[0]
@@ -202,7 +202,7 @@ def test_a_question_must_have_words(opened):
 
 
 def test_report_is_what_the_predictions_say(tiny_data, run, questions, answers, reuse, tmp_path, capsys):
-    """Questions whose answers and gold passages are made so that every figure is neither 0 nor 1."""
+    """Questions whose answers and gold passages are chosen so that every figure is neither 0 nor 1."""
     corpus = Corpus.open(tiny_data / "corpus")
     rows = []
     for i, (q, found) in enumerate(zip(questions, answers, strict=True)):
@@ -293,7 +293,7 @@ def test_report_is_what_the_predictions_say(tiny_data, run, questions, answers, 
 
 
 def test_metrics_labels_and_unanswerable_questions(run, questions, answers, reuse, tmp_path, capsys):
-    """Some questions without an answer, and one whose way to answer KILT names."""
+    """Some questions have no answer, and one is scored by the metric that KILT names."""
     corpus_ids = answers[0].retrieved
     rows = [
         {"id": q.id, "question": q.question, "answers": [found.text or "never"]}
@@ -357,7 +357,7 @@ def test_closed_book_has_no_passages(tiny_data, run, reuse, tmp_path, capsys):
 
 
 def test_closed_book_reads_the_question_alone(opened, questions):
-    """As the generator answers `<s> // question </s>`."""
+    """The generator's input is `<s> // question </s>`."""
     cfg = opened.answer_config(batch=8, closed_book=True)
     found = opened.answer([q.question for q in questions[:8]], cfg)
     corpus, model = opened.loaded.corpus, opened.loaded.rag
@@ -372,7 +372,7 @@ def test_closed_book_reads_the_question_alone(opened, questions):
 
 
 def test_an_oracle_reads_the_right_passages_first(tiny_data, run, opened, questions, answers, reuse, tmp_path, capsys):
-    """Some questions have one that was found late, one that was found first, two, or none that the corpus has."""
+    """Gold passages that were found late, found first, several for a question, and absent from the corpus."""
     corpus = opened.loaded.corpus
     golds = [[found.retrieved[[30, 0, 7, 2][i % 4]]] for i, found in enumerate(answers)]
     for i, found in enumerate(answers):
@@ -534,7 +534,7 @@ def test_a_corpus_tokenised_otherwise_is_refused_with_the_command_that_mends_it(
 
 
 def altered(index, out, **changes):
-    """A copy of an index with another manifest."""
+    """A copy of an index with some fields of its manifest changed."""
     snapshot = snapshots.open_snapshot(index)
     manifest = dataclasses.replace(snapshot.manifest, **changes)
     snapshots.write(out, manifest, [(np.arange(manifest.n_passages), np.asarray(snapshot.embeddings_NE))])
@@ -666,7 +666,7 @@ def test_bad_questions_and_settings_of_ask(run, capsys):
 
 
 def test_the_command_line_says_how_to_answer(tiny_data, run, tmp_path, capsys):
-    """A file of settings, changed by options, changed by --set; the report keeps them all."""
+    """A file of settings, overridden by options, overridden by --set; the report contains the result."""
     preset = f"{ROOT}/configs/decoding.py:paper_generation"
     words = ["--decoding", preset, "--n-docs", 3, "--set", "num_beams=2", "--set", 'allowed_answers=["no", "Bela"]']
     assert tiny.rag_jax("evaluate", run, "--out", tmp_path, "--limit", 8, "--batch", 8, *words, "--json") == 0
@@ -686,7 +686,7 @@ def test_the_command_line_says_how_to_answer(tiny_data, run, tmp_path, capsys):
 
 
 def test_a_run_answers_as_its_configuration_says(run, opened, questions, tmp_path, capsys):
-    """Within its labels, judged by them, with no word on the command line."""
+    """It answers within its labels and is scored by them, without options on the command line."""
     mine = copied(run, tmp_path / "run")
     values = json.loads((mine / "config.json").read_text())
     values["answering"] = {"allowed_answers": ["no", "Bela"], "batch": 8, "n_retrieved": 5}
@@ -707,7 +707,7 @@ def test_a_run_answers_as_its_configuration_says(run, opened, questions, tmp_pat
 
 
 def test_allowed_answers_may_stand_in_the_middle_of_a_text(opened):
-    """Labels are learned as they stand after a space; released checkpoints write them without one."""
+    """Training writes labels after a space, released checkpoints without one, so both spellings are allowed."""
     generator = opened.loaded.corpus.generator_tokenizer
     found = pipeline.allowed_ids(opened.loaded, [" Bela ", "no"], 12)
     assert [generator.decode(ids) for ids in found] == ["Bela", " Bela", "no", " no"]
@@ -723,7 +723,7 @@ def test_bad_words_are_not_said(opened, questions, answers, cfg):
 
 
 def test_questions_of_like_length_need_no_compilation(opened, questions, cfg):
-    """And any number of them up to a batch; the answers do not depend on their company."""
+    """Nor does any number of questions up to a batch; answers do not depend on the other questions of a batch."""
     texts = [q.question for q in questions]
     opened.answer(texts[:8], cfg)
     compiled = []
@@ -743,7 +743,7 @@ def test_questions_of_like_length_need_no_compilation(opened, questions, cfg):
 
 
 def test_the_posterior_of_every_token(opened, questions, cfg, monkeypatch):
-    """RAG-Token, figure 2: p(z) p(y_t|z,y_<t) over its sum, each by teacher forcing; beside the tokens as texts."""
+    """The posterior of RAG-Token (figure 2): p(z) p(y_t|z,y_<t), normalised, by teacher forcing; tokens as texts."""
     config = dataclasses.replace(opened.loaded.rag.config, variant="token")
     location = dataclasses.replace(opened.location, loaded=dataclasses.replace(opened.loaded, rag=Rag(config)))
     token = dataclasses.replace(opened, programs={}, location=location)

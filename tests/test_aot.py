@@ -1,4 +1,4 @@
-"""`rag-jax compile`: what it counts, against sums by hand, and programs compiled for fake devices and for TPUs."""
+"""`rag-jax compile`: its figures against sums by hand, and programs compiled for fake devices and for TPUs."""
 
 import dataclasses
 import importlib.util
@@ -57,7 +57,7 @@ def report(cfg: TrainConfig, where: str = "cpu:8", name: str = "joint") -> memor
 
 
 def test_memory_of_arguments_by_hand() -> None:
-    """8 devices: 13 of 104 rows each; parameters of width 16 in halves of 2, Adam's two moments of the generator."""
+    """On 8 devices: 13 of 104 rows each, parameters of width 16 halved, and Adam's two moments of the generator."""
     memory = report(tiny_config(), "h100:8").memory
     assert memory["index"] == 13 * (16 * 4 + 4) + 16 * 4  # rows and steps; drift_E on each
     assert memory["token table"] == 13 * (16 + 12 + 2) * 2
@@ -98,7 +98,7 @@ def test_counts_of_search_and_encode() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["joint", "retriever", "read", "denoise"])
 def test_arguments_are_those_of_training(tiny_data: Path, stage: str) -> None:
-    """Shapes, types and places of the real first batch, index, tables and state of every kind of stage."""
+    """They have the shapes, types and shardings of training's first batch, index, tables and state, for every stage."""
     cfg = config.load(f"{Path(__file__).parent / 'tiny.py'}:{tiny_data}", ['mesh={"data": 2, "fsdp": 4}'])
     number = [s.name for s in cfg.stages].index(stage)
     corpus, mesh = Corpus.open(cfg.corpus), sharding.make_mesh(cfg.mesh)
@@ -174,7 +174,7 @@ def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_few_layers_tell_of_many() -> None:
-    """Five, four and three layers, from the compiled programs of two and three, beside the whole program compiled."""
+    """Three to five layers, extrapolated from programs of two and three, against the whole program."""
     bert, bart = dataclasses.replace(MODEL.encoder, layers=3), MODEL.generator
     bart = dataclasses.replace(bart, encoder_layers=5, decoder_layers=4)
     cfg = tiny_config(model=dataclasses.replace(MODEL, encoder=bert, generator=bart))
@@ -218,7 +218,7 @@ def test_the_line() -> None:
 
 
 def test_what_libtpu_says_of_a_program_that_is_too_large() -> None:
-    """In the words of libtpu 0.0.42."""
+    """The message is that of libtpu 0.0.42."""
     made = memory.Report("joint", False, {"index": 2.0**30, "activations and the like": 5.0}, 0.0, 16.0 * 2**30, {})
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (22.80G) exceeds "
@@ -241,7 +241,7 @@ def test_topologies() -> None:
 
 
 def test_padding_of_tiles() -> None:
-    """A uint16 table of 160 columns lies in tiles of (8, 128): 256 columns."""
+    """A uint16 table of 160 columns is stored in tiles of (8, 128), so it takes 256 columns."""
     layout = type("Layout", (), {"major_to_minor": (0, 1), "tiling": ((8, 128), (2, 1))})
     mesh = sharding.make_mesh({"data": 8})
     leaf = stage_programs.array(mesh, (8 * 1003, 160), "uint16", "rows")
@@ -254,7 +254,7 @@ def test_padding_of_tiles() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4", "v4:2x2x4", "v6e:4x4", "tpu7x:2x2x2"])
 def test_compiled_for_a_tpu(topology: str, tmp_path: Path) -> None:
-    """The search over a million rows, in a process of its own: memory as shapes have it, nothing of the index sent."""
+    """A search over a million rows, in its own process: memory follows from the shapes, and no index rows are sent."""
     words = ["compile", "--json", "--config", str(ROOT / "configs/nq_rag_token.py"), "--topology", topology]
     words += ["--passages", "1000000", "--stage", "search"]
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

@@ -1,4 +1,4 @@
-"""Checksums of arrays: the same wherever the array lies, and another one when a bit flips."""
+"""Checksums of arrays: independent of their sharding, and changed by every flipped bit."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def drawn(shape, dtype, seed=0):
 
 
 def by_hand(array):
-    """The formula with Python's numbers, an element at a time."""
+    """The checksum's formula with Python integers, one element at a time."""
     bits = np.ascontiguousarray(array).view(f"uint{8 * array.dtype.itemsize}").reshape(-1)
     total, limit = 0, 2**32
     for i, value in enumerate(bits.tolist()):

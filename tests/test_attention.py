@@ -1,4 +1,4 @@
-"""Attention and its gradient against loops over NumPy arrays and against the derived gradient."""
+"""Attention and its gradient against loops over NumPy arrays and against the gradient derived by hand."""
 
 from functools import partial
 
@@ -61,7 +61,7 @@ def test_gradient_of_attention_is_the_derived_one(rate):
 
 @pytest.mark.parametrize(("groups", "biased", "scale"), [(4, False, None), (2, True, 1.0)])
 def test_the_fused_attention_is_the_same_function(groups, biased, scale):
-    """Its axes and its mask; cuDNN's kernel itself needs a GPU."""
+    """Checks the axes and the mask that it is called with; cuDNN's kernel itself needs a GPU."""
     rng = np.random.default_rng(0)
     query, key, value, bias = (
         jnp.asarray(rng.normal(size=shape), jnp.float32)

@@ -1,4 +1,4 @@
-"""scripts/baselines.py: which runs a table needs and what each begins with, and the table itself."""
+"""scripts/baselines.py: the runs that a table needs, where each of them starts, and the table itself."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Questions to batches: what each array holds, read back through the tokenizers, and the order of the examples."""
+"""From questions to batches: the content of each array, read back with the tokenizers, and the order of examples."""
 
 import dataclasses
 import itertools
@@ -39,12 +39,12 @@ def all_pairs(examples):
 
 
 def with_answer(examples):
-    """Pairs whose answer stands in the gold passage."""
+    """Pairs (question, answer) whose answer occurs in the gold passage."""
     return np.flatnonzero(examples.answer_P2[:, 1] > 0)
 
 
 def batches(examples, corpus, *, sample=False, pairs=None, most=0, **changes):
-    """Of all pairs, or of those given."""
+    """Batches of the given pairs, by default all."""
     pairs = all_pairs(examples) if pairs is None else pairs
     units = batching.units_of(examples, pairs, sample, most)
     wanted = {"batch": 8, "seed": 0, "lengths": (QUESTION, TARGET)} | changes
@@ -78,7 +78,7 @@ def test_every_array_says_what_the_question_says(questions, corpus, examples):
 
 
 def test_further_right_passages_are_no_negatives(questions, corpus):
-    """They stand behind the positive one, where the contrastive loss leaves them out and recall counts them."""
+    """They follow the positive passage in `gold`, so the contrastive loss leaves them out and recall counts them."""
     first, last = corpus.row(questions[0].positive_passage_ids[0]), len(corpus) - 1
     wrong = {
         "also_relevant_passage_ids": (corpus[last].id,),
@@ -96,7 +96,7 @@ def test_further_right_passages_are_no_negatives(questions, corpus):
 
 
 def test_the_span_in_the_gold_passage_is_the_answer(questions, corpus, examples):
-    """All answers of the world stand in their passages, whole where the passage was not cut."""
+    """All answers of the world occur in their passages, whole where the passage was not truncated."""
     found = 0
     for i, (q, (start, stop)) in enumerate(zip(questions, examples.answer_P2, strict=True)):
         if stop:
@@ -111,7 +111,7 @@ def test_the_span_in_the_gold_passage_is_the_answer(questions, corpus, examples)
 
 @pytest.fixture
 def asked(corpus):
-    """Questions with one answer, two and none, and a target."""
+    """Questions with one answer, with two, with none, and with a target."""
     gold = [corpus[i].id for i in (3, 1)]
     return [
         question(0, ["Anna", "Anna Aska"], gold),
@@ -163,7 +163,7 @@ def test_long_questions_keep_beginning_and_end_token_and_long_answers_their_begi
 
 
 def test_an_answer_is_written_as_it_stands_in_its_passage(corpus):
-    """Behind a bracket, or within Chinese, there is no space before it."""
+    """After a bracket, or within Chinese text, there is no space before it."""
     generator = corpus.generator_tokenizer
     texts = ["the mill (Bela) by the river", "the mill Bela by the river", "磨坊 在河边 Bela", "nobody"]
     rows = generator.encode_batch(texts)
@@ -182,7 +182,7 @@ def test_an_answer_is_written_as_it_stands_in_its_passage(corpus):
 
 
 def test_the_end_of_a_long_dialogue_stays_where_that_is_asked_for(corpus):
-    """Lines stay lines, and the separator stands before the last turns."""
+    """Line breaks are kept, and the separator precedes the last turns."""
     text = "A: have you seen the old mill?\nB: " + "yes it is by the river " * 9 + "\nA: who built it?"
     short, whole = (
         tokenise([question(0, ["x"], text=text)], corpus, question_length=n, keeps="end") for n in (12, 400)
@@ -233,7 +233,7 @@ def test_fingerprint_changes_with_any_array(asked, corpus):
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.data())
 def test_find_is_that_of_lists(haystack, data):
-    """Small alphabets, and ids whose bytes look like others' shifted: 256 is 1 one byte on."""
+    """Small alphabets, and ids whose bytes look like another id's when shifted by one: 256 and 1."""
     haystack = [(0, 1, 256, 65537)[i] for i in haystack]
     needle = data.draw(st.lists(st.sampled_from([0, 1, 256, 65537]), max_size=3))
     at = [i for i in range(len(haystack) - len(needle) + 1) if haystack[i : i + len(needle)] == needle]
@@ -317,7 +317,7 @@ def test_iterating_from_a_step_is_skipping(examples, corpus, start):
 
 
 def test_own_rows_are_those_of_the_whole_batch(asked, examples, corpus):
-    """Each process makes its rows as one process would: with several answers, windows, negatives, buckets, inputs."""
+    """Each process makes its part of a single process's batch, with all options of batches."""
     own = np.array([1, 2, 6])
     gold = [corpus[i].id for i in range(9)]
     more = [
@@ -352,7 +352,7 @@ def test_fewer_examples_than_a_batch(examples, corpus):
 
 
 def test_one_answer_is_drawn_in_each_epoch(corpus):
-    """Each question comes once an epoch, with one of its own answers, and all of these come equally often."""
+    """Each question occurs once an epoch, with one of its answers, and each of its answers equally often."""
     n, epochs = 300, 20
     asked = [question(i, ["a", "b", "c"][: 1 + i % 3]) for i in range(n)]
     data = batches(tokenise(asked, corpus, answers="sample"), corpus, sample=True, batch=n)
@@ -385,7 +385,7 @@ def test_only_usable_answers_are_drawn(corpus):
 
 
 def test_inputs_come_in_their_shares(examples, corpus):
-    """Of 3 and 1: in every batch of 8 six and two, each input in an order of its own, all of it once an epoch."""
+    """Weights 3 and 1: six and two in every batch of 8; each input is used up, in a new order, before it repeats."""
     few = tokenise([question(i, text=f"Who is {i}?") for i in range(10)], corpus)
     data = batches(made.joined([examples, few]), corpus, weights=(3.0, 1.0))
     n, sources, shares = len(examples), [], []
@@ -407,7 +407,7 @@ def test_inputs_come_in_their_shares(examples, corpus):
 @given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=6), st.integers(0, 10**9))
 @settings(max_examples=100)
 def test_shares_are_kept_everywhere(weights, start):
-    """Each set's elements come in order, without a gap, in their share."""
+    """The elements of each set come in order, without gaps, and in proportion to its weight."""
     shares = mixing.Shares(weights)
     at: dict[int, int] = {}
     for k in range(start, start + 200):
@@ -421,7 +421,7 @@ def test_shares_are_kept_everywhere(weights, start):
 @settings(max_examples=60)
 @example([0.02, 0.02, 0.02, 0.94], 0)
 def test_no_set_is_further_from_its_share_than_is_said(weights, order):
-    """Less than one element too many, less than one too few for every set but the first; n = 2: within one."""
+    """For n sets: less than one element too many, and less than n - 1 too few."""
     weights = sorted(weights)[::order] if order else weights
     shares, n = mixing.Shares(weights), len(weights)
     count_n, share_n = np.zeros(n, int), np.asarray(weights) / sum(weights)
@@ -434,7 +434,7 @@ def test_no_set_is_further_from_its_share_than_is_said(weights, order):
 
 
 def test_four_sets_are_up_to_more_than_two_elements_short():
-    """Why less than one element cannot be promised of this order, which runs go on with."""
+    """Four sets can lag by more than two elements; the order cannot change, since old runs resume with it."""
     shares, count_n = mixing.Shares([0.25, 0.25, 0.25, 0.25]), np.zeros(4)
     late = []
     for k in range(8):
@@ -513,7 +513,7 @@ def test_small_buckets_are_put_together(data):
 
 
 def test_a_few_long_ones_do_not_widen_the_others():
-    """They get as many of the longest as a batch needs."""
+    """The bucket of the few long questions is filled up to a batch with the longest of the others."""
     lengths = np.array([(5 + i % 3, 3) for i in range(100)] + [(30, 3)] * 3 + [(9, 9)])
     found = buckets.grouped(lengths, (8, 16), (4,), (30, 9), 8)
     assert [bucket[:2] for bucket in found] == [(8, 4), (30, 9)]

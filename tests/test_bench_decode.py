@@ -1,4 +1,4 @@
-"""`rag-jax bench decode` on a tiny load: what it counts, and that it compares the same model with itself."""
+"""`rag-jax bench decode` on a tiny load: its figures, and that both sides run the same model."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_transformers_gives_the_same_answers(capsys):
 
 
 def test_the_work_is_that_of_the_products():
-    """By hand for one layer: encoder, keys and values for the decoder, every decoded token, the vocabulary."""
+    """FLOPs by hand for one layer: encoder, decoder's keys and values, every decoded token, vocabulary."""
     load = Load(**TINY)
     D, F, L, V, sources, steps, M = 16, 16, 8, 64, 2 * 2 * 8, 4, 2
     encoder = sources * 2 * (4 * D * D + 2 * D * F + 2 * L * D)

@@ -1,4 +1,4 @@
-"""`rag-jax bench encode` on a tiny load: what it counts, and that it compares the same model with itself."""
+"""`rag-jax bench encode` on a tiny load: its figures, and that both sides run the same model."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ WORDS = [word for name, value in TINY.items() for word in (f"--{name}", value)]
 
 @pytest.fixture(autouse=True)
 def limit(monkeypatch):
-    """Measuring it takes seconds, and pauses are for figures that count."""
+    """Replaces the measurement of the machine's limit, which takes seconds."""
     monkeypatch.setattr(bench_encode, "matmul_limit", lambda dtype: {"float32": 1e9}[dtype])
     monkeypatch.setattr(machine_limits, "PAUSE", 0)
 
@@ -53,7 +53,7 @@ def test_transformers_gives_the_same_embeddings(capsys):
 
 
 def test_the_work_is_that_of_the_products_without_padding():
-    """Where all passages fill the table, the program does no other products; where they do not, it does more."""
+    """The count equals the program's matmuls if all passages fill the table; padding adds to the program alone."""
     load = Load(**{**TINY, "shortest": 16})
     rag, params = bench_encode.random_model(load)
     ids, mask = np.ones((8, 16), np.int32), np.ones((8, 16), bool)

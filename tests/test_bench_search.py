@@ -1,4 +1,4 @@
-"""`rag-jax bench search` on a tiny load: every program searches the same data, and what is counted."""
+"""`rag-jax bench search` on a tiny load: every program searches the same data; its figures."""
 
 import functools
 import importlib.util
@@ -56,7 +56,7 @@ def test_scann_finds_most(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_products_alone_are_those_of_the_search() -> None:
-    """Their largest score is the best one that the search finds, and they multiply as much."""
+    """The benchmark's plain matmul finds the search's best score, with the same number of multiplications."""
     load = Load(5003, 16, 4)
     index = bench_search.collected(load)
     queries = bench_search.questions(load, index, 0)

@@ -1,4 +1,4 @@
-"""`rag-jax bench train --load` on a tiny load: what it counts, and that both sides do the same step."""
+"""`rag-jax bench train --load` on a tiny load: its figures, and that both sides do the same step."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def words(load=TINY):
 
 
 def run(capsys, *more, load=TINY):
-    """The JSON of a run on one of the eight devices' mesh, all on `data`, so with a batch that divides."""
+    """The JSON of a run with a mesh of all eight devices on `data`, and a batch that divides over them."""
     capsys.readouterr()
     load = dataclasses.replace(load, questions=8)
     assert tiny.rag_jax("bench", "train", "--load", "small", *words(load), "--repeats", 2, *more, "--json") == 0
@@ -59,7 +59,7 @@ def test_one_line_says_everything(capsys):
 
 @pytest.mark.slow
 def test_the_work_is_that_of_the_program():
-    """Counted in the jaxpr, which has besides: q.d and its gradient; and in chunks the logits once more in it."""
+    """FLOPs against the jaxpr, which also has q.d with its gradient and, with chunks, the logits a second time."""
     load = dataclasses.replace(TINY, logit_chunk=TINY.vocabulary)
     work = synthetic_load.model_flops(load)
     asked = 2 * load.questions * load.docs * load.bert_width  # q.d over what was found
@@ -88,10 +88,10 @@ def test_transformers_has_the_same_loss(capsys, variant):
 @pytest.mark.slow
 @pytest.mark.parity
 def test_an_update_of_transformers_is_an_update_of_ours(tmp_path):
-    """Without dropout and clipping: the losses of three steps on one batch, at a learning rate that moves them.
+    """The same losses in three steps on one batch, without dropout and clipping, at a learning rate that changes them.
 
-    The corpus is what is found, so that both read the same in every step. transformers does not train the bias of the
-    logits, so ours is put back.
+    The corpus has only the passages that are read, so that both read the same in every step. transformers does not
+    train the bias of the logits, so ours is reset.
     """
     replace = dataclasses.replace
     load = replace(TINY, dropout=0.0, passages=TINY.docs)
@@ -181,7 +181,7 @@ def test_largest_needs_an_accelerator(capsys):
 
 @pytest.mark.slow
 def test_a_decoder_only_load(capsys):
-    """What it is, its work beside that of the program, and the memory that it has beside XLA's need."""
+    """Its report, its FLOPs against the jaxpr, and its memory against XLA's figure."""
     load = dataclasses.replace(
         TINY, generator="lm", encoder_layers=0, decoder_layers=3, docs=1, groups=1, dropout=0.0, logit_chunk=96
     )

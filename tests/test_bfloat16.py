@@ -1,7 +1,7 @@
-"""Gradients in bfloat16 beside float32, of single operations and of whole models, and beside torch's.
+"""Gradients in bfloat16, of single operations and of whole models, against float32 and against torch.
 
-The inputs are numbers that bfloat16 holds, so that all differences are of the arithmetic. torch: the same weights in
-bfloat16, logits and loss in float32, and looked-up rows, micro-batches and biases summed in float32.
+The inputs are numbers that bfloat16 represents exactly, so that all differences come from the arithmetic. torch has the
+same weights in bfloat16, logits and loss in float32, and sums looked-up rows, micro-batches and biases in float32.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ RNG = np.random.default_rng(0)
 
 
 def drawn(*shape: int, scale: float = 1.0, mean: float = 0.0) -> jax.Array:
-    """float32 numbers that are bfloat16 ones."""
+    """Random float32 numbers that bfloat16 represents exactly."""
     return rounded(jnp.asarray(RNG.normal(mean, scale, shape), jnp.float32))
 
 
@@ -47,7 +47,7 @@ def rounded(x: jax.Array) -> jax.Array:
 
 
 def off(found: Any, true: Any) -> float:
-    """Relative error of all arrays together."""
+    """Relative error over all arrays together."""
     pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(true), strict=True))
     wrong = sum(np.sum(np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64))) for a, b in pairs)
     return float(np.sqrt(wrong / sum(np.sum(np.square(np.asarray(b, np.float64))) for _, b in pairs)))
@@ -91,7 +91,7 @@ def test_the_kernel_of_a_product(out: Any) -> None:
 @pytest.mark.parametrize("sure", [0.0, 6.0, 9.0, 15.0, 18.0])
 @pytest.mark.parametrize("objective", list(losses.MARGINALS))
 def test_output_layer_for_targets_of_every_probability(objective: str, sure: float, chunk: int) -> None:
-    """Up to 0.9998, and under two documents that share the targets, the second less sure of them."""
+    """Probabilities up to 0.9998, and two documents with the same targets, of which the second is less sure."""
     V, D, T, K = 500, 64, 16, 2
     kernel, targets = drawn(V, D, scale=0.1), RNG.integers(0, V, (1, T))
     towards = sure / (D * 0.1**2) * kernel[targets][:, None] * jnp.asarray([1.0, 0.9])[:, None, None]
@@ -129,7 +129,7 @@ def test_attention_of_every_sharpness(sharp: float, common: float) -> None:
 
 
 def test_contrastive_scores_are_not_rounded() -> None:
-    """Embeddings that have much in common, as those of DPR have."""
+    """Embeddings with a large common part, like DPR's."""
     queries, passages = drawn(16, 32, mean=1.0), drawn(24, 32, mean=3.0)
 
     def loss(queries: jax.Array, passages: jax.Array) -> jax.Array:
@@ -146,7 +146,7 @@ LONG = 8  # the longest axis over which bfloat16 numbers may be summed
 
 
 def narrow_sums(jaxpr: Any) -> Iterator[str]:
-    """Sums of bfloat16 numbers in a program: every scatter-add, and reductions of long axes."""
+    """The sums of bfloat16 numbers in a program: every scatter-add, and reductions over long axes."""
     for equation in jaxpr.eqns:
         name, operand = equation.primitive.name, equation.invars[0].aval if equation.invars else None
         if getattr(operand, "dtype", None) == jnp.bfloat16:
@@ -188,7 +188,7 @@ def model(reader: Any, dtype: str) -> Rag:
 
 
 def step_program(rag: Rag, **changes: Any) -> Any:
-    """The jaxpr of the training step, whose encoder trains on both sides."""
+    """The jaxpr of a training step that trains the encoder of both questions and passages."""
     mesh, B, N = sharding.make_mesh({"data": 1}, jax.devices()[:1]), TINY.questions, TINY.passages
     stage = synthetic_load.stage(TINY)
     if "objective" in changes:
@@ -250,7 +250,7 @@ def nll(rag: Rag, params: Any, ids_BL: jax.Array, labels_BT: jax.Array) -> jax.A
 
 @lru_cache
 def fitted(reader: Any, level: float, seed: int) -> Any:
-    """Parameters under which 8 rows have at most that nll a token, rounded to bfloat16."""
+    """Parameters that reach at most this nll a token on 8 rows, rounded to bfloat16."""
     rag, (ids, labels) = model(reader, "float32"), batch_of(8)
     params = nn.unbox(rag.init(jax.random.key(seed)))["generator"]
     tx, tokens = optax.adam(1e-2), labels[:, 1:].size
@@ -273,14 +273,14 @@ def fitted(reader: Any, level: float, seed: int) -> Any:
 
 
 def ours(reader: Any, dtype: str, params: Any, given: tuple, parts: int) -> Any:
-    """The gradient of all rows, from as many micro-batches."""
+    """Our gradient over all rows, accumulated over so many micro-batches."""
     gradient = jax.jit(jax.grad(partial(nll, model(reader, dtype))))
     found = [gradient(params, ids, labels) for ids, labels in zip(*(np.split(x, parts) for x in given), strict=True)]
     return jax.tree.map(lambda *all_of_them: sum(all_of_them), *found)
 
 
 def torch_gradient(name: str, reader: Any, params: Any, given: tuple, parts: int, monkeypatch: Any) -> Any:
-    """The same by transformers in bfloat16, as the tree of our names."""
+    """The gradient of transformers in bfloat16, as a tree with our names."""
     torch = pytest.importorskip("torch")
     import transformers
 
@@ -327,7 +327,7 @@ def without_keys(gradient: dict[str, Any]) -> dict[str, Any]:
 
 
 def errors(name: str, level: float, B: int, parts: int, monkeypatch: Any, seed: int = 1) -> tuple[float, float]:
-    """Relative errors of the gradient in bfloat16, ours and torch's."""
+    """Relative errors of our bfloat16 gradient and of torch's."""
     reader = READERS[name]
     params, given = fitted(reader, level, seed), batch_of(B)
     true = flatten_dict(ours(reader, "float32", params, given, parts), sep="/")
@@ -357,8 +357,9 @@ def test_whole_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_whole_steps_of_every_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 to 4,096 rows at a time, and 1,024 questions from micro-batches, at nll from 3 to 0.02 a token.
 
-    How the states of tokens that all rows share (the start token) are rounded is the error of one draw of parameters,
-    which may be three times torch's or a third of it; so each case is a draw of its own, and all are compared together.
+    With one set of random parameters, the error is dominated by how the states of tokens that all rows share (the start
+    token) are rounded, and may be three times torch's or a third of it. So each case has other parameters, and the
+    geometric mean over all cases is compared.
     """
     cases = [(B, parts, level) for B, parts in SHAPES for level in (3.0, 1.0, 0.2, 0.02)]
     found = [errors(name, level, B, parts, monkeypatch, seed) for seed, (B, parts, level) in enumerate(cases, 1)]

@@ -1,4 +1,4 @@
-"""Checksums by block: every flipped bit is seen where it is first read, once, from any thread, in any order."""
+"""Block checksums: every flipped bit is detected when it is first read, from any thread, in any order."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ ROWS, WIDTH = 3000, 100  # of uint16: just over nine blocks
 
 @pytest.fixture
 def table(tmp_path):
-    """An array, its file and the file's entry."""
+    """A random array, its file and the file's manifest entry."""
     array = np.random.default_rng(0).integers(0, 2**16, (ROWS, WIDTH)).astype(np.uint16)
     np.save(tmp_path / "a.npy", array)
     return array, tmp_path / "a.npy", block_checksums.of_file(tmp_path / "a.npy")
@@ -129,7 +129,7 @@ def test_sums_of_another_length_are_refused(table):
 
 
 def as_before(directory, version):
-    """An artifact as the version before wrote it: no sums."""
+    """Rewrites an artifact in the format of the version before, without block sums."""
     path = directory / files.MANIFEST
     fields = json.loads(path.read_text())
     kind = fields.pop("kind")

@@ -1,4 +1,4 @@
-"""BM25 against the formula worked out word by word, and the index on disk."""
+"""BM25 against its formula evaluated word by word, and the index on disk."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def formula(texts: list[str], query: str, k1: float, b: float) -> np.ndarray:
 
 
 def random_texts(n: int, seed: int = 0) -> list[str]:
-    """Few different words, short texts: many equal scores; an empty text among them."""
+    """Short texts of few different words, so that many scores are equal; one text is empty."""
     rng = np.random.default_rng(seed)
     known = [f"w{i}" for i in range(30)]
     texts = [" ".join(rng.choice(known, rng.integers(1, 12), p=np.arange(30, 0, -1) / 465)) for _ in range(n)]

@@ -1,4 +1,4 @@
-"""Intervals and significance: seeded, in the size that theory says, and right as often as they claim."""
+"""Bootstrap intervals and significance: deterministic, as wide as theory says, with the coverage they claim."""
 
 import math
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def test_p_value() -> None:
 def sampled(
     draw: Callable[[np.random.Generator], bootstrap.Statistic], n: int, samples: int = 2000
 ) -> list[np.ndarray]:
-    """Resampled statistics of samples of n questions; all samples are resampled alike, which saves drawing."""
+    """Resampled statistics of many samples of n questions, all with the same resamples to save time."""
     random = np.random.default_rng(4)
     return list(bootstrap.resampled({str(i): draw(random) for i in range(samples)}, n, resamples=1000).values())
 
@@ -76,13 +76,13 @@ def exact_match_of_35_percent(random: np.random.Generator) -> bootstrap.Statisti
 
 
 def f1_of_37_percent(random: np.random.Generator) -> bootstrap.Statistic:
-    """Half of the questions 0, a quarter 1, the others anywhere between."""
+    """F1 scores of questions: half are 0, a quarter 1, the others uniform between."""
     kinds = random.choice(3, size=200, p=[0.5, 0.25, 0.25])
     return bootstrap.mean(np.select([kinds == 0, kinds == 1], [0.0, 1.0], random.random(200)))
 
 
 def precision_of_70_percent(random: np.random.Generator) -> bootstrap.Statistic:
-    """The share of right among those that were answered."""
+    """Precision among the answered questions: 60% are answered, and 70% of these rightly."""
     answered, right = random.random(200) < 0.6, random.random(200) < 0.7
     return bootstrap.ratio(answered & right, answered)
 
@@ -94,7 +94,7 @@ def precision_of_70_percent(random: np.random.Generator) -> bootstrap.Statistic:
 def test_intervals_cover_as_often_as_they_say(
     draw: Callable[[np.random.Generator], bootstrap.Statistic], truth: float
 ) -> None:
-    """2,000 samples of 200 questions from a known population; 95% to within 2 points (four standard errors)."""
+    """2,000 samples of 200 questions from a known population: 95% to within 2 points (four standard errors)."""
     intervals = [bootstrap.interval(values) for values in sampled(draw, 200)]
     assert abs(np.mean([low <= truth <= high for low, high in intervals]) - 0.95) < 0.02
 
@@ -102,7 +102,7 @@ def test_intervals_cover_as_often_as_they_say(
 @pytest.mark.slow
 @pytest.mark.parametrize(("rate", "least", "most"), [(0.4, 0.03, 0.07), (0.6, 0.9, 1.0)])
 def test_chance_is_seldom_significant_and_a_difference_is_found(rate: float, least: float, most: float) -> None:
-    """Two systems answer 300 questions, half of them alike; of equal ones p < 0.05 in 5% of 2,000 samples."""
+    """Two systems answer 300 questions, half of them alike; if they are equal, p < 0.05 in 5% of 2,000 samples."""
 
     def difference(random: np.random.Generator) -> bootstrap.Statistic:
         alike, one, other = random.random(300) < 0.5, random.random(300) < 0.4, random.random(300) < rate

@@ -38,7 +38,7 @@ def browser() -> Iterator[Any]:
 
 
 class Opened:
-    """A page, and all that the browser complained of."""
+    """A page in the browser, and all errors and warnings that the browser reported."""
 
     def __init__(self, browser: Any, path: Path, width: int = 1400, scheme: str = "light", at: str = "") -> None:
         self.said: list[str] = []
@@ -61,7 +61,7 @@ class Opened:
         return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map((one) => one.textContent)")
 
     def check(self) -> None:
-        """Nothing was complained of, nothing ran that should not, and nothing is wider than the window."""
+        """No errors were reported, no hostile script ran, and nothing is wider than the window."""
         assert self.said == []
         assert self.js("window.hacked") is None
         assert self.js("document.documentElement.scrollWidth <= window.innerWidth")
@@ -235,7 +235,7 @@ def test_contrast(browser, tmp_path, scheme, width):
 
 @pytest.mark.parametrize("name", ["xquad_ar", "xquad_zh", "xquad_ru", "xquad_en"])
 def test_real_text_in_its_direction_with_its_answers_marked(browser, tmp_path, shared_data, name):
-    """Whether a passage has a mark is what `matching.has_answer` says of it."""
+    """A passage has a mark exactly where `matching.has_answer` is true."""
     passages = {}
     for line in (shared_data(name) / "passages.jsonl").read_text(encoding="utf-8").splitlines():
         passage = json.loads(line)

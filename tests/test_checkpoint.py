@@ -1,4 +1,4 @@
-"""Checkpoints: written beside training, kept by age and by score, checked, and read onto any mesh."""
+"""Checkpoints: written beside training, kept by age and score, verified, and restored onto any mesh."""
 
 import shutil
 
@@ -14,7 +14,7 @@ from rag_jax.system import sharding
 
 
 def arrays(value, mesh=None):
-    """A sharded matrix, a replicated vector, a host array; all of one number, but for places."""
+    """A sharded matrix, a replicated vector and a host array of `value`; the matrix plus each element's position."""
     mesh = mesh or sharding.make_mesh()
     matrix_NX = value + np.arange(48, dtype=np.float32).reshape(16, 3)
     return {
@@ -50,7 +50,7 @@ def test_what_was_saved_comes_back_on_another_mesh(tmp_path):
 
 
 def test_training_goes_on_while_it_is_written(tmp_path):
-    """The memory of the arrays is taken by the next step at once; what was saved is what they were."""
+    """The next step overwrites the memory of the arrays at once; the checkpoint holds the values from before."""
     keeper, state = Checkpoints(tmp_path, keep=10), arrays(0)
     host, big = state.pop("host"), jnp.zeros((8, 1_000_000))
     state["big"] = jax.device_put(big, sharding.sharding(sharding.make_mesh(), ("rows", None)))
@@ -118,7 +118,7 @@ def test_damage_is_seen(kind, tmp_path):
 
 
 def test_values_that_orbax_reads_without_a_word(tmp_path, monkeypatch):
-    """As if bits had flipped where no format notices: the sums tell, and which array it is."""
+    """Changed values in a format that does not notice: our checksums do, and name the array."""
     keeper = saved(tmp_path, 1)
     plain = checkpoint.ocp.StandardCheckpointHandler.restore
 

@@ -1,5 +1,5 @@
-"""Checkpoints whose tensors are named as other releases named them: LayerNorm's gamma and beta, tied tables saved once
-under any of their names, torch's files of before 1.6.
+"""Checkpoints with tensor names of other releases: LayerNorm's gamma and beta, tied tables saved once under any of
+their names, torch's file format from before 1.6.
 """
 
 import json
@@ -29,7 +29,7 @@ def renamed(arrays, rename):
 
 
 def kept_as(arrays, names, base=""):
-    """The same checkpoint with its tied table under these of its names alone."""
+    """The checkpoint with its tied table saved only under the given names."""
     group = [n for n in arrays if n.startswith("tensor/") and n.removesuffix(".weight").split("/")[1] in names["all"]]
     table = arrays[group[0]]
     left = {k: v for k, v in arrays.items() if k not in group}
@@ -43,7 +43,7 @@ def part_of(name, directory):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_gamma_and_beta_are_weight_and_bias(tmp_path, name):
-    """As bert-base-uncased is on the hub: "bert." before every name and the heads of its pretraining beside it."""
+    """Like bert-base-uncased on the hub: the prefix "bert." before all names, and the heads of pretraining as well."""
     arrays, count = golden(name), 0
     prefix = "bert." if name == "bert" else ""
 
@@ -135,7 +135,7 @@ def test_the_error_names_what_is_missing_and_what_is_there_in_its_stead(tmp_path
 
 
 def as_bin(directory, shards=1, zipped=False):
-    """The safetensors file of a directory as torch.save wrote it, in one file or several."""
+    """Saves the safetensors file of a directory with torch.save, in one file or several."""
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
 
@@ -162,7 +162,7 @@ def test_torch_files_of_every_age(tmp_path, shards, zipped):
 
 
 class Touch:
-    """Unpickling it would make a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

@@ -1,4 +1,4 @@
-"""The command line: exit codes, what goes to which stream, and help for every command."""
+"""The command line: exit statuses, which text goes to which stream, and help for every command."""
 
 import argparse
 import importlib

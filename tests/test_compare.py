@@ -1,4 +1,4 @@
-"""Evaluations side by side: differences and p of the same questions, and what cannot be compared."""
+"""Comparison of evaluations: differences and p values on the same questions, and which cannot be compared."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ N = 200
 
 
 def evaluation(directory: Path, right: np.ndarray, order: list[int] | None = None, **changes: object) -> Path:
-    """What `rag-jax evaluate` writes, of questions answered as `right` says; changes: of the first question."""
+    """Writes an evaluation with right and wrong answers as in `right`; changes: fields of the first question."""
     rows = []
     for i, one in enumerate(right):
         row = {"id": f"q{i}", "question": f"who {i}?", "answers": [f"name {i}"], "target": None, "label": None}
@@ -32,7 +32,7 @@ def evaluation(directory: Path, right: np.ndarray, order: list[int] | None = Non
 
 @pytest.fixture
 def three(tmp_path: Path) -> tuple[list[Path], list[np.ndarray]]:
-    """A, a better B (with the questions in another order) and C, as good as A but elsewhere."""
+    """Evaluations A, a better B (questions in another order), and C, as good as A but on other questions."""
     draw = np.random.default_rng(0)
     a = np.arange(N) % 2 == 0
     b = a | (draw.random(N) < 0.25)
@@ -133,7 +133,7 @@ def test_gold_passages_that_a_corpus_lacks_are_said(tmp_path: Path, capsys: pyte
 
 
 def test_pages_to_browse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """All answers to a question beside each other, the passages of the first run, the table in markdown."""
+    """compare.html has all answers to a question side by side and the first run's passages; compare.md the table."""
     monkeypatch.setattr(compare.Corpus, "open", lambda directory: pages.Corpus())
     paths = []
     for name, answers in (("a|x", ["Velor", "no", "Velor"]), ("b", ["no", "Velor </script>", "Velor"])):

@@ -1,4 +1,4 @@
-"""Configuration files to frozen dataclasses: what is misspelt, mistyped or contradictory raises, with its path."""
+"""Configuration files to frozen dataclasses: misspelt, mistyped or contradictory settings raise with their path."""
 
 import dataclasses
 import json
@@ -313,7 +313,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_field_of_a_stage_is_read_or_refused(kind):
-    """Those that nothing of a stage would read, one by one; none is dropped in silence."""
+    """A field that a kind of stage does not read is an error when it is set; none is ignored silently."""
     of_objectives = {f.name for objective in OBJECTIVES.values() for f in dataclasses.fields(objective)}
     every_stage = {"name", "objective", "steps", "batch", "accumulate", "optimizer"}
     assert {f.name for f in dataclasses.fields(StageConfig)} | of_objectives == {*OTHER, *every_stage}
@@ -395,7 +395,7 @@ def test_tiny_says_how_many_steps_it_has(base):
 
 
 def test_what_the_model_leaves_open_is_that_of_the_start(tmp_path):
-    """`init` names a run: its model is the base, section by section; a generator of another kind is taken whole."""
+    """`init` names a run: its model is the default of every section; a generator of another kind replaces it whole."""
     start = configuration.build(
         config.TrainConfig, minimal() | {"model": {"n_docs": 7, "encoder": {"width": 24, "heads": 3}}}
     )
@@ -445,7 +445,7 @@ def test_a_retriever_alone_is_only_contrasted():
 
 
 def test_stages_of_runs_that_named_no_number_of_documents():
-    """5 was the default of every stage; what a stage that retrieves was trained with stays."""
+    """Older runs had a default of 5 in every stage; a stage that retrieves keeps what it was trained with."""
     contrastive = {"name": "a", "objective": "contrastive", "documents": "retrieved", "n_docs": 5}
     gold = {"name": "b", "objective": "rag", "documents": "gold", "n_docs": 1}
     joint = {"name": "c", "objective": "rag", "documents": "retrieved", "n_docs": 5}

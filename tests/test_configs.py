@@ -1,4 +1,4 @@
-"""The shipped configurations: each loads, contradicts nothing, and its steps can be traced at full size."""
+"""The shipped configurations: each loads, is consistent, and its steps can be traced at full size."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_loads_and_contradicts_nothing(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(LARGE))
 def test_steps_can_be_traced(name: str) -> None:
-    """Every step on eight devices, with no array made: its results have the shapes of what it was given."""
+    """Every step on eight devices, without making an array; its state has the shapes that it was given."""
     cfg = load(name)
     mesh = sharding.make_mesh(dict(cfg.mesh) or None)
     rag, size = stage_programs.sizes(cfg, 21_015_300, 160, 160)
@@ -66,7 +66,7 @@ def test_steps_can_be_traced(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ir_cacm", "squad_qg", "climate_fever"])
 def test_steps_of_tasks_can_be_traced(name: str) -> None:
-    """Of a retriever on the corpus alone, of a generator without passages, and of all stages of a classifier."""
+    """Steps of a retriever alone, of a generator without passages, and of all stages of a classifier."""
     sides = ("encoder",) if name == "ir_cacm" else ("encoder", "generator")
     cfg = load(f"tasks.py:{name}", **dict.fromkeys(sides, 8192))
     rag, size = stage_programs.sizes(cfg, 5_000, 96, 96)

@@ -1,4 +1,4 @@
-"""The corpus: whole or not there, the same twice, read by row and id; joined ids equal tokenising the joined text."""
+"""The corpus: whole or absent, reproducible, read by row and id; joined ids equal those of the joined text."""
 
 import json
 import os
@@ -252,7 +252,7 @@ def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path, both: dict[str
 
 
 def everything(corpus: Corpus) -> None:
-    """Reads all of a corpus."""
+    """Reads every table and passage of a corpus."""
     tables = (corpus.encoder_ids, corpus.encoder_length, corpus.generator_ids, corpus.generator_length)
     _ = [np.asarray(table) for table in tables], corpus.encoder_tokenizer, corpus.generator_tokenizer
     assert corpus.rows([corpus[row].id for row in range(len(corpus))]).tolist() == list(range(len(corpus)))
@@ -373,7 +373,7 @@ def assert_join_is_exact(tokenizer: Tokenizer, rows: list[tuple[str, str, str]])
 
 
 def bart_directory(folder: Path, tokenizer: Tokenizer) -> Tokenizer:
-    """As Hugging Face lays out BART: vocabulary and merges, its own post-processor."""
+    """A directory like BART's at Hugging Face: vocabulary and merges, with its own post-processor."""
     tokenizer.backend.model.save(str(folder))
     (folder / "config.json").write_text('{"model_type": "bart"}')
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BartTokenizer"}')
@@ -446,7 +446,7 @@ def test_join_cuts_the_passage_and_never_the_question() -> None:
 
 
 def test_a_tokenizer_that_is_not_safe_to_join_is_refused(tmp_path: Path, both: dict[str, Tokenizer]) -> None:
-    """Without pre-tokenizer BPE merges over spaces, so "x // who" has tokens that hold the end of x."""
+    """Without a pre-tokenizer BPE merges across spaces, so "x // who" has tokens that contain the end of x."""
     symbols = [
         *"abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/.?!,'()\n:éúñ",
         "<s>",
@@ -468,7 +468,7 @@ def test_a_tokenizer_that_is_not_safe_to_join_is_refused(tmp_path: Path, both: d
 
 
 def test_a_sentencepiece_like_tokenizer_may_be_joined() -> None:
-    """T5's way: ▁ stands for the space before a word, also before the first."""
+    """T5's kind: ▁ stands for the space before a word, and before the first word too."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", "▁//", "▁/", *"abcdefghijklmnopqrstuvwxyz./?"]
     backend = Backend(models.Unigram([(piece, -1.0 - 0.1 * i) for i, piece in enumerate(pieces)], unk_id=2))
     backend.normalizer = normalizers.Replace(" {2,}", " ")

@@ -1,4 +1,4 @@
-"""Updated corpora and snapshots: equal to building and embedding everything anew; old rows stay where they are."""
+"""Updated corpora and snapshots equal ones that are built and embedded from scratch; old rows keep their numbers."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def write(path, texts):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A corpus of p0 ... p29 and of a document cut in three, updated three times; a run and an index of the first."""
+    """A corpus of 30 short documents and one cut in three, updated three times; a run and an index of the first."""
     out = tmp_path_factory.mktemp("data")
     texts = {f"p{i}": text(3 + i, i) for i in range(30)} | {"long": text(60, 99)}
     sizes = {"train_tokenizer": (300, 400), "encoder_length": 64, "generator_length": 80, "passage_words": 20}
@@ -54,7 +54,7 @@ def update_index(data, old, corpus, out, *words):
 
 
 def live(corpus):
-    """id -> passage, of those that are there."""
+    """id -> passage, for the rows that are not deleted."""
     return {corpus[row].id: corpus[row] for row in np.flatnonzero(corpus.live_N)}
 
 

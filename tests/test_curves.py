@@ -1,4 +1,4 @@
-"""Recall for every k, reliability, the verdict on single answers: against counting by hand, each by itself."""
+"""Recall at every k, reliability, and the verdict on single answers, each against counting by hand."""
 
 import math
 

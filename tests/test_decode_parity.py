@@ -19,7 +19,7 @@ NAMES = {"forced_bos_id": "forced_bos_token_id", "forced_eos_id": "forced_eos_to
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Shapes and options of one program; the weights, documents and scores are drawn anew for every case."""
+    """Shapes and options of one program; weights, documents and scores are random for every case."""
 
     variant: str
     docs: int
@@ -62,7 +62,7 @@ def setting(variant: str, number: int) -> Setting:
 
 
 def theirs(s: Setting, seed: int):
-    """A random model of transformers; some end soon and some never."""
+    """A random model of transformers; some of its answers end soon and some never."""
     import torch
     import transformers as hf
     from make_goldens import randomised
@@ -90,7 +90,7 @@ def theirs(s: Setting, seed: int):
 
 
 def their_answers(s: Setting, model, ids, mask, scores) -> np.ndarray:
-    """[B, N, T]; the padding after the end is 1."""
+    """Transformers' answers [B, N, T]; padding after the end is 1."""
     import torch
 
     options = {NAMES.get(name, name): value for name, value in s.options}
@@ -121,7 +121,7 @@ def inputs(s: Setting, seed: int):
 
 
 def differences(s: Setting, seeds, tmp_path) -> tuple[int, list]:
-    """(questions compared, those that differ); every seed is another model with B other questions."""
+    """(questions compared, those whose answers differ); every seed is another model with B other questions."""
     program, compared, different = None, 0, []
     for seed in seeds:
         model = theirs(s, seed)
@@ -153,7 +153,7 @@ def test_the_same_tokens(variant, number, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["Token", "Sequence"])
 def test_hundreds_of_cases(variant, tmp_path):
-    """66 settings, each with 2 models of 4 questions: 528 questions a variant. About six minutes a variant."""
+    """66 settings with 2 models of 4 questions each: 528 questions for a variant, in about six minutes."""
     compared, wrong = 0, []
     for number in range(66):
         s = setting(variant, number)

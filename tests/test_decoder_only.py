@@ -1,4 +1,4 @@
-"""Decoder-only generators against transformers, and against what must hold without it: caches, padding, positions."""
+"""Decoder-only generators against transformers, and without it: caches, padding, positions."""
 
 import dataclasses
 from functools import partial
@@ -31,7 +31,7 @@ TARGET = RNG.integers(3, 29, (B, T)).astype(np.int32)
 
 
 def randomised(config, scale=0.3):
-    """Parameters at a scale where every one of them is seen in the output; those that start at 0 or 1 too."""
+    """Random parameters at a scale at which all of them affect the output, including those that start at 0 or 1."""
     params = nn.unbox(jax.eval_shape(Lm(config).init, jax.random.key(0), IDS, MASK, TARGET)["params"])
     rng = np.random.default_rng(3)
 
@@ -47,7 +47,7 @@ def logits_of(config, params, ids=IDS, mask=MASK, target=TARGET):
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def lm(request):
-    """(module, parameters, logits of the teacher-forced whole)"""
+    """(module, parameters, teacher-forced logits of the whole sequences)"""
     config = {"gpt2": dataclasses.replace(GPT2, logit_scale=0.5), "llama": LLAMA}[request.param]
     params = randomised(config)
     return Lm(config), params, logits_of(config, params)
@@ -80,7 +80,7 @@ CONFIGS = {
 
 
 def parameters(family, config, state):
-    """The tree that the family's table makes of a checkpoint, of which every tensor must be used or accounted for."""
+    """The tree of parameters from a checkpoint, by the family's table; every tensor must be used or known."""
     state = {name.removeprefix(family.spellings[0][1]): x for name, x in state.items()}
     tree = {}
     for entry in family.entries(config):
@@ -100,7 +100,7 @@ def parameters(family, config, state):
 
 
 def exported(family, config, params):
-    """The state dictionary that the family's table makes of a tree."""
+    """The state dictionary from a tree of parameters, by the family's table."""
 
     def leaf(path):
         node = params
@@ -128,7 +128,7 @@ def test_logits_are_those_of_transformers(name):
             x.copy_(torch.randn(x.shape, generator=generator) * 0.3 + (1.0 if is_scale else 0.0))
 
     def rows(model):
-        """Each row as one unpadded text; the logits of its last T tokens."""
+        """Logits of the last T tokens of each row, which is run as one text without padding."""
         with torch.no_grad():
             texts = [torch.tensor([[*IDS[b, :n], *TARGET[b]]]).long() for b, n in enumerate(LENGTHS)]
             return np.stack([model(input_ids=text).logits[0, -T:].numpy() for text in texts])

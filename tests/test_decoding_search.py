@@ -1,4 +1,4 @@
-"""Greedy and beam search over tables of conditional probabilities, against enumeration and a search in lists."""
+"""Greedy and beam search over tables of conditional probabilities, against enumeration and a plain search."""
 
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ ROWS = 3
 
 
 def tables(vocabulary, length, seed=0, eos_bonus=0.0):
-    """log p(token | row, the tokens after bos), for every prefix: list over positions of [ROWS, V^t, V]."""
+    """Random tables log p(token | row, tokens after bos): for every position an array [ROWS, V^t, V]."""
     rng = np.random.default_rng(seed)
     made = []
     for t in range(length - 1):
@@ -26,7 +26,7 @@ def tables(vocabulary, length, seed=0, eos_bonus=0.0):
 
 
 def next_logp(table, row):
-    """The tables as a function of the tokens so far."""
+    """Log-probabilities of the next token as a function of the tokens so far."""
 
     def look_up(tokens):
         vocabulary, code = table[0].shape[-1], 0
@@ -38,7 +38,7 @@ def next_logp(table, row):
 
 
 def as_step(table, calls=None):
-    """The tables as a step: the cache is the row and the code of the prefix, right only if it moves with its beam."""
+    """The tables as a step; its cache is the row and a code of the prefix, wrong unless it moves with its beam."""
     vocabulary = table[0].shape[-1]
     widest = table[-1].shape[1]
     padded = jnp.stack([jnp.pad(t, ((0, 0), (0, widest - t.shape[1]), (0, 0))) for t in table])
@@ -72,7 +72,7 @@ jitted_search = jax.jit(search, static_argnums=(1, 3))
 
 
 def options_for(table, beams, length_penalty=1.0, **more):
-    """All results, by a search that ends only when nothing can improve, unless told otherwise."""
+    """Options that return all beams and stop only when nothing can improve, unless changed."""
     beams = max(beams, 1)
     base = {"num_beams": beams, "num_return_sequences": beams, "early_stopping": "never"}
     special = {"start_id": BOS, "eos_id": EOS, "pad_id": PAD, "max_length": len(table) + 1}
@@ -80,7 +80,7 @@ def options_for(table, beams, length_penalty=1.0, **more):
 
 
 def run(table, beams, length_penalty=1.0, calls=None, rows=ROWS, **more):
-    """0 beams: greedy. `calls` is given the position of every step that is taken."""
+    """Runs the search, greedy for 0 beams; calls: collects the position of every step."""
     options = options_for(table, beams, length_penalty, **more)
     if calls is None:
         return jitted_search(table, options, None, rows)
@@ -153,7 +153,7 @@ def test_search_stops_when_nothing_can_improve():
 
 
 def test_length_penalty_prefers_long_answers():
-    """p("eos") = 0.4, p("3 eos") = 0.6 * 0.6: the sum of log-probabilities prefers the first, the mean the second."""
+    """p("eos") = 0.4, p("3 eos") = 0.6 * 0.6: the sum of log-probabilities prefers the first, their mean the second."""
     first, second = np.full((ROWS, 1, 4), 1e-9), np.full((ROWS, 4, 4), 1e-9)
     first[:, 0, [EOS, 3]] = 0.4, 0.6
     second[:, :, [EOS, 3]] = 0.6, 0.4
@@ -193,7 +193,7 @@ def test_what_is_kept_goes_with_its_tokens(beams):
 
 
 def every(table, row):
-    """(score, padded tokens) of all sequences, best first, length penalty 0."""
+    """(score, padded tokens) of all sequences, best first, without length penalty."""
     look_up, length = next_logp(table, row), len(table) + 1
     ranked = []
     for tokens in oracles.sequences(table[0].shape[-1], length - 1, EOS):
@@ -213,7 +213,7 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_leave_what_they_allow(rule):
-    """With beams for everything the result is the best sequence that obeys."""
+    """With as many beams as sequences, the result is the best sequence that the rule allows."""
     options, obeys = RULES[rule]
     table = tables(4, 4, seed=1)
     found = run(table, 64, 0.0, **options)
@@ -303,7 +303,7 @@ def test_top_k_and_top_p_and_temperature_narrow_the_samples():
 
 
 def test_beams_may_be_drawn():
-    """Of all sequences, without replacement: as many beams as there are find all of them, in every draw."""
+    """Sampling beams is without replacement: as many beams as sequences find all of them; fewer beams vary by key."""
     table = tables(3, 3, seed=7)
     options = options_for(table, 9, 0.0, do_sample=True)
     found = jax.jit(lambda key: search(table, options, key=key))(jax.random.key(0))
@@ -348,7 +348,7 @@ def test_lengths_count_to_the_first_eos():
 
 @pytest.mark.parametrize(("beams", "vocabulary"), [(4, 1000), (4, 128 * 9), (1, 700), (4, 20), (3, 5000)])
 def test_the_best_are_the_best_of_all(beams, vocabulary):
-    """By blocks of the vocabulary or not; of equals, and of those that cannot be, the first."""
+    """In blocks of the vocabulary or not; among equal scores, and among impossible tokens, the first ones."""
     rng = np.random.default_rng(vocabulary)
     count = 2 * beams
     for levels, never in ((10, 0.0), (60_000, 0.0), (10, 0.999), (1, 1.0)):

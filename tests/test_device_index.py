@@ -1,4 +1,4 @@
-"""Ways of making the index anew, against embeddings of every passage computed one by one."""
+"""Rebuild and refresh of the index on devices, against embeddings of single passages."""
 
 import dataclasses
 import re
@@ -49,7 +49,7 @@ def params(corpus):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Several blocks and chunks for a corpus of 40 passages, the last ones not full."""
+    """Makes several blocks and chunks for a corpus of 40 passages, the last ones not full."""
     monkeypatch.setattr(refresh, "CHUNK", 3)
     monkeypatch.setattr(refresh, "BLOCK", 7)
 
@@ -72,13 +72,13 @@ def test_all_passages_made_anew(corpus, mesh, passages, params, dtype, small_blo
     rows = sharding.sharding(mesh, ("rows", None))
     assert index.embeddings_NE.dtype == dtype and index.embeddings_NE.sharding.is_equivalent_to(rows, 2)
     again = make({"context_encoder": -params["context_encoder"]}, 6, index, True)
-    assert index.embeddings_NE.is_deleted()  # its memory was taken
+    assert index.embeddings_NE.is_deleted()  # it was donated
     assert_fresh(again, corpus, {"context_encoder": -params["context_encoder"]}, step=6, rtol=rtol, atol=atol[dtype])
 
 
 @pytest.mark.parametrize("turn", [1, 3, 11, 1000])
 def test_rolling_reaches_every_row_within_a_turn(corpus, mesh, passages, params, turn):
-    """Rows are stored less the drift so far, which is the sum of the mean changes of the blocks: done here by hand."""
+    """Stored rows lack the drift so far, which is the sum of the blocks' mean changes; here in NumPy."""
     rag, n = bags(corpus), len(passages.encoder_length_N)
     local = n // mesh.size
     roll = jax.jit(lambda index, step: refresh.roll(rag, mesh, params, index, passages, step, turn))
@@ -89,7 +89,7 @@ def test_rolling_reaches_every_row_within_a_turn(corpus, mesh, passages, params,
     blocks = -(-local // size)
     for step in range(100, 100 + 2 * turn_steps):
         index = roll(index, jnp.int32(step))
-        own = np.minimum(step % blocks + blocks * np.arange(size), local - 1)  # evenly over each device's rows
+        own = np.minimum(step % blocks + blocks * np.arange(size), local - 1)  # spread evenly over each device's rows
         rows = (np.arange(mesh.size)[:, None] * local + own).reshape(-1)
         drift = drift + (fresh[rows] - stored[rows] - drift).mean(0)
         stored[rows] = fresh[rows] - drift
@@ -101,8 +101,8 @@ def test_rolling_reaches_every_row_within_a_turn(corpus, mesh, passages, params,
 
 
 def test_what_all_embeddings_share_does_not_favour_the_rows_made_last(corpus, mesh, passages, params):
-    """Everything moves by one vector: after a block the index is as good as one made anew, and without the correction
-    its order is that of the rows' ages.
+    """All embeddings move by one vector: after a block the index equals a rebuilt one, thanks to the drift; without
+    this correction, refreshed rows all rank before stale ones.
     """
     rag, move = bags(corpus), np.array([4.0, 0, 0, -3, 0, 2])
     old = embed_all(params["context_encoder"], corpus)
@@ -128,8 +128,8 @@ def test_deleted_passages_do_not_count_as_drift(corpus, mesh, passages, params):
 
 
 def test_no_device_sees_the_rows_of_another(corpus, passages, params, mesh):
-    """The rolling block is compiled without a collective over the rows of the index or of the token table; the drift
-    alone is added up.
+    """The compiled rolling block has no collective over rows of the index or of the token table; only the drift is
+    summed over devices.
     """
     rag, n = bags(corpus), len(passages.encoder_length_N)
     roll = jax.jit(lambda index, step: refresh.roll(rag, mesh, params, index, passages, step, 4))
@@ -182,11 +182,11 @@ def test_sample(n, size):
 
 
 def test_beside_training(corpus, mesh, passages, params, small_blocks):
-    """What is begun goes by the parameters of that moment, whatever becomes of them."""
+    """A background build uses a copy of the parameters from its beginning, even if these are deleted."""
     refresher = Refresher(refresh.on_devices(bags(corpus), mesh, passages, "float32"), mesh, "context_encoder")
     on_device = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     refresher.begin(on_device, 7)
-    jax.tree.map(lambda x: x.delete(), on_device)  # as a step that is given them does
+    jax.tree.map(lambda x: x.delete(), on_device)  # as a step does to which they are donated
     step, encoder = refresher.pending
     assert step == 7
     index = refresher.take()
@@ -210,7 +210,7 @@ def test_a_failed_build_is_said_when_it_is_taken(mesh):
 
 
 def test_with_a_real_encoder_and_sharded_parameters(corpus):
-    """On every mesh the rolling block gives what the encoder gives for the passage alone."""
+    """On a mesh with all axes the rolling block gives the encoder's embedding of each passage alone."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     model = RagConfig(
         encoder=dataclasses.replace(ENCODER, dropout=0.1), generator=GENERATOR, source_length=152, question_length=24

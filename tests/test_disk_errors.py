@@ -1,4 +1,4 @@
-"""Full disks, read-only places, files in the way: one line and status 2, and nothing half there."""
+"""Errors of the disk: one line, status 2, and nothing half-written is left."""
 
 import errno
 import os
@@ -84,7 +84,7 @@ def world(out: Path) -> int:
 
 
 def test_a_missing_directory_is_crossed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `mkdir -p` would, but for the directory that nobody wants; links are followed before `..` is taken."""
+    """Resolves `..` like `mkdir -p`, without creating the directory; links are followed before `..`."""
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
     monkeypatch.chdir(tmp_path)
@@ -157,7 +157,7 @@ def test_every_command_on_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_the_echo_of_a_failed_save_is_silent(tmp_path: Path) -> None:
-    """An error that nobody can catch, as tensorstore's callbacks raise it, and another one, which is told."""
+    """An uncatchable error like those of tensorstore's callbacks is silent; any other one is reported."""
     code = (
         "from rag_jax.system import disk_errors\n"
         "disk_errors.without_echoes()\n"
@@ -172,7 +172,7 @@ def test_the_echo_of_a_failed_save_is_silent(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_still_written_to_is_removed(tmp_path, monkeypatch):
-    """As when one array did not fit on the disk, and threads write others: a file comes while the folder is emptied."""
+    """As after a failed array: other threads still write files while the directory is being removed."""
     folder, plain, left = tmp_path / "half", shutil.rmtree, [2]
 
     def remove(path, ignore_errors=False):

@@ -1,4 +1,4 @@
-"""A run that has diverged ends at the first step that is not finite, before a good checkpoint is replaced."""
+"""A diverged run ends at the first step that is not finite, before it replaces a good checkpoint."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_parameters_that_an_update_has_spoilt(prepared):
 
 
 def get_config(data):
-    """One small stage of whatever `RAG_JAX_TEST_STAGE` says; it diverges at once where the rate is what it says."""
+    """The one stage that `RAG_JAX_TEST_STAGE` names, with few steps; it diverges at once at a huge learning rate."""
     c = tiny.get_config(data)
     wanted = os.environ.get("RAG_JAX_TEST_STAGE", "retriever")
     [stage] = [stage for stage in c.stages if stage.name == wanted]
@@ -114,7 +114,7 @@ def end_to_end(tiny_data, tmp_path, capsys, name, *settings):
 
 
 def killed_after_nine(run):
-    """As if the run had been killed after step 9."""
+    """Removes what a finished run wrote after step 9, as if it had been killed there."""
     shutil.rmtree(run / "checkpoints" / "12")
     shutil.rmtree(run / "params")
 

@@ -1,4 +1,4 @@
-"""Answers by the number of documents: one search, decoded again only where it must be."""
+"""Answers as a function of the number of documents: one search, decoded again only where necessary."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ TEXTS = ["who?", "where?"]
 
 
 class Pretended:
-    """A pipeline whose answers tell how many documents were read, and that counts what it is asked to do."""
+    """A pipeline whose answers state how many documents were read, and that records its calls."""
 
     def __init__(self, directory: Any, dies_at: int = 0) -> None:
         self.directory, self.dies_at = directory, dies_at
@@ -151,7 +151,7 @@ def test_the_same_answers_as_with_a_search_of_their_own(tiny_data, tiny_run, tmp
 
 @pytest.mark.slow
 def test_the_command_line_draws_it_all(tiny_data, tiny_run, tmp_path, capsys):
-    """Pictures and all; killed between two numbers, it goes on."""
+    """With pictures; after a kill between two numbers, it resumes."""
     words = ["evaluate", tiny_run, "--out", tmp_path, "--limit", 8, "--batch", 8, "--n-docs-curve", "1,2,3", "--json"]
     assert tiny.rag_jax(*words) == 0
     report = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Dropout's masks: the right share, no pattern in places or keys; gelu beside its definition in float64."""
+"""Dropout's masks: the right share, no pattern over positions or keys; gelu against its float64 definition."""
 
 import math
 
@@ -17,7 +17,7 @@ def mask(seed, rate=0.5, shape=(256, 4096)):
 
 
 def together(a, b):
-    """How far the share of places where two masks agree is from one half, in standard deviations."""
+    """How far the share of positions at which two masks agree is from a half, in standard deviations."""
     return abs((a == b).mean() - 0.5) * 2 * np.sqrt(a.size)
 
 

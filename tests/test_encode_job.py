@@ -1,4 +1,4 @@
-"""Embedding as a job: shards appear whole, work is never repeated, and what does not belong together is refused."""
+"""Encode jobs: shards appear whole, no work is repeated, and mismatched inputs are refused."""
 
 import dataclasses
 import errno
@@ -37,7 +37,7 @@ def contents(directory):
 
 @pytest.fixture
 def whole(tmp_path):
-    """A finished job."""
+    """A finished encode job."""
     encode_job.begin(tmp_path / "whole", JOB)
     assert encode_job.make(tmp_path / "whole", JOB, embed) == 7
     return tmp_path / "whole"
@@ -181,7 +181,7 @@ def test_an_embedding_that_is_not_finite_is_refused(tmp_path):
 
 
 def test_several_workers_share_the_work(whole, tmp_path):
-    """Each shard is made once, nobody waits for a slow worker, and what a dead one held is taken over at the end."""
+    """Each shard is made once, nobody waits for a slow worker, and the shard of a dead one is made at the end."""
     out, asked, told = tmp_path / "out", [], []
     encode_job.begin(out, JOB)
 

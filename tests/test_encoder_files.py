@@ -1,4 +1,4 @@
-"""What lies beside an encoder's weights: pooling, prompts, lengths, dropout, a tokenizer of its own; there and back."""
+"""The files beside an encoder's weights, read and exported: pooling, prompts, lengths, dropout, tokenizers."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def tokenizer():
 
 
 def encoder(directory: Path, tokenizer, name="bert", **changes) -> Path:
-    """The golden's encoder with a vocabulary and positions that texts need, and its tokenizer."""
+    """The golden's encoder, with a larger vocabulary and more positions for real texts, and its tokenizer."""
     arrays, rng = golden(name), np.random.default_rng(0)
     config = json.loads(str(arrays["config"])) | {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 96}
     for key in [k for k in arrays if "word_embeddings" in k or "position_embeddings" in k]:
@@ -58,7 +58,7 @@ def encoder(directory: Path, tokenizer, name="bert", **changes) -> Path:
 
 
 def put(directory: Path, **files) -> Path:
-    """JSON files beside it; "__" in a name is a folder's slash."""
+    """Writes JSON files into a directory; "__" in a name stands for the slash of a folder."""
     for name, content in files.items():
         path = directory / (name.replace("__", "/") + ".json")
         path.parent.mkdir(exist_ok=True)
@@ -361,7 +361,7 @@ def test_an_index_cannot_lack_the_prefix_or_pool_otherwise(tmp_path, tokenizer, 
 
 
 def test_forms_of_vectors():
-    """An index of before forms were kept is of cls or mean, without a prefix."""
+    """An index from before forms were recorded has pooling cls or mean, without a prefix."""
     assert same_form("", "cls") and same_form("", "mean of length 1") and not same_form("", "max")
     assert not same_form("", "mean after ids [3, 4]") and not same_form("cls", "mean") and same_form("mean", "mean")
 
@@ -439,7 +439,7 @@ def test_settings_of_dpr_go_there_and_back(tmp_path, tokenizer, name):
 
 
 def test_what_convert_was_told_is_exported(tmp_path, tokenizer):
-    """Of a plain BERT: files of sentence-transformers say what its config.json cannot."""
+    """For a plain BERT the export adds files of sentence-transformers, since config.json has no place for these."""
     encoder(tmp_path / "source", tokenizer)
     flags = [
         "--pooling",

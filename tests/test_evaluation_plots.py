@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: what is drawn is what the curves say, in one picture each."""
+"""The pictures of an evaluation: each draws what its curve says."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def report() -> dict[str, Any]:
 
 
 def lines(figure: matplotlib.figure.Figure) -> dict[str, tuple[list, list]]:
-    """By label; the points of error bars are lines, too."""
+    """The drawn lines by label; the points of error bars are lines, too."""
     axes = figure.axes[0]
     names = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     found = {name: getattr(handle, "lines", [handle])[0] for name, handle in names.items()}

@@ -1,4 +1,4 @@
-"""Tokenised questions that a run keeps: read again only if they are of the same, and whole."""
+"""Tokenised questions that a run keeps: reused only if they are intact and of the same data."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from rag_jax.training import config, setup
 
 @pytest.fixture(scope="module")
 def data(tiny_data, tmp_path_factory):
-    """Questions to change, in two files."""
+    """A corpus and two files of questions that a test may change."""
     folder = tmp_path_factory.mktemp("questions")
     for name in ("a", "b"):
         shutil.copy(tiny_data / "world/train.jsonl", folder / f"{name}.jsonl")
@@ -75,7 +75,7 @@ def test_other_settings_are_made_anew(settings, corpus, tmp_path, capsys, change
 
 
 def test_other_data_are_made_anew(settings, corpus, tiny_data, data, tmp_path, capsys):
-    """Another corpus, another question in either file."""
+    """They are tokenised again for another corpus, or another question in either file."""
     cfg = settings()
     kept(cfg, corpus, tmp_path)
     assert setup.prepare(cfg, Corpus.open(tiny_data / "edited-corpus"), tmp_path).unkept is not None

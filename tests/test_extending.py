@@ -1,4 +1,4 @@
-"""What docs/extending.md says: an idea of one's own is a new file, here this one, and at most a row elsewhere."""
+"""The claims of docs/extending.md: an extension is one new file, here this one, and at most a row elsewhere."""
 
 import json
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ from rag_jax.training.stage import Computed, Objective, StageConfig
 
 @pytest.fixture(scope="module")
 def texts():
-    """Passages and questions in memory, and the values of a configuration with a small model for them."""
+    """Passages and questions in memory, and the configuration of a small model for them."""
     names = [f"Town {i}" for i in range(24)]
     passages = [
         {"id": f"p{i}", "title": name, "text": f"{name} lies on river {i % 7}."} for i, name in enumerate(names)
@@ -99,8 +99,8 @@ def test_a_retriever_loss(texts, tmp_path):
 
 @pytest.mark.parametrize("name", list(losses.RETRIEVER_LOSSES))
 def test_gradients_of_retriever_losses(name):
-    """In the scores: p_R - r with r_k ~ p_R(k) p(y|z_k) for EMDR2, p_R - p_T for PDist; none for the generator, and
-    none for passages that were not found.
+    """With respect to the scores: p_R - r with r_k ~ p_R(k) p(y|z_k) for EMDR2, p_R - p_T for PDist; zero for the
+    generator, and for passages that were not found.
     """
     rng = np.random.default_rng(0)
     scores_BK = rng.normal(size=(3, 4))
@@ -121,7 +121,7 @@ def test_gradients_of_retriever_losses(name):
 
 @dataclass(frozen=True)
 class Distance(Objective):
-    """The squared distance of a question's vector and its gold passage's."""
+    """An objective: the squared distance between the vectors of a question and its gold passage."""
 
     kind: ClassVar[str] = "distance"
     groups: ClassVar[frozenset[str]] = frozenset({"question_encoder", "context_encoder"})
@@ -167,7 +167,7 @@ def test_an_objective(texts, tmp_path, monkeypatch):
 
 @dataclass(frozen=True)
 class LoudConfig(BartConfig):
-    """BART with logits twice as large."""
+    """BART with logits that are twice as large."""
 
     kind: Literal["loud"] = "loud"  # type: ignore[assignment]
 
@@ -183,7 +183,7 @@ class Loud(Bart):
 
 @dataclass(frozen=True)
 class LongConfig(BertConfig):
-    """BERT with vectors twice as long."""
+    """BERT with vectors that are twice as long."""
 
     kind: Literal["long"] = "long"  # type: ignore[assignment]
 
@@ -235,7 +235,7 @@ def test_a_reader(tmp_path, monkeypatch):
 
 @dataclass(frozen=True)
 class Doubling(Schedule):
-    """At steps first, 2 first, 4 first, ...: often while the encoder moves fast."""
+    """A schedule that refreshes at steps first, 2 first, 4 first, ...: often while the encoder changes fast."""
 
     first: int = 1
 

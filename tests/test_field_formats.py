@@ -1,4 +1,4 @@
-"""The formats of the field: real samples against a plain reading of them, and corpora made of the same files."""
+"""File formats of published data sets: real samples against a plain reader, and corpora built from them."""
 
 import csv
 import gzip
@@ -144,7 +144,7 @@ def test_nq_open(shared_data: Find, name: str, count: int) -> None:
 @pytest.mark.parametrize("header", [False, True])
 @pytest.mark.parametrize("name", ["nq-test.csv", "nq-test.tsv", "nq-test.tsv.gz"])
 def test_dpr_question_tables(shared_data: Find, tmp_path: Path, header: bool, name: str) -> None:
-    """Written as DPR's own scripts do: csv.writer, tabs, the list as Python prints it."""
+    """Written like DPR's own scripts do: csv.writer, tabs, answers as a Python list."""
     rows = json_lines(shared_data("raw") / "nq_open.NQ-open.dev.without_heldout.jsonl")
     path = tmp_path / name
     with (gzip.open if name.endswith(".gz") else open)(path, "wt", newline="", encoding="utf-8") as stream:

@@ -1,5 +1,5 @@
-"""One bit flipped in any file of an artifact: it is named, or changes nothing that is read; never silence, never a
-traceback.
+"""A flipped bit in any file of an artifact is reported, or changes no value that is read; it never causes other values
+in silence, or a traceback.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ spec.loader.exec_module(flip_bits)
 
 @pytest.fixture(scope="module")
 def work(tiny_data, tmp_path_factory):
-    """What the experiment flips bits in, of a run that was never trained: no export, no tokenised questions."""
+    """The files for the experiment, from an untrained run, without export and tokenised questions."""
     out = tmp_path_factory.mktemp("flips")
     shutil.copytree(tiny_data / "corpus", out / "corpus")
     run = tiny.untrained_run(out / "corpus", out / "run")
@@ -53,7 +53,7 @@ def test_a_few_flips_of_every_kind(work):
 
 
 def test_it_can_fail(work, monkeypatch):
-    """A reader that verifies nothing is silent."""
+    """A reader that verifies nothing is reported as silent."""
     kind = flip_bits.kinds(work)["token tables"]
     path = work / "corpus" / "encoder_ids.npy"
     careless = kind._replace(read=lambda: flip_bits.digest(path.read_bytes()))

@@ -1,4 +1,4 @@
-"""Readers: every shape of input, and every way in which a line can be wrong, by file and line."""
+"""Readers: every form of input, and every way in which a line can be wrong, with file and line."""
 
 import gzip
 import json

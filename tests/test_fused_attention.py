@@ -1,4 +1,4 @@
-"""cuDNN's attention in programs lowered for a GPU: where training reads whole texts, and in no decoding step."""
+"""cuDNN's attention in programs lowered for a GPU: used where training reads whole texts, in no decoding step."""
 
 import functools
 import re
@@ -41,7 +41,7 @@ def shapes(rag: Rag) -> tuple:
 
 @pytest.fixture
 def for_gpu(monkeypatch: pytest.MonkeyPatch):
-    """Calls of cuDNN's attention, forward ones, in a function of these arguments, as it is lowered for a GPU."""
+    """The number of forward calls of cuDNN's attention in a function lowered for a GPU."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(sharding, "platform", lambda mesh=None: "gpu")
 
@@ -68,7 +68,7 @@ def test_training_takes_it(for_gpu, generator) -> None:
 @pytest.mark.parametrize(("variant", "beams"), [("token", 4), ("sequence", 2)])
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_decoding_steps_do_not(for_gpu, generator, variant, beams) -> None:
-    """Only the passages, which are read once, go through it; of the last layer of a prefix nothing is read."""
+    """Only the passages, read once, use it; the last layer of a prefix computes no attention output."""
     rag = rag_of(generator, variant)
 
     def answer(params, *given):
@@ -78,7 +78,7 @@ def test_decoding_steps_do_not(for_gpu, generator, variant, beams) -> None:
 
 
 def test_it_is_by_what_a_program_will_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program for the CPU devices of a mesh on a machine with a GPU; and the block program of an index."""
+    """A program for the mesh's CPU devices on a machine with a GPU, and the block program of an index."""
     query, source = jnp.zeros((1, 2, 4, 64), jnp.bfloat16), (jnp.zeros((1, 2, 64, 8)), jnp.zeros((1, 2, 8, 64)))
     mesh = sharding.make_mesh()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -1,4 +1,4 @@
-"""Answers token for token as transformers' generate writes them, with the settings that came with the checkpoint."""
+"""Answers equal those of transformers' generate token by token, with the checkpoint's own settings."""
 
 import json
 import sys
@@ -64,7 +64,7 @@ CASES = {
 
 
 def answers_of_both(case: str, directory: Path, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Theirs and ours [QUESTIONS, T] after the start, the padding after an end 1."""
+    """Transformers' answers and ours [QUESTIONS, T] after the start token; padding after an end is 1."""
     import torch
     import transformers as hf
     from make_goldens import randomised

@@ -1,4 +1,4 @@
-"""Which passages the gold ids of questions lead to, where documents were cut, updated and deleted; unknown ids."""
+"""From gold ids of questions to passages, where documents were cut, updated and deleted; unknown ids."""
 
 import json
 import random
@@ -21,7 +21,7 @@ WORDS = ["river", "stone", "lamp", "market", "garden", "winter", "captain", "sil
 
 
 def text(words: int, seed: int, said: str = "") -> str:
-    """Sentences of ten words; `said` stands in the last one."""
+    """Sentences of ten words; `said` is in the last one."""
     rng = random.Random(seed)
     sentences = [" ".join(rng.choices(WORDS, k=9)) + " end." for _ in range(words // 9)]
     return " ".join([*sentences, f"{said}." if said else ""]).strip()
@@ -35,8 +35,11 @@ def write(path: Path, passages: dict[str, str], **more: str) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base: documents d1, d2, d-9 cut in pieces, passages whose ids end in a number and were never cut. one: d1 is
-    replaced by a shorter text, d2-1 deleted. two: d2 deleted, then a passage d2-0 added.
+    """A directory with three corpora.
+
+    base: documents d1, d2 and d-9 cut in pieces, and passages that were never cut, with ids that end in a number.
+    one: d1 replaced by a shorter text, d2-1 deleted.
+    two: d2 deleted as well, then a passage d2-0 added.
     """
     out = tmp_path_factory.mktemp("gold")
     passages = {
@@ -53,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def from_ids(corpus: Corpus) -> dict[str, str]:
-    """{passage id: document id} of the live passages that were cut from a document."""
+    """{passage id: document id} of the valid passages that were cut from a document."""
     live = range(len(corpus)) if corpus.live_N is None else np.flatnonzero(corpus.live_N)
     found = {corpus[row].id: corpus.cut_from(int(row)) for row in live}
     return {one: document for one, document in found.items() if document is not None}
@@ -76,7 +79,7 @@ def test_what_was_cut_and_what_only_looks_so(folder: Path) -> None:
 
 
 def test_a_corpus_that_does_not_say_where_a_document_ends(folder: Path, tmp_path: Path) -> None:
-    """As the versions before wrote it: the last piece is told by ids that count on, within one document."""
+    """In the older format the last piece is recognised by ids that continue within one document."""
     source = write(tmp_path / "p.jsonl", {"d1": text(300, 1)})
     with source.open("a") as stream:
         stream.write(json.dumps({"id": "d1-3", "title": "", "text": "no piece"}) + "\n")
@@ -158,7 +161,7 @@ def test_unknown_ids_are_named_and_refused_where_they_are_most(
 @settings(max_examples=8)
 @given(st.data())
 def test_any_ids(folder: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Ids that end in numbers, one after another in any order, some cut: each piece leads to its document alone."""
+    """Ids that end in numbers, in any order, some documents cut: each piece belongs to its own document."""
     names = data.draw(st.lists(st.sampled_from(["d", "d-0", "d-1", "d-2", "d-3", "d-0-0", "x-1", "x"]), min_size=1,
                                max_size=5, unique=True))  # fmt: skip
     long = {name: data.draw(st.sampled_from([20, 250, 350])) for name in names}

@@ -1,4 +1,4 @@
-"""What compiled programs say of themselves, against texts whose answers were worked out by hand, and CPU programs."""
+"""Figures read from compiled programs, against HLO texts with known answers and against programs for the CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,9 @@ import pytest
 from rag_jax.aot import hlo, operation_count
 from rag_jax.system import sharding
 
-# As libtpu 0.0.42 writes them: a loop of 21 trips known by its condition, a collective spread over two fusions (one
-# chain), two that jax gave one channel, asynchronous ones, an array in fast memory (S(1)), three ways to write groups.
+# HLO in the form of libtpu 0.0.42: a loop whose 21 trips follow from its condition, a collective split over two fusions
+# (one chain), two with the same channel from jax, asynchronous ones, an array in fast memory (S(1)), and the three
+# notations for groups of devices.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 FileNames
@@ -119,7 +120,7 @@ def test_a_loop_that_does_not_say_how_often_it_runs_counts_once() -> None:
 
 
 def test_collectives_of_a_program_compiled_here() -> None:
-    """Gradients of a batch over 8 devices, in a scan of 3: sums of [64, 32] float32."""
+    """The gradient of a batch over 8 devices, in a scan of 3 steps: sums of [64, 32] float32 arrays."""
     mesh = sharding.make_mesh({"data": 8})
     rows, whole = sharding.sharding(mesh, ("batch", None)), sharding.replicated(mesh)
 
@@ -155,7 +156,7 @@ def test_work_by_type() -> None:
 
 @pytest.mark.parametrize("width", [10, 1000])
 def test_peak_bytes(width: int) -> None:
-    """The outer product [10, width] lives while its sine is made, of the same size; the sums are small."""
+    """The outer product [10, width] is alive while its sine, of the same size, is computed; the sums are small."""
 
     def program(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.sin(x[:, None] * y[None]).sum(0)

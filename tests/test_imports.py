@@ -1,4 +1,4 @@
-"""Imports point one way: a room imports the rooms above its own in ROOMS, and modules form no circle."""
+"""Imports point one way: a package imports only those above it in ROOMS, and modules form no cycle."""
 
 import ast
 import graphlib
@@ -38,7 +38,7 @@ ALONE = {  # library: where alone it may be imported
 
 
 def module_name(path: Path) -> str:
-    """`rag_jax/models/bert.py` is `models.bert`; the package itself is `rag_jax`."""
+    """`rag_jax/models/bert.py` -> `models.bert`; the package itself -> `rag_jax`."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".") or "rag_jax"
 
 
@@ -46,7 +46,7 @@ MODULES = {module_name(path): ast.parse(path.read_text(), path) for path in sort
 
 
 def imported(tree: ast.Module) -> set[str]:
-    """Full names of all imports of a module, in functions too; `from a import b` is a.b where that is a module."""
+    """Full names of all imports of a module, inside functions too; `from a import b` is a.b if that is a module."""
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -57,7 +57,7 @@ def imported(tree: ast.Module) -> set[str]:
 
 
 def own(tree: ast.Module) -> set[str]:
-    """Modules of the package that a module imports."""
+    """The modules of the package that a module imports."""
     return {name.removeprefix("rag_jax.") for name in imported(tree) if name.split(".")[0] == "rag_jax"}
 
 

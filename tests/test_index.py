@@ -1,4 +1,4 @@
-"""Encode jobs and snapshots of a run: equal to embedding one passage at a time; what does not match is refused."""
+"""Encode jobs and snapshots of a run equal embedding passages one by one; mismatched inputs are refused."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def encoder(data, corpus):
 
 @pytest.fixture(scope="module")
 def expected(encoder, corpus):
-    """Embeddings, one passage at a time at full width, on one device."""
+    """Embeddings of single passages at full width, on one device."""
     embed = jax.jit(encoder.embed)
     params = jax.device_put(encoder.params, jax.devices()[3])
     mask_NL = np.arange(corpus.encoder_ids.shape[1]) < corpus.encoder_length[:, None].astype(int)
@@ -74,7 +74,7 @@ def expected(encoder, corpus):
 
 @pytest.fixture(scope="module")
 def job(data, tmp_path_factory):
-    """A job finished by the command line."""
+    """An encode job finished by the command line."""
     out = tmp_path_factory.mktemp("job") / "job"
     assert tiny.rag_jax("encode", data / "run", "--corpus", data / "corpus", "--out", out, *SMALL) == 0
     return out
@@ -297,7 +297,7 @@ def test_the_hash_is_of_the_content_not_of_the_place(job, corpus, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_in_two_processes_the_files_are_the_same(tmp_path):
-    """scripts/kill_encode.py finds no difference, and did kill."""
+    """scripts/kill_encode.py finds no difference, and it did kill."""
     script = Path(__file__).resolve().parents[1] / "scripts/kill_encode.py"
     dropped = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}

@@ -1,4 +1,4 @@
-"""The induction head that a generator starts with: it looks one back, it copies, and it keeps names and shapes."""
+"""The initialised induction head of a generator: it attends one back, copies, and keeps names and shapes."""
 
 import flax.linen as nn
 import jax
@@ -56,7 +56,7 @@ def test_the_first_head_looks_one_back(started):
 
 
 def continued(params) -> tuple[float, float]:
-    """Having been given source[20:30], how often, and with what log-probability, source[21:31] comes next."""
+    """After source[20:30], how often source[21:31] comes next, and with what log-probability."""
     logits = Bart(CONFIG).apply(
         {"params": params}, jnp.asarray(IDS), jnp.ones(IDS.shape, bool), jnp.asarray(IDS[:, 20:30])
     )

@@ -1,4 +1,4 @@
-"""The lexical start: an untrained encoder whose inner products are nearly those of TF-IDF."""
+"""The lexical initialisation: the inner products of an untrained encoder are nearly those of TF-IDF."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ CONFIG = BertConfig(
 
 @pytest.fixture(scope="module")
 def corpus():
-    """Passages [N, L] of different lengths: tokens 0 to 9 are in all of them, the others the rarer the higher."""
+    """Passages [N, L] of different lengths; tokens 0 to 9 are in all of them, higher ones are rarer."""
     rng = np.random.default_rng(0)
     odds = 1.0 / np.arange(1, V + 1)
     ids = rng.choice(V, (N, L), p=odds / odds.sum())

@@ -1,4 +1,4 @@
-"""Questions made from a corpus: which part is taken, what is left, and that batches are theirs."""
+"""Questions made from a corpus: the part taken, what is left of the passage, and their batches."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_every_part_is_drawn_and_nine_in_ten_are_removed():
 
 
 def test_batches_hold_what_the_loss_embeds(corpus):
-    """A part of a passage, and the passage of that row with it or without it, each row once an epoch."""
+    """A part of a passage, and the passage of that row with or without it; each row once an epoch."""
     data = inverse_cloze.batches(corpus, 8, 0, 24)
     encoder, length = corpus.encoder_tokenizer, corpus.encoder_ids.shape[1]
     rows, without = [], 0

@@ -1,4 +1,4 @@
-"""Records of JSON files: the same as json.load gives, whatever the size of a block; lines by counting them."""
+"""Records of JSON files: equal to json.load for every block size; line numbers equal to counting."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ def read(path: Path) -> list[tuple[int, int, dict]]:
 
 
 def value(rng: random.Random, depth: int = 0) -> object:
-    """Any JSON value: strings with quotes, escapes, brackets and astral characters, numbers of all kinds."""
+    """Any JSON value: strings with quotes, escapes, brackets and astral characters; numbers of all kinds."""
     kind = rng.randrange(4 if depth > 2 else 6)
     if kind == 0:
         return "".join(rng.choice('ab"\\[]{},: \n\u2028é😀ש') for _ in range(rng.randrange(20)))

@@ -1,4 +1,4 @@
-"""Files in the layouts of other systems and data sets: passages and questions read, ids kept, right passages found."""
+"""Files in the layouts of other systems and data sets: passages and questions read, ids kept, gold passages found."""
 
 import json
 from pathlib import Path
@@ -215,7 +215,7 @@ def test_the_section_goes_into_the_title_as_in_atlas(tmp_path: Path) -> None:
 
 
 def test_fields_of_our_own_that_other_layouts_have(tmp_path: Path) -> None:
-    """A context or contents beside our own fields does not make the file another layout."""
+    """A field `context` or `contents` beside our own fields does not make the file another layout."""
     asked = {"id": "q", "question": ASKED, "answers": ["Oslo"], "context": OSLO}
     (found,) = read_questions(one(tmp_path, "q.jsonl", lines(asked)))
     assert found.extra == {"context": OSLO} and not found.positive_passage_ids
@@ -245,7 +245,7 @@ def test_contents(tmp_path: Path, contents: str, title: str, text: str) -> None:
 
 
 def test_what_has_no_answer(tmp_path: Path) -> None:
-    """SQuAD 2.0, flattened, and MuSiQue's full set, whose questions come twice under one id."""
+    """SQuAD 2.0, flattened, and the full set of MuSiQue, whose questions occur twice under one id."""
     flat = read_questions(one(tmp_path, "s.jsonl", lines(FLAT | {"answers": {"text": [], "answer_start": []}})))[0]
     assert flat.answers == () and flat.extra["answerable"] is False and not flat.positive_passage_ids
     context = {passage.id for passage in read_passages([tmp_path / "s.jsonl"])}
@@ -306,7 +306,7 @@ def test_collections_say_which_line_is_broken(tmp_path: Path) -> None:
 
 
 def test_every_file_of_the_field_is_read(shared_data) -> None:  # type: ignore[no-untyped-def]
-    """Original files: as many questions and right passages as counted by hand, every right passage among its own."""
+    """Original files have as many questions and gold passages as counted by hand; the file's passages include these."""
     counts = {
         "hotpotqa.distractor_sample.json": (10, 20), "musique.sample.jsonl": (5, 12),
         "pubmedqa.ori_pqal_sample.json": (25, 79), "climate_fever.sample.jsonl": (40, 76),

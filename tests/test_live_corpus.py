@@ -46,7 +46,7 @@ MODES = {
 
 @pytest.fixture(scope="module")
 def data(tiny_data, tmp_path_factory):
-    """The versions, an index of each of a run that was never trained, and questions about what changes."""
+    """The versions of a corpus, an index of each from an untrained run, and questions about what changes."""
     out = tmp_path_factory.mktemp("live")
     for name in ("corpus", "edited-corpus", "world"):
         os.symlink(tiny_data / name, out / name)
@@ -76,7 +76,7 @@ def data(tiny_data, tmp_path_factory):
 
 
 def ids(corpus):
-    """Of the passages that are there."""
+    """Ids of the valid passages."""
     dead = set() if corpus.live_N is None else set(np.flatnonzero(~corpus.live_N))
     return [corpus[row].id for row in range(len(corpus)) if row not in dead]
 
@@ -220,7 +220,7 @@ def test_another_index_with_a_search_on_the_host(kind, data, tmp_path):
 
 
 def switch(link, target):
-    """In one step, as a server's data are replaced."""
+    """Points the link to another directory atomically, as one replaces a server's data."""
     link.with_name("next").symlink_to(target)
     link.with_name("next").rename(link)
 
@@ -244,7 +244,7 @@ def test_looking_for_another_version(data, tmp_path, capsys):
 
 
 def test_a_directory_that_is_replaced(data, tmp_path):
-    """What was opened stays readable, and a checkpoint of what is gone leads to an update of it."""
+    """An opened corpus stays readable; a checkpoint of one that is gone leads to an update of it."""
     shutil.copytree(data / "one", tmp_path / "now")
     corpus, position = (
         live_corpus.open_version(tmp_path / "now"),
@@ -279,7 +279,7 @@ class Killed(Exception):
 
 
 class Watched:
-    """Training whose link to the corpus is switched after given numbers of steps, and that can be killed there."""
+    """Training in which the link to the corpus is switched after given steps, and which can be killed there."""
 
     def __init__(self, monkeypatch, link, data):
         self.follow, self.link, self.data = train.follow, link, data
@@ -302,7 +302,7 @@ class Watched:
 
 
 def check_index(session, upkeep, params, step, n_old):
-    """Right after an update: new rows are embedded with the parameters of now, the dead ones are found by nobody."""
+    """Right after an update: new rows are embedded with the present parameters, deleted ones are never found."""
     corpus, loaded, index = session.data.corpus, session.loaded, upkeep.index
     assert (np.asarray(index.step_N)[n_old : len(corpus)] == step).all() and (
         np.asarray(index.step_N)[:n_old] < step
@@ -327,7 +327,7 @@ def check_index(session, upkeep, params, step, n_old):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_training_follows_and_resumes(mode, data, tmp_path, monkeypatch, capsys):
-    """Killed between two versions, and after the tables grew: bit for bit as the run that was not."""
+    """Killed between two versions, or after the tables grew, and resumed: bit for bit the uninterrupted run."""
     needs = {"scann": "scann", "hybrid": "scann", "bm25": "bm25s"}.get(mode)
     if needs:
         pytest.importorskip(needs)

@@ -1,4 +1,4 @@
-"""One training at a time in a run directory; whoever died is recognised, and at once on the same host."""
+"""One training at a time in a run directory; a lock of a dead process is recognised, at once on the same host."""
 
 import fcntl
 import json
@@ -27,7 +27,7 @@ with lock.held(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process of its own that holds the lock."""
+    """A separate process that holds the lock."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     yield process
@@ -59,7 +59,7 @@ def test_the_holder_is_named_and_its_death_is_seen_at_once(flock, holder, tmp_pa
 
 
 def written(path, **changes):
-    """A lock file of another holder, and no kernel's lock with it."""
+    """Writes the lock file of another holder, without a lock of the kernel."""
     about = {"host": "elsewhere", "pid": 7, "boot": "b", "started": "1", "token": "t"} | changes
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(about))
@@ -81,7 +81,7 @@ def test_a_holder_on_another_host_lives_as_long_as_it_renews_the_file(tmp_path):
     [{"pid": 2**22 + 1}, {"pid": os.getpid(), "started": "1"}, {"pid": os.getpid(), "boot": "before"}, {"pid": "x"}],
 )
 def test_the_dead_of_this_host(changes, tmp_path):
-    """No such process, another one of the same number, one from before the machine was started, and nonsense."""
+    """No such process, another process with its number, one from before the machine started, and a broken file."""
     here = {"host": socket.gethostname(), "boot": lock._boot(), "started": lock._started(os.getpid())}
     written(tmp_path / "run" / lock.NAME, **here | changes)
     with lock.held(tmp_path / "run"):

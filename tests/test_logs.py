@@ -229,7 +229,7 @@ def test_a_killed_writer_leaves_whole_rows(tmp_path: Path) -> None:
 
 
 def scalars_of(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """The scalars of the event files as TensorBoard reads them, record by record, a restart purging later steps."""
+    """The scalars in the event files, read record by record as TensorBoard does; a restart purges later steps."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     scalars: dict[str, list[tuple[int, float]]] = {}

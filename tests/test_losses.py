@@ -12,7 +12,7 @@ PAD = 1
 
 
 def rag_nll(objective, logits_BKTV, *args, chunk=4096, **kwargs):
-    """Of logits: they are the states, and the output layer changes nothing."""
+    """The loss of given logits: they serve as hidden states of an output layer that is the identity."""
     V = logits_BKTV.shape[-1]
     head = loss_functions.Head(jnp.eye(V), jnp.zeros(V), chunk=chunk)
     return loss_functions.rag_nll(objective, jnp.asarray(logits_BKTV), head, *args, **kwargs)
@@ -36,7 +36,7 @@ def case():
 
 
 def brute_force(case, objective, prior="paper", smoothing=0.0):
-    """nll_B as REFERENCE section 2 has it."""
+    """The loss of each question, with loops over documents, tokens and the vocabulary."""
     result = []
     for logits, targets, n, scores in zip(
         case["logits_BKTV"], case["targets_BT"], LENGTHS, case["scores_BK"], strict=True
@@ -86,7 +86,7 @@ def test_what_padding_says_does_not_count(case):
 
 @pytest.mark.parametrize(("vocabulary", "steps"), [(3, 3), (4, 4)])
 def test_probabilities_of_all_sequences_sum_to_one(vocabulary, steps):
-    """Under any conditional tables p(y_t | z, y_<t) and any prior: both marginals are distributions over sequences."""
+    """With any tables p(y_t | z, y_<t) and any prior, both marginals are distributions over sequences."""
     rng = np.random.default_rng(vocabulary)
     eos, documents = 2, 3
     tables: dict = {}

@@ -1,4 +1,4 @@
-"""Moments in fewer bytes: right on average, close at once, the same on every device; Adafactor beside NumPy."""
+"""Adam with moments in fewer bits: unbiased, close, the same on every device; Adafactor against NumPy."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def test_zero_and_what_is_below_every_level():
 
 
 def train(kind, steps=400):
-    """Distance from the optimum of an ill-conditioned bowl, with noisy gradients."""
+    """Distance from the optimum of an ill-conditioned quadratic, after training with noisy gradients."""
     rng = np.random.default_rng(1)
     scale = np.exp2(-rng.uniform(0, 8, (16, 64))).astype(np.float32)
     config = OptimizerConfig(0.02, "cosine", moments=kind, clip_norm=0.0, groups={"generator": 1.0})
@@ -83,7 +83,7 @@ def test_training_with_small_moments_goes_as_with_float32():
 
 @pytest.mark.parametrize("changes", [{"moments": "int8"}, {"moments": "bfloat16"}, {"kind": "adafactor"}], ids=str)
 def test_eight_devices_keep_what_one_keeps(changes):
-    """The state lies as its parameters do, and rounding does not depend on where."""
+    """The state is sharded like its parameters, and rounding does not depend on the sharding."""
     import flax.linen as nn
 
     config = dataclasses.replace(OptimizerConfig(1e-2, "constant", groups={"generator": 1.0}), **changes)

@@ -1,4 +1,4 @@
-"""Files as they come: each variant is read right, or refused with file and line; the table says which."""
+"""Malformed input files: each variant is read right, or refused with file and line, as the table says."""
 
 import gzip
 import json
@@ -53,7 +53,7 @@ BEIR = {
 
 
 def bad(where: str, message: str) -> tuple[str, str]:
-    """Refused: FILE:LINE (or FILE alone where it has no lines), and words of the message."""
+    """Expected refusal: FILE:LINE (or FILE alone where it has no lines), and words of the message."""
     return where, message
 
 

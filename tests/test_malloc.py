@@ -1,4 +1,4 @@
-"""The command begins again once, with the same words, as the same process, and only where that helps."""
+"""A command restarts once, with the same arguments, as the same process, and only where that helps."""
 
 import importlib.util
 import os
@@ -41,7 +41,7 @@ def test_not_against_the_users_word_and_not_in_vain(started, monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
 def test_large_pieces_go_back_and_small_ones_stay():
-    """MiB resident: of one of 256 nothing once it is free, however small pieces lie around it; of 128 of 1 all."""
+    """MiB resident after freeing: one buffer of 256 MiB, with small ones around it, leaves; 128 of 1 MiB stay."""
     code = """
 import numpy as np
 def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
@@ -69,7 +69,7 @@ print(resident() - start)
 
 
 def test_one_process_with_its_output_and_exit_status():
-    """What it says first, and again after it began once more, under the same number."""
+    """The first start and the second print the same process id, and the exit status is that of the second."""
     code = (
         "import os; from rag_jax.system import malloc; malloc.helps = lambda environment: True\n"
         "print(os.getpid(), 'GLIBC_TUNABLES' in os.environ, flush=True); malloc.keep(os.environ); os._exit(3)"

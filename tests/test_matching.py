@@ -1,4 +1,4 @@
-"""Answers beside gold answers: hand-worked cases and an independent restatement."""
+"""Answers compared with gold answers: hand-worked cases and an independent implementation."""
 
 import json
 import re
@@ -120,7 +120,7 @@ def test_scores_equal_the_restatement(prediction: str, golds: list[str]) -> None
 
 
 def oracle_mlqa_words(text: str, language: str) -> list[str]:
-    """MLQA's rules letter by letter, for languages whose articles are whole words, or none."""
+    """MLQA's rules letter by letter, for languages whose articles are whole words, or that have none."""
     articles = {"en": ("a", "an", "the")}
     words: list[str] = []
     in_word = False
@@ -164,7 +164,7 @@ def test_mlqas_rules(language: str, prediction: str, gold: str, match: float, f1
 
 @pytest.mark.parametrize("name", ["zh", "en"])
 def test_mlqas_rules_of_real_answers(shared_data: Callable[[str], Path], name: str) -> None:
-    """Answers cut, doubled and with other punctuation; SQuAD's F1 of Chinese is all or nothing."""
+    """Answers truncated, doubled or with other punctuation; SQuAD's F1 of Chinese answers is 0 or 1."""
     golds = [row["answers"] for row in spoiled.rows(shared_data(f"xquad_{name}/train.jsonl"), 900)]
     said = [text[: 1 + i % len(text)] + "。!"[i % 2] + text[: i % 3] for i, (text, *_) in enumerate(golds)]
     for text, wanted in zip(said, golds, strict=True):
@@ -263,7 +263,7 @@ def test_scores_of_real_answers_equal_the_restatement(shared_data: Callable[[str
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nq_gold", "xquad_ru", "xquad_ar"])
 def test_has_answer_of_real_passages_equals_dpr(shared_data: Callable[[str], Path], name: str) -> None:
-    """Each question with its own passage and with another's."""
+    """Each question with its own passage and with another one's."""
     folder = shared_data(name)
     texts = {row["id"]: row["text"] for row in spoiled.rows(folder / "passages.jsonl", 20_000)}
     questions = [row for row in spoiled.rows(folder / "train.jsonl", 600) if row["positive_passage_ids"]]

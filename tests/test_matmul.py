@@ -1,4 +1,4 @@
-"""Products in bfloat16 as a CPU wants them: the same numbers, and operands and results of the kind that is fast."""
+"""bfloat16 matmuls on a CPU: the same numbers, with operands and results of the types and order that are fast."""
 
 import itertools
 import re
@@ -32,7 +32,7 @@ def exact(x: jax.Array) -> np.ndarray:
 
 
 class Product(NamedTuple):
-    """Of a program: the operand's and the result's type, and whether the operands are [..., R, I] and [..., I, O]."""
+    """A matmul of a program: types of operand and result, and whether the operands are [..., R, I] and [..., I, O]."""
 
     operand: str
     result: str
@@ -131,7 +131,7 @@ def test_products_of_the_vocabulary_are_the_fast_ones(chunk: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_devices_that_share_a_batch_send_each_other_none_of_it(dtype: str) -> None:
-    """The compiler does not cut an array whose layout is laid down: it would put all of it on every device."""
+    """A pinned layout would make the compiler gather the array, which must stay sharded over the batch."""
     B, H, T, C, L = 8, 2, 4, 8, 6
     mesh = sharding.make_mesh({"data": 8})
     shapes = ((B, H, T, C), (B, H, C, L), (B, H, L, C))

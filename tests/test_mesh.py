@@ -1,4 +1,4 @@
-"""The training step on every mesh, in parts and in one piece: the same loss, the same metrics, the same gradients."""
+"""The training step on every mesh, in micro-batches and whole: the same loss, metrics and gradients."""
 
 import functools
 
@@ -35,7 +35,7 @@ MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 
 
 
 def given(rng):
-    """Passages, embeddings and a batch, on the host."""
+    """A batch, passages and embeddings, on the host."""
 
     def ids(vocabulary, *shape):
         return rng.integers(3, vocabulary, shape).astype(np.int32)
@@ -53,7 +53,7 @@ def given(rng):
 
 @functools.cache
 def updated(kind, loss, mesh, **changes):
-    """(metrics, parameters before, parameters) after one step of a rate of 1 whose update is about the gradient."""
+    """(metrics, parameters before and after) for a step at rate 1 whose update is nearly the gradient."""
     mesh = sharding.make_mesh(dict(mesh), jax.devices() if mesh else jax.devices()[:1])
     model = RagConfig("token", BertConfig(ENCODER_V, E, 1, 4, 32, 40, dropout=0.0, init="copy"), GENERATORS[kind])
     groups = {"contrastive": ("question_encoder", "context_encoder"), "denoise": ("generator",)}
@@ -106,7 +106,7 @@ def test_every_mesh_gives_the_same_for_every_generator_and_loss(kind, loss, mesh
     "loss", ["token", *(pytest.param(name, marks=pytest.mark.slow) for name in ("contrastive", "denoise"))]
 )
 def test_a_batch_in_parts_gives_the_same(loss):
-    """Micro-batches, for the generator a document at a time and all logits kept, over a mesh that cuts everything."""
+    """Micro-batches, one document at a time for the generator, and whole logits, on a mesh that shards every axis."""
     chunk = {"doc_chunk": 1, "logit_chunk": 0} if loss == "token" else {}
     mesh = {"fsdp": 2, "tensor": 2, "data": 2}
     found, expected = updated("bart", loss, tuple(mesh.items()), accumulate=2, **chunk), updated("bart", loss, ())

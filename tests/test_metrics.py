@@ -1,4 +1,4 @@
-"""Which figures rows of predictions have, over which rows, and their intervals."""
+"""Figures of prediction rows: which ones there are, over which rows, and their intervals."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def test_summary_by_hand() -> None:
 
 
 def test_summary_takes_the_ks_that_were_retrieved() -> None:
-    """A row with fewer passages than others, as of BM25, has found no more: it counts for every k."""
+    """A row with fewer passages than others, such as BM25 gives, has found no more: it counts for every k."""
     rows = [
         row("a", ["b"], ["p4"], [False] * 4 + [True]),
         row("a", ["b"], ["p9"], [False]),
@@ -222,7 +222,7 @@ def test_unanswerable_questions_ask_for_abstention() -> None:
 
 @pytest.mark.slow
 def test_the_interval_of_distinct_covers_what_as_many_other_answers_give() -> None:
-    """Resamples repeat answers, and so have fewer different words than any 100 answers."""
+    """A resample repeats answers, and so has fewer different words than any other 100 answers."""
     random = np.random.default_rng(3)
     share = 1 / np.arange(1, 2001)
     words = np.array([f"w{i}" for i in range(2000)])

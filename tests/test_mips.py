@@ -16,7 +16,7 @@ from rag_jax.system import sharding
 
 
 def brute_force(queries: np.ndarray, index: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores in float64 and ids: descending score, NaN last, ties by id."""
+    """Scores in float64 and ids, by descending score, NaN last, ties by id."""
     with np.errstate(invalid="ignore"):
         scores = queries.astype(np.float64) @ index.astype(np.float64).T
     scores[np.isnan(scores)] = -np.inf
@@ -27,7 +27,7 @@ def brute_force(queries: np.ndarray, index: np.ndarray, k: int) -> tuple[np.ndar
 def search_on(
     n_devices: int, queries: np.ndarray, index: np.ndarray, k: int, **options
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`options` of which the arrays are as long as the index."""
+    """Searches on so many devices, 0 for no mesh; arrays among the options have a value for each row."""
     arrays = {name: x for name, x in options.items() if isinstance(x, np.ndarray)}
     if n_devices == 0:  # no mesh at all
         options |= {name: jnp.asarray(x) for name, x in arrays.items()}
@@ -153,7 +153,7 @@ SMALL = ["bfloat16", "bits", "int8"]
 
 
 def stored(index: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """The index in a type, its scale, and what its rows are worth in float32."""
+    """(rows in this type, their scale or None, the float32 values that they stand for)"""
     if kind == "int8":
         rows, scale = (np.asarray(x) for x in mips.quantise(jnp.asarray(index)))
         return rows, scale, rows.astype(np.float32) * scale[:, None]
@@ -185,7 +185,7 @@ def test_small_types_score_the_stored_rows_in_float32(n_devices: int, kind: str,
 
 
 def test_rounded_queries_lose_little_and_candidates_make_up_for_it() -> None:
-    """int8, 1,000 best of 20,000: with rounded queries alone some are missed, with twice as many candidates none."""
+    """int8, the best 1,000 of 20,000: rounded queries alone miss some, with twice as many candidates none."""
     queries, index = data("random", 20_000, width=64, batch=16)
     rows, scale, worth = stored(index, "int8")
     expected = brute_force(queries, worth, 1000)[1]
@@ -198,7 +198,7 @@ def test_rounded_queries_lose_little_and_candidates_make_up_for_it() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", *SMALL])
 def test_equal_rows_stand_by_id_on_every_mesh_and_chunk(dtype: str) -> None:
-    """50 different rows, 60 times each: all scores are ties, and the results are the same to the last bit."""
+    """50 different rows, 60 times each: all scores are ties, and the results are equal to the last bit."""
     queries, index = data("random", 50)
     index = index[np.random.default_rng(1).integers(0, 50, 3001)]
     rows, scale, worth = stored(index, dtype)
@@ -229,7 +229,7 @@ def test_deleted_rows_are_never_returned(n_devices: int, dtype: str, left: int) 
 @pytest.mark.parametrize("n_devices", [0, 8])
 @pytest.mark.parametrize("dtype", ["float32", *SMALL])
 def test_extreme_numbers(n_devices: int, dtype: str) -> None:
-    """Scores of both infinities, near the largest float32, of both zeros and of NaN; deletions among them."""
+    """Infinite scores of both signs, near the largest float32, both zeros, NaN, and deleted rows among them."""
     values = [3e38, -3e38, 1e30, 0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-30, 2.0]
     index = np.stack([np.tile(np.float32(values), 50), np.zeros(600, np.float32)], 1)
     queries = np.float32([[1, 1], [-1, 1], [8, 0]])
@@ -257,7 +257,7 @@ def test_small_queries_and_large_rows_do_not_overflow_as_integers() -> None:
 
 
 def test_denormal_numbers_are_kept_or_zero() -> None:
-    """Every row is found once, and a score is what the numbers say or zero, as it is where a device flushes them."""
+    """Every row is found once, and its score is exact, or zero on a device that flushes denormal numbers."""
     index = np.float32(np.arange(-150, 150)[:, None] * 1e-43)
     scores, ids = search_on(8, np.ones((1, 1), np.float32), index, 300)
     assert sorted(ids[0]) == list(range(300))
@@ -310,7 +310,7 @@ def test_normaliser_and_its_gradient(n_devices: int, dtype: str, spread: float) 
     np.put_along_axis(rest, best, -np.inf, 1)
 
     def expected(scores):
-        """The logsumexp, and the gradient to the queries of its sum under the weights."""
+        """The logsumexp of all scores, and the gradient of its weighted sum with respect to the queries."""
         top = scores.max(1, keepdims=True)
         log_z = top[:, 0] + np.log(np.exp(scores - top).sum(1))
         return log_z, weight_B[:, None] * (np.exp(scores - log_z[:, None]) @ usable)
@@ -376,7 +376,7 @@ def test_recall_target_is_exact_here_and_an_instruction_on_a_tpu(monkeypatch: py
 @pytest.mark.parametrize("what", ["search", "normaliser", "gradient"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_compiled_program_moves_candidates_only(dtype: str, what: str, cut: bool) -> None:
-    """Queries cut over the data axis, in a jitted step: what is exchanged and how large the largest arrays are."""
+    """With queries sharded over the data axis, in a jitted step: what is sent, and the size of the largest arrays."""
     n, batch, k, chunk, width = 64_000, 24, 5, 512, 16
     mesh = sharding.make_mesh({"data": 4, "tensor": 2})
 

@@ -1,4 +1,4 @@
-"""BERT and BART against transformers, and against what must hold without it: caches, padding, precision, axis names."""
+"""BERT and BART against transformers, and without it: caches, padding, precision, axis names."""
 
 import dataclasses
 from functools import partial
@@ -25,7 +25,7 @@ TARGET = RNG.integers(3, 29, (B, T)).astype(np.int32)
 
 
 def randomised(module, *args):
-    """Parameters at a scale where every one of them is seen in the output; those that start at 0 or 1 too."""
+    """Random parameters at a scale at which all of them affect the output, including those that start at 0 or 1."""
     params = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *args)["params"])
     rng = np.random.default_rng(3)
 
@@ -42,7 +42,7 @@ def bert_params():
 
 @pytest.fixture(scope="module", params=["post", "pre"])
 def bart(request):
-    """(module, parameters, logits of the teacher-forced whole)"""
+    """(module, parameters, teacher-forced logits of the whole sequences)"""
     scale = {"pre": {"norm": "pre", "embedding_scale": 4.0, "logit_scale": 0.25}, "post": {}}[request.param]
     module = Bart(dataclasses.replace(BART, encoder_layers=1, **scale))
     params = randomised(module, IDS, MASK, TARGET)
@@ -61,7 +61,7 @@ def norm(state, name):
 
 
 def from_bert(state, n_layers):
-    """transformers' BertModel -> our tree."""
+    """The tree of our parameters from transformers' BertModel."""
     tables = {"word": "word", "position": "position", "token_type": "token_type"}
     params = {
         ours: {"embedding": state[f"embeddings.{theirs}_embeddings.weight"]} for ours, theirs in tables.items()
@@ -82,7 +82,7 @@ def from_bert(state, n_layers):
 
 
 def from_bart(state, n_layers):
-    """transformers' BartForConditionalGeneration or MBartForConditionalGeneration -> our tree."""
+    """The tree of our parameters from transformers' BartForConditionalGeneration or its MBart counterpart."""
     params = {
         "shared": {"embedding": state["model.shared.weight"]},
         "logits_bias": state["final_logits_bias"][0],
@@ -114,7 +114,7 @@ def from_bart(state, n_layers):
 
 
 def randomised_torch(model):
-    """The model with every parameter and buffer of weights drawn, and its state as NumPy."""
+    """The model with random parameters and buffers, and its state as NumPy arrays."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +127,7 @@ def randomised_torch(model):
 
 
 def same_tree(params, module, *args):
-    """The mapping names every parameter of ours, in its shape, and no other."""
+    """Checks that a mapping gives every parameter of ours, in its shape, and no other."""
     expected = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *args)["params"])
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected)
 

@@ -1,4 +1,4 @@
-"""p(z|x) over the whole corpus, most of which an older encoder embedded than the one that embeds the retrieved."""
+"""p(z|x) over a whole corpus that mostly an older encoder embedded, while retrieved passages are embedded now."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def corpus(seed: int, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
 
 
 def found(q_BE: jax.Array, stored_NE: jax.Array, now_NE: jax.Array, own: bool = False) -> tuple[jax.Array, jax.Array]:
-    """(log p(z|x) [B, K] as a step has it, rows): the retrieved embedded as they are now, the rest as it is stored."""
+    """(log p(z|x) [B, K], rows) as in a step: the retrieved with fresh embeddings, the rest with stored ones."""
     _, rows_BK, log_rest_B = mips.search_with_normaliser(q_BE, stored_NE, K)
     fresh_BK, stored_BK = (jnp.einsum("be,bke->bk", q_BE, x[rows_BK]) for x in (now_NE, stored_NE))
     moved_B = None if own else q_BE @ retrieve_fresh.mean_change(now_NE[rows_BK], stored_NE[rows_BK])
@@ -30,7 +30,7 @@ def found(q_BE: jax.Array, stored_NE: jax.Array, now_NE: jax.Array, own: bool = 
 
 
 def embedded_whole(q_BE: jax.Array, now_NE: jax.Array, rows_BK: jax.Array) -> jax.Array:
-    """The same where everything is embedded as it is now."""
+    """log p(z|x) [B, K] with fresh embeddings of the whole corpus."""
     return jnp.take_along_axis(log_softmax(q_BE @ now_NE.T, -1), rows_BK, 1)
 
 
@@ -42,7 +42,7 @@ def test_a_fresh_index_is_exact() -> None:
 
 @pytest.mark.parametrize(("own", "stale", "size"), [(False, 0.0, 0.0), (False, 0.3, -30.0), (True, 0.3, 5.0)])
 def test_a_shift_of_all_embeddings_changes_nothing(own: bool, stale: float, size: float) -> None:
-    """Neither p(z|x) nor, at whatever shift, its gradient in the shift; also where rows had moved before."""
+    """Neither p(z|x) nor the gradient in the shift, which is 0 at every shift; also if rows had moved before."""
     q_BE, x_NE = corpus(1)
     now_NE = x_NE + stale * corpus(2)[1]
     shift_E = size * q_BE[0] / (q_BE[0] @ q_BE[0])
@@ -102,7 +102,7 @@ def test_a_rest_that_stays_by_autodiff_of_all_scores(dtype: str, scale: float) -
 
 @pytest.mark.parametrize("fall", [0.0, -5.0, -35.0, -80.0, 20.0])
 def test_a_rest_of_nearly_no_mass_is_there_when_the_retrieved_fall(fall: float) -> None:
-    """Three passages with all but e^-33 of the mass fall alone: log Z is then that of the rest, 7.66 after 35 nats."""
+    """Three passages with all but e^-33 of the mass lose it alone: log Z is then the rest's, 7.66, after 35 nats."""
     x_NE = np.zeros((1000, 4), np.float32)
     x_NE[:3, 0], x_NE[3:, 1] = 40, np.random.default_rng(0).normal(size=997)
     q_BE = jnp.asarray([[1.0, 1, 0, 0]])
@@ -113,7 +113,7 @@ def test_a_rest_of_nearly_no_mass_is_there_when_the_retrieved_fall(fall: float) 
 
 
 def test_no_rest() -> None:
-    """Everything was retrieved: the softmax over it, with its gradient."""
+    """Everything was retrieved: the result is a softmax over it, with its gradient."""
     q_BE, x_NE = corpus(4)
     x_NE = x_NE[:K]
 

@@ -1,5 +1,5 @@
-"""A search that found fewer passages than were asked for, or none: what is not there is read, counted and learned from
-nowhere.
+"""A search that found fewer passages than were asked for, or none: missing passages are never read, counted or learned
+from.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ NOTHING = "zzz qqq xxyyzz?"
 
 
 class Few:
-    """A search that finds a passage less for each question: 4, 3, 2, 1, none, 4, ..."""
+    """A search whose number of passages depends on the question's text: 4, 3, 2, 1, none, 4, ..."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -47,7 +47,7 @@ class Few:
 
 @pytest.fixture(scope="module")
 def opened(tiny_run):
-    """The trained run with that search."""
+    """The trained run with the search `Few`."""
     pytest.importorskip("bm25s")
     pipeline = Pipeline.from_run(tiny_run, search=SearchConfig(kind="bm25"))
     searcher = Few(len(pipeline.loaded.corpus))
@@ -71,9 +71,7 @@ TEXTS = ["a! Who founded the guild?", "ab! Where does it lie?", "abc! Who?", "ab
     pytest.param("token", {"num_beams": 2}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_answers_are_those_of_what_was_found(opened, name, options):
-    """A question for which two of three passages are found is answered as with n_docs=2, and one for which none is
-    found as closed book.
-    """
+    """A question with two of three passages found is answered as with n_docs=2, one with none found as closed book."""
     mine = variant(opened, name)
     cfg = mine.answer_config(n_docs=3, n_retrieved=5, batch=8, **options)
     found = mine.answer(TEXTS, cfg)
@@ -137,7 +135,7 @@ def test_an_evaluation_says_so(tiny_data, tiny_run, tmp_path, capsys):
 
 
 def test_the_step_is_given_empty_passages(opened):
-    """The host gathers passages for a batch whose search found 4, 3, 2, 1 and none."""
+    """The host gathers passages for a batch whose searches found 4, 3, 2, 1 and none."""
     corpus, mesh = opened.loaded.corpus, opened.loaded.mesh
     stage = make_stage("joint", n_docs=3, batch=8)
     setting = Setting(opened.loaded.rag, stage, mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)
@@ -184,7 +182,7 @@ def test_prior_and_gradient_of_what_was_found():
 
 @pytest.mark.parametrize("prior", ["paper", "hf_compat"])
 def test_a_passage_that_was_not_found_explains_nothing(prior):
-    """Also where transformers forgets the prior, for targets of one token."""
+    """This holds for targets of one token, too, for which transformers ignores the prior."""
     logp = losses.prior_logp(losses.of_found(jnp.zeros((2, 2)), jnp.array([[True, False], [True, True]])))
     token_logp = jnp.log(jnp.array([[[0.1, 0.5], [0.9, 0.9]]] * 2))
     for mask in ([[True, False]] * 2, [[True, True]] * 2):

@@ -1,4 +1,4 @@
-"""Groups, schedules and decay, against Adam written out in NumPy."""
+"""Parameter groups, schedules and weight decay, against Adam in NumPy."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def train(config, params, steps=STEPS, scale=1.0):
 
 
 def adam(config, params, group, name, rates, clip=None):
-    """The same by hand. clip: norms of all gradients by step, or None."""
+    """An array's value after Adam's steps in NumPy; clip: norms of all gradients by step, or None."""
     p = np.asarray(params[group][name], np.float64)
     m, v = np.zeros_like(p), np.zeros_like(p)
     for step, rate in enumerate(rates):

@@ -1,4 +1,4 @@
-"""Live comparison with transformers over random shapes, there and back; needs torch (extra `parity`)."""
+"""Comparison with transformers over random shapes, converted and exported; needs torch (extra `parity`)."""
 
 import sys
 from functools import partial
@@ -25,7 +25,7 @@ VOCABULARY, B, L, T = 37, 2, 8, 6
 
 
 def config_of(family: str, rng: np.random.Generator):
-    """A random configuration of transformers, small."""
+    """A small random configuration of transformers."""
     import transformers as hf
 
     heads = int(rng.choice([1, 2, 4]))
@@ -96,7 +96,7 @@ def same_files(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("family", ["bart", "mbart", "t5", "gpt2", "llama", "qwen2"])
 def test_generators(tmp_path, family, seed):
-    """Logits; the written checkpoint has the same tensors, and transformers reads all of it and gives the same."""
+    """Equal logits; the export has the same tensors, and transformers reads all of it with equal logits."""
     import transformers as hf
 
     rng = np.random.default_rng(seed)
@@ -132,7 +132,7 @@ def test_generators(tmp_path, family, seed):
 @pytest.mark.parametrize("variant", ["Sequence", "Token"])
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_rag(tmp_path, family, variant, seed):
-    """Losses; converted and exported, transformers reads all of it, with the same losses and the same answers."""
+    """Equal losses; after conversion and export, transformers gives the same losses and answers."""
     import torch
     import transformers as hf
     from make_goldens import randomised

@@ -1,4 +1,4 @@
-"""Nothing in a passage, a title, an id or an answer steers a terminal."""
+"""Passages, titles, ids and answers cannot steer a terminal."""
 
 import unicodedata
 from pathlib import Path

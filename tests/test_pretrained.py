@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out: against goldens made with torch (scripts/make_goldens.py), and damaged ones."""
+"""Hugging Face checkpoints, read and written: against torch's goldens (scripts/make_goldens.py), and damaged."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 def write(directory: Path, arrays: dict[str, np.ndarray], config: dict | None = None) -> Path:
-    """The checkpoint of a golden, as a directory."""
+    """Writes the checkpoint of a golden as a directory."""
     directory.mkdir(parents=True, exist_ok=True)
     text = str(arrays["config"]) if config is None else json.dumps(config)
     (directory / "config.json").write_text(text)
@@ -50,7 +50,7 @@ def write(directory: Path, arrays: dict[str, np.ndarray], config: dict | None = 
 
 
 def read(part, dtype="float32"):
-    """(configuration, parameters) of one part, read as `from_pretrained` reads it."""
+    """(configuration, parameters) of one part, as `from_pretrained` reads it."""
     places = jax.eval_shape(lambda: init(part)["params"])
     unboxed = jax.tree.map(
         lambda box: jax.ShapeDtypeStruct(
@@ -171,7 +171,7 @@ def of_arrays(arrays):
 
 
 def same_direction(found, expected) -> None:
-    """Within 1e-3 of the norm, or both zero but for rounding (a key's bias does not change a softmax)."""
+    """Equal to 1e-3 of the norm, or both zero up to rounding (a key's bias does not change a softmax)."""
     assert np.linalg.norm(found - expected) <= 1e-3 * np.linalg.norm(expected) + 1e-5
 
 
@@ -199,7 +199,7 @@ FILLED_IN = ("transformers_version", "dtype", "architectures", "retrieval_vector
 
 
 def same_settings(a: Path, b: Path) -> None:
-    """Every setting of the first config.json is that of the second."""
+    """Every setting of the first config.json is in the second, with the same value."""
     old, new = (json.loads((d / "config.json").read_text()) for d in (a, b))
 
     def check(old, new, path):
@@ -296,7 +296,7 @@ def test_shards_are_read_and_written(tmp_path):
 
 
 def test_shard_gb_holds_for_every_folder(tmp_path):
-    """A RAG model, the context encoder beside it, and each part alone."""
+    """A RAG model, the context encoder in its folder, and each part alone."""
     for name in ("dpr_question", "dpr_context", "bart"):
         write(tmp_path / name, golden(name))
     parts = {"question-encoder": "dpr_question", "context-encoder": "dpr_context", "generator": "bart"}
@@ -325,7 +325,7 @@ def test_shard_gb_holds_for_every_folder(tmp_path):
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 150])
 def test_files_are_those_of_safetensors(tmp_path, shard_bytes):
-    """Byte for byte, whatever comes first."""
+    """They are equal byte for byte, in whatever order the tensors come."""
     rng = np.random.default_rng(0)
     named = {
         "b.weight": rng.normal(size=(3, 5)).astype("f4"),
@@ -364,7 +364,7 @@ def test_tensors_that_were_not_announced_are_not_written(tmp_path):
 
 
 def test_an_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
-    """What was made is gone when the next tensor is made, what was read when the next group is read."""
+    """A written tensor is freed before the next is made, a group of parameters before the next is read."""
     source = write(tmp_path / "source", golden("rag_token"))
     assert main(["convert", str(source), "--out", str(tmp_path / "ours")]) == 0
     restore, to_theirs = checkpoint._restore, naming.to_theirs
@@ -406,7 +406,7 @@ def test_parameters_lie_on_their_shards(tmp_path):
 
 
 def test_a_body_without_its_head_is_read(tmp_path):
-    """BART as BartModel saves it, GPT-2 without "transformer.", BERT with "bert." and what it was pretrained with."""
+    """BART saved by BartModel, GPT-2 without "transformer.", BERT with "bert." and the heads of its pretraining."""
     for name, rename in (
         ("bart", lambda n: n.removeprefix("model.")),
         ("gpt2", lambda n: n.removeprefix("transformer.")),
@@ -452,7 +452,7 @@ def test_what_transformers_has_no_class_for_is_not_written(tmp_path, tiny_run, c
 
 
 def test_a_generator_trained_here_is_an_mbart(tmp_path, tiny_run):
-    """Its logit_scale has no place in mBART's form: it goes into the last LayerNorm, and the logits stay."""
+    """mBART's form has no logit_scale: the last LayerNorm takes it, and the logits are the same."""
     assert main(["export", str(tiny_run), "--part", "generator", "--out", str(tmp_path / "x")]) == 0
     config = json.loads((tmp_path / "x/config.json").read_text())
     assert config["model_type"] == "mbart" and (tmp_path / "x/tokenizer.json").is_file()
@@ -468,7 +468,7 @@ def test_a_generator_trained_here_is_an_mbart(tmp_path, tiny_run):
 
 
 def test_a_converted_model_can_be_indexed_and_trained(tmp_path, tiny_data, tiny_run):
-    """Every command that takes a run takes a converted model; `train --init` takes its form too."""
+    """Every command that takes a run takes a converted model, and `train --init` does, too."""
     corpus = Corpus.open(tiny_data / "corpus")
     for name, role in (("dpr_question", "encoder"), ("dpr_context", "encoder"), ("bart", "generator")):
         arrays = golden(name)
@@ -653,7 +653,7 @@ def test_a_damaged_checkpoint_is_never_a_model(tmp_path, damage, capsys):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_damage_is_never_a_model(tmp_path, seed):
-    """Cut anywhere, or with some bytes of the header turned: an InputError, or the same numbers."""
+    """Truncated anywhere, or with changed bytes in the header: an InputError, or the same numbers."""
     rng = np.random.default_rng(seed)
     source = write(tmp_path, golden("rag_token"))
     _, params = rag_jax.from_pretrained(source)

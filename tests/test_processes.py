@@ -1,4 +1,4 @@
-"""Several processes are as one: what they share out, what they write, and how they end."""
+"""Several processes give the results of one: what they divide, what they write, and how they end."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def environments(processes, devices):
 
 
 def ended(processes):
-    """What they said; all of them have ended well."""
+    """The output of processes, all of which must have ended with status 0."""
     said = [process.communicate(timeout=TIMEOUT) for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), said
     return said
@@ -51,7 +51,7 @@ def test_own_rows_of_one_process_are_all():
 
 @pytest.mark.slow
 def test_what_four_processes_do_together(tiny_data, tmp_path):
-    """tests/several.py, in each of them: batches, feeds, parameters, checkpoints, against one process."""
+    """Runs tests/several.py in each: batches, feeds, parameters and checkpoints equal those of one process."""
     (tmp_path / "corpus").symlink_to(tiny_data / "corpus")
     corpus = Corpus.open(tmp_path / "corpus")
     _, params = several.model(corpus, several.mesh_of((8, 1, 1)))
@@ -75,7 +75,7 @@ def test_what_four_processes_do_together(tiny_data, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tiny_data, tmp_path):
-    """The same losses, evaluation, parameters and index, with dropout, search and refresh; written by one of them."""
+    """The same losses, evaluation, parameters and index, with dropout, search and refresh; one process writes."""
     words = ["train", "--config", f"{tiny.__file__}:{tiny_data}", *RETRIEVER, "--json"]
     runs = {}
     for processes in (2, 1):
@@ -101,7 +101,7 @@ def test_two_processes_train_as_one(tiny_data, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(tiny_data, tmp_path, monkeypatch, capsys):
-    """Between two log lines and two checkpoints; what was measured up to there is logged."""
+    """Between two log lines and two checkpoints; everything measured up to there is logged."""
     words = [*RETRIEVER[:4], "--set", "model.generator=null", "--set", "log_every=2", "--set", "checkpoint_every=4"]
     words += ["--set", "evaluate_every=0", "--json"]
     plain, update = signal.getsignal(signal.SIGTERM), logs.Progress.update

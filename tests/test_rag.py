@@ -1,4 +1,4 @@
-"""The Rag model: joining, the loss put together by hand, and answers against searches without caches."""
+"""The Rag model: joining, the loss computed by hand, and answers against searches without caches."""
 
 import dataclasses
 from functools import cache, partial
@@ -41,7 +41,7 @@ def rag(variant="sequence", **changes):
 
 @pytest.fixture(scope="module")
 def params():
-    """At a scale where documents disagree, some answers end and others do not."""
+    """Random parameters at a scale at which documents disagree, and some answers end while others do not."""
     shapes = nn.unbox(jax.eval_shape(rag().init, jax.random.key(0)))
     rng = np.random.default_rng(4)
 
@@ -110,7 +110,7 @@ def test_the_first_end_counts_where_the_end_is_also_padding():
 
 @pytest.fixture(scope="module")
 def token_probabilities(params):
-    """[B, K, T, V] from the generator alone, one document at a time."""
+    """p(y_t|x,z,y_<t) [B, K, T, V] from the generator alone, one document at a time."""
     model = rag().generator
     one = jax.jit(lambda *args: model.apply({"params": params["generator"]}, *args))
     logits = [[one(IDS[b, k][None], MASK[b, k][None], LABELS[b][None])[0] for k in range(K)] for b in range(B)]
@@ -147,7 +147,7 @@ def test_hf_compat_drops_the_prior_of_a_lone_eos(params, token_probabilities):
 
 
 def test_posterior_without_the_first_token(params):
-    """Where bos is not scored, it is no part of what a document explains either."""
+    """If bos is not scored, it does not count in the posterior of documents either."""
     labels = np.concatenate([np.full((B, 1), EOS), LABELS[:, :4]], 1).astype(np.int32)
     nll, posterior, *_ = rag().likelihood(params, IDS, MASK, SCORES, labels, exclude_bos_score=True)
     whole = rag().likelihood(params, IDS, MASK, SCORES, labels).posterior_BK
@@ -199,7 +199,7 @@ def test_tied_encoders_are_one(params):
 
 @pytest.fixture(scope="module")
 def naive(params):
-    """(b, tokens so far) -> log p(next | document k) [K, V], by the whole forward pass, no cache."""
+    """(b, tokens so far) -> log p(next | document k) [K, V], by the whole forward pass without a cache."""
     logits = jax.jit(rag().logits)
 
     @cache
@@ -211,7 +211,7 @@ def naive(params):
 
 
 def log_likelihood(naive, b, tokens):
-    """log p(y|x,z_k) [K]; tokens that are the padding do not count, as in the loss."""
+    """log p(y|x,z_k) [K]; padding tokens do not count, as in the loss."""
     steps = [naive(b, tokens[:t])[:, token] for t, token in enumerate(tokens) if t > 0 and token != PAD]
     return np.sum(steps, axis=0)
 
@@ -222,14 +222,14 @@ def generate(variant, params, beams, mode="thorough", docs=K):
 
 
 def search(next_logp, beams):
-    """Token tuples and their log-probabilities, as `decoding.search` finds them."""
+    """Token tuples and their log-probabilities, best first, by the plain search that `decoding.search` must equal."""
     if beams == 1:
         return [oracles.greedy(next_logp, T, BOS, EOS)]
     return [(tokens, logp) for tokens, _, logp in oracles.beam_search(next_logp, beams, T, BOS, EOS)]
 
 
 def check(found, b, tokens, joint):
-    """joint [K] = log p(z_k|x) + log p(y|x,z_k)"""
+    """Compares an answer with `tokens` and its posterior with joint [K] = log p(z_k|x) + log p(y|x,z_k)."""
     np.testing.assert_array_equal(found.sequences[b], oracles.pad(tokens, T, PAD))
     np.testing.assert_allclose(found.doc_posterior[b], oracles.softmax(joint), atol=1e-4)
     np.testing.assert_allclose(found.doc_posterior[b].sum(), 1, rtol=1e-5)
@@ -277,7 +277,7 @@ def test_with_one_document_both_are_plain_search(params, naive):
 
 @pytest.mark.parametrize("mode", ["thorough", "fast"])
 def test_beams_that_found_nothing_do_not_answer(params, naive, mode):
-    """More beams than there are sequences: the empty rest must not win with the likelihood of no token at all."""
+    """With more beams than sequences, the empty beams must not win with the likelihood of no token at all."""
     model = rag(generator=dataclasses.replace(MODEL.generator, pad_id=V))  # no token is the padding
     found = jax.jit(partial(model.generate, num_beams=V + 3, max_length=2, mode=mode))(params, IDS, MASK, SCORES)
     prior = oracles.softmax(SCORES)
@@ -303,7 +303,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module", params=OTHERS)
 def other(request):
-    """(generator configuration, parameters at a scale where documents disagree)"""
+    """(generator configuration, parameters at a scale at which documents disagree)"""
     generator = OTHERS[request.param]
     shapes = nn.unbox(jax.eval_shape(rag(generator=generator).init, jax.random.key(0)))["generator"]
     rng = np.random.default_rng(1)
@@ -315,7 +315,7 @@ def other(request):
 
 
 def next_logp(generator, params):
-    """(b, tokens so far) -> log p(next | document k) [K, V], a document at a time, by the whole forward pass."""
+    """(b, tokens so far) -> log p(next | document k) [K, V], one document at a time, by the whole forward pass."""
     model = rag(generator=generator).generator
     run = jax.jit(lambda *args: model.apply({"params": params["generator"]}, *args))
 

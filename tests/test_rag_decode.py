@@ -49,7 +49,7 @@ def rag(variant="sequence", kind="bart", **changes):
 
 
 def drawn(model, seed=1, spread=0.9):
-    """At a scale where documents disagree."""
+    """Random parameters at a scale at which documents disagree."""
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0)))
     rng = np.random.default_rng(seed)
 
@@ -83,7 +83,7 @@ def equal(a, b, **tolerance):
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize(("wave", "width"), [(1, 3), (3, 4), (9, 100)])
 def test_candidates_are_scored_as_by_the_whole_forward_pass(kind, wave, width, monkeypatch):
-    """Candidates with beginnings in common, in waves and pieces of any size; the ones not asked for are left out."""
+    """Candidates with common beginnings, in waves and chunks of any size; those not asked for are left out."""
     model = rag(kind=kind)
     params, c = drawn(model), model.config.generator
     rng = np.random.default_rng(3)
@@ -175,7 +175,7 @@ def test_thorough_with_one_document_is_plain_beam_search(kind):
 
 
 def test_fewer_candidates_than_beams():
-    """The best of each document's beams are the candidates: with one each, they are the beams' best."""
+    """The candidates are the best beams of each document: with one each, the documents' first beams."""
     model = rag()
     params = drawn(model)
     found = answers(model, params, candidates=1, num_return_sequences=K)
@@ -191,7 +191,7 @@ def test_fewer_candidates_than_beams():
 
 @pytest.mark.parametrize("variant", ["sequence", "token"])
 def test_only_allowed_answers(variant):
-    """The likeliest of the allowed ones, as scoring each of them says."""
+    """The answer is the most likely of the allowed ones, by scoring each of them."""
     model = rag(variant)
     params = drawn(model, spread=0.5)
     allowed = [(5, 6, 7), (5, 8), (9,), (10, 11, 12, 4), (3, 3)]
@@ -217,7 +217,7 @@ def test_samples_are_those_of_their_key(variant):
 
 
 def test_documents_draw_apart():
-    """The same document K times: with a key each, the documents' samples are not the same."""
+    """K copies of one document get different samples, since each has a key of its own."""
     model = rag()
     params = drawn(model, spread=0.3)
     same = [np.repeat(x[:, :1], K, axis=1) for x in (IDS, MASK, SCORES)]
@@ -245,8 +245,8 @@ def test_one_device_is_eight(variant, mode):
     [("token", 0.9), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("token", 40.0), ("sequence", 0.9)))],
 )
 def test_one_device_is_eight_that_share_the_parameters(variant, bias):
-    """A vocabulary cut over `tensor` that is no whole number of blocks, the width cut over `fsdp`; also where a bias
-    of 40 deviations makes RAG-Token compute its logits anew.
+    """The vocabulary, no whole number of blocks, is sharded over `tensor`, the width over `fsdp`; also with a bias of
+    40 deviations, which makes RAG-Token recompute its logits.
     """
     model = rag(variant, vocab_size=1050)
     params = drawn(model)
@@ -283,7 +283,7 @@ def test_what_cannot_be_is_refused():
 
 @pytest.mark.parametrize(("start", "returned"), [("bos", 2), ("eos", 1)])
 def test_candidates_that_cannot_win_are_not_scored(start, returned, monkeypatch):
-    """The answers are the same as when all are scored; with sure readers few are, and with unsure ones all."""
+    """Answers are the same as when all are scored; a sure reader scores few candidates, an unsure one all."""
     model = rag(start_id=EOS if start == "eos" else BOS)
     asked = []
 
@@ -316,9 +316,10 @@ def test_candidates_that_cannot_win_are_not_scored(start, returned, monkeypatch)
 @pytest.mark.parametrize("bias", ["even", "drawn", "in bfloat16", "forbids the likeliest"])
 @pytest.mark.parametrize(("vocabulary", "shift"), [(50, 0.0), (1100, -80.0)])
 def test_the_sum_over_documents_is_exact_for_the_least_likely_token(spread, bias, vocabulary, shift):
-    """Where a single exponential of each logit says 0, too; and the best of the sum are the best of its logs.
+    """It is exact even where the exponential of each single logit is 0; and the tokens with the best sums have the best
+    logs.
 
-    shift: of all products, which padding does not have.
+    shift: added to the products of all tokens, but not to padding.
     """
     rng = np.random.default_rng(0)
     X, K, M, D, scale = 2, 3, 4, 8, 0.5

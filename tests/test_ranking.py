@@ -1,4 +1,4 @@
-"""Scores of rankings: hand-worked cases, trec_eval, and KILT's rules restated."""
+"""Ranking metrics: hand-worked cases, trec_eval, and an independent implementation of KILT's rules."""
 
 import math
 import random
@@ -73,7 +73,7 @@ def test_pages_count_once_and_the_best_way_counts() -> None:
 
 
 def kilt_r_precision(guessed: list[str], golds: list[list[str]]) -> float:
-    """Page ids of the guess and of every output, without repetitions; hits in the first R, over R; the best output."""
+    """The best over the outputs: distinct page ids of the guess among its first R that are right, divided by R."""
     once: list[str] = []
     for page in guessed:
         if page not in once:
@@ -87,7 +87,7 @@ def kilt_r_precision(guessed: list[str], golds: list[list[str]]) -> float:
 
 
 def rankings(folder: Path, n: int) -> list[tuple[list[str], dict[str, int]]]:
-    """(retrieved, grades) of real questions: gold passages among others', in an order drawn from the number."""
+    """(retrieved, grades) of real questions: gold passages among others, in a random order of this seed."""
     questions = [row for row in spoiled.rows(folder / "train.jsonl", n) if row["positive_passage_ids"]]
     made = []
     for i, row in enumerate(questions):

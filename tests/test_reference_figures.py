@@ -1,5 +1,7 @@
-"""Figures of whole evaluations beside their references: pytrec_eval, BEIR's and KILT's own definitions restated, on
-real samples (where they are there) and on made ones. The search is BM25; no model answers.
+"""Figures of whole evaluations against references: pytrec_eval, and BEIR's and KILT's definitions implemented here.
+
+They are computed on real samples (where these are present) and on synthetic ones. The search is BM25; there is no
+generator.
 """
 
 import itertools
@@ -47,7 +49,7 @@ def searched(corpus: Corpus, questions: Sequence[Question], depth: int = 100) ->
 
 
 def trec_eval(run: Run, qrels: dict[str, dict[str, int]]) -> dict[str, float]:
-    """pytrec_eval's figures, under our names, as means over the questions that were judged."""
+    """pytrec_eval's figures under our names, as means over the questions that were judged."""
     pytrec_eval = pytest.importorskip("pytrec_eval")
     scored = {q: {one: float(len(names) - i) for i, one in enumerate(names)} for q, names in run.items()}
     measures = {"ndcg_cut.10", "recall.1,5,20", "success.1,5,20", "Rprec"}
@@ -68,7 +70,7 @@ def assert_as(summary: dict[str, float], reference: dict[str, float]) -> None:
 
 
 def by_document(names: Collection[str], questions: Sequence[Question], found: Sequence[Answer]) -> Run:
-    """Rankings of the ids `names` that the file of passages has: a document that was cut at its first passage."""
+    """Rankings of document ids from those of passages; a document that was cut ranks at its first passage."""
     return {
         q.id: list(dict.fromkeys(one if one in names else one.rpartition("-")[0] for one in answer.retrieved))
         for q, answer in zip(questions, found, strict=True)
@@ -93,7 +95,7 @@ def figures(corpus: Corpus, questions: Sequence[Question], found: Sequence[Answe
 def test_squad(
     shared_data: Callable[[str], Path], tmp_path: Path, words: int, level: str, recall: float, ndcg: float
 ) -> None:
-    """Paragraphs of over 200 words are cut by default, and questions name the paragraph."""
+    """Paragraphs of over 200 words are cut by default, while questions name the paragraph."""
     path = shared_data("raw/squad_v2.haystack_small.json")
     corpus = build(path, tmp_path / "corpus", words)
     questions = [q for q in read_questions(path) if q.positive_passage_ids]
@@ -132,8 +134,9 @@ def test_beir(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
 
 
 def kilt_r_precision(pages: Sequence[str], item: dict[str, Any]) -> float:
-    """kilt/eval_retrieval.py by rank_keys wikipedia_id: the best over the outputs of the share of its pages, each once,
-    among the first R pages found, R of them.
+    """R-precision as in kilt/eval_retrieval.py with rank_keys wikipedia_id.
+
+    For each output with R distinct pages, the share of these among the first R pages found; the best output counts.
     """
     best = 0.0
     for output in item["output"]:
@@ -171,7 +174,7 @@ WORDS = ["river", "stone", "lamp", "market", "garden", "winter", "captain", "sil
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """Forty documents "0" to "39", every third cut into three; pages "P0" to "P9" of four documents each."""
+    """Forty documents "0" to "39", every third cut in three; pages "P0" to "P9" of four documents each."""
     out, rng = tmp_path_factory.mktemp("made"), random.Random(0)
     sentence = lambda: " ".join(rng.choices(WORDS, k=9)) + " end."  # noqa: E731
     rows = [{"id": str(i), "title": "Zorblax" if i == 1 else "", "document": f"P{i // 4}",
@@ -186,7 +189,7 @@ def names_of(corpus: Corpus) -> list[str]:
 
 @st.composite
 def judged(draw: st.DrawFn) -> tuple[list[str], dict[str, int]]:
-    """(places of the ranking in the corpus, at most 30 of the 66 and perhaps none; grades of documents)."""
+    """(rows in the order of a ranking, at most 30 of 66 and perhaps none; grades of documents)"""
     ranking = draw(st.lists(st.integers(0, 65), max_size=30, unique=True))
     documents = st.sampled_from([str(i) for i in range(40)] + ["gone"])
     return ranking, draw(st.dictionaries(documents, st.integers(-1, 3), min_size=1, max_size=6))
@@ -195,7 +198,7 @@ def judged(draw: st.DrawFn) -> tuple[list[str], dict[str, int]]:
 @settings(max_examples=15)
 @given(cases=st.lists(judged(), min_size=1, max_size=6), own=st.booleans())
 def test_any_judgements_as_beir_and_trec_eval_have_them(made: Corpus, cases: list[Any], own: bool) -> None:
-    """Grades from -1 on, questions with no useful one, ids of nowhere, questions that are in the corpus themselves."""
+    """Grades from -1 on, questions with no relevant one, unknown ids, questions that are corpus documents."""
     names = names_of(made)
     questions, found, qrels = [], [], {}
     for i, (ranking, grades) in enumerate(cases):
@@ -215,7 +218,7 @@ def test_any_judgements_as_beir_and_trec_eval_have_them(made: Corpus, cases: lis
 @settings(max_examples=15)
 @given(data=st.data())
 def test_any_ways_as_kilt_has_them(made: Corpus, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Outputs of pages with and without paragraphs, placeholders of -1, the same page twice, no provenance at all."""
+    """Outputs of pages with and without paragraphs, placeholders of -1, repeated pages, no provenance at all."""
     page = st.sampled_from([f"P{i}" for i in range(10)] + ["elsewhere", 7])
     nowhere = [{}, {"start_paragraph_id": -1, "end_paragraph_id": -1}, {"start_paragraph_id": None}]
     paragraph = st.sampled_from(
@@ -250,7 +253,7 @@ def _paragraphs(item: dict[str, Any]) -> list[bool]:
 
 
 def test_a_title_is_no_answer_found(made: Corpus) -> None:
-    """DPR looks at the text alone."""
+    """DPR looks for answers in the text alone, not in the title."""
     assert made[made.row("1")].title == "Zorblax"
     questions = [Question("q", "?", ("Zorblax", " ")), Question("r", "?", (" ",)), Question("s", "?", ("river", ""))]
     summary, rows = figures(made, questions, answers([["1"], ["1"], ["1", "2"]]))
@@ -260,7 +263,7 @@ def test_a_title_is_no_answer_found(made: Corpus) -> None:
 
 
 def test_blank_answers_are_nothing_to_say(made: Corpus) -> None:
-    """As in training, which leaves such questions out: an empty prediction is not the right one."""
+    """Blank answers do not count, as in training: an empty prediction is not right."""
     rows = predictions.rows([Question("q", "?", ("", " ", "yes"))], answers([[]]), made, 0)
     assert metrics.summarize(rows)["exact_match"] == 0
 

@@ -1,4 +1,4 @@
-"""The words of `refresh`, against lists of steps written down by hand."""
+"""The syntax of `refresh`, against lists of steps written by hand."""
 
 import pytest
 from hypothesis import given
@@ -72,7 +72,7 @@ def schedules(draw):
 
 
 def walk(schedule, pending, start, stop):
-    """(step, build put in place) in order, and the build under way at the end: what Upkeep does before every step."""
+    """(step, build put in place) in order, and the build under way at the end, as Upkeep does before every step."""
     put = []
     for into in range(start, stop):
         if schedule.begun(into) is not None:

@@ -1,4 +1,4 @@
-"""report.html as a file: what is in its data, and that nothing in them can be anything but data."""
+"""report.html as a file: the content of its data, which can be nothing but data."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ from rag_jax.metrics import Setting
 
 
 class Elements(HTMLParser):
-    """The elements of a page as a browser's parser has them, with the raw text of scripts and styles."""
+    """The elements of a page as a browser parses them, with the raw text of scripts and styles."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The report page: all that is given stands in it, nothing else does, and no text breaks its tables."""
+"""The Markdown report: it contains all that it was given and nothing else, and no text breaks its tables."""
 
 import json
 import re
@@ -43,7 +43,7 @@ EXAMPLES = [
 
 
 def table_rows(page: str) -> list[list[str]]:
-    """The cells of the table rows, split at the pipes that are not escaped."""
+    """The cells of the table rows, split at pipes that are not escaped."""
     rows = [line for line in page.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)(?:\\\\)*\|", line)[1:-1]] for line in rows]
 

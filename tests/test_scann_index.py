@@ -1,4 +1,4 @@
-"""ScaNN against exact search in NumPy: recall, rows that come, change and go, disk, and inputs it would die of."""
+"""ScaNN against exact search in NumPy: recall, added, changed and deleted rows, disk, inputs that would abort it."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ TREE = AnnConfig(leaves=60, leaves_to_search=60, reorder=600, reorder_dtype="flo
 
 
 def clustered(n: int = 6000, width: int = 24, batch: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Passages in 50 clusters and questions near some of them."""
+    """Passages in 50 clusters, and questions near some of them."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((50, width)).astype(np.float32)
     passages = centres[rng.integers(0, 50, n)] + 0.5 * rng.standard_normal((n, width)).astype(np.float32)
@@ -45,7 +45,7 @@ def built() -> tuple[np.ndarray, np.ndarray, Scann]:
 
 
 def check_exact(index: Scann, queries: np.ndarray, passages: np.ndarray, rows: np.ndarray, k: int = 10) -> None:
-    """Finds what exact search over `rows` finds, with its scores, and never another row."""
+    """Checks that the search finds what exact search over `rows` finds, with its scores, and no other row."""
     found = index.search(Queries(queries), k)
     assert index.size == len(rows)
     assert recall(found.ids_BK, exact(queries, passages, rows, k)) > 0.99

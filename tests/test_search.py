@@ -1,4 +1,4 @@
-"""Every search through one interface; exact search and hybrid against NumPy by brute force."""
+"""Every search through the one interface; exact search and hybrid against brute force in NumPy."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ needs_scann = pytest.mark.skipif(not HAS["scann"], reason="needs the extra scann
 
 
 def passages() -> tuple[np.ndarray, list[str]]:
-    """Embeddings and texts; rows 20 to 29 are the same passage. Integers: scores are exact, and ties are decided."""
+    """Embeddings and texts; rows 20 to 29 are one passage. Integers: scores are exact, so ties are well-defined."""
     rng = np.random.default_rng(0)
     embeddings = rng.integers(-4, 5, (N, E)).astype(np.float32)
     embeddings[20:30] = embeddings[20]
@@ -34,7 +34,7 @@ def passages() -> tuple[np.ndarray, list[str]]:
 
 
 def questions(n: int = B) -> Queries:
-    """Question i is about passage 18 + i: some have ten right answers."""
+    """Question i is about passage 18 + i, so some have ten right answers."""
     embeddings, texts = passages()
     noise = np.random.default_rng(1).integers(-1, 2, (n, E)).astype(np.float32)
     rows = (18 + np.arange(n)) % N
@@ -175,7 +175,7 @@ def test_best() -> None:
 
 
 def fused(dense: np.ndarray, words: np.ndarray, fusion: Fusion) -> np.ndarray:
-    """Scores of one question's candidates, in plain loops."""
+    """Fused scores of one question's candidates, in plain loops."""
 
     def scaled(scores: list[float]) -> list[float]:
         if fusion.kind == "rrf":

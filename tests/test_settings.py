@@ -1,4 +1,4 @@
-"""Every setting of a checkpoint's files: honoured, known to be without effect, or refused; and written back."""
+"""Settings of a checkpoint's files: honoured, known to have no effect, or refused; and written back."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ ENDINGS = {"GPT2": "LMHeadModel", "Llama": "ForCausalLM", "Mistral": "ForCausalL
 
 
 def checkpoint(directory: Path, name: str) -> Path:
-    """A random checkpoint as transformers saves it."""
+    """A random checkpoint, saved by transformers."""
     hf = pytest.importorskip("transformers")
     pytest.importorskip("torch")
     model, of, values, said = CHECKPOINTS[name]
@@ -62,7 +62,7 @@ def checkpoint(directory: Path, name: str) -> Path:
 
 
 def encoders(directory: Path) -> list[str]:
-    """Words of `convert` for the encoders."""
+    """Options of `rag-jax convert` for the encoders."""
     import transformers as hf
 
     hf.DPRQuestionEncoder(hf.DPRConfig(**DPR)).save_pretrained(directory / "q")
@@ -71,7 +71,7 @@ def encoders(directory: Path) -> list[str]:
 
 
 def same_files(a: Path, b: Path) -> None:
-    """The same config files but for versions and dtype."""
+    """Checks that two directories have the same configuration files, except for versions and dtype."""
     for file in ("config.json", "generation_config.json"):
         if file == "config.json" or (a / file).is_file():
             old, new = (json.loads((d / file).read_text()) for d in (a, b))
@@ -106,7 +106,7 @@ def test_what_is_refused_has_values_that_are_not(name):
 
 
 def test_no_key_of_transformers_is_missing():
-    """Of the configuration classes as they write themselves."""
+    """Every key that transformers' configuration classes write is in our tables."""
     hf = pytest.importorskip("transformers")
     of = {"bert": "Bert", "dpr": "DPR", "bart": "Bart", "mbart": "MBart", "t5": "T5", "mt5": "MT5", "gpt2": "GPT2",
           "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}  # fmt: skip
@@ -172,7 +172,7 @@ def test_generation_settings_are_a_runs_defaults(tmp_path):
 
 
 def test_what_is_drawn_is_drawn_as_transformers_does():
-    """Where nothing is said of top_k it is 50 there; a temperature of 0 says that nothing is drawn."""
+    """As there, top_k is 50 where a file has none; a temperature of 0 stands for no sampling."""
     assert generation.answering({"do_sample": True}, False) == {"do_sample": True, "top_k": 50}
     assert generation.answering({"do_sample": False, "temperature": 0.0}, False) == {"do_sample": False}
     assert generation.answering({"min_new_tokens": 3, "min_length": 9}, True) == {"min_length": 4}

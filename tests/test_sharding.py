@@ -146,7 +146,7 @@ def test_init_refuses_an_array_without_names() -> None:
 
 
 def test_programs_for_elsewhere_have_the_forms_of_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where XLA is better served in another way on a CPU, it is by the mesh's devices, and gives the same."""
+    """The CPU's own forms of an operation depend on the mesh's devices, not on this machine's, and are equivalent."""
     dense, x = Dense(5, ("embed", "mlp")), jax.random.normal(jax.random.key(1), (2, 3, 4))
     params = {"params": {"kernel": x[0, 0, :, None] * np.arange(5), "bias": np.ones(5)}}
     sources = [(x.reshape(1, 2, 4, 3), x.reshape(1, 2, 3, 4))]

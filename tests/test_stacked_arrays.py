@@ -1,4 +1,4 @@
-"""Rows in several files read as NumPy reads them in one array."""
+"""Rows in several files, read like one array by NumPy."""
 
 import itertools
 

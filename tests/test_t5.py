@@ -1,4 +1,4 @@
-"""T5 against transformers, and against what must hold without it: buckets, caches, padding, precision, axis names."""
+"""T5 against transformers, and without it: buckets, caches, padding, precision, axis names."""
 
 import dataclasses
 from functools import partial
@@ -37,7 +37,7 @@ def shapes(config):
 
 
 def randomised(config):
-    """Parameters at a scale where every one of them is seen in the output; those that start at 1 too."""
+    """Random parameters at a scale at which all of them affect the output, including those that start at 1."""
     rng = np.random.default_rng(3)
 
     def draw(path, x):
@@ -47,13 +47,13 @@ def randomised(config):
 
 
 def read_source(module, ids, mask):
-    """What the decoder attends to."""
+    """The encoder's output, prepared for the decoder's cross-attention."""
     return module.cross(module.encode(ids, mask))
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def t5(request):
-    """(module, parameters, logits of the teacher-forced whole)"""
+    """(module, parameters, teacher-forced logits of the whole sequences)"""
     module = T5(dataclasses.replace(CONFIGS[request.param], encoder_layers=1))
     params = randomised(module.config)
     return module, params, jax.jit(module.apply)({"params": params}, IDS, MASK, TARGET)
@@ -68,7 +68,7 @@ THEIRS = {
 
 
 def configuration(family, settings, names=("shared.weight", "lm_head.weight")):
-    """Of a config.json beside a checkpoint that has these tensors, a head of its own if not said otherwise."""
+    """Our configuration from a config.json and the names of a checkpoint's tensors, by default with its own head."""
     table = GENERATORS[family]
     made = table.adapt(table.config(settings, "config.json"), names)
     assert made.tokens_from == "checkpoint" and made.ends == (made.eos_id,)
@@ -76,7 +76,7 @@ def configuration(family, settings, names=("shared.weight", "lm_head.weight")):
 
 
 def randomised_torch(model):
-    """The model with every parameter drawn, and its state as NumPy."""
+    """The model with random parameters, and its state as NumPy arrays."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def randomised_torch(model):
 
 
 def read(family, config, state):
-    """The parameters of a state_dict by the table of names, every tensor of which must be one or a copy."""
+    """Parameters from a state_dict by the table of names; every tensor must be a parameter or a copy of one."""
     entries, copies = family.entries(config), family.copies(config)
     assert sorted(state) == sorted([entry.theirs for entry in entries] + list(copies))
     for name, original in copies.items():
@@ -174,7 +174,7 @@ def test_transformers_reads_the_configuration_as_it_was(family):
 
 
 def test_configurations_as_published():
-    """Older ones leave out what transformers 5 writes."""
+    """Older ones lack settings that transformers 5 writes."""
     without = {"decoder_start_token_id": None, "pad_token_id": 7, "num_decoder_layers": None}
     for names in (["shared.weight"], ["shared.weight", "lm_head.weight"]):  # old ones have the head too, a copy
         assert configuration("t5", THEIRS | without, names) == dataclasses.replace(
@@ -220,7 +220,7 @@ def test_the_table_of_names_fills_every_parameter(config):
 
 
 def plain_bucket(distance, buckets, most, both):
-    """In whole numbers: a range ends where d / exact reaches (most / exact) ** (k / ranges)."""
+    """The bucket in integers: a range ends where d / exact reaches (most / exact) ** (k / ranges)."""
     side = buckets // 2 if both else buckets
     exact = side // 2
     ranges = side - exact

@@ -1,4 +1,4 @@
-"""What is read and written: the questions as a task has them, and what of them reaches the model."""
+"""Tasks: which fields of a question are read and written, and what of them reaches the model."""
 
 import pytest
 

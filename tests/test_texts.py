@@ -1,4 +1,4 @@
-"""ROUGE-L, BLEU and distinct-n: hand-worked cases, the libraries on whole collections, and restatements."""
+"""ROUGE-L, BLEU and distinct-n: hand-worked cases, other libraries, and independent implementations."""
 
 import re
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from rag_jax.metrics import bootstrap, texts
 
 @pytest.fixture(scope="module")
 def answers(shared_data: Callable[[str], Path]) -> tuple[list[str], list[list[str]]]:
-    """1,100 spoiled long answers with their references, one to three each."""
+    """1,100 spoiled long answers, each with one to three references."""
     targets = [row["target"] for row in spoiled.rows(shared_data("medquad/train.jsonl"), 1100)]
     golds = [[target, *targets[i + 1 : i + 1 + i % 3]] for i, target in enumerate(targets)]
     return spoiled.predictions([[target] for target in targets]), golds
 
 
 def oracle_rouge_l(text: str, reference: str) -> float:
-    """F1 of the longest common subsequence of the runs of a-z and 0-9, by the table of all beginnings."""
+    """F1 of the longest common subsequence of runs of a-z and 0-9, by dynamic programming over all prefixes."""
     found, wanted = (re.findall("[a-z0-9]+", one.lower()) for one in (text, reference))
     table = np.zeros((len(found) + 1, len(wanted) + 1), int)
     for i, word in enumerate(found, start=1):
@@ -58,7 +58,7 @@ def test_rouge_l_of_real_answers(answers: tuple[list[str], list[list[str]]]) -> 
 
 
 def whole_bleu(predictions: list[str], golds: list[list[str]], order: int = 4) -> float:
-    """sacrebleu's own score of the collection; a missing second or third reference is None there."""
+    """sacrebleu's own score of the collection, with None for a missing second or third reference."""
     import sacrebleu
 
     columns = [[one[i] if i < len(one) else None for one in golds] for i in range(max(map(len, golds)))]

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets as input, from array_record files prepared here: against what was put in."""
+"""TensorFlow Datasets as input, from array_record files that are written here."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def content(title: str, text: str) -> str:
 def prepare(
     directory: Path, called: str, features: dict[str, Any], rows: list[dict[str, Any]], config: str = ""
 ) -> None:
-    """A data set with one split, train, as `tfds` itself writes it; the builder is not registered anywhere."""
+    """Writes a data set with one split, train, as `tfds` does; its builder is not registered anywhere."""
 
     class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = called
@@ -111,7 +111,7 @@ def test_squad_two_has_questions_without_answers(prepared: Path) -> None:
 
 
 def test_the_same_questions_as_from_the_file(prepared: Path, tmp_path: Path) -> None:
-    """SQuAD through TFDS and as JSON name the same passages, so a corpus of one serves the other."""
+    """SQuAD through TFDS and as JSON names the same passages, so one corpus serves both."""
     paragraph = {"context": "Öslo is 0.", "qas": [{"id": "s0", "question": "Where 0?", "answers": [{"text": "Öslo"}]}]}
     path = tmp_path / "s.json"
     path.write_text(json.dumps({"data": [{"title": "T", "paragraphs": [paragraph]}]}))

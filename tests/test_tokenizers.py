@@ -1,4 +1,4 @@
-"""Tokenizers: trained the same twice, loaded from Hugging Face directories, wrapped, padded."""
+"""Tokenizers: reproducible training, loading from Hugging Face directories, special tokens, padding."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_rare_characters_do_not_fill_the_vocabulary(shared_data) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("language", ["zh", "ar", "ru"])
 def test_other_scripts_are_covered(shared_data, language: str) -> None:
-    """Every passage; of a question all but letters and signs that no passage has; every answer comes back."""
+    """All text of passages; of questions all but characters that no passage has; every answer is decoded exactly."""
     folder = shared_data(f"xquad_{language}")
     passages = [passage.text for passage in read_passages([folder / "passages.jsonl"])]
     questions = read_questions(folder / "dev.jsonl")
@@ -199,7 +199,7 @@ def test_a_tokenizer_with_no_specials_around_a_sentence() -> None:
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end() -> None:
-    """GPT-2's; its labels still begin and end, since nothing around a sentence does."""
+    """For GPT-2, whose tokenizer adds no special tokens; its labels still begin and end with them."""
     backend = Backend(models.WordLevel({"<eos>": 0, "a": 1}, unk_token="<eos>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = tokenizers._make(backend, {"bos_token": "<eos>", "eos_token": "<eos>"}, "test")
@@ -244,7 +244,7 @@ def test_pad_rows_equals_a_loop(rows: list[list[int]], length: int, pad: int) ->
 
 
 def unigram() -> Backend:
-    """As T5's: the vocabulary itself holds the special tokens, at the best score."""
+    """A tokenizer like T5's: the vocabulary itself holds the special tokens, with the best score."""
     letters = [(piece, -5.0) for piece in sorted({*"".join(TEXTS), *"<>[]|/_▁"} - {" ", "▁"})]
     specials = ["<pad>", "</s>", "<unk>", "<extra_id_0>", "<extra_id_1>"]
     vocab = [(token, 0.0) for token in specials] + [("▁", -3.0), ("▁born", -6.0), *letters]
@@ -255,7 +255,7 @@ def unigram() -> Backend:
 
 
 def words() -> Backend:
-    """A vocabulary of whole words, special tokens among them; one token that is added, and is no special one."""
+    """A vocabulary of whole words that includes special tokens, and an added token that is not special."""
     specials = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"]
     vocab = {word: i for i, word in enumerate([*specials, "the", "cat", "a"])}
     made = Backend(models.WordLevel(vocab, unk_token="[UNK]"))
@@ -267,7 +267,7 @@ def words() -> Backend:
 
 
 def chat() -> Backend:
-    """Byte-level BPE whose special tokens are beside its vocabulary, others that are none between them (Qwen2)."""
+    """Byte-level BPE with special tokens outside its vocabulary, and added ones that are not special (Qwen2)."""
     made = Backend.from_str(tokenizers.train_bpe(TEXTS, 600).backend.to_str())
     made.add_special_tokens(["<|im_start|>"])
     made.add_tokens(["<tool_call>"])
@@ -296,7 +296,7 @@ def control(backend: Backend) -> dict[int, str]:
 @settings(max_examples=60)
 @given(data=st.data())
 def test_special_tokens_in_a_text_are_text(backend: Backend, data: st.DataObject) -> None:
-    """No id of a special token but that of an unknown word; other texts and other added tokens as the backend reads."""
+    """No special token's id but that of an unknown word; other text and other added tokens as the backend reads."""
     specials, plain = control(backend), text_backend(backend)
     unknown = {i for i, token in specials.items() if token.strip("<[]>").lower() == "unk"}
     parts = st.one_of(st.sampled_from(sorted(specials.values())), st.text("abc <>[]/|é", max_size=6), st.just(" "))

@@ -46,7 +46,7 @@ def parameters(run):
 
 
 def assert_same_run(a, b):
-    """Parameters, index and all metrics but the times, bit for bit."""
+    """Checks that parameters, index and all metrics except times are equal, bit for bit."""
     jax.tree.map(np.testing.assert_array_equal, parameters(a), parameters(b))
     embeddings = [snapshots.open_snapshot(run / "index").embeddings_NE for run in (a, b)]
     np.testing.assert_array_equal(*embeddings)
@@ -62,7 +62,7 @@ def command(data, run, *words):
 
 
 def refused(capsys, data, run, *words):
-    """What a refused command says; it leaves nothing behind."""
+    """The standard error of a command that must be refused and leave nothing behind."""
     before = sorted(run.rglob("*")) if run.exists() else None
     assert command(data, run, *words) == 2
     assert (sorted(run.rglob("*")) if run.exists() else None) == before
@@ -105,7 +105,7 @@ def test_metrics(tiny_run):
             evaluated == set() or {"eval/exact_match", "eval/f1", "eval/recall_at_1", "eval/recall_at_20"} <= evaluated
         )
         assert (evaluated != set()) == (row["step"] in (60, 80, 90, 110))
-    assert [row["index_age"] for row in found if row["stage"] == "joint"] == [0, 1, 2, 3]  # made anew every 4
+    assert [row["index_age"] for row in found if row["stage"] == "joint"] == [0, 1, 2, 3]  # rebuilt every 4 steps
     first, last = found[0], found[11]
     assert last["loss"] < first["loss"] - 0.3 and last["in_batch_accuracy"] > first["in_batch_accuracy"]
 
@@ -122,7 +122,7 @@ def test_run_directory(tiny_data, tiny_run):
     assert snapshot.manifest.step == tiny.STEPS and snapshot.manifest.n_passages == tiny.ENTITIES
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_started_again_does_nothing(tiny_data, tiny_run, capsys):
@@ -206,7 +206,7 @@ NO_QUESTIONS = [
 
 
 def test_a_run_with_no_questions_is_evaluated_as_its_configuration_says(tiny_data, tmp_path):
-    """A retriever trained on the corpus alone; the dev questions are answered within labels, and judged by them."""
+    """A retriever trained on the corpus alone; the dev questions are answered within labels, and scored by them."""
     result = tiny.train(tiny_data, tmp_path / "run", *NO_QUESTIONS, "--profile", f"{tmp_path / 'trace'}@4")
     assert list((tmp_path / "trace").rglob("*.xplane.pb")) and "trace of steps from 4 on" in result["stderr"]
     assert all(re.match(r"\d\d:\d\d:\d\d \S", line) for line in result["stderr"].splitlines())
@@ -224,7 +224,7 @@ def test_a_run_with_no_questions_is_the_same_again(tiny_data, tmp_path):
 
 @pytest.mark.slow
 def test_an_index_that_is_still_right_is_shared(tiny_data, tiny_run, tmp_path):
-    """A run that leaves its encoder alone embeds nothing at its end; one that trains it does."""
+    """A run that does not train its encoder embeds nothing at its end; one that trains it does."""
     words = ["--init", tiny_run, "--set", f"index={tiny_run}/index", "--set", "evaluate_every=0"]
     reading = ["--stage", "read", "--set", "stages.read.steps=5"]
     said = tiny.train(tiny_data, tmp_path / "reads", *words, *reading)["stderr"]

@@ -1,4 +1,4 @@
-"""Training on mixed data sets in buckets, with drawn answers and negatives of the files; killed and resumed."""
+"""Training on mixed data sets in buckets, with sampled answers and the files' negatives; killed and resumed."""
 
 import json
 import time
@@ -99,7 +99,7 @@ def test_an_epoch_is_of_what_the_stage_trains_on(tiny_data, words, answers, name
 
 
 def test_a_lag_longer_than_an_epoch_is_refused_before_the_first_step(tiny_data):
-    """What an epoch is, is known only with the questions: until then it may be of any length."""
+    """The length of an epoch is known only once the questions are read, so `config.check` cannot refuse it."""
     late = ["stages.joint.refresh=background+9:epoch", "stages.joint.questions=16"]
     cfg = config.load(f"{tiny.__file__}:{tiny_data}", late)
     config.check(cfg)
@@ -109,7 +109,7 @@ def test_a_lag_longer_than_an_epoch_is_refused_before_the_first_step(tiny_data):
 
 
 def test_refused(tiny_data, words, tmp_path, capsys):
-    """An input that a stage cannot use, and negatives that no file names; the weights are checked at once."""
+    """An input that a stage cannot use, negatives that no file names, and a weight that is not positive."""
     no_gold = tmp_path / "c.jsonl"
     no_gold.write_text('{"id": "1", "question": "Who?", "answers": ["a"]}\n')
     train = next(word for word in words if word.startswith("train="))

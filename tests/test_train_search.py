@@ -1,4 +1,4 @@
-"""Training with every way of searching and of keeping the index fresh: what it measures, and killed and resumed."""
+"""Training with every kind of search and of refresh: its metrics, and killed and resumed."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ MODES = {
 
 
 def words(mode, run):
-    """The command line: the joint stage alone, from the parameters of another run."""
+    """The command line of the joint stage alone, from the parameters of another run."""
     needs = {"scann": "scann", "bm25": "bm25s", "hybrid": "bm25s"}.get(mode)
     if needs:
         pytest.importorskip(needs)
@@ -89,7 +89,7 @@ def test_killed_and_resumed_is_uninterrupted(mode, tiny_data, tiny_run, tmp_path
 
 @pytest.mark.slow
 def test_resumed_within_a_background_build(tiny_data, tiny_run, tmp_path):
-    """The checkpoint of step 10 was taken while a build was under way; going on from it ends as if never stopped."""
+    """The checkpoint of step 10 was taken during a build; resuming from it ends like the uninterrupted run."""
     said = [*words("background", tiny_run), "--set", "stages.joint.refresh=background+4:5"]
     tiny.train(tiny_data, tmp_path / "whole", *said, "--set", "stages.joint.steps=16")
     run = tmp_path / "run"
@@ -104,9 +104,7 @@ def test_resumed_within_a_background_build(tiny_data, tiny_run, tmp_path):
 
 
 def test_given_an_index_nothing_is_embedded(tiny_data, tiny_run, tmp_path, capsys):
-    """`index` of the configuration is the first index of the run, and checkpoints name it; one of another encoder is
-    refused.
-    """
+    """The run starts with `index` of the configuration, and checkpoints name it; one of another encoder is refused."""
     said = [*words("bm25", tiny_run)[:8], "--set", "stages.joint.steps=2", "--set", "stages.joint.refresh="]
     tiny.train(tiny_data, tmp_path / "with", *said, "--set", f"index={tiny_run / 'index'}")
     tiny.train(tiny_data, tmp_path / "without", *said)
@@ -125,7 +123,7 @@ def test_given_an_index_nothing_is_embedded(tiny_data, tiny_run, tmp_path, capsy
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("shards", [(10,), (6, 4)])
 def test_a_checkpoint_keeps_rows_of_any_type_on_the_host(dtype, shards, tmp_path):
-    """Saved from files of a given index, restored as the float32 rows that a run makes itself."""
+    """Saved from files of a given index, restored as the float32 rows that a run computes itself."""
     rng, ends = np.random.default_rng(0), np.cumsum([0, *shards])
     rows_NE = rng.normal(size=(10, 4)).astype(np.float32)
     parts = [(np.arange(a, b), rows_NE[a:b]) for a, b in pairwise(ends)]
@@ -167,7 +165,7 @@ def test_killed_and_resumed_with_a_given_bfloat16_index_on_the_host(kind, tiny_d
 
 @pytest.mark.parametrize("kind", ["exact", "scann", "bm25", "hybrid"])
 def test_answers_with_every_search(kind, tiny_data, tiny_run, tmp_path):
-    """Prior and text are those of the passages that the search found; scann on 40 passages finds what exact finds."""
+    """Prior and text belong to the passages that the search found; scann on 40 passages equals exact."""
     pytest.importorskip({"scann": "scann"}.get(kind, "bm25s"))
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)

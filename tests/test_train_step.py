@@ -1,4 +1,4 @@
-"""The training step: its losses restated on the host with loops, its gradients, and one device against eight."""
+"""The training step: its losses recomputed on the host with loops, its gradients, and one device against eight."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ B, K, E, LENGTH = 8, 3, 6, 152
 
 @dataclasses.dataclass(frozen=True)
 class Bags(Rag):
-    """A Rag whose encoders and generator are bags of words: the step around it can be done by hand."""
+    """A Rag whose encoders and generator are bags of words, so that its step can be computed by hand."""
 
     def embed_questions(self, params, ids, mask, dropout=None):
         return mean(params["question_encoder"][ids], mask)
@@ -97,7 +97,7 @@ def params(corpus):
 
 
 def question_batches(examples, corpus, window=0):
-    """Batches of all examples, or of those whose answer a window can hold."""
+    """Batches of all examples, or of those whose answer fits into a window."""
     pairs = np.flatnonzero(examples.answer_P2[:, 1] > 0) if window else np.arange(len(examples.label))
     units, wanted = batching.units_of(examples, pairs, False), batching.Wanted(B, 0, (24, 14), window=window)
     return batching.question_batches(examples, units, corpus, wanted)
@@ -105,7 +105,7 @@ def question_batches(examples, corpus, window=0):
 
 @pytest.fixture(scope="module")
 def batch(examples, corpus):
-    """Eight questions, one of them without a known gold passage, one with two."""
+    """Eight questions, one without a known gold passage and one with two."""
     data = question_batches(examples, corpus)[0]
     gold = np.concatenate([data["gold"], np.full((B, 1), -1, np.int32)], 1)
     gold[2], gold[5, 1] = -1, (gold[5, 0] + 1) % 40
@@ -114,7 +114,7 @@ def batch(examples, corpus):
 
 @pytest.fixture(scope="module")
 def index(params, corpus, mesh):
-    """Of an older encoder, so that searching in it and scoring with fresh embeddings differ."""
+    """An index by an older encoder, so that searching in it and scoring with fresh embeddings differ."""
     older = params["context_encoder"] + np.random.default_rng(1).normal(0, 0.5, params["context_encoder"].shape)
     return index_of(mesh, embed_all(older, corpus))
 
@@ -151,7 +151,7 @@ def questions_by_hand(params, batch):
 
 
 def by_hand(params, batch, corpus, variant, stored, fresh, rows=None):
-    """(mean loss, metrics, prior, posterior, rows), float64; stored, fresh: embeddings to search and to score with."""
+    """(mean loss, metrics, prior, posterior, rows) in float64; stored, fresh: embeddings to search and score with."""
     table = np.asarray(params["generator"], np.float64)
     losses, priors, posteriors, found, questions, tokens, counted = [], [], [], [], [], 0, 0
     for b in range(B):
@@ -230,7 +230,7 @@ def test_in_graph_is_on_host(params, batch, corpus, mesh, index, joint, variant)
 
 
 def test_passages_that_train_are_embedded_afresh(params, batch, corpus, mesh, index, joint):
-    """The search goes by the stored embeddings, the prior by those of the encoder as it is now."""
+    """The search uses the stored embeddings, the prior those of the present encoder."""
     (value, metrics), gradients = joint(trains_passages=True)(params, sharding.shard_batch(mesh, batch))
     stored = np.asarray(index.embeddings_NE, np.float64)[: len(corpus)]
     fresh = embed_all(params["context_encoder"], corpus)
@@ -262,7 +262,7 @@ def test_documents_from_outside(params, batch, corpus, mesh, index, joint):
 
 @pytest.mark.parametrize("variant", ["sequence", "token"])
 def test_documents_that_were_not_found_are_as_none(params, batch, corpus, mesh, joint, variant):
-    """Loss, gradients and metrics with two of three found are those of two; the third slot may hold anything."""
+    """With two of three found, loss, gradients and metrics are those of two, whatever is in the third slot."""
     batch = sharding.shard_batch(mesh, batch)
     rows = np.stack([np.arange(B), np.arange(B) + 11], 1).astype(np.int32)
     two, three = rows, np.concatenate([rows, np.full((B, 1), 29, np.int32)], 1)
@@ -279,7 +279,7 @@ def test_documents_that_were_not_found_are_as_none(params, batch, corpus, mesh, 
 
 
 def test_over_retrieved_passages_are_ranked_afresh(params, batch, corpus, mesh, index, joint):
-    """Seven are found by the stored embeddings; of these the three best by fresh ones are read."""
+    """Seven are found by the stored embeddings; the best three of these by fresh embeddings are read."""
     (value, metrics), _ = joint(n_retrieved=7)(params, sharding.shard_batch(mesh, batch))
     stored = np.asarray(index.embeddings_NE, np.float64)[: len(corpus)]
     fresh = embed_all(params["context_encoder"], corpus)
@@ -302,8 +302,8 @@ def test_over_retrieved_passages_are_ranked_afresh(params, batch, corpus, mesh, 
 
 @pytest.mark.parametrize("trains_passages", [False, True])
 def test_prior_over_the_whole_corpus(params, batch, corpus, mesh, index, joint, trains_passages):
-    """log p(z|x) = q.d - log Z over all passages: those not retrieved count with their stored embeddings, moved as the
-    retrieved ones have on average.
+    """log p(z|x) = q.d - log Z over all passages; those not retrieved count with their stored embeddings, moved by the
+    mean change of the retrieved ones.
     """
     given = sharding.shard_batch(mesh, batch)
     (value, metrics), gradients = joint(trains_passages, normaliser="corpus")(params, given)
@@ -340,7 +340,7 @@ def test_prior_over_the_whole_corpus(params, batch, corpus, mesh, index, joint, 
 
 
 def test_prior_over_the_whole_corpus_with_over_retrieval(params, batch, corpus, mesh, index, joint):
-    """All seven that are found count with what they score now; the others have moved as these on average."""
+    """All seven found count with their fresh scores; the others have moved like these on average."""
     over = {"n_retrieved": 7, "trains_passages": True}
     (value, _), gradients = joint(normaliser="corpus", **over)(params, sharding.shard_batch(mesh, batch))
     (plain, _), _ = joint(**over)(params, sharding.shard_batch(mesh, batch))
@@ -359,7 +359,7 @@ def test_prior_over_the_whole_corpus_with_over_retrieval(params, batch, corpus, 
 
 
 def test_context_encoder_learns_from_the_corpus_and_not_from_the_retrieved_alone(params, batch, corpus, mesh, passages):
-    """Gradients of both normalisers beside that of a corpus which is embedded whole."""
+    """Gradients of both normalisers against that of a corpus which is embedded whole."""
     stored = embed_all(params["context_encoder"], corpus)
     index, now = index_of(mesh, stored), jnp.int32(3)
     given, key, held = sharding.shard_batch(mesh, batch), jax.random.key(0), jax.tree.map(jnp.asarray, params)
@@ -446,7 +446,7 @@ def test_drift(params, batch, corpus, mesh, index, passages):
 
 
 def test_the_questions_gradient_is_prior_minus_posterior(params, batch, corpus, mesh, index, joint):
-    """Nothing else reaches the question encoder: d loss / d q is the sum over k of (prior - posterior) d_k."""
+    """The only gradient to the question encoder: d loss / d q is the sum over k of (prior - posterior) d_k."""
     _, gradients = joint()(params, sharding.shard_batch(mesh, batch))
     stored = np.asarray(index.embeddings_NE, np.float64)[: len(corpus)]
     _, _, prior, posterior, rows = by_hand(params, batch, corpus, "sequence", stored, stored)
@@ -515,8 +515,8 @@ def test_reading_no_passage_is_answering_the_question_alone(params, batch, corpu
 
 @pytest.mark.parametrize(("tied", "hard", "given"), [(True, 0, False), (False, 2, False), (False, 2, True)])
 def test_contrastive_on_host(params, batch, corpus, mesh, passages, index, tied, hard, given):
-    """The same passage twice in the batch, and a second gold passage of a question, are no negatives; nor are those
-    given for a question that has fewer.
+    """The same passage twice in the batch, and a second gold passage of a question, are no negatives; nor are padding
+    entries for a question with fewer negatives.
     """
     gold = batch["gold"].copy()
     gold[2, 0], gold[3] = 4, gold[0]
@@ -556,7 +556,7 @@ def test_contrastive_on_host(params, batch, corpus, mesh, passages, index, tied,
 
 
 def test_inverse_cloze_on_host(params, corpus, mesh, passages):
-    """Sentences beside the passages that the batch brings, the same row twice being no negative of itself."""
+    """Sentences against the passages of the batch; the same row twice is no negative of itself."""
     batch = dict(inverse_cloze.batches(corpus, B, 0, 24)[0])
     batch["gold"] = batch["gold"].copy()
     batch["gold"][5] = batch["gold"][1]
@@ -706,7 +706,7 @@ STAGES = {
 
 
 def drawn_params(loaded):
-    """Random parameters, sharded as their names say, without compiling the initialisers."""
+    """Random parameters with their shardings, without compiling the initialisers."""
     rng = np.random.default_rng(0)
 
     def draw(box):
@@ -769,7 +769,7 @@ def test_one_device_is_eight(name, corpus, examples):
 
 
 def test_dropout_goes_by_the_step_and_the_key(corpus, examples):
-    """The same state and batch: another step number or another key gives another loss, the same ones the same."""
+    """Another step number or another key gives another loss; the same state, batch and key give the same."""
     mesh = sharding.make_mesh(None, jax.devices()[:1])
     encoder = dataclasses.replace(ENCODER, layers=0, dropout=0.1)
     model = RagConfig(encoder=encoder, generator=GENERATOR, question_length=24)

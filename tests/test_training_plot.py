@@ -1,4 +1,4 @@
-"""The picture of the training curves: its size, what it shows, what it must bear."""
+"""The picture of the training curves: its size, its content, and the metrics that it must cope with."""
 
 import json
 from pathlib import Path

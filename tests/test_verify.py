@@ -1,4 +1,4 @@
-"""rag-jax verify: everything that is damaged is named, with what to do; what is whole is called whole."""
+"""`rag-jax verify`: all damage is named, with what to do; undamaged artifacts pass."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from rag_jax.system import files, sharding
 
 @pytest.fixture(scope="module")
 def made(tiny_data, tmp_path_factory):
-    """A corpus, a run with index and checkpoints, a job."""
+    """A corpus, a run with index and checkpoints, and an encode job."""
     out = tmp_path_factory.mktemp("verify")
     shutil.copytree(tiny_data / "corpus", out / "corpus")
     run = tiny.untrained_run(out / "corpus", out / "run")
@@ -40,7 +40,7 @@ def made(tiny_data, tmp_path_factory):
 
 
 def verified(path, capsys):
-    """Exit status, and the printed object."""
+    """Exit status and printed JSON of the command."""
     capsys.readouterr()
     status = tiny.rag_jax("verify", path, "--json")
     return status, json.loads(capsys.readouterr().out)
@@ -160,7 +160,7 @@ def test_files_that_say_nothing(name, content, said, made, tmp_path, capsys):
 @pytest.mark.parametrize("field", ["segments", "files", "n_passages", "lengths", "dtype", "hash"])
 @pytest.mark.parametrize("value", [None, 5, "x", [1], {"a": 1}])
 def test_manifests_of_wrong_types(field, value, made, tmp_path):
-    """Sealed by a right hash: another program's, or a person's."""
+    """Manifests with a right hash, as another program or a person may write them."""
     shutil.copytree(made / "corpus", tmp_path / "corpus")
     path = tmp_path / "corpus" / files.MANIFEST
     fields = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The world: determinism, what passages and questions promise, edits, and writing it."""
+"""The fictional world: determinism, properties of passages and questions, edits, and its files."""
 
 import hashlib
 import json
@@ -77,7 +77,7 @@ def test_a_word_has_one_reading_as_syllables() -> None:
 
 
 def test_names_are_no_words_of_the_templates() -> None:
-    """Bare words and towns are single words: one that a sentence uses anyway would occur twice."""
+    """Bare words and towns are single words; one that the templates use would occur twice in a sentence."""
     texts = [t for kind in KINDS for r in RELATIONS[kind] for t in r.statements + r.questions]
     texts += [*DISTRACTORS, *ORGANISATION_NOUNS, *WORK_NOUNS]
     words = {w.lower() for t in texts for w in re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", "", t))}
@@ -100,7 +100,7 @@ def test_names_are_unique() -> None:
 
 
 def test_answers_are_in_no_other_passage(plain: World) -> None:
-    """Else "Who was married to X?" could be answered from "Y was married to X"."""
+    """Otherwise "Who was married to X?" could be answered from "Y was married to X"."""
     names = {plain.entity(i).name for i in range(N)}
     answers = [q["answers"][0] for i in range(N) for q in plain.questions(i)]
     assert not names & set(answers)
@@ -109,7 +109,7 @@ def test_answers_are_in_no_other_passage(plain: World) -> None:
 
 
 def test_distractors_name_entities(plain: World) -> None:
-    """Passages that mention an entity and answer nothing about it make retrieval a task."""
+    """Passages that mention an entity without answering anything about it make retrieval a task."""
     towns = {plain.entity(i).name for i in range(N) if plain.entity(i).kind == "place"}
     words = [
         w.rstrip(".") for i in range(N) if plain.entity(i).kind != "place" for w in plain.passage(i)["text"].split()
@@ -147,7 +147,7 @@ def test_an_entity_depends_only_on_seed_and_index(plain: World) -> None:
 
 @pytest.mark.parametrize("edit", [False, True])
 def test_passages_and_questions(edit: bool) -> None:
-    """Length, uniqueness and unambiguity of the answers, names, question form."""
+    """Length, uniqueness and unambiguity of the answers, names, form of the questions."""
     some = World(N, 5, edit)
     for i in range(0, N, 2 if edit else 1):
         entity, passage, questions = some.entity(i), some.passage(i), some.questions(i)
@@ -175,7 +175,7 @@ def test_passages_and_questions(edit: bool) -> None:
 
 
 def test_answers_cannot_be_guessed(plain: World) -> None:
-    """The most frequent answer of every relation, known in advance, is right hardly ever."""
+    """Always giving the most frequent answer of a relation is almost never right."""
     answers: dict[tuple[str, str], list[str]] = {}
     for i in range(N):
         for q in plain.questions(i):

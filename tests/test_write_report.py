@@ -1,4 +1,4 @@
-"""What evaluate writes: every file whole, and never those of two evaluations side by side."""
+"""The files of an evaluation: each is whole, and they never mix two evaluations."""
 
 import json
 

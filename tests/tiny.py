@@ -1,4 +1,4 @@
-"""A world, a corpus, a configuration and a run so small that training takes seconds, for the tests of training."""
+"""A world, a corpus, a configuration and a run that are small enough to train in seconds."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def stage(name: str, steps: int, **values) -> ConfigDict:
 
 
 def get_config(data: str) -> ConfigDict:
-    """`data` is a directory made by `make_data`."""
+    """The configuration of a tiny run; data: a directory made by `make_data`."""
     c = ConfigDict()
     c.corpus, c.train, c.dev = f"{data}/corpus", f"{data}/world/train.jsonl", f"{data}/world/dev.jsonl"
     c.seed, c.target_length, c.log_every, c.checkpoint_every = 0, 12, 5, 10
@@ -54,12 +54,12 @@ def get_config(data: str) -> ConfigDict:
 
 
 def rag_jax(*words: object) -> int:
-    """The command line in this process; its exit status."""
+    """Runs the command line in this process; its exit status."""
     return cli.main([str(word) for word in words])
 
 
 def make_data(out: Path) -> Path:
-    """world, the same edited, and a corpus of each with one pair of tokenizers."""
+    """Makes a world, the same world edited, and a corpus of each with the same tokenizers."""
     for name, options in (("world", []), ("edited", ["--edit"])):
         assert rag_jax("world", "--out", out / name, "--entities", ENTITIES, "--workers", 1, *options) == 0
     train = ["--train-tokenizer", "--encoder-vocab", 400, "--generator-vocab", 600]
@@ -71,7 +71,7 @@ def make_data(out: Path) -> Path:
 
 
 def untrained_run(corpus_dir: Path, out: Path, seed: int = 0, **encoder: Any) -> Path:
-    """A run directory whose encoder was drawn and never trained, for what needs embeddings of any kind."""
+    """Writes a run with a randomly initialised encoder, for tests that need some embeddings."""
     corpus = Corpus.open(corpus_dir)
     shape = {"width": 32, "layers": 1, "heads": 2, "hidden": 64, "positions": 96, "pooling": "mean", **encoder}
     model = RagConfig(encoder=BertConfig(vocab_size=corpus.encoder_tokenizer.vocab_size, **shape), generator=None)
@@ -85,7 +85,7 @@ def untrained_run(corpus_dir: Path, out: Path, seed: int = 0, **encoder: Any) ->
 
 
 def environment() -> dict[str, str]:
-    """For a process of its own, on one device."""
+    """The environment of a separate process with one device."""
     return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")}
 
 
