@@ -24,7 +24,7 @@ os.environ.setdefault("NPROC", "64")  # threads of the CPU client: with fewer, c
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     # eight devices; small programs compile several times faster without the backend's optimisations
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    if tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 12):  # later ones do not know it, and end
+    if tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 12):  # later versions refuse the flag
         flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 # Compiled programs are shared by all processes of this session: workers of xdist and every command that a test starts.

@@ -36,7 +36,7 @@ def test_curve_by_hand() -> None:
         (0.75, pytest.approx(2 / 3)),
         (1, 0.5),
     ]
-    assert abstention.curve(np.zeros(4), wrong, points=2) == [(0.5, 0.5), (1, 0.5)]  # nothing tells them apart
+    assert abstention.curve(np.zeros(4), wrong, points=2) == [(0.5, 0.5), (1, 0.5)]  # all scores are equal
 
 
 def area(confidence: np.ndarray, wrong: np.ndarray) -> float:
@@ -46,7 +46,7 @@ def area(confidence: np.ndarray, wrong: np.ndarray) -> float:
 def test_area_by_hand() -> None:
     wrong = np.array([0, 1, 1, 0])
     assert area(np.array([4.0, 3, 2, 1]), wrong) == pytest.approx((0 + 1 / 2 + 2 / 3 + 2 / 4) / 4)
-    assert area(np.array([4.0, 1, 2, 3]), wrong) < area(np.array([1.0, 4, 3, 2]), wrong)  # a good order, the opposite
+    assert area(np.array([4.0, 1, 2, 3]), wrong) < area(np.array([1.0, 4, 3, 2]), wrong)  # a good and a bad order
     assert area(np.zeros(4), wrong) == pytest.approx(0.5)
 
 
@@ -77,7 +77,7 @@ def test_figures_by_hand() -> None:
         row("", ["London"], -2),  # an answer held back
         row("a big dog", ["dog"], -3),
         row("no answer", [], -4),
-        row("Rome", [], -5),  # an answer made up
+        row("Rome", [], -5),  # an answer to a question that has none
         row("Oslo", [], -6),
         row(None, ["not asked"]),
     ]

@@ -133,7 +133,7 @@ def test_passages_are_those_of_the_largest_inner_products(opened, questions, ans
         np.testing.assert_allclose(sum(p.posterior for p in found.passages), 1, atol=1e-5)
         for p in found.passages:
             assert (p.title, p.text) == (corpus[corpus.row(p.id)].title, corpus[corpus.row(p.id)].text)
-    assert len({found.text for found in answers} - {""}) >= 2  # or the tests below say little
+    assert len({found.text for found in answers} - {""}) >= 2  # otherwise the tests below would prove little
     assert max(np.abs(p.prior - p.posterior) for found in answers for p in found.passages) > 1e-3
 
 
@@ -170,7 +170,7 @@ def test_answers_and_scores_are_those_of_the_model(opened, questions, answers, c
 
 
 def test_questions_do_not_depend_on_their_batch(opened, questions, answers, cfg):
-    again = opened.answer([q.question for q in questions[3:6]], cfg)  # the rest of the batch is filled up
+    again = opened.answer([q.question for q in questions[3:6]], cfg)  # the rest of the batch is padding
     assert [a.text for a in again] == [a.text for a in answers[3:6]]
     assert [a.retrieved for a in again] == [a.retrieved for a in answers[3:6]]
     assert opened.answer([], cfg) == []
@@ -238,7 +238,7 @@ def test_report_is_what_the_predictions_say(tiny_data, run, questions, answers, 
         assert len(made["prior"]) == len(made["posterior"]) == 3 and made["read"] == made["retrieved"][:3]
         assert "".join(made["tokens"]).strip() == made["prediction"] and made["token_posterior"] is None
         texts = [corpus[corpus.row(p)] for p in made["retrieved"]]
-        words = [f" {re.sub('[^a-z0-9]+', ' ', t.text.lower())} " for t in texts]  # the title does not count
+        words = [f" {re.sub('[^a-z0-9]+', ' ', t.text.lower())} " for t in texts]  # the title is not searched
         wanted = [f" {a.lower()} " for a in row["answers"] if a]
         assert made["retrieved_has_answer"] == [any(a in text for a in wanted) for text in words]
     matches = [matching.exact_match(p["prediction"], p["answers"]) for p in predictions]
@@ -350,7 +350,7 @@ def test_closed_book_has_no_passages(tiny_data, run, reuse, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["closed_book"] is True and report["n"] == 8 and "exact_match" in report
     assert not [name for name in report if "recall" in name]
-    assert report["questions"] == str(tiny_data / "world/dev.jsonl")  # the configuration's
+    assert report["questions"] == str(tiny_data / "world/dev.jsonl")  # the default of the configuration
     for line in (tmp_path / "predictions.jsonl").read_text().splitlines():
         row = json.loads(line)
         assert row["retrieved"] == row["prior"] == row["posterior"] == row["retrieved_has_answer"] == []
@@ -387,7 +387,7 @@ def test_an_oracle_reads_the_right_passages_first(tiny_data, run, opened, questi
     report = json.loads(capsys.readouterr().out)
     assert report["oracle"] is True and report["without_gold"] == 2 and report["recall_at_1"] < 0.5
     made = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert [row["retrieved"] for row in made] == [list(found.retrieved) for found in answers]  # what was found stays
+    assert [row["retrieved"] for row in made] == [list(found.retrieved) for found in answers]  # search results are kept
 
     cfg = opened.answer_config(batch=8, oracle=True)
     asked = [dataclasses.replace(q, positive_passage_ids=tuple(g)) for q, g in zip(questions, golds, strict=True)]
@@ -692,7 +692,7 @@ def test_a_run_answers_as_its_configuration_says(run, opened, questions, tmp_pat
     values["answering"] = {"allowed_answers": ["no", "Bela"], "batch": 8, "n_retrieved": 5}
     values["task"] = {"writes": "answer", "match": "mlqa_en"}
     (mine / "config.json").write_text(json.dumps(values))
-    (mine / "manifest.json").unlink()  # which has the checksum of the configuration
+    (mine / "manifest.json").unlink()  # it has the checksum of the configuration, which changes
     file = tmp_path / "questions.jsonl"
     rows = [{"id": q.id, "question": q.question, "answers": ["Bela" if i % 2 else "no"], "target": "a long answer"}
             for i, q in enumerate(questions[:8])]  # fmt: skip
@@ -734,7 +734,7 @@ def test_questions_of_like_length_need_no_compilation(opened, questions, cfg):
         some = opened.answer(texts[8:13], cfg)
         assert not compiled
         jax.block_until_ready(jax.jit(lambda x: x + 1.25)(1.0))
-        assert compiled  # the listener hears
+        assert compiled  # the listener does notice compilations
     finally:
         jax.monitoring.clear_event_listeners()
     assert [found.text for found in some] == [found.text for found in together[:5]]
@@ -776,7 +776,7 @@ def test_the_posterior_of_every_token(opened, questions, cfg, monkeypatch):
             joint = prior * p_BKTV[b, :, t, labels[b][t + 1]]
             np.testing.assert_allclose(shares, joint / joint.sum(), atol=1e-4)
             steps.append(np.abs(np.array(shares) - prior).max())
-    assert len(steps) > 12 and max(steps) > 1e-2  # something is said, and the tokens do tell of the passages
+    assert len(steps) > 12 and max(steps) > 1e-2  # answers have tokens, and these change the posterior
     most = max(answers, key=lambda found: len(found.tokens))
     assert (
         ask.render("Who?", most).splitlines()[-len(most.tokens) - 1]

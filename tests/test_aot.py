@@ -59,7 +59,7 @@ def report(cfg: TrainConfig, where: str = "cpu:8", name: str = "joint") -> memor
 def test_memory_of_arguments_by_hand() -> None:
     """On 8 devices: 13 of 104 rows each, parameters of width 16 halved, and Adam's two moments of the generator."""
     memory = report(tiny_config(), "h100:8").memory
-    assert memory["index"] == 13 * (16 * 4 + 4) + 16 * 4  # rows and steps; drift_E on each
+    assert memory["index"] == 13 * (16 * 4 + 4) + 16 * 4  # sharded rows and steps; drift_E whole on each device
     assert memory["token table"] == 13 * (16 + 12 + 2) * 2
     assert memory["batch"] == 1 * (8 + 1 + 8 + 1 + 6 + 1) * 4 + 8
     params = jax.eval_shape(lambda: stage_programs.Rag(MODEL).init(jax.random.key(0)))
@@ -117,7 +117,7 @@ def test_arguments_are_those_of_training(tiny_data: Path, stage: str) -> None:
         assert jax.tree.structure(ours) == shape
         for mine, (path, array) in zip(jax.tree.leaves(ours), flat, strict=True):
             where = jax.tree_util.keystr(path)
-            if "gold" not in where:  # as wide as the questions have it
+            if "gold" not in where:  # the real batch is as wide as its longest question
                 assert (mine.shape, mine.dtype) == (array.shape, array.dtype), where
             assert mine.sharding.is_equivalent_to(array.sharding, array.ndim), where
 

@@ -21,7 +21,7 @@ def test_attention_is_that_of_loops():
         for h in range(2):
             for t in range(3):
                 allowed = np.flatnonzero(mask[b, 0, t])
-                if not len(allowed):  # may look nowhere: the mean
+                if not len(allowed):  # a query that may attend to nothing gets the mean
                     np.testing.assert_allclose(found[b, h, t], value[b, h].mean(0), rtol=1e-5, atol=1e-6)
                     continue
                 weights = np.exp(key[b, h, allowed].astype(np.float64) @ query[b, h, t] / 2.0)

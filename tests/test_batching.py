@@ -106,7 +106,7 @@ def test_the_span_in_the_gold_passage_is_the_answer(questions, corpus, examples)
             assert corpus.generator_tokenizer.decode(span) == " " + q.answers[0]
             assert examples.label[i][1 : 1 + stop - start].tolist() == span.tolist()
             assert stop <= corpus.generator_length[row]
-    assert 0.6 * len(questions) < found < len(questions)  # tiny corpora cut their passages: some answers are lost
+    assert 0.6 * len(questions) < found < len(questions)  # passages are truncated, so some answers are lost
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_windows_hold_the_answer(data, widest, seed):
     for (left, right), a, b, n in zip(window, start, stop, length, strict=True):
         assert 0 <= left <= a < right and right - left <= widest
         assert b <= right or b - a > -(-widest // 3)  # only answers longer than the narrowest window are cut
-        assert right <= n or left == 0  # not past the end, but where the passage is shorter than the window
+        assert right <= n or left == 0  # past the end only if the passage is short
 
 
 def test_batches_hold_what_the_step_reads(examples, corpus):
@@ -450,7 +450,7 @@ def test_four_sets_are_up_to_more_than_two_elements_short():
 
 def test_mixtures_in_words():
     assert sources.weighted("a b.jsonl") == {"a b.jsonl": 1.0}
-    assert sources.weighted("2*data/*.jsonl") == {"2*data/*.jsonl": 1.0}  # one input is as it is
+    assert sources.weighted("2*data/*.jsonl") == {"2*data/*.jsonl": 1.0}  # a single input may have a weight
     assert sources.weighted("0.7*a.jsonl + 3*tfds:squad/v1.1/train?x=y") == {
         "a.jsonl": 0.7,
         "tfds:squad/v1.1/train?x=y": 3,
@@ -490,7 +490,7 @@ def test_a_batch_is_as_wide_as_its_bucket(examples, corpus):
         shapes.add((q, t))
         seen += mine.tolist()
     assert shapes == {(q, t) for q in (narrow, wide, QUESTION) for t in (short, TARGET)}
-    counts = np.bincount(seen, minlength=len(examples))  # each as often as any other, but for begun epochs
+    counts = np.bincount(seen, minlength=len(examples))  # each equally often, except for the unfinished epoch
     assert counts.min() >= 8 * steps // len(examples) - 1 and counts.max() <= -(-8 * steps // len(examples)) + 1
 
 
@@ -565,7 +565,7 @@ def test_corrupt_keeps_order_and_masks_spans(n, share, seed):
 def test_corrupt_masks_about_the_share():
     rng = np.random.default_rng(0)
     lost = [100 - (batching.corrupt(np.arange(10, 110), 4, rng) != 4).sum() for _ in range(200)]
-    assert 24 < np.mean(lost) <= 30  # spans that overlap count twice
+    assert 24 < np.mean(lost) <= 30  # overlapping spans are counted twice
 
 
 def test_denoise_batches_are_passages_and_their_corruption(corpus):

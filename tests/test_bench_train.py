@@ -62,7 +62,7 @@ def test_the_work_is_that_of_the_program():
     """FLOPs against the jaxpr, which also has q.d with its gradient and, with chunks, the logits a second time."""
     load = dataclasses.replace(TINY, logit_chunk=TINY.vocabulary)
     work = synthetic_load.model_flops(load)
-    asked = 2 * load.questions * load.docs * load.bert_width  # q.d over what was found
+    asked = 2 * load.questions * load.docs * load.bert_width  # q.d of the retrieved passages
     gold = 2 * load.questions * load.docs * load.target * load.width * load.vocabulary
     counted = matmul_flops(jaxpr_of(load))
     target = 2 * load.questions * load.docs * load.target * load.width
@@ -72,7 +72,7 @@ def test_the_work_is_that_of_the_program():
     assert counted - kept == gold
     again = matmul_flops(jaxpr_of(dataclasses.replace(load, remat="full")))
     layers = sum(work[name] for name in ("question_encoder", "generator_encoder", "generator_decoder")) / 3
-    assert 0.5 * layers < again - counted <= layers  # the last product of a layer need not be done again
+    assert 0.5 * layers < again - counted <= layers  # a layer's last matmul need not be recomputed
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_the_search_for_the_largest_batch_says_where_it_ran(monkeypatch):
         largest_batch, "in_process", lambda side, load, shape: (load.questions <= limits[side], {"device": "fake"})
     )
     load = dataclasses.replace(TINY, questions=4, accumulate=2)
-    assert largest_batch.search(load, "ours", {}) == (36, {"device": "fake"})  # a multiple of what is accumulated
+    assert largest_batch.search(load, "ours", {}) == (36, {"device": "fake"})  # a multiple of the micro-batches
     assert largest_batch.search(load, "transformers", {})[0] == 12
 
 
@@ -190,7 +190,7 @@ def test_a_decoder_only_load(capsys):
     assert found["xla_bytes"] > 0 and 0 < found["resident_bytes"] <= 1.01 * found["peak_process_bytes"]
     assert found["peak_compiling_bytes"] <= found["peak_process_bytes"]
     counted, work = matmul_flops(jaxpr_of(load)), synthetic_load.model_flops(load)
-    gold = 2 * load.questions * load.docs * load.target * load.width * load.vocabulary  # the logits once more
+    gold = 2 * load.questions * load.docs * load.target * load.width * load.vocabulary  # the logits are recomputed
     assert counted - gold == pytest.approx(sum(work.values()), rel=0.05)
 
 
@@ -211,4 +211,4 @@ def test_bad_generators_are_refused(capsys, more, message):
 def test_smollm2_is_a_load_of_its_size():
     rag = synthetic_load.model(synthetic_load.LOADS["smollm2-135m"])
     params = jax.eval_shape(lambda: rag.init(jax.random.key(0)))["generator"]
-    assert sum(x.size for x in jax.tree.leaves(params)) == 134_515_008  # as its checkpoint has
+    assert sum(x.size for x in jax.tree.leaves(params)) == 134_515_008  # as in its checkpoint

@@ -110,7 +110,7 @@ def test_output_layer_for_targets_of_every_probability(objective: str, sure: flo
         assert [off(a, b) < 0.01 for a, b in zip(found, expected, strict=True)] == 3 * [True]
 
 
-@pytest.mark.parametrize("common", [0.0, 3.0])  # what all values have in common cancels
+@pytest.mark.parametrize("common", [0.0, 3.0])  # the part that all values share cancels
 @pytest.mark.parametrize("sharp", [1.0, 6.0, 15.0])
 def test_attention_of_every_sharpness(sharp: float, common: float) -> None:
     B, H, T, C, L = 2, 2, 16, 32, 48
@@ -239,7 +239,7 @@ def batch_of(B: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(B)
     ids, labels = rng.integers(3, 96, (B, 12)), rng.integers(3, 96, (B, 9))
     labels[:, 0] = 0
-    labels[:, 5:] = labels[:, 1:5]  # so that something is learned besides these very rows
+    labels[:, 5:] = labels[:, 1:5]  # so that more is learned than these rows by heart
     return ids.astype(np.int32), labels.astype(np.int32)
 
 
@@ -337,7 +337,7 @@ def errors(name: str, level: float, B: int, parts: int, monkeypatch: Any, seed: 
     assert len(common) > 0.9 * len(without_keys(true))
     ours_off, theirs_off = (off({k: x[k] for k in common}, {k: true[k] for k in common}) for x in (found, theirs))
     print(f"{name} nll {level} B {B}: {ours_off:.4f}, torch {theirs_off:.4f}")
-    for key, gradient in found.items():  # of keys' biases the true gradient is 0
+    for key, gradient in found.items():  # the true gradient of the keys' biases is 0
         if key.endswith("key/bias"):
             largest = np.abs(true[key.replace("key", "query")]).max()
             assert np.abs(gradient).max() < 0.05 * largest, key
@@ -368,4 +368,4 @@ def test_whole_steps_of_every_size(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert ratio <= 1.1
 
 
-SHAPES = [(1, 1), (64, 1), (512, 1), (1024, 8)]  # questions, and the parts that their gradient is summed of
+SHAPES = [(1, 1), (64, 1), (512, 1), (1024, 8)]  # questions, and micro-batches of their gradient

@@ -55,7 +55,7 @@ def test_a_flip_is_seen_exactly_where_its_block_is_read(data, tmp_path_factory):
     np.save(folder / "a.npy", np.zeros((ROWS, WIDTH), np.uint16))
     path, entry = folder / "a.npy", block_checksums.of_file(folder / "a.npy")
     start = path.stat().st_size - ROWS * WIDTH * 2
-    byte = data.draw(st.integers(SIZE, path.stat().st_size - 1))  # the first block is read at opening
+    byte = data.draw(st.integers(SIZE, path.stat().st_size - 1))  # opening the file reads the first block
     flip(path, byte, data.draw(st.integers(0, 7)))
     rows = data.draw(st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=5))
     touched = {
@@ -63,7 +63,7 @@ def test_a_flip_is_seen_exactly_where_its_block_is_read(data, tmp_path_factory):
     }
     found = opened(path, entry)
     if byte // SIZE in touched:
-        for _ in range(2):  # not once alone
+        for _ in range(2):  # and every further time
             with pytest.raises(InputError, match=r"a\.npy: damaged: bytes .* mend it"):
                 found[np.array(rows)]
         with pytest.raises(InputError, match="damaged"):
@@ -80,7 +80,7 @@ def test_a_block_is_read_once_and_by_many_threads_at_once(table, monkeypatch):
     for _ in range(3):
         found[500:600]
     assert len(summed) == 1
-    monkeypatch.setattr(block_checksums, "AT_ONCE", 2)  # several parts, so that threads share them
+    monkeypatch.setattr(block_checksums, "AT_ONCE", 2)  # several tasks, so that several threads work
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda seed: found[np.random.default_rng(seed).permutation(ROWS)].sum(), range(16)))
     assert set(results) == {array.sum()}
@@ -91,11 +91,11 @@ def test_a_block_is_read_once_and_by_many_threads_at_once(table, monkeypatch):
 
 def test_the_header_and_the_size_are_verified(table):
     _, path, entry = table
-    flip(path, 20)  # the type
+    flip(path, 20)  # a byte of the header's type
     with pytest.raises(InputError, match="damaged: bytes 0 to 65,535"):
         opened(path, entry)
     with pytest.raises(InputError, match=r"not an array file|the manifest says"):
-        opened(path, {"bytes": entry["bytes"]})  # of an older format: no sums
+        opened(path, {"bytes": entry["bytes"]})  # an older format has no sums
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError, match="600127 bytes, the manifest says 600128"):
         opened(path, entry)

@@ -165,7 +165,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         Bm25.load(tmp_path / "bm25", OTHER)
     with pytest.raises(InputError, match="already there"):
         index.save(tmp_path / "bm25")
-    loaded.without([6]).save(tmp_path / "bm25", overwrite=True)  # over the very files that are mapped
+    loaded.without([6]).save(tmp_path / "bm25", overwrite=True)  # it replaces the files that are mapped
     assert Bm25.load(tmp_path / "bm25").deleted.tolist() == [2, 4, 6]
     with pytest.raises(InputError, match="no such bm25"):
         Bm25.load(tmp_path / "nothing")

@@ -109,7 +109,7 @@ def test_hostile_texts_are_harmless(browser, tmp_path, width, scheme):
         assert opened.texts(".heat tbody td") == ["0.90", "0.20", "0.10", "0.80"]
     assert opened.texts("script, img, textarea, mark script") == opened.texts(
         "body > script"
-    )  # nothing was made of data
+    )  # the page built no elements from data
     opened.close()
 
 

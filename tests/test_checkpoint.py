@@ -72,7 +72,7 @@ def test_the_newest_and_the_best_stay(tmp_path):
     keeper.close()
     assert keeper.steps() == [6, 5, 2]
     again = Checkpoints(tmp_path, 2, 1, "eval/f1")  # as after a restart
-    again.save(7, arrays(7), {})  # nothing was measured
+    again.save(7, arrays(7), {})  # without metrics
     again.close()
     assert again.steps() == [7, 6, 2]
     with pytest.raises(InputError, match="best_metric='eval/f1' is not measured; there are eval/bleu"):

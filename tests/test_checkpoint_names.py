@@ -21,7 +21,7 @@ TIED = {
     "t5": ["shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"],
     "gpt2": ["transformer.wte", "lm_head"],
 }
-UNTIED = {"t5_gated": ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]}  # its lm_head is its own
+UNTIED = {"t5_gated": ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]}  # its lm_head is not tied
 
 
 def renamed(arrays, rename):

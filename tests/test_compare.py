@@ -53,7 +53,7 @@ def test_differences_of_the_same_questions(three: tuple[list[Path], list[np.ndar
         for cell, other in zip(cells[1:], right[1:], strict=True):
             paired = other.astype(float) - right[0]
             assert cell["difference"] == pytest.approx(paired.mean())
-            error = paired.std() / np.sqrt(N)  # of the same questions: less than of two samples
+            error = paired.std() / np.sqrt(N)  # paired by question: less than for two samples
             width = cell["difference_high"] - cell["difference_low"]
             assert width == pytest.approx(2 * 1.96 * error, rel=0.12)
         assert cells[1]["p"] < 0.002 and cells[2]["p"] > 0.05

@@ -59,7 +59,7 @@ def test_steps_can_be_traced(name: str) -> None:
         assert shapes[0] == shapes[1] and index is None
         assert metrics["loss"].shape == ()
         cut = [x for x in jax.tree.leaves(program.arguments[0].params) if x.size > 10**6]
-        if "fsdp" in cfg.mesh:  # nothing large lies whole on every device
+        if "fsdp" in cfg.mesh:  # no large array is replicated
             assert all(x.sharding.shard_shape(x.shape) != x.shape for x in cut)
 
 

@@ -145,7 +145,7 @@ def test_training_and_reusing_tokenizers_from_the_command_line(
     assert main(["corpus", str(source), "--out", first, *train, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["n_passages"], result["generator_vocab"]) == (60, 320)
-    assert 100 < result["encoder_vocab"] <= 300  # so few words make no more pieces
+    assert 100 < result["encoder_vocab"] <= 300  # so few words give no more tokens
     assert main(["corpus", str(edited), "--out", second, "--tokenizers-from", first]) == 0
     assert main(["corpus", str(edited), "--out", third, "--tokenizers-from", f"{first}/tokenizers"]) == 0
     a, b, c = Corpus.open(first), Corpus.open(second), Corpus.open(third)
@@ -243,7 +243,7 @@ def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path, both: dict[str
     assert (precious / "thesis.txt").exists()
     with pytest.raises(InputError, match="cannot be made"):
         build([source], source / "out", **both)
-    out.mkdir()  # an empty folder is no reason to refuse
+    out.mkdir()  # an existing empty folder is accepted
     build([source], out, **both)
     with pytest.raises(InputError, match="pass --overwrite"):
         build([source], out, **both)
@@ -305,7 +305,7 @@ def test_killed_at_random_moments_it_leaves_nothing_or_the_whole(
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not any(out.parent.glob(f".{out.name}.building-*")):
             time.sleep(0.002)
-        time.sleep(rng.choice([0, 0.02, 0.1, 0.3]) * rng.random())  # building takes about as long
+        time.sleep(rng.choice([0, 0.02, 0.1, 0.3]) * rng.random())  # about the duration of a build
         process.kill()
         process.wait()
         if out.exists():
@@ -313,12 +313,12 @@ def test_killed_at_random_moments_it_leaves_nothing_or_the_whole(
             shutil.rmtree(out)
         for rest in out.parent.iterdir():
             left += 1
-            if not (rest / "manifest.json").exists():  # a whole one that was only not renamed yet may be opened
+            if not (rest / "manifest.json").exists():  # a complete one, not yet renamed, may be opened
                 with pytest.raises(InputError, match="not a finished corpus"):
                     Corpus.open(rest)
     assert left, "no run was killed while it was writing: the test shows nothing"
     subprocess.run(command, check=True, capture_output=True)
-    assert [path.name for path in out.parent.iterdir()] == ["out"]  # what the killed runs left is gone
+    assert [path.name for path in out.parent.iterdir()] == ["out"]  # the leftovers of killed runs are removed
     assert Corpus.open(out).hash == corpus.hash
 
 

@@ -52,7 +52,7 @@ def setting(variant: str, number: int) -> Setting:
         "num_return_sequences": sometimes(0.3, *range(1, beams + 1)),
     }
     if beams == 1:
-        options["length_penalty"] = options["early_stopping"] = None  # they are of beams
+        options["length_penalty"] = options["early_stopping"] = None  # these options are for beams
     heads = int(rng.choice([1, 2, 4]))
     return Setting(
         variant, int(rng.choice([1, 2, 3, 5, 10])), heads * int(rng.choice([4, 6, 8])),

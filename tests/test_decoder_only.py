@@ -142,7 +142,7 @@ def test_logits_are_those_of_transformers(name):
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, made)
     np.testing.assert_allclose(logits_of(config, params), expected, atol=1e-4)
 
-    # and back: what is written here, read there
+    # the export, read by transformers
     family = GENERATORS[tables.lm_family(config)]
     architecture = getattr(transformers, family.architecture)
     again = architecture(architecture.config_class(**family.describe(config))).eval()
@@ -338,7 +338,7 @@ def test_input_longer_than_the_positions_is_refused(config):
         shapes(19, 0, method="encode")
     with pytest.raises(ValueError, match=r"target of length 19.*generator has 18"):
         module.check_room(0, 19)
-    with pytest.raises(ValueError, match=r"prefix of length 12 and target of length 7"):  # of which one token is here
+    with pytest.raises(ValueError, match=r"prefix of length 12 and target of length 7"):  # only one is given
         ids, cache = np.ones((1, 12), np.int32), module.init_cache(1, 7)
         prefix = module.init_cache(1, 12)
         jax.eval_shape(partial(module.init, method="decode"), jax.random.key(0), ids[:, :1], prefix, ids > 0, cache)

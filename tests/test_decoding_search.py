@@ -98,7 +98,7 @@ def test_greedy_is_argmax_step_by_step():
         np.testing.assert_array_equal(found.sequences[row, 0], oracles.pad(tokens, 6, PAD))
         np.testing.assert_allclose(found.scores[row, 0], logp / (len(tokens) - 1), rtol=1e-5)
         ends.add(len(tokens))
-    assert len(ends) > 1  # rows that stop and rows that go on, side by side
+    assert len(ends) > 1  # some rows have ended while others are still open
 
 
 @pytest.mark.parametrize(("vocabulary", "length", "penalty"), [(3, 4, 1.0), (4, 4, 0.0)])
@@ -116,7 +116,7 @@ def test_beams_for_everything_are_enumeration(vocabulary, length, penalty):
         n = len(ranked)
         np.testing.assert_allclose(found.scores[row, :n], [score for score, _ in ranked], rtol=1e-5)
         np.testing.assert_array_equal(found.sequences[row, :n], [tokens for _, tokens in ranked])
-        assert (found.scores[row, n:] == decoding_search.NEVER).all()  # there are no more
+        assert (found.scores[row, n:] == decoding_search.NEVER).all()  # there are no more sequences
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_search_stops_when_nothing_can_improve():
         alone = run(sure, beams, 0.0, short, rows=1)
         beside = run(mixed, beams, 0.0, long)
         assert (len(short), len(long)) == (steps, length - 1)
-        # rows that go on change nothing for the row that is done
+        # open rows change nothing for a row that has ended
         np.testing.assert_array_equal(alone.sequences[0], beside.sequences[0])
         np.testing.assert_array_equal(alone.scores[0], beside.scores[0])
 
@@ -243,7 +243,7 @@ def test_repetition_is_penalised():
         while len(tokens) == 1 or (len(tokens) < 6 and tokens[-1] != EOS):
             scores = np.array(look_up(tokens), np.float64)
             for token in set(tokens):
-                scores[token] *= 1.7  # all are negative
+                scores[token] *= 1.7  # all scores are negative
             tokens = (*tokens, int(scores.argmax()))
         assert found.sequences[row, 0].tolist() == oracles.pad(tokens, 6, PAD)
         changed |= found.sequences[row, 0].tolist() != run(table, 1).sequences[row, 0].tolist()
@@ -265,7 +265,7 @@ def test_only_allowed_outputs_are_found(beams):
         ranked.sort(reverse=True)
         outputs = found.sequences[row].tolist()
         assert all(y in [tokens for _, tokens in ranked] for y in outputs)
-        if beams == 8:  # more than there are
+        if beams == 8:  # more than there are sequences
             assert outputs == [tokens for _, tokens in ranked]
             np.testing.assert_allclose(found.scores[row], [score for score, _ in ranked], rtol=1e-5)
 
@@ -295,7 +295,7 @@ def test_top_k_and_top_p_and_temperature_narrow_the_samples():
         return np.bincount(found.sequences[0, :, 1], minlength=6) / 2000
 
     assert set(np.flatnonzero(drawn(top_k=2))) == set(order[:2])
-    enough = 0.7 * p[order[0]] + 0.3 * (p[order[0]] + p[order[1]])  # between the likeliest and the two likeliest
+    enough = 0.7 * p[order[0]] + 0.3 * (p[order[0]] + p[order[1]])  # between the best token's share and the best two's
     assert set(np.flatnonzero(drawn(top_p=float(enough)))) == set(order[:2])
     assert set(np.flatnonzero(drawn(top_p=float(p[order[0]] * 0.5)))) == {order[0]}
     warm = p**0.5 / (p**0.5).sum()

@@ -187,5 +187,5 @@ def test_a_directory_that_is_still_written_to_is_removed(tmp_path, monkeypatch):
     assert not folder.exists() and not left[0]
     left[0] = 10**6
     folder.mkdir()
-    files.remove_tree(folder, seconds=0.2)  # what never ends is given up
+    files.remove_tree(folder, seconds=0.2)  # it gives up after the time limit
     assert folder.exists()

@@ -55,7 +55,7 @@ def test_the_message_names_step_and_batch_and_how_to_go_on(number, kind, prepare
     assert "(the step before: 2.5 and 3)" in said and f"--set stages.{name}.optimizer.learning_rate=0.0003" in said
     assert (f"checkpoint of step {before} is whole" if before else "No checkpoint was written yet") in said
     listed = said.partition(f"its batch: {kind} ")[2].partition(". ")[0].split(", ")
-    batch = setup.batches(cfg.stages[number], cfg, data, number)[6]  # the seventh of the stage
+    batch = setup.batches(cfg.stages[number], cfg, data, number)[6]  # the seventh batch of the stage
     if kind == "passages":
         assert listed == [data.corpus[row].id for row in batch["source"]]
     else:

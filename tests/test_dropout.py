@@ -24,12 +24,12 @@ def together(a, b):
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
 def test_the_share_is_the_rate_in_all_and_in_every_row_and_column(rate):
     found = mask(0, rate)
-    for axis in (None, 0, 1) if rate > 0.01 else (None,):  # of a rare zero a row has too few for the normal law
+    for axis in (None, 0, 1) if rate > 0.01 else (None,):  # too few rare zeros in a row for the normal law
         share = np.atleast_1d(found.mean(axis))
         deviation = np.sqrt(rate * (1 - rate) / (found.size / share.size))
         z = (share - (1 - rate)) / deviation
         assert np.abs(z).max() < 5.5
-        assert axis is None or 0.9 < z.std() < 1.1  # spread as chance spreads them, no more and no less
+        assert axis is None or 0.9 < z.std() < 1.1  # the variance of independent draws
 
 
 def test_neighbours_and_distant_places_are_independent():

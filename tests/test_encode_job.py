@@ -131,7 +131,7 @@ def rewrite(path, identity):
 def test_a_directory_of_something_else_is_no_job(tmp_path):
     begun = tmp_path / "begun"
     begun.mkdir()
-    (begun / ".job.json.12ab").write_text("{")  # by a process that was killed, or that is at it now
+    (begun / ".job.json.12ab").write_text("{")  # left by a killed process, or of one that is writing now
     encode_job.begin(begun, JOB)
     assert encode_job.read_job(begun) == JOB
     shutil.rmtree(begun)

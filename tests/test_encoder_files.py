@@ -133,7 +133,7 @@ def test_pooling_in_both_spellings(tmp_path, tokenizer, how):
         ({"pooling_mode": ["cls", "mean"]}, r"pooling cls \+ mean is not supported"),
         ({"pooling_mode": "cls+mean"}, r"pooling cls \+ mean is not supported"),
         ({"pooling_mode": "attention"}, "pooling attention is not supported"),
-        ({"pooling_mode_cls_token": True}, r"pooling cls \+ mean"),  # the mean is the default there
+        ({"pooling_mode_cls_token": True}, r"pooling cls \+ mean"),  # mean pooling is sentence-transformers' default
         ({"pooling_mode_mean_tokens": False}, "pooling of nothing"),
         ({"pooling_mode": "mean", "new_setting": 3}, "new_setting=3 is not known"),
     ],

@@ -81,7 +81,7 @@ def test_a_retriever_loss(texts, tmp_path):
     given = values([joint])
     result = rag_jax.fit(given, tmp_path / "run", data=texts, losses={"uniform": uniform_prior}, hooks=[hook, print])
     (row,) = rows_of(tmp_path / "run")
-    assert row["gradient_norm"] > 0  # theirs alone: the likelihood's stops before the retriever
+    assert row["gradient_norm"] > 0  # from the retriever losses alone: the likelihood's stops before
     assert (
         min(row["uniform"], row["emdr2"], row["pdist"]) > 0
         and row["mine/parameters"] > 1000
@@ -90,7 +90,7 @@ def test_a_retriever_loss(texts, tmp_path):
     assert [(moment.step, moment.stage) for moment in moments] == [(2, "joint")]
     assert result.pipeline().ask("On what does Town 3 lie?").passages[0].id.startswith("p")
     again = rag_jax.fit(given, tmp_path / "run", data=texts, losses={"uniform": uniform_prior})
-    assert again.steps == 2 and len(rows_of(tmp_path / "run")) == 1  # nothing was left to do
+    assert again.steps == 2 and len(rows_of(tmp_path / "run")) == 1  # nothing is left to do
     with pytest.raises(InputError, match="retriever_losses: 'uniform' is not one of 'emdr2', 'pdist'"):
         rag_jax.fit(given, tmp_path / "other", data=texts)
     with pytest.raises(InputError, match="holds other texts"):

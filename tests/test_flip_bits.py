@@ -42,7 +42,7 @@ def test_a_few_flips_of_every_kind(work):
     for name in seen:
         kind = kinds[name]
         before = kind.read()
-        assert kind.read() == before  # or nothing could be called harmless
+        assert kind.read() == before  # otherwise "harmless" would mean nothing
         for _ in range(4):
             path = kind.files[int(rng.integers(len(kind.files)))]
             outcome, said = flip_bits.judge(kind, path, rng, before)

@@ -128,7 +128,7 @@ def test_levels(folder: Path) -> None:
     assert gold.levels([whole, document], corpus) == ["document", "document"]
     assert gold.levels([whole, piece], corpus) == ["passage", "passage"]
     assert gold.levels([whole, piece, document], corpus) == ["document", "passage", "document"]
-    assert gold.levels([asked("d1-3")], corpus) == ["document"]  # it looks like a piece, and is none
+    assert gold.levels([asked("d1-3")], corpus) == ["document"]  # its id looks like a piece's, but it is none
     one = Corpus.open(folder / "one")
     assert gold.levels([asked("d2")], one) == ["document"]
 

@@ -98,7 +98,7 @@ def test_collectives_count_as_often_as_they_run() -> None:
 
 def test_traffic_counts_slices_and_leaves_out_fast_memory() -> None:
     b, gathered = 10 * 32 * 64 * 2, 160 * 32 * 64 * 2
-    fusions = b + gathered + b  # the second leaves its result in fast memory
+    fusions = b + gathered + b  # the second's result stays in fast memory
     others = (256 + 256) + (256 + 32) + (32 + 32 + 256) + 2 * (256 + 64)
     loop = 21 * ((320 + 4 + 320) + (320 + 320))  # a slice, the counter, its result; then the sum
     assert hlo.traffic(TEXT) == fusions + others + loop

@@ -27,7 +27,7 @@ ROOMS = (
 )
 
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow"}
-ALONE = {  # library: where alone it may be imported
+ALONE = {  # library -> the only modules that may import it
     "argparse": "cli __main__",
     "faiss": "bench.search",
     "matplotlib": "evaluation.report",

@@ -64,7 +64,7 @@ def test_inner_products_are_those_of_tf_idf(corpus, layers):
 
     sparse = bag(questions) @ bag([row[:length] for row, length in zip(ids, lengths, strict=True)]).T
     agreement = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(np.asarray(scores), sparse, strict=True)])
-    assert agreement > 0.7  # positions and layers add a little that all share
+    assert agreement > 0.7  # positions and layers add a small common part
     plain = embed(params, questions, np.ones_like(questions, bool)) @ embed(params, ids, mask).T
     found, before, best = ((np.argmax(s, 1) == gold).mean() for s in (scores, plain, sparse))
     assert found > best - 0.15 and found > before + 0.2

@@ -32,7 +32,7 @@ from rag_jax.training import config, setup, train
 NAMES = ("corpus", "one", "two", "three")  # each an update of the one before; 40, 42, 43 and 53 rows
 STEPS = 35
 FINE = contextlib.nullcontext()
-SWITCHES = {10: "one", 15: "two", 20: "edited-corpus", 25: "three"}  # after so many steps the link leads there
+SWITCHES = {10: "one", 15: "two", 20: "edited-corpus", 25: "three"}  # step -> where the link points to from then on
 MODES = {
     "contrastive": {"stage": "retriever", "hard_negatives": 3, "refresh": "background+4:7", "drift_every": 5},
     "scann": {"stage": "retriever", "hard_negatives": 3, "refresh": "7", "search.kind": "scann"},
@@ -120,8 +120,8 @@ def test_deleted_passages_are_never_returned(kind, data, tmp_path):
     cfg = opened.answer_config(n_docs=40, n_retrieved=100, batch=8, retrieval_only=True)
     for found in opened.answer(questions, cfg):
         assert len(set(found.retrieved)) == len(found.retrieved) and set(found.retrieved) <= set(ids(corpus))
-        if kind != "bm25":  # which finds those alone that share a word with the question
-            assert len(found.retrieved) == 40  # all, the replaced one too
+        if kind != "bm25":  # BM25 finds only passages that share a word
+            assert len(found.retrieved) == 40  # all passages, including the replaced one
     few = opened.answer(questions, opened.answer_config(n_docs=2, n_retrieved=4, batch=8, retrieval_only=True))
     assert not {base[3].id, base[7].id} & {name for found in few for name in found.retrieved}
     with pytest.raises(InputError, match="n_docs=41, but the corpus has 40 passages; ask for at most 40"):
@@ -236,7 +236,7 @@ def test_looking_for_another_version(data, tmp_path, capsys):
     link.unlink()
     assert versions.look(found) is None
     capsys.readouterr()
-    for other in ("edited-corpus", "one"):  # an older one is no update either
+    for other in ("edited-corpus", "one"):  # an older version is not an update either
         switch(link, data / other)
         assert versions.look(found) is None and versions.look(found) is None
         said = capsys.readouterr().err
@@ -365,5 +365,5 @@ def test_training_follows_and_resumes(mode, data, tmp_path, monkeypatch, capsys)
         with pytest.raises(Killed):
             run("cut", kill)
     run("cut")
-    if mode not in ("scann", "hybrid"):  # ScaNN's threads train other leaves
+    if mode not in ("scann", "hybrid"):  # ScaNN's training is not deterministic
         assert_same_run(tmp_path / "cut", tmp_path / "whole")

@@ -111,7 +111,7 @@ def test_it_is_renewed_and_a_theft_is_seen(tmp_path, monkeypatch):
         written(path)
         with pytest.raises(InputError, match="process 7 on elsewhere trains here now; this one ends"):
             mine.check()
-    assert lock.read(path)["host"] == "elsewhere"  # not ours to remove
+    assert lock.read(path)["host"] == "elsewhere"  # we must not remove it
 
 
 def test_of_many_at_once_one_has_it(tmp_path):

@@ -49,7 +49,7 @@ def test_lines_at_once_every_ten_seconds_and_at_the_end(clock: Clock, capsys: py
             "train: 600/1,200 step (50%), 20.0 step/s, 0:30 left, loss=0.3333, stage=joint, step=19",
         ]
         clock.now += 3700
-        progress.update(1)  # the rate of the last stretch alone, and values stay
+        progress.update(1)  # the rate since the last line, and values are kept
         assert capsys.readouterr().err == (
             "train: 701/1,200 step (58%), 36.7 s/step, 5:05:05 left, loss=0.3333, stage=joint, step=24\n"
         )
@@ -194,7 +194,7 @@ def test_opening_without_a_step_goes_on_at_the_end(tmp_path: Path) -> None:
 def test_a_line_torn_anywhere_is_dropped(tmp_path: Path, cut: int, resume_step: int | None) -> None:
     whole = b'{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.25}\n'
     (tmp_path / "metrics.jsonl").write_bytes(whole[:-cut])
-    kept = [1, 2] if cut == 1 else [1]  # without its newline alone the row is whole
+    kept = [1, 2] if cut == 1 else [1]  # a row that lacks only its newline is complete
     assert [row["step"] for row in logs.read_rows(tmp_path / "metrics.jsonl")] == kept
     with logs.MetricWriter(tmp_path, resume_step) as writer:
         writer.write(3, {"loss": 0.5})

@@ -197,8 +197,8 @@ def test_contrastive_loss_is_that_of_loops_and_so_is_its_gradient():
     queries, passages = (rng.normal(0, 1, (n, 6)).astype(np.float32) for n in (4, 7))
     positive = np.eye(4, 7, dtype=bool)
     ignore = rng.random((4, 7)) < 0.3
-    ignore[0, 0] = True  # the positive itself is never left out
-    ignore[1] = True  # nothing but the positive is left
+    ignore[0, 0] = True  # the positive is never ignored
+    ignore[1] = True  # all but the positive are ignored
 
     def numpy(ignored):
         losses, gradient = [], np.zeros_like(queries, dtype=np.float64)
@@ -255,7 +255,7 @@ def test_nll_is_that_of_transformers(case, objective, smoothing):
     kind = {"rag_sequence": "RagSequenceForGeneration", "rag_token": "RagTokenForGeneration"}[objective]
     theirs = getattr(transformers, kind)(config)
     labels = np.concatenate([np.zeros((B, 1), int), case["targets_BT"][:, :-1]], 1)
-    labels[0, -1] = 2  # its last target was cut off
+    labels[0, -1] = 2  # its last target was truncated
     targets = np.concatenate([labels[:, 1:], np.full((B, 1), PAD)], 1)
     changed = {**case, "targets_BT": targets, "mask_BT": targets != PAD}
     ours, _ = rag_nll(objective, **changed, prior="hf_compat", label_smoothing=smoothing)

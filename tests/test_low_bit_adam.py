@@ -14,7 +14,7 @@ from rag_jax.system import sharding
 from rag_jax.training import optimizer
 from rag_jax.training.optimizer import OptimizerConfig
 
-RATES = {"bfloat16": 2**-7, "int8": 2 ** (1 / 8) - 1}  # how far the next number is, as a share
+RATES = {"bfloat16": 2**-7, "int8": 2 ** (1 / 8) - 1}  # relative distance to the next representable number
 
 
 def values(signed, shape=(4, 64), octaves=12.0):
@@ -40,7 +40,7 @@ def test_rounding_is_to_a_neighbour_and_right_on_average(kind, signed):
     assert (np.abs(many - x) <= np.abs(x) * RATES[kind] * 1.01).all()
     error = np.abs(many.mean(0) - x) / np.abs(x)
     assert error.max() < 5 * RATES[kind] / 2 / np.sqrt(2000)  # five standard deviations of the worst case
-    assert (np.ptp(many, axis=0) > 0).mean() > 0.9  # or it would be right by luck
+    assert (np.ptp(many, axis=0) > 0).mean() > 0.9  # rounding is indeed random
 
 
 def test_zero_and_what_is_below_every_level():
@@ -108,7 +108,7 @@ def test_eight_devices_keep_what_one_keeps(changes):
     eight, state = run({"fsdp": 4, "tensor": 2}, jax.devices())
     pairs = zip(*map(jax.tree.leaves, jax.device_get((one, eight))), strict=True)
     differ = np.concatenate([(np.abs(a - b) > 1e-6).ravel() for a, b in pairs])
-    assert differ.mean() < 1e-4  # the last bit of the clipped norm may tip a coin
+    assert differ.mean() < 1e-4  # the last bit of the clipped norm may change a rounding
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
 
 

@@ -71,10 +71,10 @@ def oracle_has_answer(text: str, answers: list[str]) -> bool:
         ("The Beatles", "beatles"),
         ("  An  apple,\ta day! ", "apple day"),
         ("U.S.A.", "usa"),
-        ("theatre and another", "theatre and another"),  # articles only as whole words
+        ("theatre and another", "theatre and another"),  # articles are removed only as whole words
         ("well-known", "wellknown"),
-        ("the-a", "thea"),  # punctuation goes first, as in SQuAD's script
-        ("«Война и мир»", "«война и мир»"),  # only ASCII punctuation goes
+        ("the-a", "thea"),  # punctuation is removed first, as in SQuAD's script
+        ("«Война и мир»", "«война и мир»"),  # only ASCII punctuation is removed
         ("北京。", "北京。"),
         ("a", ""),
         ("a\u0301 the", "\u0301"),  # a combining mark ends a word for Python's re, as in SQuAD's script
@@ -146,7 +146,7 @@ def oracle_mlqa_words(text: str, language: str) -> list[str]:
         ("zh", "十倍的食物", "十倍于自身体重的食物", 0.0, 2 * 5 / 15),
         ("zh", "《丹佛野马》队", "丹佛野马", 0.0, 2 * 4 / 9),
         ("zh", "NFL 联盟", "nfl联盟", 1.0, 1.0),
-        ("ar", "في القاهرة", "في قاهرة", 1.0, 1.0),  # the article goes wherever it stands
+        ("ar", "في القاهرة", "في قاهرة", 1.0, 1.0),  # the article is removed wherever it occurs
         ("ar", "القاهرة،", "القاهرة", 1.0, 1.0),
         ("de", "der Fluss", "Fluss", 1.0, 1.0),
         ("es", "La ciudad de Lima", "ciudad", 0.0, 2 / 4),

@@ -82,7 +82,7 @@ def test_a_long_target_is_not_scored_as_a_short_answer(monkeypatch: pytest.Monke
     rows = [answered("many words", ["yes"], target=target), answered("the long answer", [target, "b"], target=target)]
     summary = metrics.summarize(rows)
     assert set(summary) == {"n", "f1", "distinct_1", "distinct_2"}  # no exact match
-    assert summary["f1"] == pytest.approx((2 * 2 / 7 + 2 * 2 / 7) / 2)  # beside the target, not beside "yes"
+    assert summary["f1"] == pytest.approx((2 * 2 / 7 + 2 * 2 / 7) / 2)  # compared with the target, not with "yes"
     assert metrics.missing(rows, Setting(), (), summary) == ["rouge_l, bleu: left out; pip install 'rag-jax[metrics]'"]
     labelled = metrics.summarize(rows[:1], Setting(("yes", "no")))
     assert labelled["exact_match"] == labelled["accuracy"] == 0 and "distinct_1" not in labelled
@@ -122,7 +122,7 @@ def test_rankings_by_grade_and_depth() -> None:
     assert summary["ndcg_at_10"] == pytest.approx((1 / np.log2(3) + 1 / (1 + 1 / np.log2(3))) / 2)
     assert not {"exact_match", "kilt_r_precision", "recall_at_20"} & set(summary)
     few = [{**one, "retrieved": retrieved[:1]} for one in rows]
-    assert set(metrics.summarize(few)) == {"n", "recall_at_1", "all_gold_at_1", "gold_share_at_1"}  # not deep enough
+    assert set(metrics.summarize(few)) == {"n", "recall_at_1", "all_gold_at_1", "gold_share_at_1"}  # too few retrieved
 
 
 def test_several_gold_passages() -> None:
@@ -134,7 +134,7 @@ def test_several_gold_passages() -> None:
     assert (summary["recall_at_5"], summary["all_gold_at_5"]) == (1, 2 / 3)
     assert summary["gold_share_at_1"] == pytest.approx((1 + 1 / 2 + 0) / 3)
     assert summary["gold_share_at_5"] == pytest.approx((1 + 1 + 2 / 3) / 3)
-    assert not [name for name in metrics.summarize(rows[:1]) if "all_gold" in name]  # nobody needs several
+    assert not [name for name in metrics.summarize(rows[:1]) if "all_gold" in name]  # none needs several
 
 
 def test_the_rule_of_a_language_is_that_of_all_figures() -> None:
@@ -155,7 +155,7 @@ def test_kilt_counts_answers_only_with_the_right_pages() -> None:
         answered(" cat ", ["cat"], **right),
         answered("a big cat", ["cat"], **right),
         answered("cat", ["cat"], **wrong),
-        answered("cat", ["cat"], **right | {"gold_documents": [[], ["x"], ["a"]]}),  # the best of the ways
+        answered("cat", ["cat"], **right | {"gold_documents": [[], ["x"], ["a"]]}),  # the best of the outputs
         answered("cat", ["cat"], **right | {"gold_documents": [[]]}),  # no page is known
     ]
     summary = metrics.summarize(rows, names=("kilt", "exact_match"))
@@ -163,7 +163,7 @@ def test_kilt_counts_answers_only_with_the_right_pages() -> None:
         "n": 6,
         "exact_match": 5 / 6,
         "kilt_r_precision": 4 / 5,
-        "kilt_accuracy": 2 / 5,  # the very letters
+        "kilt_accuracy": 2 / 5,  # equal letter by letter
         "kilt_exact_match": 3 / 5,
         "kilt_f1": pytest.approx((1 + 1 + 2 / 3 + 1) / 5),
     }

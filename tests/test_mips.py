@@ -34,7 +34,7 @@ def search_on(
         return tuple(np.asarray(x) for x in mips.search(jnp.asarray(queries), jnp.asarray(index), k, **options))
     mesh = sharding.make_mesh(devices=jax.devices()[:n_devices])
     rows = sharding.shard_rows(mesh, index, 0)  # padding scores 0: better than half of the random rows
-    options |= {name: sharding.shard_rows(mesh, x, 1) for name, x in arrays.items()}  # padding that would be live
+    options |= {name: sharding.shard_rows(mesh, x, 1) for name, x in arrays.items()}  # padding rows would be valid
     found = mips.search(jnp.asarray(queries), rows, k, mesh=mesh, n_valid=len(index), **options)
     return tuple(np.asarray(x) for x in found)
 

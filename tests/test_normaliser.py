@@ -53,7 +53,7 @@ def test_a_shift_of_all_embeddings_changes_nothing(own: bool, stale: float, size
     np.testing.assert_allclose(logp(shift_E), logp(jnp.zeros(E)), rtol=1e-5, atol=3e-5)
     np.testing.assert_allclose(jax.jacrev(logp)(shift_E), 0, atol=1e-5)
     still = jax.jacrev(lambda c: found(q_BE, x_NE, now_NE.at[found(q_BE, x_NE, now_NE)[1]].add(c))[0])(jnp.zeros(E))
-    np.testing.assert_allclose(still, 0, atol=1e-5)  # the same of the retrieved alone: all that a step sees
+    np.testing.assert_allclose(still, 0, atol=1e-5)  # likewise among the retrieved alone
 
 
 @settings(max_examples=15)

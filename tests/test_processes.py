@@ -134,7 +134,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_data, tmp_path, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["same", "killed", "sigterm", "damaged"])
 def test_many_processes(part, tmp_path_factory):
-    out = tmp_path_factory.getbasetemp() / "many"  # one for all parts
+    out = tmp_path_factory.getbasetemp() / "many"  # one directory for all parts
     command = [sys.executable, ROOT / "scripts/many_processes.py", "--out", out, "--only", part]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     assert subprocess.run(command, env=environment, check=False).returncode == 0

@@ -89,7 +89,7 @@ def test_candidates_are_scored_as_by_the_whole_forward_pass(kind, wave, width, m
     rng = np.random.default_rng(3)
     C = 7
     tokens = rng.integers(3, V, (B, C, T))
-    tokens[:, 1:4, :3] = tokens[:, :1, :3]  # four share their beginning
+    tokens[:, 1:4, :3] = tokens[:, :1, :3]  # four candidates have a common beginning
     tokens[:, 4] = tokens[:, 5]
     tokens[..., 0] = c.start_id
     for i, end in enumerate((2, 4, 6, 7, 3, 3, 6)):
@@ -309,7 +309,7 @@ def test_candidates_that_cannot_win_are_not_scored(start, returned, monkeypatch)
     (few, a), (unsure, c), (all_, b), (every, d) = counts
     equal(a, b)
     equal(c, d)
-    assert unsure <= every and (few < all_ or returned > 1)  # the second best is seldom sure
+    assert unsure <= every and (few < all_ or returned > 1)  # the second-best answer is seldom decided early
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0, 300.0])
@@ -323,7 +323,7 @@ def test_the_sum_over_documents_is_exact_for_the_least_likely_token(spread, bias
     """
     rng = np.random.default_rng(0)
     X, K, M, D, scale = 2, 3, 4, 8, 0.5
-    states = (rng.normal(0, 8, (X, K, M, D)).round() / 8).astype(np.float32)  # so that their products are exact
+    states = (rng.normal(0, 8, (X, K, M, D)).round() / 8).astype(np.float32)  # so that their matmul is exact
     states[..., 0] = 1.0
     kernel = (rng.normal(0, 4 * spread, (vocabulary, D)).round() / 4).astype(np.float32)
     kernel[:, 0] += shift

@@ -143,4 +143,4 @@ def test_regular_expressions_are_judged_as_such(tmp_path):
 def test_no_placeholder_is_left(tmp_path):
     text = pages.written(tmp_path, pages.hostile_rows()).read_text(encoding="utf-8")
     assert re.findall(r"\{\{(\w+)\}\}", text) == ["data", "script"] * (text.count("{{data}}"))
-    assert text.count("{{data}}") >= 1  # those of a hostile text, which is not filled in
+    assert text.count("{{data}}") >= 1  # the hostile text contains it, and is not substituted

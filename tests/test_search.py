@@ -132,7 +132,7 @@ def test_exact_equals_brute_force(n_devices: int, n_questions: int) -> None:
 
 def test_exact_takes_an_index_that_is_on_the_devices() -> None:
     embeddings, _ = passages()
-    rows = sharding.shard_rows(mesh(), embeddings, 9.0)  # padding that would win
+    rows = sharding.shard_rows(mesh(), embeddings, 9.0)  # padding rows would have the best scores
     found = Exact(rows, mesh(), SOURCE, n_valid=N).search(questions(), N + 1)
     for mine, other in zip(found, exact().search(questions(), N + 1), strict=True):
         np.testing.assert_array_equal(mine, other)

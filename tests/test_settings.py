@@ -117,7 +117,7 @@ def test_no_key_of_transformers_is_missing():
     assert not set(whole) - set(SETTINGS["config.json of rag"])
     for table in (generation.GENERATION, generation.GENERATION_LM):
         assert not set(hf.GenerationConfig().to_dict()) - set(table)
-    old = hf.GenerationConfig()._get_default_generation_params()  # which config.json had before transformers 5
+    old = hf.GenerationConfig()._get_default_generation_params()  # keys of config.json before transformers 5
     for name in SETTINGS:
         if name.startswith("config.json of"):
             assert not set(old) - set(SETTINGS[name]), name

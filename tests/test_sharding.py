@@ -51,7 +51,7 @@ def test_make_mesh_of_some_devices() -> None:
         ({}, (8, 1, 1)),
         ({"fsdp": 4, "data": -1}, (2, 4, 1)),
         ({"fsdp": 8}, (1, 8, 1)),
-        ({"fsdp": 2, "tensor": 2}, (1, 8, 1)),  # of four devices
+        ({"fsdp": 2, "tensor": 2}, (1, 8, 1)),  # a run on four devices
         ({"data": -1, "fsdp": 16}, (1, 8, 1)),
         ({"data": 4}, (8, 1, 1)),
     ],

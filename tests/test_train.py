@@ -134,7 +134,7 @@ def test_a_finished_run_started_again_does_nothing(tiny_data, tiny_run, capsys):
     expected = json.loads((tiny_data / "result.json").read_text())
     del expected["stderr"]
     found = json.loads(captured.out)
-    assert abs(found.pop("training_seconds") - expected.pop("training_seconds")) < 5  # the last checkpoint says less
+    assert abs(found.pop("training_seconds") - expected.pop("training_seconds")) < 5  # the checkpoint has less
     assert found == expected and "all 110 steps are done" in captured.err
     assert files == {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*") if path.is_file()}
 
@@ -193,7 +193,7 @@ def test_one_stage_from_the_parameters_of_another_run(tiny_data, tiny_run, tmp_p
     jax.tree.map(np.testing.assert_array_equal, before["generator"], after["generator"])
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before["question_encoder"], after["question_encoder"])
     assert 1e-4 < max(jax.tree.leaves(moved)) < 0.1
-    assert result["last"]["loss"] < rows(tiny_run)[0]["loss"] - 0.3  # from where the other run had come
+    assert result["last"]["loss"] < rows(tiny_run)[0]["loss"] - 0.3  # it starts where the other run ended
     said = refused(capsys, tiny_data, run, *words)
     assert f"init: {str(tiny_run)!r} there, '' now" in said
 

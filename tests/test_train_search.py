@@ -72,7 +72,7 @@ def test_trains(mode, tiny_data, tiny_run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "scann"])  # ScaNN's threads train other leaves
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "scann"])  # ScaNN's training is not deterministic
 def test_killed_and_resumed_is_uninterrupted(mode, tiny_data, tiny_run, tmp_path):
     said = words(mode, tiny_run)
     tiny.train(tiny_data, tmp_path / "whole", *said)
@@ -149,7 +149,7 @@ def test_killed_and_resumed_with_a_given_bfloat16_index_on_the_host(kind, tiny_d
     said = [*words(kind, tiny_run), "--set", "stages.joint.refresh=8", "--set", f"index={index}"]
     said += ["--set", "checkpoint_every=5", "--set", "log_every=5"]
     tiny.train(tiny_data, tmp_path / "whole", *said)
-    for step in (5, 10):  # with the rows that were given, and with those made at step 8
+    for step in (5, 10):  # with the given rows, and with those rebuilt at step 8
         config = ["--config", f"{tiny.__file__}:{tiny_data}", "--run", tmp_path / "run"]
         process = tiny.start("train", *config, *said)
         while process.poll() is None and last_step(tmp_path / "run") < step:
@@ -195,7 +195,7 @@ def test_answers_with_every_search(kind, tiny_data, tiny_run, tmp_path):
         np.testing.assert_allclose([p.prior for p in by_search[0].passages], expected, rtol=1e-4)
         kept = list((run / "search").iterdir())
         assert len(kept) == 1
-        again = Pipeline.from_run(run, search=SearchConfig(kind=kind))  # from what was kept
+        again = Pipeline.from_run(run, search=SearchConfig(kind=kind))  # from the index on disk
         assert again.answer(questions, cfg) == found
 
 

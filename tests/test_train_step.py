@@ -226,7 +226,7 @@ def test_in_graph_is_on_host(params, batch, corpus, mesh, index, joint, variant)
     loss, expected, *_ = by_hand(params, batch, corpus, variant, stored, stored)
     np.testing.assert_allclose(value, loss, rtol=1e-4)
     assert_metrics(metrics, expected)
-    assert 0 < expected["recall_at_3"] < 1 and expected["unique_documents"] < 1  # or the comparison says little
+    assert 0 < expected["recall_at_3"] < 1 and expected["unique_documents"] < 1  # for a telling comparison
 
 
 def test_passages_that_train_are_embedded_afresh(params, batch, corpus, mesh, index, joint):
@@ -322,7 +322,7 @@ def test_prior_over_the_whole_corpus(params, batch, corpus, mesh, index, joint, 
     np.testing.assert_allclose(value - plain, np.mean(missing), rtol=1e-3)
     np.testing.assert_allclose(metrics["prior_mass"], np.exp(-np.array(missing)).mean(), rtol=1e-3)
     assert 0.05 < metrics["prior_mass"] < 0.99
-    if trains_passages:  # to shift all rows of the table shifts all embeddings alike
+    if trains_passages:  # a shift of all rows of the table shifts all embeddings
         context = np.asarray(gradients["context_encoder"], np.float64)
         assert np.abs(context.sum(0)).max() < 1e-4 * np.abs(context).sum(0).min()
     # a step along the gradient changes the loss by what the gradient says
@@ -607,7 +607,7 @@ def test_denoise_on_host(params, corpus, mesh, chunk, smoothing):
         for dims in re.findall(r"f32\[([\d,]+)\]", text)
         if math.prod(map(int, dims.split(","))) == B * 48 * len(table)
     }
-    assert bool(logits) == (chunk == 0), logits  # all logits exist only where they are asked for
+    assert bool(logits) == (chunk == 0), logits  # whole logits exist only without chunks
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

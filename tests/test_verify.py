@@ -173,7 +173,7 @@ def test_manifests_of_wrong_types(field, value, made, tmp_path):
         return corpus[0], corpus.rows([corpus[0].id]), len(corpus.encoder_ids[:])
 
     if (field, value) in (("hash", "x"),):
-        read()  # a hash like any other
+        read()  # any text is accepted as a hash
         return
     with pytest.raises(files.InputError, match=r"corpus/.*again"):
         read()

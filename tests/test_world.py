@@ -256,7 +256,7 @@ def test_workers_do_not_change_the_bytes(tmp_path: Path) -> None:
 
 def test_memory_is_flat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "_CHUNK", 20)
-    monkeypatch.setattr(world, "_name", world._name.__wrapped__)  # the cache fills up to a fixed size
+    monkeypatch.setattr(world, "_name", world._name.__wrapped__)  # the cache may grow to its fixed size
     stream = world._chunks(World(10_000_000, 0), workers=1)
     tracemalloc.start()
     try:

@@ -50,7 +50,7 @@ def test_the_files_say_what_was_found(tmp_path):
         "| 1 (gold) | 0.750 | 0.125 | **Velor** The",
     ):  # fmt: skip
         assert part in page, part
-    assert page.count(", right (wanted: Velor)") == 3  # some of each
+    assert page.count(", right (wanted: Velor)") == 3  # some answers are right and some wrong
     assert "Seed" not in page
     assert compare.read(tmp_path).rows.keys() == {row["id"] for row in rows}
 
