@@ -23,7 +23,7 @@ LINE_SECONDS = 10.0
 BAR_SECONDS = 0.2
 
 _now = time.monotonic
-_silent = threading.Event()  # like stderr itself, one for the whole process
+_silent = threading.Event()  # global, like stderr itself
 
 
 _stamp: list[str] = []  # one text between the time and a line; an empty list: lines have no time either

@@ -67,7 +67,7 @@ def remove_torn(directory: Path) -> None:
 
 
 _shown = warnings.showwarning
-_told: set[str] = set()  # like stderr itself, one for the whole process
+_told: set[str] = set()  # global, like stderr itself
 
 
 def _once(
