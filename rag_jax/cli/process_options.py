@@ -6,7 +6,7 @@ from rag_jax.system.distributed import Processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--coordinator, --processes, --process; --distributed auto. (--verbose is an option of every command.)"""
+    """Adds --coordinator, --processes, --process and --distributed auto; --verbose is an option of every command."""
     group = parser.add_argument_group("several processes (the same command on each)")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, the same on all of them")
     group.add_argument("--processes", type=int, metavar="P", help="how many there are")
