@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Cases that tests/repeats.py does not name are slow; a pattern there that no case has is an error."""
     cases: dict[str, list[str]] = {}
     for item in items:
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
     for test, there in cases.items():
         unknown = [pattern for pattern in QUICK[test] if not fnmatch.filter(there, pattern)]
-        if unknown and len(there) > 1:  # one alone was asked for by its name
+        if unknown and not any("[" in argument for argument in config.args):  # single cases were asked for
             raise pytest.UsageError(f"tests/repeats.py: {test} has no case {unknown[0]}")
 
 
