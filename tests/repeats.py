@@ -14,11 +14,11 @@ QUICK: Mapping[str, Sequence[str]] = {
         "bart-lm_head", "bart-model.shared", "mbart-model.decoder.embed_tokens", "t5-shared", "t5-lm_head",
         "gpt2-lm_head",
     ),
-    "test_decode_parity.py::test_the_same_tokens": ("Sequence-0", "Sequence-3", "Token-0", "Token-4"),
+    "test_decode_parity.py::test_the_same_tokens": ("Sequence-0", "Token-4"),
     "test_encoder_files.py::test_prompts_are_read_before_questions_and_passages": ("cls-True", "mean-False"),
     "test_fused_attention.py::test_decoding_steps_do_not": ("bart-sequence-2", "lm-token-4", "t5-token-4"),
     "test_generation_parity.py::test_the_same_answers": (
-        "bart_forced", "bart_suppress", "gpt2_beams", "llama_ends", "mbart_language", "t5_other_start",
+        "bart_forced", "bart_suppress", "llama_ends", "mbart_language", "t5_other_start",
     ),
     "test_losses.py::test_a_chunk_of_the_vocabulary_at_a_time_gives_the_same_and_so_does_its_gradient": (
         "*-0.1", "3-1-1-*-0.0",
@@ -31,6 +31,8 @@ QUICK: Mapping[str, Sequence[str]] = {
     "test_mips.py::test_results_cut_as_the_batch_is": (
         "8-float32-shape1", "8-int8-shape0", "24-float32-shape0", "24-int8-shape2",
     ),
+    "test_live_corpus.py::test_another_index_is_swapped_in_without_compiling": ("int8",),
+    "test_models.py::test_rematerialisation_changes_no_gradient": ("Bert-*",),
     "test_parity.py::test_generators": ("*-0",),
     "test_parity.py::test_rag": ("bart-Sequence-0", "t5-Token-0"),
     "test_pretrained.py::test_generators_give_the_numbers_of_torch": (
@@ -41,7 +43,7 @@ QUICK: Mapping[str, Sequence[str]] = {
     "test_pretrained.py::test_parts_become_one_model_and_parts_again": ("mbart", "gpt2", "t5_gated"),
     "test_pretrained.py::test_rag_goes_there_and_back": ("True-rag_sequence", "False-rag_token_t5"),
     "test_pretrained.py::test_random_damage_is_never_a_model": ("0", "1", "2", "3"),
-    "test_rag.py::test_any_generator_answers": ("lm-3", "t5-1"),
+    "test_rag.py::test_any_generator_answers": ("lm-3",),
     "test_rag.py::test_rag_sequence_answers_by_candidates": ("1-thorough", "3-fast"),
     "test_rag_decode.py::test_candidates_are_scored_as_by_the_whole_forward_pass": (
         "1-3-lm", "3-4-t5", "9-100-bart",
