@@ -465,6 +465,9 @@ def test_bad_input_of_evaluate_writes_nothing(tiny_data, run, tmp_path, capsys):
     for words, message in (
         (["--n-docs", 41], "n_docs=41, but the corpus has 40 passages"),
         (["--num-beams", 0], "num_beams=0"),
+        (["--set", "start_id=-2"], "start_id=-2 must be an id of the 600 tokens of the generator; -1: the model's"),
+        (["--set", "forced_eos_id=600"], "forced_eos_id=600 must be"),
+        (["--set", "end_ids=[2, 700]"], "end_ids[1]=700 must be"),
         (["--limit", -2], "--limit -2"),
         (
             ["--limit", 8, "--set", "max_length=5000"],

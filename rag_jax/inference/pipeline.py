@@ -115,6 +115,17 @@ def options_of(cfg: AnswerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return options | {"bad_words": (*words, *cfg.bad_word_ids)}
 
 
+def check_ids(cfg: AnswerConfig, vocab_size: int) -> None:
+    """InputError for a special token that is not in the vocabulary, and for a start that is none."""
+    named = {f"end_ids[{i}]": (token, 0) for i, token in enumerate(cfg.end_ids)}
+    named |= {"start_id": (cfg.start_id, MODELS)}
+    named |= {name: (getattr(cfg, name), NOTHING) for name in ("forced_bos_id", "forced_eos_id")}
+    for name, (token, least) in named.items():
+        if not least <= token < vocab_size:
+            special = {0: "", MODELS: "; -1: the model's", NOTHING: "; -1: the model's, -2: none"}[least]
+            raise InputError(f"{name}={token} must be an id of the {vocab_size} tokens of the generator{special}")
+
+
 def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Token sequences of words, each as it is tokenised at the start of a text and after a space."""
     both = [text for word in words for text in (word.strip(), f" {word.strip()}")]
@@ -166,6 +177,7 @@ def decoding_of(loaded: runs.Loaded, cfg: AnswerConfig) -> tuple[dict[str, Any],
         return {}, None
     model, tree = loaded.rag.config, None
     reader = model.reader  # InputError for a retriever alone
+    check_ids(cfg, reader.vocab_size)
     options = options_of(cfg, loaded.corpus.generator_tokenizer)
     if cfg.allowed_answers:
         tree = decoding_search.prefix_tree(allowed_ids(loaded, cfg.allowed_answers, cfg.max_length), reader.eos_id)
