@@ -158,6 +158,14 @@ def test_user_errors(words: tuple[str, ...], says: str, capsys: pytest.CaptureFi
     assert status == 2 and out == "" and says in err
 
 
+def test_a_bfloat16_model_is_counted_for_gpus_without_cudnn() -> None:
+    """Its attention would be cuDNN's there, which cannot be traced where it is not installed."""
+    cfg = tiny_config()
+    parts = {name: dataclasses.replace(getattr(cfg.model, name), dtype="bfloat16") for name in ("encoder", "generator")}
+    made = report(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **parts)), "h100:8", "encode")
+    assert made.flops["bfloat16"] > 0
+
+
 @pytest.mark.parametrize("where", ["v5e:4x8", "v5p:2x2x4", "tpu7x:2x2x2", "h100:8"])
 def test_meshes_of_devices_that_are_not_there(where: str) -> None:
     place = hardware.topology(where)

@@ -44,6 +44,7 @@ def for_gpu(monkeypatch: pytest.MonkeyPatch):
     """The number of forward calls of cuDNN's attention in a function lowered for a GPU."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(sharding, "platform", lambda mesh=None: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
     def count(function, *arguments) -> int:
         jax.clear_caches()

@@ -57,11 +57,12 @@ def _repeated(x_BGXY: jax.Array, copies: int) -> jax.Array:
 def has_fused(query_BHTC: jax.Array, sources: Sequence[Source]) -> bool:
     """Whether cuDNN's attention, which never writes the scores to memory, supports these arguments.
 
-    It needs a program for a GPU, 2-byte types, one source, even lengths, and C a multiple of 8 and at most 128.
+    It needs a program for a GPU, 2-byte types, one source, even lengths, and C a multiple of 8 and at most 128. And a
+    GPU here: a program that is only counted, for GPUs elsewhere, cannot be traced without cuDNN.
     """
     T, C, L = *query_BHTC.shape[2:], sources[0][0].shape[3]
     fits = len(sources) == 1 and T % 2 == 0 and L % 2 == 0 and C % 8 == 0 and C <= 128
-    return fits and query_BHTC.dtype.itemsize == 2 and sharding.platform() == "gpu"
+    return fits and query_BHTC.dtype.itemsize == 2 and sharding.platform() == jax.default_backend() == "gpu"
 
 
 def fused_attention(
