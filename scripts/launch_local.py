@@ -1,6 +1,6 @@
 """Runs one command as several processes on this machine, as it would run on several hosts.
 
-    python scripts/launch_local.py --processes 4 --devices 8 -- train --config configs/world.py --run runs/world
+    python scripts/launch_local.py --processes 2 --devices 4 -- train --config configs/world.py --run runs/world
     python scripts/launch_local.py --processes 4 --gpus 8 -- train --config configs/squad.py --run runs/squad
 
 --devices: so many fake CPU devices are divided among the processes, to try a mesh. --gpus: so many GPUs are divided

@@ -2,7 +2,7 @@
 # Runs a command of rag-jax on several nodes of a Slurm cluster, one process a node. When it is preempted, or its time
 # ends, it saves a checkpoint, and the job is put back into the queue and resumes from there.
 #
-#   sbatch --nodes 4 --gpus-per-node 8 scripts/launch_slurm.sh train --config configs/world.py --run /shared/runs/world
+#   sbatch --nodes 4 --gpus-per-node 8 scripts/launch_slurm.sh train --config configs/nq_rag_token.py --run /shared/runs/nq
 #
 # The run directory, the corpus and the questions must be on a file system that all nodes share.
 #

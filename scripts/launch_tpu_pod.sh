@@ -2,7 +2,7 @@
 # Runs a command of rag-jax on every host of a Cloud TPU pod slice.
 #
 #   TPU=my-slice ZONE=us-east5-b DIRECTORY=/mnt/shared/rag_jax \
-#       scripts/launch_tpu_pod.sh train --config configs/world.py --run /mnt/shared/runs/world
+#       scripts/launch_tpu_pod.sh train --config configs/nq_rag_token.py --run /mnt/shared/runs/nq
 #
 # TPU        name of the slice (it exists: gcloud compute tpus tpu-vm create ...)
 # ZONE       its zone

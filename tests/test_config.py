@@ -274,7 +274,7 @@ def test_a_list_of_stages_and_a_section_must_be_that(tmp_path):
         (["stages.read.source_length=161"], "stage read: source_length=161 is more than the 160 positions"),
         (["stages.read.window=32"], "stage read: source_length=64 has no room for a window of 32 tokens"),
         (["stages.joint.source_length=32"], "stage joint: source_length=32 has no room for a window of 0 tokens"),
-        (["stages.joint.optimizer.warmup_steps=20"], "warmup_steps=20 must be fewer than the stage's steps=20"),
+        (["stages.joint.optimizer.warmup_steps=20"], "stage joint: optimizer: warmup_steps=20 must be fewer than"),
         (["stages.joint.optimizer.groups.reader=1.0"], "unknown parameter groups ['reader']"),
         (["stages.read.optimizer.groups.generator=0.0"], "stage read: optimizer.groups trains nothing"),
         (

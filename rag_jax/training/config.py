@@ -168,8 +168,11 @@ def check_stage(cfg: TrainConfig, stage: StageConfig, retriever_losses: Mapping[
     check_refresh(cfg, stage, where)
     check_generator(cfg, stage, where)
     stage.objective.check(stage, cfg, where)
-    optimizer.schedule(stage.optimizer, stage.steps)
-    optimizer.check(stage.optimizer)
+    try:
+        optimizer.schedule(stage.optimizer, stage.steps)
+        optimizer.check(stage.optimizer)
+    except InputError as error:
+        raise InputError(f"{where}optimizer: {error}") from error
     trained, may = trained_groups(stage), stage.objective.groups
     if not trained or trained - may:
         raise InputError(
