@@ -321,7 +321,9 @@ def check_index(session, upkeep, params, step, n_old):
         np.testing.assert_allclose(made, d, atol=tolerance)
     cfg = pipelines.AnswerConfig(n_docs=corpus.n_live, n_retrieved=99, batch=8, retrieval_only=True)
     found = pipelines.answer_questions(session.location, params, index, ["What of Entity n0?"], cfg)[0]
-    assert sorted(found.retrieved) == sorted(ids(corpus)) and "n0" in found.retrieved
+    assert "n0" in found.retrieved and set(found.retrieved) <= set(ids(corpus))
+    if session.cfg.search.kind != "bm25":  # BM25 leaves out what shares no word with the question
+        assert sorted(found.retrieved) == sorted(ids(corpus))
 
 
 @pytest.mark.slow
