@@ -7,20 +7,19 @@ docs/extending.md, from tests/test_extending.py.
 
 import argparse
 import ast
-import importlib
 import re
 import sys
 from pathlib import Path
 
 from rag_jax import __main__ as main
-from rag_jax.cli import bench
 
 DOCS = Path(__file__).resolve().parent
 EXERCISES = DOCS.parent / "tests" / "test_extending.py"
 HEAD = """# Command line
 
 Written by `python docs/generate.py` from the argument parsers. Every command has `--help` with an example, and `--json`
-prints its result as one JSON object on standard output; all else goes to standard error. Exit status: 0, or 2 for bad
+prints its result as one JSON object on standard output; all else goes to standard error. `--verbose` prints all of the
+result, and with several processes the lines of each. Exit status: 0, or 2 for bad
 usage and input, with one line that says what is wrong and what to do (`verify`: also 2 where something is damaged), 130
 when interrupted. How the options work together is on the pages of the guides.
 """
@@ -29,17 +28,11 @@ BLOCK = re.compile(r"(<!-- tests/test_extending\.py: ([\w, ]+) -->\n)```python\n
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of every command, by what follows `rag-jax`."""
-    made = {}
-    for name, (module, text) in main.COMMANDS.items():
-        parser = argparse.ArgumentParser(prog=f"rag-jax {name}", description=text)
-        parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-        importlib.import_module(module).configure(parser)
-        made[name] = parser
-    for name, (module, text) in bench.BENCHES.items():
-        parser = argparse.ArgumentParser(prog=f"rag-jax bench {name}", description=text)
-        parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-        module.configure(parser)
-        made[f"bench {name}"] = parser
+    made = {name: main.parser_of(name)[1] for name in main.COMMANDS}
+    for name, parser in list(made.items()):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                made |= {f"{name} {kind}": below for kind, below in action.choices.items()}
     return made
 
 
@@ -72,7 +65,7 @@ def options(parser: argparse.ArgumentParser) -> list[str]:
         shown = [
             action
             for action in group._group_actions
-            if action.help != argparse.SUPPRESS and action.dest not in ("help", "json", "what")
+            if action.help != argparse.SUPPRESS and action.dest not in ("help", "json", "verbose", "what")
         ]
         if not shown:
             continue
@@ -96,7 +89,7 @@ def command_line() -> str:
 
 
 def pieces(names: list[str]) -> str:
-    """Functions and classes of tests/test_extending.py as they stand there, decorators included."""
+    """The source text of functions and classes of tests/test_extending.py, with their decorators."""
     source = EXERCISES.read_text(encoding="utf-8")
     lines, found = source.splitlines(), {}
     for node in ast.parse(source).body:
@@ -112,15 +105,15 @@ def extending(text: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """What the generated pages should be."""
+    """The generated pages, as they should be now."""
     page = DOCS / "extending.md"
     return {DOCS / "command-line.md": command_line(), page: extending(page.read_text(encoding="utf-8"))}
 
 
 if __name__ == "__main__":
-    old = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    new = {path: text for path, text in pages().items() if not path.exists() or path.read_text("utf-8") != text}
     if "--check" in sys.argv[1:]:
-        sys.exit(f"not up to date, run python docs/generate.py: {', '.join(map(str, old))}" if old else 0)
-    for path in old:
-        path.write_text(pages()[path], encoding="utf-8")
+        sys.exit(f"not up to date, run python docs/generate.py: {', '.join(map(str, new))}" if new else 0)
+    for path, text in new.items():
+        path.write_text(text, encoding="utf-8")
         print(path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_jax import __version__
+from rag_jax.cli import output_options
 from rag_jax.errors import InputError
 from rag_jax.system import disk_errors, malloc, paths, plain_text, program_cache
 
@@ -56,18 +57,21 @@ def help_text() -> str:
     return "\n".join([*head, "", "Retrieval-augmented generation in JAX and Flax.", "", *lines, "", example])
 
 
-def parse(name: str, argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
-    """The module of a command and its parsed arguments; exits with status 2 on bad usage."""
+def parser_of(name: str) -> tuple[Any, argparse.ArgumentParser]:
+    """The module of a command and the parser of its arguments."""
     module_name, text = COMMANDS[name]
     parser = argparse.ArgumentParser(
         prog=f"rag-jax {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on standard output")
-    parser.add_argument(
-        "--verbose", action="store_true", help="print all of the result; with several processes, the lines of each"
-    )
+    output_options.add_arguments(parser)
     module = importlib.import_module(module_name)
     module.configure(parser)
+    return module, parser
+
+
+def parse(name: str, argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
+    """The module of a command and its parsed arguments; exits with status 2 on bad usage."""
+    module, parser = parser_of(name)
     args = parser.parse_args(argv)
     for option, value in vars(args).items():
         setattr(args, option, [found(one) for one in value] if isinstance(value, list) else found(value))

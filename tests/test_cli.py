@@ -40,9 +40,15 @@ def test_help_of_every_command_has_an_example(name: str, capsys: pytest.CaptureF
         cli.main([name, "--help"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    assert cli.COMMANDS[name][1] in out and "--json" in out
+    assert cli.COMMANDS[name][1] in out and "--json" in out and "--verbose" in out
     assert f"rag-jax {name} " in out[out.index("--json") :], "the epilog shows an example"
     assert callable(importlib.import_module(cli.COMMANDS[name][0]).run)
+
+
+@pytest.mark.parametrize("words", [["train"], ["--json", "train"], ["train", "--json", "--verbose"]])
+def test_options_of_output_stand_before_and_after_a_benchmark(words: list[str]) -> None:
+    _, args = cli.parse("bench", words)
+    assert (args.json, args.verbose) == ("--json" in words, "--verbose" in words)
 
 
 @pytest.mark.parametrize("start", [[SCRIPT], [sys.executable, "-m", "rag_jax"]])

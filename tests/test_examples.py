@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wheels
 from conftest import ROOT
 
 from rag_jax import __main__ as cli
@@ -114,19 +115,11 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     that of this one.
     """
     folder = tmp_path_factory.mktemp("examples")
-    source = folder / "source"  # a build leaves folders behind
-    for name in ("rag_jax", "configs"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip"]
-    build = [*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(source)]
-    subprocess.run(build, check=True, capture_output=True)
-    shutil.rmtree(source)
-    (wheel,) = folder.glob("*.whl")
+    wheel = wheels.build(folder)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
     python = folder / "env/bin/python"
-    install = [*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    install = [*pip, "install", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     (site,) = (folder / "env/lib").glob("python*/site-packages")
     # A path in a .pth file comes after the environment's own packages, and the .pth files in it are not read, so that

@@ -1,6 +1,5 @@
 """An installed wheel: every module, the templates, the types, and the configurations by name."""
 
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -8,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import wheels
 from conftest import ROOT
 
 
@@ -20,15 +20,7 @@ def test_every_package_is_named() -> None:
 
 @pytest.mark.slow
 def test_a_wheel_works_away_from_the_repository(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # a build leaves folders behind
-    for name in ("rag_jax", "configs"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(wheels.build(tmp_path)) as archive:
         archive.extractall(tmp_path / "site")
     for name in ("py.typed", "configs/world.py", "evaluation/report/templates/report.html"):
         assert (tmp_path / "site/rag_jax" / name).is_file(), name

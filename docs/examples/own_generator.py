@@ -102,7 +102,7 @@ class LinenConfig(SpecialTokens):
 
 @dataclass(frozen=True)
 class NnxConfig(LinenConfig):
-    """The same for the NNX model."""
+    """The configuration of the NNX model."""
 
     kind: Literal["my_nnx"] = "my_nnx"  # type: ignore[assignment]
 

@@ -128,7 +128,7 @@ def rival(load: Load, ours: Ours, batches: list[Batch], directory: str) -> tuple
 
 
 def rates(load: Load, times: list[float], flops: float, limit: float) -> dict[str, Any]:
-    """What the times of one side come to."""
+    """Step times of one side, with rates and the fraction of the limit."""
     median = statistics.median(times)
     return {
         "seconds": spread(times),

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from rag_jax.cli import bench_decode, bench_encode, bench_search, bench_train
+from rag_jax.cli import bench_decode, bench_encode, bench_search, bench_train, output_options
 
 BENCHES = {
     "train": (
@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, (module, text) in BENCHES.items():
         kind = kinds.add_parser(name, help=text, description=text)
-        kind.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object")
+        output_options.add_arguments(kind, default=argparse.SUPPRESS)
         module.configure(kind)
     parser.epilog = "example: rag-jax bench decode --load medium"
 

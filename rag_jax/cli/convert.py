@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def text(made: dict[str, Any]) -> str:
-    """What a reader wants first: the model, what was taken from which file and what was not, what comes next."""
+    """The printed summary: the model, settings taken and left out by file, and a hint at the next command."""
     lengths = f"{made['question_length']} and {made['passage_length']} tokens"
     lines = [
         f"{made['out']}: RAG-{made['variant'].capitalize()}, {made['parameters']:,} parameters",

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def text(result: dict[str, Any], corpus: Corpus) -> str:
-    """What a reader wants first: how much there is, what was cut, what comes next."""
+    """The printed summary: passages, cuts and bad lines, and a hint at the next command."""
     lines = [f"{result['out']}: {result['n_passages']:,} passages in {result['seconds']:,.1f} s"]
     for role, length in (("encoder", corpus.encoder_ids.shape[1]), ("generator", corpus.generator_ids.shape[1])):
         cut = result["truncated"][role]

@@ -14,7 +14,7 @@ from rag_jax.system import distributed
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory of rag-jax train")
     parser.add_argument("--corpus", type=Path, required=True, help="corpus tokenised as the run's corpus was")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the job: a new one, or one to go on with")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the job: a new one, or one to resume")
     parser.add_argument(
         "--shard-rows", type=int, default=encode_job.SHARD_ROWS, metavar="N", help="passages a file (%(default)s)"
     )

@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def text(report: dict[str, Any], out: Path) -> str:
-    """What a reader wants first: what was asked of what, the main figures with their intervals, where the rest is."""
+    """The printed summary: questions and setting, the main figures with their intervals, and the report's files."""
     how = "closed book" if report["closed_book"] else f"{report['n_docs']} passages read of {report['n_retrieved']}"
     how = f"the right passages first, {how}" if report["oracle"] else how
     model = "retrieval alone" if report["retrieval_only"] else f"RAG-{report['variant'].capitalize()}"

@@ -21,9 +21,7 @@ SHOWN = 5  # figures of the dev questions that are printed at the end
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENT")
-    parser.add_argument(
-        "--run", required=True, type=Path, help="run directory; an unfinished run in it is gone on with"
-    )
+    parser.add_argument("--run", required=True, type=Path, help="run directory; an unfinished run in it is resumed")
     parser.add_argument("--stage", action="append", default=[], help="train only this stage (may be repeated)")
     parser.add_argument(
         "--init", type=Path, help="start from the parameters of this run directory or converted checkpoint"
@@ -64,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def text(result: dict[str, Any]) -> str:
-    """What a reader wants first: how far it is, the figures of the last log line, what comes next."""
+    """The printed summary: progress, the figures of the last log line, and a hint at the next command."""
     run, last = result["run"], result.get("last", {})
     if result.get("preempted"):
         return f"{run}: stopped after step {result['steps']:,} of {result['of']:,}; the same command resumes it"
@@ -72,10 +70,7 @@ def text(result: dict[str, Any]) -> str:
     evaluated = [name for name in last if name.startswith("eval/")][:SHOWN]
     shown = [name for name in ("loss", "step_seconds", "tokens_per_second", *evaluated) if name in last]
     width = max(map(len, shown), default=0) + 2
-    lines += [
-        f"{name:<{width}}{last[name]:,.{0 if last[name] >= 1000 else 4}{'f' if last[name] >= 1000 else 'g'}}"
-        for name in shown
-    ]
+    lines += [f"{name:<{width}}{format(last[name], ',.0f' if last[name] >= 1000 else '.4g')}" for name in shown]
     return "\n".join([*lines, f"every log line: {run}/metrics.jsonl; next: rag-jax evaluate {run}"])
 
 

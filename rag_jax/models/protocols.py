@@ -13,17 +13,14 @@ from rag_jax.ops.kv_cache import KeyValues, Tree
 Pooling = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 
 
-class EncoderConfig(Protocol):
-    """Configuration of an encoder, a frozen dataclass.
+class ModelConfig(Protocol):
+    """Configuration of an encoder or a generator, a frozen dataclass.
 
-    kind: the family's name in rag.ENCODERS.
+    kind: the family's name in rag.ENCODERS or rag.GENERATORS.
     vocab_size: tokens; 0: as many as the corpus' tokenizer has.
-    positions: longest input in tokens, [CLS] and [SEP] included.
-    output_width: E, the number of dimensions of a vector.
-    dropout, weights_dropout: dropout rates of activations and of attention weights.
-    pooling, vector_norm: how hidden states are pooled, and the length that vectors are scaled to (0: not scaled); an
-      index is only valid for the values that it was built with.
-    init: `lexical` starts from the corpus' inverse document frequencies, `hf` as Hugging Face does.
+    positions: longest input in tokens, [CLS] and [SEP] included; of a generator, longest source and longest target.
+    init: how parameters are drawn. `hf`: as Hugging Face does; `lexical` (encoders): from the corpus' inverse document
+      frequencies; `copy` (generators): with heads that copy, where the family has them.
     dtype: type of the matmuls' operands.
     """
 
@@ -36,6 +33,21 @@ class EncoderConfig(Protocol):
     @property
     def positions(self) -> int: ...
     @property
+    def init(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+class EncoderConfig(ModelConfig, Protocol):
+    """Configuration of an encoder.
+
+    output_width: E, the number of dimensions of a vector.
+    dropout, weights_dropout: dropout rates of activations and of attention weights.
+    pooling, vector_norm: how hidden states are pooled, and the length that vectors are scaled to (0: not scaled); an
+      index is only valid for the values that it was built with.
+    """
+
+    @property
     def output_width(self) -> int: ...
     @property
     def dropout(self) -> float: ...
@@ -45,10 +57,6 @@ class EncoderConfig(Protocol):
     def pooling(self) -> Pooling: ...
     @property
     def vector_norm(self) -> float: ...
-    @property
-    def init(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
 
 
 class Encoder(Protocol):
@@ -65,33 +73,16 @@ class Encoder(Protocol):
         """
 
 
-class GeneratorConfig(Protocol):
-    """Configuration of a generator, a frozen dataclass.
+class GeneratorConfig(ModelConfig, Protocol):
+    """Configuration of a generator.
 
     Special tokens and methods are those of models.special_tokens.SpecialTokens, which it usually inherits.
 
-    kind: the family's name in rag.GENERATORS.
-    vocab_size: tokens; 0: as many as the corpus' tokenizer has.
-    positions: longest source and longest target, in tokens.
     logit_scale: factor of the output layer's matmul.
-    init: `copy` starts with heads that copy, where the family has them, `hf` as Hugging Face does.
-    dtype: type of the matmuls' operands.
     """
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def positions(self) -> int: ...
     @property
     def logit_scale(self) -> float: ...
-    @property
-    def init(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
     @property
     def bos_id(self) -> int: ...
     @property
