@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_softmax, logsumexp
 
-from rag_jax.ops.vocab_loss import Head, Logits, summed_marginal
+from rag_jax.ops.vocab_loss import Logits, OutputLayer, summed_marginal
 
 Prior = Literal["paper", "hf_compat"]
 # Score of a missing document, where a search found fewer than K. Its prior, the exponential, is exactly 0 in float32;
@@ -106,7 +106,7 @@ def posterior_logp(
 
 
 def _sequence_smooth(
-    hidden_BKTD: jax.Array, head: Head, read: Logits, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior
+    hidden_BKTD: jax.Array, head: OutputLayer, read: Logits, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior
 ) -> jax.Array:
     """Label-smoothing term of RAG-Sequence [B]: logsumexp_k of the sum over t and V of log p(v|x,z_k,y_<t).
 
@@ -117,7 +117,7 @@ def _sequence_smooth(
 
 
 def _token_smooth(
-    hidden_BKTD: jax.Array, head: Head, read: Logits, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior
+    hidden_BKTD: jax.Array, head: OutputLayer, read: Logits, prior_BK: jax.Array, mask_BT: jax.Array, prior: Prior
 ) -> jax.Array:
     """Label-smoothing term of RAG-Token [B]: the sum over t and V of the marginal log-probabilities."""
     kernel_VD, bias_V, *how = head
@@ -131,7 +131,7 @@ MARGINALS = {"rag_sequence": (rag_sequence_logp, _sequence_smooth), "rag_token":
 def rag_nll(
     objective: str,
     hidden_BKTD: jax.Array,
-    head: Head,
+    head: OutputLayer,
     targets_BT: jax.Array,
     mask_BT: jax.Array,
     scores_BK: jax.Array,

@@ -34,7 +34,7 @@ from rag_jax.system.configuration import build_fields, one_of
 Params = dict[str, Any]
 
 
-class Family(NamedTuple):
+class ModelFamily(NamedTuple):
     """One family of encoders or generators; models.protocols says what its classes must have.
 
     config: class of its configurations.
@@ -49,11 +49,11 @@ class Family(NamedTuple):
 
 # The keys are the `kind` of model.encoder and of model.generator. A new family is a file in models/ and a row here
 # (and, to read released checkpoints, a file in models/hf/ and a row there).
-ENCODERS: dict[str, Family] = {"bert": Family(BertConfig, Bert)}
-GENERATORS: dict[str, Family] = {
-    "bart": Family(BartConfig, Bart, init_copying.start),
-    "t5": Family(T5Config, T5),
-    "lm": Family(LmConfig, Lm),
+ENCODERS: dict[str, ModelFamily] = {"bert": ModelFamily(BertConfig, Bert)}
+GENERATORS: dict[str, ModelFamily] = {
+    "bart": ModelFamily(BartConfig, Bart, init_copying.start),
+    "t5": ModelFamily(T5Config, T5),
+    "lm": ModelFamily(LmConfig, Lm),
 }
 
 
@@ -139,7 +139,7 @@ class RagConfig:
         return self.generator
 
 
-class Passages(NamedTuple):
+class TokenTables(NamedTuple):
     """The token table on device: every passage tokenised once for the encoder and once for the generator.
 
     Rows are right-padded; the lengths are in tokens.
@@ -347,7 +347,7 @@ class Rag:
         hidden_CBSTD = jax.lax.map(read, (ids, mask, keys))
         return hidden_CBSTD.swapaxes(0, 1).reshape(B, K, *hidden_CBSTD.shape[3:])
 
-    def head(self, params: Params, logit_chunk: int = 4096, questions: int = 1) -> losses.Head:
+    def head(self, params: Params, logit_chunk: int = 4096, questions: int = 1) -> losses.OutputLayer:
         """The output layer for losses, split as the mesh in use shards vocabulary and batch.
 
         logit_chunk: tokens of the vocabulary whose logits are in memory at a time, 0 for all.
@@ -356,7 +356,7 @@ class Rag:
         c, module = self.config.reader, self.generator
         kernel_VD, bias_V = module.apply({"params": params["generator"]}, method="head")
         pieces = sharding.pieces("vocab", len(kernel_VD)), sharding.pieces("batch", questions)
-        return losses.Head(kernel_VD, bias_V, c.logit_scale, logit_chunk, *pieces)
+        return losses.OutputLayer(kernel_VD, bias_V, c.logit_scale, logit_chunk, *pieces)
 
     def nll(
         self,
@@ -429,13 +429,13 @@ class Rag:
         posterior_BK = losses.posterior_logp(logp_BKT, prior_BK, mask_BT, counted)
         return Likelihood(nll_B, posterior_BK, logp_BKT, scored_BT)
 
-    def decoding_options(self, n_docs: int, candidates: int = 0, **options: Any) -> tuple[search.Options, int]:
+    def decoding_options(self, n_docs: int, candidates: int = 0, **options: Any) -> tuple[search.DecodingOptions, int]:
         """The options of a search, with the generator's special tokens filled in, and how many answers are returned.
 
         For RAG-Sequence the options are those of the search per document, whose results are the candidates.
         TypeError for an unknown option, ValueError for one out of range.
         """
-        search.Options.check_names(list(options))
+        search.DecodingOptions.check_names(list(options))
         c, returned, num_beams = self.config.reader, options.get("num_return_sequences", 1), options["num_beams"]
         if self.variant == "sequence":
             draws = options.get("do_sample", False) and num_beams == 1  # samples of a document may outnumber its beams
@@ -452,7 +452,7 @@ class Rag:
         forced = {"forced_bos_id": c.forced_bos_id, "forced_eos_id": c.forced_eos_id}
         special |= {name: None if token == NONE else token for name, token in forced.items()}
         special |= {"end_ids": ()} if "eos_id" in options else {}
-        return search.Options(**(special | options)), returned
+        return search.DecodingOptions(**(special | options)), returned
 
     def generate(
         self,
@@ -485,7 +485,7 @@ class Rag:
         hf_compat: the prior as transformers counts it, see losses.sequence_joint.
         tree: the only answers allowed, decoding.search.prefix_tree(token sequences).
         key: random key, for do_sample.
-        options: any field of decoding.search.Options (length_penalty, no_repeat_ngram_size, do_sample, ...); the
+        options: any field of decoding.rules.DecodingOptions (length_penalty, no_repeat_ngram_size, do_sample, ...); the
             special tokens are the generator's by default.
 
         TypeError for an unknown option; ValueError for one out of range, for shapes that do not fit together, and for

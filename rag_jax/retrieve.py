@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rag_jax.index.device_index import Index
 from rag_jax.ops.masks import length_mask
-from rag_jax.rag import Params, Passages, Rag, join
+from rag_jax.rag import Params, Rag, TokenTables, join
 from rag_jax.retrieval import mips
 from rag_jax.retrieval.config import SearchConfig
 
@@ -41,8 +41,8 @@ class Searched(Protocol):
     def search(self) -> SearchConfig: ...
 
 
-class Setting(NamedTuple):
-    """Static settings of an inference program; a training step has training.stage.Setting instead."""
+class InferenceSetting(NamedTuple):
+    """Static settings of an inference program; a training step has training.stage.StepSetting instead."""
 
     rag: Rag
     mesh: jax.sharding.Mesh
@@ -68,7 +68,7 @@ def question_program(rag: Rag) -> Any:
     return jax.jit(embed)
 
 
-def embed_rows(s: Searched, params: Params, passages: Passages, rows: jax.Array, key: jax.Array | None) -> jax.Array:
+def embed_rows(s: Searched, params: Params, passages: TokenTables, rows: jax.Array, key: jax.Array | None) -> jax.Array:
     """Embeddings [..., E] of the passages at rows [...], by the encoder; key: of dropout, None for evaluation."""
     flat = rows.reshape(-1)
     ids = passages.encoder_ids_NL[flat].astype(jnp.int32)
@@ -87,7 +87,7 @@ def table(s: Searched, index: Index) -> dict[str, Any]:
 
 
 def contexts(
-    s: Searched, passages: Passages, rows_BK: jax.Array, batch: Batch, length: int = 0, window: int = 0
+    s: Searched, passages: TokenTables, rows_BK: jax.Array, batch: Batch, length: int = 0, window: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """Generator inputs [B, K, L] and their mask: each retrieved passage joined with its question.
 

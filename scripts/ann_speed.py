@@ -21,7 +21,7 @@ import numpy as np
 
 from rag_jax.index import snapshot
 from rag_jax.retrieval import scann_index
-from rag_jax.retrieval.search import Exact, Queries, Searcher, Source
+from rag_jax.retrieval.search import Exact, IndexSource, Queries, Searcher
 from rag_jax.system import sharding
 from rag_jax.system.logs import info
 
@@ -89,10 +89,12 @@ def main() -> None:
     queries = queries_near(passages, args.queries, rng)
     half = len(queries) // 2
     info(f"{passages.shape} embeddings, {len(queries)} queries")
-    exact = Exact(passages, sharding.make_mesh(), Source("synthetic"))
+    exact = Exact(passages, sharding.make_mesh(), IndexSource("synthetic"))
     truth = exact.search(Queries(queries), args.k).ids_BK
     started = time.perf_counter()
-    built = scann_index.build(passages, Source("synthetic"), scann_index.AnnConfig(leaves=args.leaves, exact_below=0))
+    built = scann_index.build(
+        passages, IndexSource("synthetic"), scann_index.AnnConfig(leaves=args.leaves, exact_below=0)
+    )
     build_seconds = time.perf_counter() - started
     started = time.perf_counter()
     tuned = built.tune(queries[:half], truth[:half], args.recall)

@@ -138,7 +138,7 @@ def answered(cfg: TrainConfig, row: Row, run: Path, out: Path, limit: int) -> di
     """The evaluation report of a row, from an earlier start where there is one."""
     if not (out / "report.json").is_file():
         search = replace(cfg.search, kind=row.search) if row.search else None
-        wanted = evaluate.Wanted(
+        wanted = evaluate.EvaluateOptions(
             configure=lambda how: replace(how, **row.answering), search=search, shown=0, limit=limit
         )
         evaluate.evaluate(run, out, wanted)

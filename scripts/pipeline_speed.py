@@ -146,7 +146,7 @@ def ours(args: argparse.Namespace) -> dict[str, Callable[[int], None]]:
     def of(found: setup.Data, **changes: Any) -> Callable[[int], None]:
         units = batching.units_of(found.examples, np.arange(len(found.examples.label)), False)
         weights = tuple(found.weights.values())
-        wanted = batching.Wanted(args.batch, 0, (QUESTION, TARGET), weights=weights, **changes)
+        wanted = batching.BatchOptions(args.batch, 0, (QUESTION, TARGET), weights=weights, **changes)
         batches = batching.question_batches(found.examples, units, corpus, wanted)
 
         def make(i: int) -> None:

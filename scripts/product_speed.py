@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from rag_jax.bench.machine_limits import in_turn
-from rag_jax.bench.synthetic_load import DTYPES, LOADS, Load
+from rag_jax.bench.synthetic_load import DTYPES, LOADS, StepLoad
 from rag_jax.ops import float32_sums
 from rag_jax.system import malloc
 
@@ -29,7 +29,7 @@ CALLS = 8  # matmuls in one turn
 AXES = ("embed", "mlp")
 
 
-def shapes(load: Load) -> dict[str, tuple[int, int, int]]:
+def shapes(load: StepLoad) -> dict[str, tuple[int, int, int]]:
     """Name of a layer -> (tokens, input width, output width)."""
     sources, targets = load.questions * load.docs * load.source, load.questions * load.docs * load.target
     return {

@@ -38,7 +38,7 @@ def schedules(interval: int) -> dict[str, str]:
 
 def measured(run: Path, questions: Path, limit: int) -> dict[str, Any]:
     """Figures of a finished run: on the test questions with a fresh index, and means over its training log."""
-    report = evaluate.evaluate(run, run / "test", evaluate.Wanted(questions, limit=limit))
+    report = evaluate.evaluate(run, run / "test", evaluate.EvaluateOptions(questions, limit=limit))
     rows = logs.read_rows(run / logs.METRICS_FILE)
     found = {name: float(np.mean([row[name] for row in rows])) for name in ("row_age", "score_gap", "recall_at_1")}
     return {

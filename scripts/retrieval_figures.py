@@ -27,7 +27,7 @@ from rag_jax.ops.masks import length_mask
 from rag_jax.retrieval import search
 from rag_jax.retrieval.bm25 import Bm25, passage_texts
 from rag_jax.retrieval.hybrid import NORMS, Fusion, Hybrid, fuse
-from rag_jax.retrieval.search import Exact, Queries, Source
+from rag_jax.retrieval.search import Exact, IndexSource, Queries
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 
@@ -125,7 +125,7 @@ def figures(data: Path, work: Path, name: str, sample: int) -> dict[str, Any]:
     train, dev = (read_questions(data / name / f"{split}.jsonl") for split in ("train", "dev"))
     chosen = np.random.default_rng(0).permutation(len(train))[:sample]
     asked = [ask(work / "minilm", corpus, part) for part in ([train[i] for i in chosen], dev)]
-    source = Source(corpus.hash, snapshot.manifest.encoder_hash, snapshot.manifest.step)
+    source = IndexSource(corpus.hash, snapshot.manifest.encoder_hash, snapshot.manifest.step)
     dense = Exact(snapshot.embeddings_NE, sharding.make_mesh(), source)
     fusion = choose(Hybrid(dense, bm25, snapshot.embeddings_NE), asked[0])
     searchers = {"bm25": bm25, "dense": dense, "hybrid": Hybrid(dense, bm25, snapshot.embeddings_NE, fusion)}

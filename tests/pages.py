@@ -7,7 +7,7 @@ import numpy as np
 
 from rag_jax.evaluation.report import html
 from rag_jax.evaluation.report.html import Page
-from rag_jax.metrics import Setting
+from rag_jax.metrics import Judging
 
 LONG = "w" * 100_000
 HOSTILE = (
@@ -20,7 +20,7 @@ HOSTILE = (
     "&lt;b&gt; \" ' ` ${1} \\u003c \\",
     "javascript:window.hacked = 1",
 )
-SETTING = Setting()
+SETTING = Judging()
 
 
 def row(number: int, **values: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rag_jax.runs import directory as runs
 from rag_jax.runs.index_location import OnHost
 from rag_jax.system import distributed, sharding
 from rag_jax.training.config import make_stage
-from rag_jax.training.stage import Setting
+from rag_jax.training.stage import StepSetting
 from rag_jax.training.stage_index import feed
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8), (4, 1, 2))
@@ -66,7 +66,7 @@ def batch_of(corpus):
 def fed(corpus, mesh, rag, params, stage):
     """The whole arrays that a step gets on `mesh`, by name."""
     own = sharding.own_rows(mesh, 8)
-    setting = Setting(rag, stage, mesh, len(corpus), ())
+    setting = StepSetting(rag, stage, mesh, len(corpus), ())
     embeddings_NE = np.arange(len(corpus) * 4, dtype=np.float32).reshape(-1, 4)
     index = HostIndex(embeddings_NE, np.arange(len(corpus), dtype=np.int32), ByText())
     location = OnHost(runs.Loaded(rag, corpus, mesh, None), None)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rag_jax.metrics import abstention, bootstrap
-from rag_jax.metrics.figures import Setting
+from rag_jax.metrics.figures import Judging
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_figures_by_hand() -> None:
         row("Oslo", [], -6),
         row(None, ["not asked"]),
     ]
-    figures = abstention.no_answer(rows, Setting())
+    figures = abstention.no_answer(rows, Judging())
     assert {name: bootstrap.value(one.statistic, one.n) for name, one in figures.items()} == {
         "no_answer_precision": 1 / 2,
         "no_answer_recall": pytest.approx(1 / 3),
@@ -90,10 +90,10 @@ def test_figures_by_hand() -> None:
         "squad2_f1": pytest.approx((1 + 0 + 2 / 3 + 1) / 6),
         "risk_coverage_area": pytest.approx((0 + 1 / 2 + 2 / 3 + 2 / 4 + 3 / 5 + 4 / 6) / 6),
     }
-    assert abstention.risk_coverage(rows, Setting())[-1] == (1, pytest.approx(4 / 6))
-    assert abstention.no_answer(rows[:3], Setting()) == {}  # every question has an answer
+    assert abstention.risk_coverage(rows, Judging())[-1] == (1, pytest.approx(4 / 6))
+    assert abstention.no_answer(rows[:3], Judging()) == {}  # every question has an answer
     long = row("a dog", [], -7) | {"target": "a big dog", "unanswerable": False}
-    figures = abstention.no_answer([*rows, long], Setting())  # no exact match of long texts, and so no area
+    figures = abstention.no_answer([*rows, long], Judging())  # no exact match of long texts, and so no area
     assert {name: bootstrap.value(one.statistic, one.n) for name, one in figures.items()} == {
         "no_answer_precision": 1 / 2,
         "no_answer_recall": pytest.approx(1 / 3),

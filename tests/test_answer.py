@@ -653,7 +653,7 @@ def test_ask_from_python(opened, questions, answers):
     found = opened.ask(questions[0].question)
     assert found.text == answers[0].text and [p.id for p in found.passages] == [p.id for p in answers[0].passages]
     np.testing.assert_allclose(found.score, answers[0].score, atol=1e-4)
-    assert {"id", "title", "text", "prior", "posterior"} == {f.name for f in dataclasses.fields(pipeline.Passage)}
+    assert {"id", "title", "text", "prior", "posterior"} == {f.name for f in dataclasses.fields(pipeline.ReadPassage)}
 
 
 def test_bad_questions_and_settings_of_ask(run, capsys):

@@ -46,7 +46,7 @@ def tiny_config(**changes: object) -> TrainConfig:
     )
 
 
-def report(cfg: TrainConfig, where: str = "cpu:8", name: str = "joint") -> memory.Report:
+def report(cfg: TrainConfig, where: str = "cpu:8", name: str = "joint") -> memory.ProgramNeeds:
     place = hardware.topology(where)
     mesh, compiles = compile.mesh_of(cfg, place)
     rag = stage_programs.sizes(cfg, SIZE.passages, 16, 12)[0]
@@ -188,7 +188,7 @@ def test_few_layers_tell_of_many() -> None:
     cfg = tiny_config(model=dataclasses.replace(MODEL, encoder=bert, generator=bart))
     place = hardware.topology("cpu:8")
     mesh, _ = compile.mesh_of(cfg, place)
-    wanted = compile.Wanted(passages=100, encoder_length=16, generator_length=12, k=5, layers=2)
+    wanted = compile.CompileOptions(passages=100, encoder_length=16, generator_length=12, k=5, layers=2)
     program = stage_programs.every(cfg, *compile.sized(cfg, wanted), mesh, ["joint"], wanted.batch, wanted.k)["joint"]
     line = compile.few_layers(cfg, program, place, mesh, wanted)
     whole = memory.compiled(program, place, mesh, 0.0, None)
@@ -227,7 +227,9 @@ def test_the_line() -> None:
 
 def test_what_libtpu_says_of_a_program_that_is_too_large() -> None:
     """The message is that of libtpu 0.0.42."""
-    made = memory.Report("joint", False, {"index": 2.0**30, "activations and the like": 5.0}, 0.0, 16.0 * 2**30, {})
+    made = memory.ProgramNeeds(
+        "joint", False, {"index": 2.0**30, "activations and the like": 5.0}, 0.0, 16.0 * 2**30, {}
+    )
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (22.80G) exceeds "
         "available HBM (15.75G)."

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rag_jax.corpus.directory import Corpus
 from rag_jax.data import batching, buckets, mixing
 from rag_jax.data import examples as made
-from rag_jax.data.batching import Wanted
+from rag_jax.data.batching import BatchOptions
 from rag_jax.data.readers import formats, sources
 from rag_jax.data.readers.formats import Question
 from rag_jax.errors import InputError
@@ -48,7 +48,7 @@ def batches(examples, corpus, *, sample=False, pairs=None, most=0, **changes):
     pairs = all_pairs(examples) if pairs is None else pairs
     units = batching.units_of(examples, pairs, sample, most)
     wanted = {"batch": 8, "seed": 0, "lengths": (QUESTION, TARGET)} | changes
-    return batching.question_batches(examples, units, corpus, Wanted(**wanted))
+    return batching.question_batches(examples, units, corpus, BatchOptions(**wanted))
 
 
 @pytest.fixture(scope="module")

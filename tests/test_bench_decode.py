@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from rag_jax.bench import decode
-from rag_jax.bench.decode import LOADS, Load
+from rag_jax.bench.decode import LOADS, DecodeLoad
 
 TINY = {
     "questions": 2, "docs": 2, "source": 8, "length": 5, "beams": 2, "width": 16, "layers": 1, "hidden": 16, "heads": 2,
@@ -45,7 +45,7 @@ def test_transformers_gives_the_same_answers(capsys):
 
 def test_the_work_is_that_of_the_products():
     """FLOPs by hand for one layer: encoder, decoder's keys and values, every decoded token, vocabulary."""
-    load = Load(**TINY)
+    load = DecodeLoad(**TINY)
     D, F, L, V, sources, steps, M = 16, 16, 8, 64, 2 * 2 * 8, 4, 2
     encoder = sources * 2 * (4 * D * D + 2 * D * F + 2 * L * D)
     cross = sources * 2 * 2 * D * D
@@ -68,5 +68,5 @@ def test_bad_loads_are_refused(capsys):
 
 
 def test_the_model_is_drawn_anew_for_every_seed():
-    a, b = (decode.random_inputs(Load(**TINY), seed) for seed in (0, 1))
+    a, b = (decode.random_inputs(DecodeLoad(**TINY), seed) for seed in (0, 1))
     assert (a[0] != b[0]).any() and a[0].shape == (2, 2, 8) and np.isfinite(a[2]).all()

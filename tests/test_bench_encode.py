@@ -11,7 +11,7 @@ import tiny
 from rag_jax.aot import operation_count
 from rag_jax.bench import encode as bench_encode
 from rag_jax.bench import machine_limits
-from rag_jax.bench.encode import Load
+from rag_jax.bench.encode import EncodeLoad
 from rag_jax.corpus.directory import Corpus
 from rag_jax.index import encode
 
@@ -38,7 +38,7 @@ def run(capsys, *words):
 def test_figures(capsys):
     r = run(capsys, "--alone")
     seconds = r["seconds"]["median_ms"] / 1e3
-    _, length_N = bench_encode.drawn(Load(**TINY))
+    _, length_N = bench_encode.drawn(EncodeLoad(**TINY))
     assert r["passages_per_second"] == pytest.approx(24 / seconds, rel=1e-3)
     assert r["tokens_per_second"] == pytest.approx(int(length_N.sum()) / seconds, rel=1e-3)
     assert r["fraction_of_limit"] == pytest.approx(r["flops"] / seconds / r["matmul_limit_flops_per_second"], rel=1e-3)
@@ -54,7 +54,7 @@ def test_transformers_gives_the_same_embeddings(capsys):
 
 def test_the_work_is_that_of_the_products_without_padding():
     """The count equals the program's matmuls if all passages fill the table; padding adds to the program alone."""
-    load = Load(**{**TINY, "shortest": 16})
+    load = EncodeLoad(**{**TINY, "shortest": 16})
     rag, params = bench_encode.random_model(load)
     ids, mask = np.ones((8, 16), np.int32), np.ones((8, 16), bool)
     program = jax.make_jaxpr(lambda p: rag.encoder.apply({"params": p}, ids, mask))(params["question_encoder"])

@@ -11,7 +11,7 @@ import tiny
 
 from rag_jax.aot import operation_count
 from rag_jax.bench import search as bench_search
-from rag_jax.bench.search import Load
+from rag_jax.bench.search import SearchLoad
 from rag_jax.retrieval import mips
 
 WORDS = ["--passages", 3000, "--width", 32, "--batch", 8, "--k", 5, 40, "--repeats", 2]
@@ -57,7 +57,7 @@ def test_scann_finds_most(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_products_alone_are_those_of_the_search() -> None:
     """The benchmark's plain matmul finds the search's best score, with the same number of multiplications."""
-    load = Load(5003, 16, 4)
+    load = SearchLoad(5003, 16, 4)
     index = bench_search.collected(load)
     queries = bench_search.questions(load, index, 0)
     for dtype in ("float32", "bfloat16"):
@@ -70,10 +70,10 @@ def test_products_alone_are_those_of_the_search() -> None:
 
 
 def test_the_data_are_clustered_and_drawn_from_the_seed() -> None:
-    load = Load(2000, 32, 16)
+    load = SearchLoad(2000, 32, 16)
     index = bench_search.collected(load)
     np.testing.assert_array_equal(index, bench_search.collected(load))
-    assert (index != bench_search.collected(Load(2000, 32, 16, seed=1))).any()
+    assert (index != bench_search.collected(SearchLoad(2000, 32, 16, seed=1))).any()
     assert (bench_search.questions(load, index, 0) != bench_search.questions(load, index, 1)).any()
     distance = ((index[:300, None] - index[None, :300]) ** 2).sum(-1)
     near = np.sort(distance, 1)[:, 1].mean()

@@ -11,11 +11,11 @@ import tiny
 
 from rag_jax.aot.operation_count import matmul_flops
 from rag_jax.bench import largest_batch, machine_limits, synthetic_load, train
-from rag_jax.bench.synthetic_load import Load
+from rag_jax.bench.synthetic_load import StepLoad
 from rag_jax.system import sharding
 from rag_jax.training import train_step
 
-TINY = Load(
+TINY = StepLoad(
     questions=2, docs=2, source=24, target=6, question=8, passages=64, width=16, encoder_layers=1, decoder_layers=1,
     heads=2, hidden=32, vocabulary=96, bert_width=16, bert_layers=1, bert_heads=2, bert_hidden=32, bert_vocabulary=64,
 )  # fmt: skip

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from rag_jax import losses
 from rag_jax.aot import operation_count, stage_programs
 from rag_jax.bench import synthetic_load
-from rag_jax.bench.synthetic_load import Load
+from rag_jax.bench.synthetic_load import StepLoad
 from rag_jax.index.device_index import Index
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.decoder_only import LmConfig
@@ -28,11 +28,11 @@ from rag_jax.models.hf import GENERATORS, naming
 from rag_jax.models.t5 import T5Config
 from rag_jax.ops import float32_sums, vocab_loss
 from rag_jax.ops.attention import attention
-from rag_jax.rag import Passages, Rag, RagConfig, shift_left
+from rag_jax.rag import Rag, RagConfig, TokenTables, shift_left
 from rag_jax.system import sharding
 from rag_jax.training import train_step
 from rag_jax.training.config import make_stage
-from rag_jax.training.stage import Setting
+from rag_jax.training.stage import StepSetting
 
 RNG = np.random.default_rng(0)
 
@@ -99,7 +99,7 @@ def test_output_layer_for_targets_of_every_probability(objective: str, sure: flo
     bias, mask, scores = jnp.zeros(V), jnp.ones((1, T), bool), jnp.zeros((1, K))
 
     def loss(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, smoothing: float) -> jax.Array:
-        head = vocab_loss.Head(kernel, bias, 1.0, chunk)
+        head = vocab_loss.OutputLayer(kernel, bias, 1.0, chunk)
         options = {"label_smoothing": smoothing}
         return losses.rag_nll(objective, hidden, head, targets, mask, scores, **options)[0].sum()
 
@@ -158,7 +158,7 @@ def narrow_sums(jaxpr: Any) -> Iterator[str]:
             yield from narrow_sums(body)
 
 
-TINY = Load(
+TINY = StepLoad(
     questions=8, docs=2, source=24, target=12, question=10, passages=64, width=32, encoder_layers=1, decoder_layers=1,
     heads=4, hidden=64, vocabulary=96, bert_width=32, bert_layers=1, bert_heads=4, bert_hidden=64, bert_vocabulary=96,
     dtype="bfloat16", logit_chunk=32, attention_dropout=0.1,
@@ -195,13 +195,13 @@ def step_program(rag: Rag, **changes: Any) -> Any:
         stage = make_stage("other", batch=stage.batch, optimizer=stage.optimizer, **changes)
     else:
         stage = stage.changed(**changes)
-    s = Setting(rag, stage, mesh, N, (0,))
+    s = StepSetting(rag, stage, mesh, N, (0,))
     array = partial(stage_programs.array, mesh)
     shapes = {"question_ids": (B, 10), "question_length": (B,), "tail_ids": (B, 10), "tail_length": (B,)}
     shapes |= {"labels": (B, 12), "gold": (B, 1)}
     batch = {name: array(shape, "int32", "batch") for name, shape in shapes.items()}
     index = Index(array((N, 32), "bfloat16", "rows"), array((N,), "int32", "rows"))
-    tables = Passages(*(array(x, "uint16", "rows") for x in ((N, 16), (N,), (N, 16), (N,))))
+    tables = TokenTables(*(array(x, "uint16", "rows") for x in ((N, 16), (N,), (N, 16), (N,))))
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.make_jaxpr(train_step.make_step(s, 0))(
         stage_programs.state(rag, stage, mesh), batch, index, tables, key

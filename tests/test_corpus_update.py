@@ -12,7 +12,7 @@ from rag_jax.corpus.directory import Corpus
 from rag_jax.corpus.update import update
 from rag_jax.errors import InputError
 from rag_jax.index import snapshot
-from rag_jax.inference.encode_corpus import Encoder
+from rag_jax.inference.encode_corpus import PassageEncoder
 
 WORDS = ["river", "mountain", "city", "born", "wrote", "in", "of", "the", "new", "king", "museum", "year", "1950"]
 TABLES = ("encoder_ids", "encoder_length", "generator_ids", "generator_length")
@@ -192,13 +192,13 @@ def test_an_updated_snapshot_equals_embedding_everything_anew(data, tmp_path, dt
 
 
 def test_only_new_rows_are_embedded(data, tmp_path, monkeypatch):
-    asked, rows = [], Encoder.rows
+    asked, rows = [], PassageEncoder.rows
 
     def spy(self, corpus, *args):
         embed = rows(self, corpus, *args)
         return lambda first, last, done: (asked.append((first, last)), embed(first, last, done))[1]
 
-    monkeypatch.setattr(Encoder, "rows", spy)
+    monkeypatch.setattr(PassageEncoder, "rows", spy)
     assert update_index(data, data / "index", "one", tmp_path / "one") == 0 and asked == [(33, 40)]
     assert update_index(data, tmp_path / "one", "three", tmp_path / "three") == 0 and asked == [(33, 40), (40, 43)]
     deleted = update(data / "base", tmp_path / "deleted", delete=["p0"])

@@ -7,9 +7,9 @@ import pytest
 
 from rag_jax import metrics
 from rag_jax.metrics import calibration, curves, verdicts
-from rag_jax.metrics.figures import Setting
+from rag_jax.metrics.figures import Judging
 
-SETTING = Setting()
+SETTING = Judging()
 
 
 def row(**values):
@@ -108,9 +108,9 @@ def test_which_passage_and_which_answer_is_right():
         ({"prediction": "", "answers": [], "unanswerable": True}, SETTING, True, None),
         ({"prediction": "x", "answers": [], "unanswerable": True}, SETTING, False, None),
         ({"prediction": "long text", "answers": [], "target": "a long word"}, SETTING, None, 0.5),
-        ({"prediction": " Yes", "answers": ["no"], "label": "yes"}, Setting(("yes", "no")), True, 0.0),
-        ({"prediction": "yes", "answers": ["no"]}, Setting(("yes", "no")), False, 0.0),
-        ({"prediction": "12 May", "answers": [r"\d+ may"]}, Setting(match="regex"), True, None),
+        ({"prediction": " Yes", "answers": ["no"], "label": "yes"}, Judging(("yes", "no")), True, 0.0),
+        ({"prediction": "yes", "answers": ["no"]}, Judging(("yes", "no")), False, 0.0),
+        ({"prediction": "12 May", "answers": [r"\d+ may"]}, Judging(match="regex"), True, None),
         ({"prediction": None}, SETTING, None, None),
     ],
 )

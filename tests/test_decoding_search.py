@@ -76,7 +76,7 @@ def options_for(table, beams, length_penalty=1.0, **more):
     beams = max(beams, 1)
     base = {"num_beams": beams, "num_return_sequences": beams, "early_stopping": "never"}
     special = {"start_id": BOS, "eos_id": EOS, "pad_id": PAD, "max_length": len(table) + 1}
-    return decoding_search.Options(**base | special | {"length_penalty": length_penalty} | more)
+    return decoding_search.DecodingOptions(**base | special | {"length_penalty": length_penalty} | more)
 
 
 def run(table, beams, length_penalty=1.0, calls=None, rows=ROWS, **more):
@@ -326,7 +326,7 @@ def test_beams_may_be_drawn():
 )  # fmt: skip
 def test_options_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        decoding_search.Options(**wrong)
+        decoding_search.DecodingOptions(**wrong)
 
 
 def test_allowed_outputs_must_make_sense():
@@ -338,7 +338,7 @@ def test_allowed_outputs_must_make_sense():
         with pytest.raises(ValueError, match=message):
             decoding_search.prefix_tree(outputs, EOS)
     with pytest.raises(ValueError, match="needs a key"):
-        search(tables(3, 3), decoding_search.Options(do_sample=True))
+        search(tables(3, 3), decoding_search.DecodingOptions(do_sample=True))
 
 
 def test_lengths_count_to_the_first_eos():

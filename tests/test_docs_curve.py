@@ -14,7 +14,7 @@ from rag_jax import metrics
 from rag_jax.data.readers import formats
 from rag_jax.errors import InputError
 from rag_jax.evaluation import docs_curve
-from rag_jax.inference.pipeline import Answer, AnswerConfig, Passage, Pipeline
+from rag_jax.inference.pipeline import Answer, AnswerConfig, Pipeline, ReadPassage
 from rag_jax.retrieval.config import SearchConfig
 
 TEXTS = ["who?", "where?"]
@@ -40,7 +40,7 @@ class Pretended:
             raise KeyboardInterrupt
         self.asked.append((cfg.retrieval_only, cfg.n_docs))
         if cfg.retrieval_only:  # the search ranks 7 before 4, the prior 4 before 7
-            passages = [Passage(name, "", "", prior, prior) for name, prior in (("4", 0.75), ("7", 0.25))]
+            passages = [ReadPassage(name, "", "", prior, prior) for name, prior in (("4", 0.75), ("7", 0.25))]
             return [Answer("", 0.0, tuple(passages), ("7", "4")) for _ in texts]
         assert known.ids_BK.tolist()[0][:3] == [7, 4, -1] and known.ids_BK.shape == (len(texts), 20)
         np.testing.assert_allclose(known.scores_BK[0][:3], [np.log(0.25), np.log(0.75), -np.inf])
@@ -117,7 +117,7 @@ def test_figures_of_every_number(tmp_path):
         for text in TEXTS
     ]
     rows[1]["answers"] = ["x"]
-    found = docs_curve.curve(Pretended(tmp_path), AnswerConfig(), [20, 5, 3, 5], rows, metrics.Setting(), tmp_path)
+    found = docs_curve.curve(Pretended(tmp_path), AnswerConfig(), [20, 5, 3, 5], rows, metrics.Judging(), tmp_path)
     assert [point["n_docs"] for point in found] == [3, 5, 20]
     assert [point["exact_match"] for point in found] == [0.5, 0.5, 0.0]  # 3 is the model's own: that of the rows
     assert (

@@ -194,8 +194,8 @@ class Long(Bert):
 
 
 def test_a_generator_and_an_encoder(texts, tmp_path, monkeypatch):
-    monkeypatch.setitem(rag.GENERATORS, "loud", rag.Family(LoudConfig, Loud))
-    monkeypatch.setitem(rag.ENCODERS, "long", rag.Family(LongConfig, Long))
+    monkeypatch.setitem(rag.GENERATORS, "loud", rag.ModelFamily(LoudConfig, Loud))
+    monkeypatch.setitem(rag.ENCODERS, "long", rag.ModelFamily(LongConfig, Long))
     read = stage("read", groups=("generator",), documents="gold")
     given = values([read])
     given["model"]["generator"] |= {"kind": "loud"}

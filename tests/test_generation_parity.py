@@ -11,7 +11,7 @@ import pytest
 from rag_jax.inference import pipeline
 from rag_jax.inference.config import AnswerConfig
 from rag_jax.pretrained.combine import combine
-from rag_jax.pretrained.weights import Report
+from rag_jax.pretrained.weights import WeightReport
 from rag_jax.rag import Rag
 from rag_jax.system import configuration, sharding
 
@@ -84,7 +84,7 @@ def answers_of_both(case: str, directory: Path, seed: int) -> tuple[np.ndarray, 
     ids = np.where(mask, rng.integers(15, VOCABULARY, mask.shape), 1).astype(np.int32)
 
     source = combine(directory / "encoder", generator=directory / "generator", variant="sequence")
-    params = dict(source.params(sharding.make_mesh(), Report()).items())
+    params = dict(source.params(sharding.make_mesh(), WeightReport()).items())
     cfg = configuration.build(AnswerConfig, source.answering)
     options = pipeline.options_of(cfg, None) | {"mode": "fast", "candidates": 1}  # of one document: its own search
 

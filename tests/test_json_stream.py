@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from rag_jax.data.readers import json_stream
-from rag_jax.data.readers.sources import Source
+from rag_jax.data.readers.sources import InputFile
 from rag_jax.errors import InputError
 
 
 def read(path: Path) -> list[tuple[int, int, dict]]:
-    return [tuple(row) for row in json_stream.records(Source(path, path.name, 0), None)]
+    return [tuple(row) for row in json_stream.records(InputFile(path, path.name, 0), None)]
 
 
 def value(rng: random.Random, depth: int = 0) -> object:
@@ -127,7 +127,7 @@ def test_memory_is_that_of_a_record_not_of_the_file(tmp_path: Path) -> None:
     assert path.stat().st_size > 20_000_000
     tracemalloc.start()
     try:
-        total = sum(fields["i"] for _, _, fields in json_stream.records(Source(path, path.name, 0), None))
+        total = sum(fields["i"] for _, _, fields in json_stream.records(InputFile(path, path.name, 0), None))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

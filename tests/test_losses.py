@@ -14,7 +14,7 @@ PAD = 1
 def rag_nll(objective, logits_BKTV, *args, chunk=4096, **kwargs):
     """The loss of given logits: they serve as hidden states of an output layer that is the identity."""
     V = logits_BKTV.shape[-1]
-    head = loss_functions.Head(jnp.eye(V), jnp.zeros(V), chunk=chunk)
+    head = loss_functions.OutputLayer(jnp.eye(V), jnp.zeros(V), chunk=chunk)
     return loss_functions.rag_nll(objective, jnp.asarray(logits_BKTV), head, *args, **kwargs)
 
 
@@ -165,7 +165,7 @@ def test_a_chunk_of_the_vocabulary_at_a_time_gives_the_same_and_so_does_its_grad
         return ((1 - smoothing) * nll - smoothing / V * smooth).sum()
 
     def chunked(hidden, kernel, bias, scores):
-        head = loss_functions.Head(kernel, bias, scale, chunk, parts, shards)
+        head = loss_functions.OutputLayer(kernel, bias, scale, chunk, parts, shards)
         return loss_functions.rag_nll(objective, hidden, head, targets, mask, scores, label_smoothing=smoothing)[
             0
         ].sum()

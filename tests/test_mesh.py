@@ -12,12 +12,12 @@ from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
 from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.t5 import T5Config
-from rag_jax.rag import Passages, Rag, RagConfig
+from rag_jax.rag import Rag, RagConfig, TokenTables
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 from rag_jax.training import config, train_step
 from rag_jax.training.optimizer import OptimizerConfig
-from rag_jax.training.stage import Setting
+from rag_jax.training.stage import StepSetting
 
 B, K, N, E, L, T = 8, 2, 40, 16, 20, 6
 ENCODER_V, V = 45, 48  # the first does not divide over a tensor axis, the second does
@@ -47,7 +47,9 @@ def given(rng):
     batch |= {"tail_ids": ids(V, B, 6), "tail_length": rng.integers(2, 7, B).astype(np.int32), "labels": labels}
     batch["gold"] = rng.integers(0, N, (B, 1)).astype(np.int32)
     lengths = rng.integers(3, 9, (2, N)).astype(np.int32)
-    passages = Passages(ids(ENCODER_V, N, 8).astype(np.uint16), lengths[0], ids(V, N, 8).astype(np.uint16), lengths[1])
+    passages = TokenTables(
+        ids(ENCODER_V, N, 8).astype(np.uint16), lengths[0], ids(V, N, 8).astype(np.uint16), lengths[1]
+    )
     return batch, passages, rng.normal(0, 1, (N, E)).astype(np.float32)
 
 
@@ -62,7 +64,7 @@ def updated(kind, loss, mesh, **changes):
     changes = {"logit_chunk": 20} | LOSSES[loss] | changes
     stage = config.make_stage("s", batch=B, n_docs=K, source_length=L, optimizer=optimizer, **changes)
     rag = Rag(model)
-    setting = Setting(rag, stage, mesh, N, (0,))
+    setting = StepSetting(rag, stage, mesh, N, (0,))
     batch, passages, embeddings = given(np.random.default_rng(0))
     params = sharding.init(mesh, rag.init, jax.random.key(0))
     wanted = runs.param_places(rag, mesh)
@@ -71,7 +73,7 @@ def updated(kind, loss, mesh, **changes):
     state = train_step.first_state(rag, stage, mesh, params, 0)
     rows = sharding.shard_rows(mesh, embeddings, 0)
     index = Index(rows, sharding.shard_rows(mesh, np.zeros(N, np.int32), 0), drift_E=no_drift(mesh, E))
-    tables = Passages(*(sharding.shard_rows(mesh, table, 1) for table in passages))
+    tables = TokenTables(*(sharding.shard_rows(mesh, table, 1) for table in passages))
     if loss == "contrastive":
         batch = {name: batch[name] for name in ("question_ids", "question_length", "gold")}
     step = train_step.jit_step(setting, 0, state, index)

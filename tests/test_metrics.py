@@ -10,7 +10,7 @@ import spoiled
 
 from rag_jax import metrics
 from rag_jax.errors import InputError
-from rag_jax.metrics import Setting, texts
+from rag_jax.metrics import Judging, texts
 
 
 def row(prediction: str, answers: list[str], gold: list[str], flags: list[bool]) -> dict:
@@ -83,8 +83,8 @@ def test_a_long_target_is_not_scored_as_a_short_answer(monkeypatch: pytest.Monke
     summary = metrics.summarize(rows)
     assert set(summary) == {"n", "f1", "distinct_1", "distinct_2"}  # no exact match
     assert summary["f1"] == pytest.approx((2 * 2 / 7 + 2 * 2 / 7) / 2)  # compared with the target, not with "yes"
-    assert metrics.missing(rows, Setting(), (), summary) == ["rouge_l, bleu: left out; pip install 'rag-jax[metrics]'"]
-    labelled = metrics.summarize(rows[:1], Setting(("yes", "no")))
+    assert metrics.missing(rows, Judging(), (), summary) == ["rouge_l, bleu: left out; pip install 'rag-jax[metrics]'"]
+    labelled = metrics.summarize(rows[:1], Judging(("yes", "no")))
     assert labelled["exact_match"] == labelled["accuracy"] == 0 and "distinct_1" not in labelled
 
 
@@ -96,18 +96,18 @@ def test_metrics_that_are_named() -> None:
         "recall_at_1": 0,
         "recall_at_5": 1,
     }
-    assert metrics.missing(rows, Setting(), ("f1", "mrr"), metrics.summarize(rows, names=("f1", "mrr"))) == [
+    assert metrics.missing(rows, Judging(), ("f1", "mrr"), metrics.summarize(rows, names=("f1", "mrr"))) == [
         "mrr: left out, it needs gold passages and 10 retrieved"
     ]
     with pytest.raises(InputError, match="no metric 'meteor'; there are: exact_match, f1,"):
         metrics.summarize(rows, names=("meteor",))
     with pytest.raises(InputError, match="match 'fuzzy'; there are: string, regex"):
-        Setting(match="fuzzy")  # type: ignore[arg-type]
+        Judging(match="fuzzy")  # type: ignore[arg-type]
 
 
 def test_patterns_as_answers() -> None:
     rows = [answered("In 1969", ["19\\d\\d"]), answered("1969, in July", ["19\\d\\d"])]
-    assert metrics.summarize(rows, Setting(match="regex")) == {"n": 2, "exact_match": 1 / 2}
+    assert metrics.summarize(rows, Judging(match="regex")) == {"n": 2, "exact_match": 1 / 2}
 
 
 def test_rankings_by_grade_and_depth() -> None:
@@ -141,7 +141,7 @@ def test_the_rule_of_a_language_is_that_of_all_figures() -> None:
     right = {"gold": ["a"], "gold_documents": [["a"]], "retrieved": ["a"], "retrieved_documents": ["a"]}
     rows = [answered("十倍的食物。", ["十倍食物"], **right), answered("不", [], unanswerable=True)]
     names = ("exact_match", "f1", "kilt", "no_answer")
-    summary = metrics.summarize(rows, Setting(match="mlqa_zh"), names)
+    summary = metrics.summarize(rows, Judging(match="mlqa_zh"), names)
     assert summary["f1"] == summary["kilt_f1"] == pytest.approx(2 * 4 / 9)
     assert summary["squad2_f1"] == pytest.approx(4 / 9) and summary["exact_match"] == 0
     assert metrics.summarize(rows, names=names)["f1"] == 0  # one word for SQuAD
@@ -187,7 +187,7 @@ def test_labels_by_hand() -> None:
         answered("no", ["no"], target="a long text"),
         answered(None, ["yes"]),
     ]
-    summary = metrics.summarize(rows, Setting(("yes", "no", "maybe")), ("accuracy", "macro_f1"))
+    summary = metrics.summarize(rows, Judging(("yes", "no", "maybe")), ("accuracy", "macro_f1"))
     assert summary == {"n": 5, "accuracy": 2 / 4, "macro_f1": pytest.approx((2 / 3 + 1 / 2) / 2)}
     assert metrics.summarize(rows, names=("accuracy", "macro_f1")) == {"n": 5}  # which labels there are is not known
 
@@ -197,7 +197,7 @@ def test_labels_of_real_claims(shared_data: Callable[[str], Path]) -> None:
     golds = [one["label"] for one in spoiled.rows(shared_data("climate_fever/train.jsonl"), 1024)]
     said = [labels[(7 * i) % 4] if i % 5 < 3 else gold if i % 4 else "NONE" for i, gold in enumerate(golds)]
     rows = [answered(text, [gold], label=gold) for text, gold in zip(said, golds, strict=True)]
-    summary = metrics.summarize(rows, Setting(tuple(labels)), ("accuracy", "macro_f1"), intervals=True)
+    summary = metrics.summarize(rows, Judging(tuple(labels)), ("accuracy", "macro_f1"), intervals=True)
     right = np.mean([a == b for a, b in zip(golds, said, strict=True)])
     assert len(rows) > 1000 and summary["accuracy"] == pytest.approx(right)
     assert summary["macro_f1"] == pytest.approx(oracle_macro_f1(golds, said), abs=1e-12)

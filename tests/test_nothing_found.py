@@ -23,7 +23,7 @@ from rag_jax.retrieval.search import Queries, SearchResult
 from rag_jax.system import sharding
 from rag_jax.training.config import make_stage
 from rag_jax.training.objectives import rag as rag_objective
-from rag_jax.training.stage import Setting
+from rag_jax.training.stage import StepSetting
 from rag_jax.training.stage_index import feed
 
 NOTHING = "zzz qqq xxyyzz?"
@@ -138,7 +138,7 @@ def test_the_step_is_given_empty_passages(opened):
     """The host gathers passages for a batch whose searches found 4, 3, 2, 1 and none."""
     corpus, mesh = opened.loaded.corpus, opened.loaded.mesh
     stage = make_stage("joint", n_docs=3, batch=8)
-    setting = Setting(opened.loaded.rag, stage, mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)
+    setting = StepSetting(opened.loaded.rag, stage, mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)
 
     def texts(source):
         return ["!" if i == 0 else "x" * i + "!" for i in source]

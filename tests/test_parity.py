@@ -15,7 +15,7 @@ from rag_jax.errors import InputError
 from rag_jax.models.hf.bart import bart_copies
 from rag_jax.pretrained.combine import combine
 from rag_jax.pretrained.parts import generator_part
-from rag_jax.pretrained.weights import Report
+from rag_jax.pretrained.weights import WeightReport
 from rag_jax.rag import Rag
 from rag_jax.system import sharding
 
@@ -109,7 +109,7 @@ def test_generators(tmp_path, family, seed):
     hf.BertModel(encoder, add_pooling_layer=False).save_pretrained(tmp_path / "encoder")
     source = combine(tmp_path / "encoder", generator=tmp_path / "theirs")
     rag = Rag(source.model)
-    report = Report()
+    report = WeightReport()
     params = dict(source.params(sharding.make_mesh(), report).items())
     assert len(report.loaded) == len(load_file(tmp_path / "theirs/model.safetensors")) + len(
         load_file(tmp_path / "encoder/model.safetensors")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rag_jax import __main__ as cli
 from rag_jax.cli import ask
 from rag_jax.evaluation.report import html, markdown
-from rag_jax.inference.pipeline import Answer, Passage
+from rag_jax.inference.pipeline import Answer, ReadPassage
 from rag_jax.system import logs
 from rag_jax.system.plain_text import one_line, visible
 
@@ -65,7 +65,7 @@ def safe(text: str) -> bool:
 
 
 def test_what_ask_shows() -> None:
-    passage = Passage(f"p{BAD}\n[q]", f"T{BAD}\n0.99  0.99  Fake", f"text{BAD}\nmore", 0.5, 0.5)
+    passage = ReadPassage(f"p{BAD}\n[q]", f"T{BAD}\n0.99  0.99  Fake", f"text{BAD}\nmore", 0.5, 0.5)
     found = Answer(f"Oslo{BAD}\nquestion  fake", -1.0, (passage,), ("p",), (f"t{BAD}",), ((1.0,),))
     shown = ask.render(f"Q{BAD}", found)
     assert safe(shown) and "Oslo" in shown and "text" in shown

@@ -23,7 +23,7 @@ from rag_jax.models.bert import Bert
 from rag_jax.models.hf import naming
 from rag_jax.pretrained.parts import SIDES, encoder_part, generator_part, rag_parts_of
 from rag_jax.pretrained.tensor_files import Tensors, open_tensors, write_tensors
-from rag_jax.pretrained.weights import Report, check_names, read_part
+from rag_jax.pretrained.weights import WeightReport, check_names, read_part
 from rag_jax.rag import GENERATORS, Rag
 from rag_jax.runs import checkpoint
 from rag_jax.system import sharding
@@ -60,7 +60,7 @@ def read(part, dtype="float32"):
         is_leaf=lambda x: hasattr(x, "names"),
     )
     check_names([part], part.tensors, {part.side: unboxed})
-    return unflatten_dict(dict(read_part(part, unboxed, Report())), sep="/")
+    return unflatten_dict(dict(read_part(part, unboxed, WeightReport())), sep="/")
 
 
 def init(part):

@@ -98,7 +98,7 @@ def test_candidates_are_scored_as_by_the_whole_forward_pass(kind, wave, width, m
     need[0, 0] = False
     monkeypatch.setattr(rag_decode, "TOKENS_AT_ONCE", B * K * width)
     reader = rag_decode.Reader(model.generator, params["generator"], c.bos_id)
-    options = search.Options(start_id=c.start_id, eos_id=c.eos_id, pad_id=c.pad_id, max_length=T)
+    options = search.DecodingOptions(start_id=c.start_id, eos_id=c.eos_id, pad_id=c.pad_id, max_length=T)
 
     @jax.jit
     def score(tokens):
@@ -344,7 +344,7 @@ def test_the_sum_over_documents_is_exact_for_the_least_likely_token(spread, bias
 
     @jax.jit
     def found(states, kernel, bias, prior):
-        head = rag_decode.Head.of((kernel, bias), scale, jnp.float32)
+        head = rag_decode.PaddedHead.of((kernel, bias), scale, jnp.float32)
         mixture, norms = rag_decode.mixed(
             states @ head.kernel_VD.T, head, prior, lambda: scale * (states @ kernel.T) + bias.astype(jnp.float32)
         )

@@ -13,7 +13,7 @@ import pytest
 
 from rag_jax.evaluation.report import html
 from rag_jax.evaluation.report.evaluation_plots import Picture
-from rag_jax.metrics import Setting
+from rag_jax.metrics import Judging
 
 
 class Elements(HTMLParser):
@@ -136,7 +136,7 @@ def test_as_many_questions_as_asked_for_or_as_there_is_room_for(tmp_path, monkey
 
 def test_regular_expressions_are_judged_as_such(tmp_path):
     rows = [pages.row(0, answers=["Ve.*r"]), pages.row(1, answers=["x+"])]
-    path = html.write(tmp_path / "report.html", pages.page(), rows, Setting(match="regex"), pages.texts)
+    path = html.write(tmp_path / "report.html", pages.page(), rows, Judging(match="regex"), pages.texts)
     assert [(q["right"], q["f1"]) for q in data(path)["questions"]] == [(True, None), (False, None)]
 
 

@@ -11,11 +11,11 @@ import pytest
 from rag_jax.errors import InputError
 from rag_jax.retrieval import scann_index
 from rag_jax.retrieval.scann_index import AnnConfig, Scann
-from rag_jax.retrieval.search import Queries, Source
+from rag_jax.retrieval.search import IndexSource, Queries
 
 pytest.importorskip("scann")
 
-SOURCE = Source("c" * 64, "e" * 64, 7)
+SOURCE = IndexSource("c" * 64, "e" * 64, 7)
 # All leaves and many scored again: almost exact. No two builds of ScaNN are the same, so the margins here are wide.
 TREE = AnnConfig(leaves=60, leaves_to_search=60, reorder=600, reorder_dtype="float32")
 
@@ -200,14 +200,14 @@ def test_rows_that_are_not_finite_do_not_end_the_process(tmp_path: Path) -> None
 import numpy as np
 from rag_jax.errors import InputError
 from rag_jax.retrieval import scann_index
-from rag_jax.retrieval.search import Queries, Source
+from rag_jax.retrieval.search import Queries, IndexSource
 good = np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32)
 tree = scann_index.AnnConfig(leaves=8)
-index = scann_index.build(good, Source("c"), tree)
+index = scann_index.build(good, IndexSource("c"), tree)
 for value in (np.nan, np.inf):
     bad = good.copy()
     bad[123, 5] = value
-    for call in (lambda: scann_index.build(bad, Source("c"), tree, np.arange(1000, 1200)),
+    for call in (lambda: scann_index.build(bad, IndexSource("c"), tree, np.arange(1000, 1200)),
                  lambda: index.upsert(np.arange(1000, 1200), bad), lambda: index.search(Queries(bad), 3)):
         try:
             call()

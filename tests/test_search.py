@@ -13,11 +13,11 @@ from rag_jax.errors import InputError
 from rag_jax.retrieval import mips, scann_index, search
 from rag_jax.retrieval.bm25 import Bm25, Bm25Config
 from rag_jax.retrieval.hybrid import Fusion, Hybrid
-from rag_jax.retrieval.search import Exact, Queries, Searcher, Source
+from rag_jax.retrieval.search import Exact, IndexSource, Queries, Searcher
 from rag_jax.system import sharding
 
 N, E, B = 203, 12, 9
-SOURCE = Source("a" * 64, "e" * 64, 3)
+SOURCE = IndexSource("a" * 64, "e" * 64, 3)
 HAS = {name: importlib.util.find_spec(name) is not None for name in ("scann", "bm25s", "Stemmer")}
 needs_bm25 = pytest.mark.skipif(not (HAS["bm25s"] and HAS["Stemmer"]), reason="needs the extra bm25")
 needs_scann = pytest.mark.skipif(not HAS["scann"], reason="needs the extra scann")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rag_jax.corpus import stacked_arrays
-from rag_jax.corpus.stacked_arrays import Part, Scaled, Stacked, stack
+from rag_jax.corpus.stacked_arrays import ArrayFile, Scaled, Stacked, stack
 from rag_jax.system import sharding
 
 N, E = 23, 5
@@ -18,7 +18,7 @@ SCALE = np.random.default_rng(1).random(N).astype(np.float32)
 
 def parts(array, cuts):
     edges = [0, *sorted(cuts), len(array)]
-    return [Part(b - a, lambda a=a, b=b: array[a:b]) for a, b in itertools.pairwise(edges)]
+    return [ArrayFile(b - a, lambda a=a, b=b: array[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 cuts = st.lists(st.integers(0, N), max_size=6)
@@ -66,7 +66,7 @@ def test_few_parts_are_open_at_a_time(monkeypatch):
 
 
 def test_one_part_is_the_array_itself():
-    assert stack([Part(N, lambda: WHOLE)], np.int8, (E,)) is WHOLE
+    assert stack([ArrayFile(N, lambda: WHOLE)], np.int8, (E,)) is WHOLE
 
 
 def test_rows_go_to_eight_devices():

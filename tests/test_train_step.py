@@ -23,14 +23,14 @@ from rag_jax.index import device_index
 from rag_jax.index.device_index import Index
 from rag_jax.models.bart import BartConfig
 from rag_jax.models.bert import BertConfig
-from rag_jax.rag import Passages, Rag, RagConfig
+from rag_jax.rag import Rag, RagConfig, TokenTables
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 from rag_jax.training import optimizer, train_step
 from rag_jax.training.config import make_stage
 from rag_jax.training.objectives import rag as rag_objective
 from rag_jax.training.optimizer import OptimizerConfig
-from rag_jax.training.stage import LossInput, Setting
+from rag_jax.training.stage import LossInput, StepSetting
 from rag_jax.training.train_step import TrainState
 
 B, K, E, LENGTH = 8, 3, 6, 152
@@ -51,7 +51,7 @@ class Bags(Rag):
         return mean(table[ids], mask)[:, :, None] + table[labels][:, None]
 
     def head(self, params, logit_chunk=4096, questions=1):
-        return loss_functions.Head(params["generator"], jnp.zeros(len(params["generator"])), chunk=logit_chunk)
+        return loss_functions.OutputLayer(params["generator"], jnp.zeros(len(params["generator"])), chunk=logit_chunk)
 
     def logits(self, params, ids, mask, labels, dropout=None):
         return self.states(params, ids, mask, labels) @ params["generator"].T
@@ -99,7 +99,7 @@ def params(corpus):
 def question_batches(examples, corpus, window=0):
     """Batches of all examples, or of those whose answer fits into a window."""
     pairs = np.flatnonzero(examples.answer_P2[:, 1] > 0) if window else np.arange(len(examples.label))
-    units, wanted = batching.units_of(examples, pairs, False), batching.Wanted(B, 0, (24, 14), window=window)
+    units, wanted = batching.units_of(examples, pairs, False), batching.BatchOptions(B, 0, (24, 14), window=window)
     return batching.question_batches(examples, units, corpus, wanted)
 
 
@@ -133,7 +133,7 @@ def loss_of(s, params, trains_passages, batch, index, passages, key, now=0):
 
 
 def setting(rag, stage, mesh, corpus):
-    return Setting(rag, stage, mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)
+    return StepSetting(rag, stage, mesh, len(corpus), corpus.generator_tokenizer.prefix_ids)
 
 
 def embed_all(table, corpus):
@@ -654,10 +654,10 @@ def test_the_index_is_never_gathered(corpus, mesh):
     n, rng = 8 * 512, np.random.default_rng(0)
     tables = rng.integers(0, 400, (2, n, 16)).astype(np.uint16)
     lengths = np.full(n, 16, np.uint16)
-    table = Passages(*(sharding.shard_rows(mesh, x, 0) for x in (tables[0], lengths, tables[1], lengths)))
+    table = TokenTables(*(sharding.shard_rows(mesh, x, 0) for x in (tables[0], lengths, tables[1], lengths)))
     index = index_of(mesh, rng.normal(size=(n, E)))
     stage = make_stage("joint", n_docs=K, optimizer=OptimizerConfig(groups={"question_encoder": 1.0}))
-    s = Setting(bags(corpus), stage, mesh, n, (0,))
+    s = StepSetting(bags(corpus), stage, mesh, n, (0,))
     params = {name: jnp.ones((400, E)) for name in ("question_encoder", "context_encoder", "generator")}
     trained = {"question_encoder": params["question_encoder"]}
     state = TrainState(jnp.int32(0), params, optimizer.make(stage.optimizer, 1).init(trained))

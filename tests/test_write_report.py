@@ -8,7 +8,7 @@ import pytest
 from rag_jax.errors import InputError
 from rag_jax.evaluation import compare
 from rag_jax.evaluation.report import evaluation_plots, write_report
-from rag_jax.metrics import Setting
+from rag_jax.metrics import Judging
 
 
 def found(run, rows, **report):
@@ -18,8 +18,8 @@ def found(run, rows, **report):
         "n_docs": 2, "seed": 0, "n_retrieved": 100, "search": {"kind": "exact", "dtype": "int8"}, "labels": [],
         "match": "string", **write_report.DEFAULTS, "num_beams": 4,
     }  # fmt: skip
-    return write_report.Evaluation(
-        run, pages.Corpus(), rows, usual | report, Setting(), "rag-jax evaluate runs/a --limit 2"
+    return write_report.EvaluationResults(
+        run, pages.Corpus(), rows, usual | report, Judging(), "rag-jax evaluate runs/a --limit 2"
     )
 
 

@@ -190,8 +190,8 @@ def main() -> None:
     parser.add_argument("--kind", choices=["my_linen", "my_nnx"], default="my_linen")
     parser.add_argument("--steps", type=int, default=100, help="of all stages together (default: %(default)s)")
     args = parser.parse_args()
-    rag.GENERATORS["my_linen"] = rag.Family(LinenConfig, LinenReader, named)
-    rag.GENERATORS["my_nnx"] = rag.Family(NnxConfig, NnxReader, named)
+    rag.GENERATORS["my_linen"] = rag.ModelFamily(LinenConfig, LinenReader, named)
+    rag.GENERATORS["my_nnx"] = rag.ModelFamily(NnxConfig, NnxReader, named)
     config = make_config(args.steps)
     config["model"]["generator"] = {"kind": args.kind}
     config["stages"] = config["stages"][:2]

@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 
 from rag_jax.aot import hardware, layer_extrapolation, stage_programs
 from rag_jax.aot.hardware import GIB, Topology
-from rag_jax.aot.memory import Report, compiled, counted
-from rag_jax.aot.stage_programs import Program, Sizes
+from rag_jax.aot.memory import ProgramNeeds, compiled, counted
+from rag_jax.aot.stage_programs import Sizes, TracedProgram
 from rag_jax.errors import InputError
 from rag_jax.rag import Rag
 from rag_jax.system import logs, sharding
@@ -37,7 +37,7 @@ ESTIMATED = (
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CompileOptions:
     """Options of `rag-jax compile`: which programs are compiled, and how.
 
     programs: names of stages, `search`, `encode`; none: all.
@@ -118,7 +118,9 @@ def mesh_of(cfg: TrainConfig, where: Topology) -> tuple[Mesh, bool]:
     return stand_ins(cfg, where), False
 
 
-def few_layers(cfg: TrainConfig, program: Program, where: Topology, mesh: Mesh, wanted: Wanted) -> Report:
+def few_layers(
+    cfg: TrainConfig, program: TracedProgram, where: Topology, mesh: Mesh, wanted: CompileOptions
+) -> ProgramNeeds:
     """Report of a program from compiling it with few layers, extrapolated linearly.
 
     It is compiled with wanted.layers layers in every stack, and again with one more layer in each deeper stack in turn.
@@ -151,12 +153,12 @@ def few_layers(cfg: TrainConfig, program: Program, where: Topology, mesh: Mesh, 
     )
 
 
-def sized(cfg: TrainConfig, wanted: Wanted) -> tuple[Rag, Sizes]:
+def sized(cfg: TrainConfig, wanted: CompileOptions) -> tuple[Rag, Sizes]:
     """`stage_programs.sizes` with the corpus options of the command."""
     return stage_programs.sizes(cfg, wanted.passages, wanted.encoder_length, wanted.generator_length)
 
 
-def roofline(report: Report, where: Topology) -> None:
+def roofline(report: ProgramNeeds, where: Topology) -> None:
     """Adds the roofline to a report: seconds of matmuls, memory traffic and links, where the chip's rates are known."""
     chip = where.chip
     if chip is None:
@@ -169,7 +171,7 @@ def roofline(report: Report, where: Topology) -> None:
         report.seconds["links"] = sent * share / chip.link_rate
 
 
-def table(cfg: TrainConfig, where: Topology, mesh: Mesh, reports: list[Report], effort: float) -> str:
+def table(cfg: TrainConfig, where: Topology, mesh: Mesh, reports: list[ProgramNeeds], effort: float) -> str:
     """The reports as a readable table."""
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     lines = [f"{where.text}: {where.chips} chips, mesh {axes}; all figures are per device"]
@@ -210,7 +212,7 @@ def table(cfg: TrainConfig, where: Topology, mesh: Mesh, reports: list[Report], 
     return "\n".join(lines)
 
 
-def estimate(cfg: TrainConfig, topology: str, wanted: Wanted) -> dict[str, Any]:
+def estimate(cfg: TrainConfig, topology: str, wanted: CompileOptions) -> dict[str, Any]:
     """Memory, work and least time of each program on a topology such as v5e:16x16: a table as `text`, and all figures.
 
     JAX is set to run on the CPU, unless JAX_PLATFORMS is set: accelerators that are here are not used.

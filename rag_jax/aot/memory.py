@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 
 from rag_jax.aot import hlo, operation_count
 from rag_jax.aot.hardware import Topology
-from rag_jax.aot.stage_programs import Program
+from rag_jax.aot.stage_programs import TracedProgram
 from rag_jax.system import files
 
 UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 
 @dataclass
-class Report:
+class ProgramNeeds:
     """Needs of one program on one device, in bytes and seconds; None for what is not known.
 
     compiled: whether figures are those of the compiled program, else they are counted from shapes.
@@ -99,7 +99,7 @@ def padded_bytes(leaf: jax.ShapeDtypeStruct, layout: Any) -> float:
     return math.prod(sides) * item
 
 
-def group_bytes(program: Program, formats: Any | None) -> dict[str, float]:
+def group_bytes(program: TracedProgram, formats: Any | None) -> dict[str, float]:
     """Bytes on a device of each group of arguments.
 
     formats: memory layouts of a compiled program's arguments; None: by shape alone.
@@ -112,14 +112,14 @@ def group_bytes(program: Program, formats: Any | None) -> dict[str, float]:
     return {name: sum(size[id(x)] for x in jax.tree.leaves(group)) for name, group in program.groups.items()}
 
 
-def counted(program: Program, where: Topology, mesh: Mesh) -> Report:
+def counted(program: TracedProgram, where: Topology, mesh: Mesh) -> ProgramNeeds:
     """Report from shapes alone: arguments and work are exact, activations are estimated."""
     jaxpr = jax.make_jaxpr(program.call)(*program.arguments).jaxpr
     memory = group_bytes(program, None)
     # activations are assumed to be sharded over the batch only, which is over data and fsdp
     memory["activations and the like"] = operation_count.peak_bytes(jaxpr) / (mesh.shape["data"] * mesh.shape["fsdp"])
     chip = where.chip
-    return Report(
+    return ProgramNeeds(
         name=program.name,
         compiled=False,
         memory=memory,
@@ -132,7 +132,9 @@ def counted(program: Program, where: Topology, mesh: Mesh) -> Report:
     )
 
 
-def compiled(program: Program, where: Topology, mesh: Mesh, effort: float, text_file: Path | None) -> Report:
+def compiled(
+    program: TracedProgram, where: Topology, mesh: Mesh, effort: float, text_file: Path | None
+) -> ProgramNeeds:
     """Report with memory, traffic and collectives of the compiled program; see `too_large` if it does not compile.
 
     effort: of the compiler, -1 to 1.
@@ -166,7 +168,7 @@ def compiled(program: Program, where: Topology, mesh: Mesh, effort: float, text_
     return report
 
 
-def too_large(report: Report, message: str) -> Report:
+def too_large(report: ProgramNeeds, message: str) -> ProgramNeeds:
     """Report of a program that does not fit in memory, from libtpu's error; RuntimeError if it failed otherwise."""
     said = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message)
     said = said or re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)

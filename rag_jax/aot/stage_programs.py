@@ -17,12 +17,12 @@ from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
 from rag_jax.index import refresh
 from rag_jax.index.device_index import Index
-from rag_jax.rag import Passages, Rag
+from rag_jax.rag import Rag, TokenTables
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 from rag_jax.training import train_step
 from rag_jax.training.config import TrainConfig
-from rag_jax.training.stage import Setting, StageConfig
+from rag_jax.training.stage import StageConfig, StepSetting
 from rag_jax.training.train_step import TrainState
 
 
@@ -46,7 +46,7 @@ class Sizes:
     live: bool = False
 
 
-class Program(NamedTuple):
+class TracedProgram(NamedTuple):
     """A function with its arguments as ShapeDtypeStructs with shardings.
 
     call: the function, to be traced as call(*arguments).
@@ -120,9 +120,9 @@ def batch(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mes
     return {name: array(mesh, shape, "int32", "batch") for name, shape in shapes.items()}
 
 
-def tables(size: Sizes, mesh: Mesh, rows: int, name: str = "rows") -> Passages:
+def tables(size: Sizes, mesh: Mesh, rows: int, name: str = "rows") -> TokenTables:
     """Shapes of the token table; name: logical axis of its rows."""
-    return Passages(
+    return TokenTables(
         array(mesh, (rows, size.encoder_length), size.encoder_dtype, name),
         array(mesh, (rows,), "uint16", name),
         array(mesh, (rows, size.generator_length), size.generator_dtype, name),
@@ -147,14 +147,14 @@ def padded(size: Sizes, mesh: Mesh) -> int:
     return -(-size.passages // mesh.size) * mesh.size
 
 
-def setting(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Setting:
+def setting(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> StepSetting:
     """Static settings of the step of a stage; its epoch, which `refresh` counts in, is at most Natural Questions'."""
     rows = padded(size, mesh) if cfg.live else size.passages
     questions = min(stage.questions or 79_168, 79_168)
-    return Setting(rag, stage, mesh, rows, size.prefix_ids, cfg.search, max(1, questions // stage.batch))
+    return StepSetting(rag, stage, mesh, rows, size.prefix_ids, cfg.search, max(1, questions // stage.batch))
 
 
-def step(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Program:
+def step(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh) -> TracedProgram:
     """The training step of a stage."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if stage.batch % shards:
@@ -177,7 +177,7 @@ def step(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh
         "parameters": train_state.params, "optimiser": (train_state.step, train_state.opt_state), "index": table,
         "token table": passages, "batch": (questions, key),
     }  # fmt: skip
-    return Program(
+    return TracedProgram(
         stage.name,
         train_step.make_step(s, 0),
         train_step.jit_step(s, 0, train_state, table),
@@ -188,7 +188,7 @@ def step(cfg: TrainConfig, stage: StageConfig, rag: Rag, size: Sizes, mesh: Mesh
     )
 
 
-def search(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh, questions: int, k: int) -> Program:
+def search(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh, questions: int, k: int) -> TracedProgram:
     """The search of `questions` questions at once, as in evaluation."""
     s, table = setting(cfg, cfg.stages[-1], rag, size, mesh), index(cfg, rag, size, mesh)
     q_BE = array(mesh, (questions, rag.config.encoder.output_width), "float32", "batch")
@@ -196,10 +196,10 @@ def search(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh, questions: int, 
     def find(q_BE: jax.Array, index: Index) -> Any:
         return retrieve.find(s, q_BE, index, k)
 
-    return Program("search", find, jax.jit(find), (q_BE, table), {"index": table, "batch": q_BE}, questions, 0)
+    return TracedProgram("search", find, jax.jit(find), (q_BE, table), {"index": table, "batch": q_BE}, questions, 0)
 
 
-def encode(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Program:
+def encode(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> TracedProgram:
     """One block of rebuilding the index on the devices; the encoder is replicated on all of them."""
     side = rag.config.passage_side
     whole = sharding.replicated(mesh)
@@ -214,18 +214,20 @@ def encode(cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh) -> Program:
     )
     number = array(mesh, (), "int32")
 
-    def block(params: Any, index: Index, passages: Passages, number: Any, step: Any) -> Index:
+    def block(params: Any, index: Index, passages: TokenTables, number: Any, step: Any) -> Index:
         return refresh.embed_block(rag, mesh, params, index, passages, number, step, refresh.BLOCK)
 
     n = min(refresh.BLOCK * mesh.size, padded(size, mesh))
     groups = {"parameters": encoder, "index": table, "token table": passages, "batch": (number, number)}
     arguments = (encoder, table, passages, number, number)
-    return Program("encode", block, jax.jit(block, donate_argnums=1), arguments, groups, 0, n * size.encoder_length, n)
+    return TracedProgram(
+        "encode", block, jax.jit(block, donate_argnums=1), arguments, groups, 0, n * size.encoder_length, n
+    )
 
 
 def every(
     cfg: TrainConfig, rag: Rag, size: Sizes, mesh: Mesh, stages: Sequence[str], questions: int, k: int
-) -> dict[str, Program]:
+) -> dict[str, TracedProgram]:
     """The programs named in `stages`, by name; all where it is empty. InputError for an unknown name."""
     known = [stage.name for stage in cfg.stages]
     graph = cfg.search.in_graph

@@ -33,7 +33,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
-class Load:
+class DecodeLoad:
     """Inputs of decoding, and the shape of the BART that decodes.
 
     questions, docs: B and K.
@@ -65,11 +65,11 @@ class Load:
 
 
 LOADS = {
-    "small": Load(),
-    "medium": Load(
+    "small": DecodeLoad(),
+    "medium": DecodeLoad(
         questions=4, width=256, layers=4, hidden=1024, heads=4, vocabulary=30522
     ),
-    "bart-large": Load(
+    "bart-large": DecodeLoad(
         questions=8, source=256, width=1024, layers=12, hidden=4096, heads=16, vocabulary=50265, dtype="bfloat16"
     ),
 }  # fmt: skip
@@ -90,7 +90,7 @@ def drawn(rag: Rag, seed: int = 0) -> Params:
     return jax.tree.unflatten(structure, [draw(*pair, key) for pair, key in zip(paths, keys, strict=True)])
 
 
-def random_model(load: Load, variant: Variant, seed: int = 0) -> tuple[Rag, Params]:
+def random_model(load: DecodeLoad, variant: Variant, seed: int = 0) -> tuple[Rag, Params]:
     """A model of this load with a minimal encoder, and random parameters."""
     encoder = BertConfig(vocab_size=64, width=16, layers=1, heads=2, hidden=16, positions=16)
     rag = Rag(
@@ -99,14 +99,14 @@ def random_model(load: Load, variant: Variant, seed: int = 0) -> tuple[Rag, Para
     return rag, drawn(rag, seed)
 
 
-def random_inputs(load: Load, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def random_inputs(load: DecodeLoad, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Random context ids and mask [B, K, L] and scores [B, K]; all documents have full length."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(3, load.vocabulary, (load.questions, load.docs, load.source)).astype(np.int32)
     return ids, np.ones(ids.shape, bool), rng.normal(0, 1, ids.shape[:2]).astype(np.float32)
 
 
-def needed(load: Load, variant: Variant, mode: str) -> dict[str, float]:
+def needed(load: DecodeLoad, variant: Variant, mode: str) -> dict[str, float]:
     """Matmul FLOPs and bytes read that every exact decoder needs, for answers of full length.
 
     Every source is encoded once. The first step has one beam, the others M. For RAG-Sequence thorough, K * M candidates
@@ -143,7 +143,7 @@ def theirs(rag: Rag, params: Params, directory: str) -> Any:
     return getattr(transformers, kind).from_pretrained(directory).eval()
 
 
-def their_answers(model: Any, load: Load, given: tuple[np.ndarray, ...]) -> np.ndarray:
+def their_answers(model: Any, load: DecodeLoad, given: tuple[np.ndarray, ...]) -> np.ndarray:
     """Sequences that transformers' model writes; given: ids, mask and scores, see `random_inputs`."""
     import torch
 
@@ -164,7 +164,7 @@ def their_answers(model: Any, load: Load, given: tuple[np.ndarray, ...]) -> np.n
         return answers.cpu().numpy()
 
 
-def same(ours: np.ndarray, answers: np.ndarray, load: Load) -> float:
+def same(ours: np.ndarray, answers: np.ndarray, load: DecodeLoad) -> float:
     """Share of questions with the same tokens; shorter answers are padded."""
     padded = np.full(ours.shape, load.model.pad_id)
     padded[:, : answers.shape[1]] = answers
@@ -176,7 +176,9 @@ def ours(program: Any, params: Params, placed: list[Any], i: int) -> Any:
     return jax.block_until_ready(program(params, *placed[i]))
 
 
-def bench(load: Load, variant: Variant, modes: tuple[Mode, ...], repeats: int, rival: bool) -> list[dict[str, Any]]:
+def bench(
+    load: DecodeLoad, variant: Variant, modes: tuple[Mode, ...], repeats: int, rival: bool
+) -> list[dict[str, Any]]:
     """Results of each mode; our programs and the rival take turns, so that other load on the machine affects both."""
     rag, params = random_model(load, variant)
     inputs = [random_inputs(load, seed) for seed in range(repeats)]
@@ -241,7 +243,7 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def report(load: Load, variants: Sequence[Variant], repeats: int, alone: bool) -> dict[str, Any]:
+def report(load: DecodeLoad, variants: Sequence[Variant], repeats: int, alone: bool) -> dict[str, Any]:
     """Results of `bench` for each variant, with a table as `text`; alone: without transformers, even if installed.
 
     InputError for a load whose values do not fit together.

@@ -30,7 +30,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Load:
+class EncodeLoad:
     """Passages to embed, and the shape of the BERT that embeds them.
 
     passages: number of passages, whose lengths are uniform from `shortest` to `length` tokens.
@@ -57,22 +57,22 @@ class Load:
 
 
 LOADS = {
-    "small": Load(),
-    "minilm": Load(passages=512, width=384, layers=6, hidden=1536, heads=12, vocabulary=30522),
-    "bert-base": Load(
+    "small": EncodeLoad(),
+    "minilm": EncodeLoad(passages=512, width=384, layers=6, hidden=1536, heads=12, vocabulary=30522),
+    "bert-base": EncodeLoad(
         passages=16384, batch=512, width=768, layers=12, hidden=3072, heads=12, vocabulary=30522, dtype="bfloat16"
     ),
 }  # fmt: skip
 
 
-def drawn(load: Load, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def drawn(load: EncodeLoad, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Ids [N, L] and lengths [N] of random passages."""
     rng = np.random.default_rng(seed)
     length_N = rng.integers(load.shortest, load.length + 1, load.passages).astype(np.uint16)
     return rng.integers(1, load.vocabulary, (load.passages, load.length)).astype(np.uint16), length_N
 
 
-def read(load: Load, corpus: Corpus) -> tuple[Load, np.ndarray, np.ndarray]:
+def read(load: EncodeLoad, corpus: Corpus) -> tuple[EncodeLoad, np.ndarray, np.ndarray]:
     """The load with number, lengths and vocabulary of the first passages of a corpus, and their ids and lengths."""
     ids_NL, length_N = (
         np.asarray(corpus.encoder_ids[: load.passages]),
@@ -83,25 +83,27 @@ def read(load: Load, corpus: Corpus) -> tuple[Load, np.ndarray, np.ndarray]:
     return dataclasses.replace(load, vocabulary=vocabulary, **shape), ids_NL, length_N
 
 
-def flops(load: Load, length_N: np.ndarray) -> float:
+def flops(load: EncodeLoad, length_N: np.ndarray) -> float:
     """Floating-point operations of the matmuls for passages of these lengths, without padding; 2 per multiply-add."""
     D, tokens = load.width, np.asarray(length_N, np.float64)
     return float(load.layers * 2 * ((4 * D * D + 2 * D * load.hidden) * tokens + 2 * D * tokens**2).sum())
 
 
-def padded_tokens(load: Load, length_N: np.ndarray) -> int:
+def padded_tokens(load: EncodeLoad, length_N: np.ndarray) -> int:
     """Tokens that our programs process, padding included."""
     size = -(-load.batch // jax.local_device_count()) * jax.local_device_count()
     return sum(size * wide for _, wide in encode.plan(length_N, size, load.length))
 
 
-def random_model(load: Load) -> tuple[Rag, Params]:
+def random_model(load: EncodeLoad) -> tuple[Rag, Params]:
     """A model with only an encoder, and random parameters."""
     rag = Rag(RagConfig(encoder=load.model, generator=None, tie_encoders=True))
     return rag, nn.unbox(jax.jit(rag.init)(jax.random.key(0)))
 
 
-def ours(load: Load, rag: Rag, params: Params, ids_NL: np.ndarray, length_N: np.ndarray) -> Callable[[int], np.ndarray]:
+def ours(
+    load: EncodeLoad, rag: Rag, params: Params, ids_NL: np.ndarray, length_N: np.ndarray
+) -> Callable[[int], np.ndarray]:
     """call(round) -> vectors [N, E] of all passages, by our encoder."""
     encoder = rag.encoder
     embed_rows = encode.row_embedder(
@@ -112,7 +114,7 @@ def ours(load: Load, rag: Rag, params: Params, ids_NL: np.ndarray, length_N: np.
 
 
 def theirs(
-    load: Load, rag: Rag, params: Params, ids_NL: np.ndarray, length_N: np.ndarray, directory: Path
+    load: EncodeLoad, rag: Rag, params: Params, ids_NL: np.ndarray, length_N: np.ndarray, directory: Path
 ) -> Callable[[int], np.ndarray]:
     """call(round) -> vectors [N, E] of all passages, by the same model in transformers, exported to `directory`."""
     import torch
@@ -140,7 +142,7 @@ def theirs(
     return call
 
 
-def bench(load: Load, ids_NL: np.ndarray, length_N: np.ndarray, repeats: int, rival: bool) -> dict[str, Any]:
+def bench(load: EncodeLoad, ids_NL: np.ndarray, length_N: np.ndarray, repeats: int, rival: bool) -> dict[str, Any]:
     """Measures ours and, with `rival`, transformers in turn, and how far their vectors differ."""
     rag, params = random_model(load)
     calls = {"ours": ours(load, rag, params, ids_NL, length_N)}
@@ -194,7 +196,7 @@ def table(r: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def report(load: Load, corpus: Path | None, repeats: int, alone: bool) -> dict[str, Any]:
+def report(load: EncodeLoad, corpus: Path | None, repeats: int, alone: bool) -> dict[str, Any]:
     """Results of `bench` on random passages or the first of a corpus, with a table as `text`.
 
     corpus: directory of a corpus; None: random passages.

@@ -18,8 +18,8 @@ import numpy as np
 
 from rag_jax.bench import synthetic_load, torch_rival, train
 from rag_jax.bench.machine_limits import largest, machine
-from rag_jax.bench.synthetic_load import Load
-from rag_jax.bench.torch_rival import Given
+from rag_jax.bench.synthetic_load import StepLoad
+from rag_jax.bench.torch_rival import TorchBatch
 from rag_jax.errors import InputError
 from rag_jax.system import logs, sharding
 
@@ -28,7 +28,7 @@ SIDES = ("ours", "transformers")
 ENVIRONMENT = {"ours": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}, "transformers": {"JAX_PLATFORMS": "cpu"}}
 
 
-def try_ours(load: Load, shape: dict[str, int]) -> dict[str, Any]:
+def try_ours(load: StepLoad, shape: dict[str, int]) -> dict[str, Any]:
     """Runs two of our steps on a mesh of this shape; InputError where there is no accelerator."""
     if jax.default_backend() == "cpu":
         raise InputError("--largest asks for an accelerator: without one a machine does not say when memory is short")
@@ -40,7 +40,7 @@ def try_ours(load: Load, shape: dict[str, int]) -> dict[str, Any]:
     return machine()
 
 
-def try_theirs(load: Load, device: str) -> dict[str, Any]:
+def try_theirs(load: StepLoad, device: str) -> dict[str, Any]:
     """Runs two steps of the rival on random documents; InputError where torch sees no GPU."""
     import torch
 
@@ -55,7 +55,7 @@ def try_theirs(load: Load, device: str) -> dict[str, Any]:
         ours = train.prepare(dataclasses.replace(load, passages=load.docs), mesh)
         module = torch_rival.model(ours.setting.rag, ours.params, Path(directory) / "model", device)
     step = torch_rival.stepper(module, load)
-    given = Given(batch["question_ids"], contexts_BKL, documents_BKE, batch["labels"])
+    given = TorchBatch(batch["question_ids"], contexts_BKL, documents_BKE, batch["labels"])
     step(given), step(given)
     return {}
 
@@ -67,7 +67,7 @@ def ran_out(error: Exception) -> bool:
     return type(error).__name__ == "OutOfMemoryError"  # torch's
 
 
-def trial(side: str, load: Load, shape: dict[str, int]) -> tuple[bool, dict[str, Any]]:
+def trial(side: str, load: StepLoad, shape: dict[str, int]) -> tuple[bool, dict[str, Any]]:
     """Whether the load fits, and for our side a description of the machine."""
     try:
         return True, try_ours(load, shape) if side == "ours" else try_theirs(load, "cuda")
@@ -77,7 +77,7 @@ def trial(side: str, load: Load, shape: dict[str, int]) -> tuple[bool, dict[str,
         return False, {}
 
 
-def in_process(side: str, load: Load, shape: dict[str, int]) -> tuple[bool, dict[str, Any]]:
+def in_process(side: str, load: StepLoad, shape: dict[str, int]) -> tuple[bool, dict[str, Any]]:
     """Runs `trial` in a new process that ends with it; its exceptions are raised here."""
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT[side])
@@ -89,7 +89,7 @@ def in_process(side: str, load: Load, shape: dict[str, int]) -> tuple[bool, dict
         os.environ.update(before)
 
 
-def search(load: Load, side: str, shape: dict[str, int]) -> tuple[int, dict[str, Any]]:
+def search(load: StepLoad, side: str, shape: dict[str, int]) -> tuple[int, dict[str, Any]]:
     """The largest batch of one side, a multiple of load.accumulate, and the description of the machine."""
     machine_info: dict[str, Any] = {}
 
@@ -103,7 +103,7 @@ def search(load: Load, side: str, shape: dict[str, int]) -> tuple[int, dict[str,
     return largest(fits) * load.accumulate, machine_info
 
 
-def report(load: Load, shape: dict[str, int], alone: bool) -> dict[str, Any]:
+def report(load: StepLoad, shape: dict[str, int], alone: bool) -> dict[str, Any]:
     """The largest batches of a load on a mesh of this shape, also as `text`; alone: ours only."""
     synthetic_load.check(load)
     sides = SIDES if not alone and importlib.util.find_spec("torch") is not None else SIDES[:1]

@@ -26,7 +26,7 @@ from jax import lax
 from rag_jax.bench.machine_limits import spread
 from rag_jax.errors import InputError
 from rag_jax.retrieval import mips, mips_one_device, scann_index
-from rag_jax.retrieval.search import Queries, Source
+from rag_jax.retrieval.search import IndexSource, Queries
 from rag_jax.system.logs import Progress
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -37,7 +37,7 @@ Found = tuple[np.ndarray, np.ndarray]  # scores_BK, ids_BK
 
 
 @dataclass(frozen=True)
-class Load:
+class SearchLoad:
     """Size of the data: N passages of width E, and B questions per call."""
 
     passages: int = 100_000
@@ -47,7 +47,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Program:
+class SearchProgram:
     """A program that searches.
 
     call: (k, queries) -> scores and ids; blocks until they are there.
@@ -61,7 +61,7 @@ class Program:
     limit: str = ""
 
 
-def passages(load: Load) -> Iterator[np.ndarray]:
+def passages(load: SearchLoad) -> Iterator[np.ndarray]:
     """Synthetic embeddings of unit scale, in blocks [X, E] float32; the same at every call."""
     rng = np.random.default_rng(load.seed)
     loud_E = np.where(rng.random(load.width) < 0.01, 4.0, 1.0).astype(np.float32)
@@ -77,7 +77,7 @@ def passages(load: Load) -> Iterator[np.ndarray]:
         yield block_XE / np.float32(np.sqrt(load.width))
 
 
-def collected(load: Load) -> np.ndarray:
+def collected(load: SearchLoad) -> np.ndarray:
     """All passages [N, E], without a second copy in memory while they are collected."""
     index_NE = np.empty((load.passages, load.width), np.float32)
     with Progress(load.passages, "bench search: embeddings", "passages") as progress:
@@ -87,7 +87,7 @@ def collected(load: Load) -> np.ndarray:
     return index_NE
 
 
-def questions(load: Load, index_NE: np.ndarray, number: int) -> np.ndarray:
+def questions(load: SearchLoad, index_NE: np.ndarray, number: int) -> np.ndarray:
     """Questions [B, E]: random passages plus noise as large as the spread of a cluster; number: seed of the batch."""
     rng = np.random.default_rng((load.seed, number))
     near_BE = index_NE[rng.integers(0, load.passages, load.batch)]
@@ -112,7 +112,7 @@ def products_alone(queries_BE: jax.Array, index_NE: jax.Array, *, k: int) -> jax
     return lax.scan(step, start_B, jnp.arange(-(-n // into.tile), dtype=jnp.int32))[0]
 
 
-def ours(index_NE: np.ndarray, dtype: str) -> tuple[Program, Program]:
+def ours(index_NE: np.ndarray, dtype: str) -> tuple[SearchProgram, SearchProgram]:
     """Our search with an index of this type, and its matmuls alone; on a CPU bfloat16 is kept as its bits."""
     begun = time.perf_counter()
     bits = dtype == "bfloat16" and jax.default_backend() == "cpu"
@@ -139,10 +139,10 @@ def ours(index_NE: np.ndarray, dtype: str) -> tuple[Program, Program]:
         best_B1 = np.asarray(products_alone(queries_BE, rows_NE, k=k))[:, None]
         return best_B1, np.zeros(best_B1.shape, np.int32)
 
-    return Program(call, size, seconds, f"products {dtype}"), Program(alone, size, seconds)
+    return SearchProgram(call, size, seconds, f"products {dtype}"), SearchProgram(alone, size, seconds)
 
 
-def faiss_flat(index_NE: np.ndarray) -> Program:
+def faiss_flat(index_NE: np.ndarray) -> SearchProgram:
     """faiss IndexFlatIP, with all its threads."""
     import faiss
 
@@ -150,10 +150,12 @@ def faiss_flat(index_NE: np.ndarray) -> Program:
     index = faiss.IndexFlatIP(index_NE.shape[1])
     for start in range(0, len(index_NE), BLOCK):
         index.add(index_NE[start : start + BLOCK])
-    return Program(lambda k, q: index.search(q, k), index_NE.nbytes, time.perf_counter() - begun, "products float32")
+    return SearchProgram(
+        lambda k, q: index.search(q, k), index_NE.nbytes, time.perf_counter() - begun, "products float32"
+    )
 
 
-def numpy_partition(index_NE: np.ndarray) -> Program:
+def numpy_partition(index_NE: np.ndarray) -> SearchProgram:
     """NumPy: all scores by one matmul, argpartition, and a sort of the k best."""
 
     def call(k: int, queries_BE: np.ndarray) -> Found:
@@ -163,10 +165,10 @@ def numpy_partition(index_NE: np.ndarray) -> Program:
         order_BK = np.argsort(-scores_BK, axis=1, kind="stable")
         return np.take_along_axis(scores_BK, order_BK, 1), np.take_along_axis(ids_BK, order_BK, 1)
 
-    return Program(call, index_NE.nbytes, 0.0, "products float32")
+    return SearchProgram(call, index_NE.nbytes, 0.0, "products float32")
 
 
-def scann_tuned(load: Load, index_NE: np.ndarray, exact: Program) -> dict[str, Program]:
+def scann_tuned(load: SearchLoad, index_NE: np.ndarray, exact: SearchProgram) -> dict[str, SearchProgram]:
     """ScaNN as `retrieval.scann_index` builds it, and the library's own call with the same settings.
 
     It is tuned to a recall@20 of 0.95 on separate questions, for which `exact` has the true results.
@@ -175,7 +177,7 @@ def scann_tuned(load: Load, index_NE: np.ndarray, exact: Program) -> dict[str, P
     sample = questions(dataclasses.replace(load, batch=256), index_NE, TUNING)
     truth = np.concatenate([exact.call(k, sample[at : at + load.batch])[1] for at in range(0, 256, load.batch)])
     # tuned to a little more than 0.95, since the questions of the benchmark differ
-    built = scann_index.build(index_NE, Source("bench")).tune(sample, truth, 0.965)
+    built = scann_index.build(index_NE, IndexSource("bench")).tune(sample, truth, 0.965)
     size = index_NE.nbytes // 2 + index_NE.shape[1] // 4 * 2 * len(index_NE)  # bfloat16 rows; codes, twice with SOAR
     seconds = time.perf_counter() - begun
 
@@ -190,7 +192,7 @@ def scann_tuned(load: Load, index_NE: np.ndarray, exact: Program) -> dict[str, P
         ids_BK, scores_BK = built.index.search_batched_parallel(queries_BE, k, more, **how)
         return scores_BK, ids_BK
 
-    return {"scann": Program(call, size, seconds), "scann's own call": Program(library, size, seconds)}
+    return {"scann": SearchProgram(call, size, seconds), "scann's own call": SearchProgram(library, size, seconds)}
 
 
 def recall(found_BK: np.ndarray, exact_BK: np.ndarray) -> float:
@@ -199,12 +201,12 @@ def recall(found_BK: np.ndarray, exact_BK: np.ndarray) -> float:
 
 
 def bench(
-    load: Load, ks: Sequence[int], dtypes: Sequence[str], rivals: Sequence[str], repeats: int
+    load: SearchLoad, ks: Sequence[int], dtypes: Sequence[str], rivals: Sequence[str], repeats: int
 ) -> list[dict[str, Any]]:
     """Results of each program and k. Recall is against our own float32 search, which must be among `dtypes`."""
     index_NE = collected(load)
     batches = [questions(load, index_NE, i) for i in range(repeats)]
-    programs: dict[str, Program] = {}
+    programs: dict[str, SearchProgram] = {}
     for dtype in dtypes:
         programs[dtype], programs[f"products {dtype}"] = ours(index_NE, dtype)
     if "faiss" in rivals:
@@ -275,7 +277,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def report(
-    load: Load, ks: Sequence[int], dtypes: Sequence[str], rivals: Sequence[str] | None, repeats: int
+    load: SearchLoad, ks: Sequence[int], dtypes: Sequence[str], rivals: Sequence[str] | None, repeats: int
 ) -> dict[str, Any]:
     """Results of `bench`, with a table as `text`.
 

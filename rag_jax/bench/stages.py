@@ -24,7 +24,7 @@ from rag_jax.system import sharding
 from rag_jax.system.logs import Progress
 from rag_jax.training import session, setup
 from rag_jax.training.config import TrainConfig
-from rag_jax.training.stage import Setting, StageConfig
+from rag_jax.training.stage import StageConfig, StepSetting
 from rag_jax.training.stage_index import Upkeep
 from rag_jax.training.train_step import TrainState, first_state, jit_step, make_step
 
@@ -138,7 +138,7 @@ def rate(amounts: Sequence[float], seconds: Sequence[float]) -> float:
     return float(np.median(np.asarray(amounts) / np.asarray(seconds)))
 
 
-def without_savings(setting: Setting) -> Setting:
+def without_savings(setting: StepSetting) -> StepSetting:
     """Setting of the same step without accumulation, chunks and rematerialisation, which save memory.
 
     Only the logits may still be computed again in the gradient.

@@ -18,19 +18,19 @@ from rag_jax.models.bert import BertConfig
 from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.layers import Remat
 from rag_jax.models.protocols import GeneratorConfig
-from rag_jax.rag import Passages, Rag, RagConfig
+from rag_jax.rag import Rag, RagConfig, TokenTables
 from rag_jax.system import sharding
 from rag_jax.training import optimizer
 from rag_jax.training.objectives.rag import MarginalLikelihood
 from rag_jax.training.optimizer import OptimizerConfig
-from rag_jax.training.stage import Setting, StageConfig
+from rag_jax.training.stage import StageConfig, StepSetting
 
 DTYPES = ("float32", "bfloat16")
 PREFIX = (0,)  # bos, before every joined input
 
 
 @dataclass(frozen=True)
-class Load:
+class StepLoad:
     """Sizes of a step's inputs and of the model.
 
     The question encoder is a BERT; the context encoder is frozen and not part of the model, as in the paper.
@@ -97,15 +97,15 @@ SMOLLM2_135M: dict[str, Any] = {
     "vocabulary": 49152, "dropout": 0.0, "bert_width": 64, "bert_layers": 1, "bert_hidden": 64, "bert_vocabulary": 1000,
 }  # fmt: skip
 LOADS = {
-    "small": Load(),
-    "medium": Load(**MEDIUM),
-    "base": Load(questions=4, **BASE),
-    "smollm2-135m": Load(docs=1, source=208, target=16, question=48, logit_chunk=2048, **SMOLLM2_135M),
-    "bert-base-bart-large": Load(questions=16, source=256, target=32, dtype="bfloat16", **(BASE | BART_LARGE)),
+    "small": StepLoad(),
+    "medium": StepLoad(**MEDIUM),
+    "base": StepLoad(questions=4, **BASE),
+    "smollm2-135m": StepLoad(docs=1, source=208, target=16, question=48, logit_chunk=2048, **SMOLLM2_135M),
+    "bert-base-bart-large": StepLoad(questions=16, source=256, target=32, dtype="bfloat16", **(BASE | BART_LARGE)),
 }
 
 
-def check(load: Load) -> None:
+def check(load: StepLoad) -> None:
     """InputError for shapes that do not fit together."""
     for name, width, heads in (("", load.width, load.heads), ("bert-", load.bert_width, load.bert_heads)):
         if width % heads:
@@ -114,7 +114,7 @@ def check(load: Load) -> None:
         raise InputError(f"--dtype must be {' or '.join(DTYPES)}, and a dropout at least 0 and below 1")
     if load.question + len(PREFIX) >= load.source:
         raise InputError(f"--source {load.source} leaves no room for a passage before a question of {load.question}")
-    for field in dataclasses.fields(Load):
+    for field in dataclasses.fields(StepLoad):
         if (words := get_args(field.type)) and getattr(load, field.name) not in words:
             raise InputError(f"--{field.name} {getattr(load, field.name)}: one of {', '.join(words)}")
     if load.groups and (load.generator != "lm" or load.heads % load.groups):
@@ -128,7 +128,7 @@ def check(load: Load) -> None:
         raise InputError(f"--docs {load.docs} of --passages {load.passages}, --target {load.target} (at least 3)")
 
 
-def model(load: Load) -> Rag:
+def model(load: StepLoad) -> Rag:
     """The model of a load."""
     bert = BertConfig(
         vocab_size=load.bert_vocabulary, width=load.bert_width, layers=load.bert_layers, heads=load.bert_heads,
@@ -143,7 +143,7 @@ def model(load: Load) -> Rag:
     )  # fmt: skip
 
 
-def bart(load: Load) -> BartConfig:
+def bart(load: StepLoad) -> BartConfig:
     return BartConfig(
         vocab_size=load.vocabulary, width=load.width, encoder_layers=load.encoder_layers,
         decoder_layers=load.decoder_layers, heads=load.heads, hidden=load.hidden,
@@ -152,7 +152,7 @@ def bart(load: Load) -> BartConfig:
     )  # fmt: skip
 
 
-def lm(load: Load) -> LmConfig:
+def lm(load: StepLoad) -> LmConfig:
     """A decoder-only generator like Llama (Touvron et al. 2023): RMSNorm, gated SiLU, rotary positions, no biases.
 
     The output layer is the token embedding.
@@ -166,10 +166,10 @@ def lm(load: Load) -> LmConfig:
     )  # fmt: skip
 
 
-GENERATORS: dict[str, Callable[[Load], GeneratorConfig]] = {"bart": bart, "lm": lm}
+GENERATORS: dict[str, Callable[[StepLoad], GeneratorConfig]] = {"bart": bart, "lm": lm}
 
 
-def stage(load: Load) -> StageConfig:
+def stage(load: StepLoad) -> StageConfig:
     """A stage of joint training of question encoder and generator, with clipped gradients."""
     changes = OptimizerConfig(
         learning_rate=3e-5, schedule="constant", weight_decay=0.01, groups={"question_encoder": 1.0, "generator": 1.0},
@@ -179,11 +179,11 @@ def stage(load: Load) -> StageConfig:
     return StageConfig("bench", likelihood, batch=load.questions, accumulate=load.accumulate, optimizer=changes)
 
 
-def setting(load: Load, mesh: jax.sharding.Mesh) -> Setting:
-    return Setting(model(load), stage(load), mesh, load.passages, PREFIX)
+def setting(load: StepLoad, mesh: jax.sharding.Mesh) -> StepSetting:
+    return StepSetting(model(load), stage(load), mesh, load.passages, PREFIX)
 
 
-def batch(load: Load, mesh: jax.sharding.Mesh, seed: int) -> dict[str, jax.Array]:
+def batch(load: StepLoad, mesh: jax.sharding.Mesh, seed: int) -> dict[str, jax.Array]:
     """A batch on the mesh: questions for encoder and generator, and targets `<s> y </s>`; no gold passages."""
     rng, B = np.random.default_rng(seed), load.questions
 
@@ -201,7 +201,7 @@ def batch(load: Load, mesh: jax.sharding.Mesh, seed: int) -> dict[str, jax.Array
     return sharding.shard_batch(mesh, arrays)
 
 
-def corpus(load: Load, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Index, Passages]:
+def corpus(load: StepLoad, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Index, TokenTables]:
     """The index and the token table, on the mesh; inner products with the index's rows are about 1.
 
     The encoder's passages have one token, since no context encoder runs.
@@ -212,10 +212,10 @@ def corpus(load: Load, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Index, P
     full_N = np.full(N, load.source, np.uint16)
     tables = (np.ones((N, 1), np.uint16), np.ones(N, np.uint16), ids_NL, full_N)
     index = Index(sharding.shard_rows(mesh, rows_NE, 0), sharding.shard_rows(mesh, np.zeros(N, np.int32), 0))
-    return index, Passages(*(sharding.shard_rows(mesh, table, 1) for table in tables))
+    return index, TokenTables(*(sharding.shard_rows(mesh, table, 1) for table in tables))
 
 
-def model_flops(load: Load) -> dict[str, float]:
+def model_flops(load: StepLoad) -> dict[str, float]:
     """Floating-point operations of the matmuls of one step, by part of the model; 2 per multiply-add.
 
     They are three times those of the forward pass, which the gradients take twice more; the search counts once. What
@@ -244,12 +244,12 @@ def model_flops(load: Load) -> dict[str, float]:
     }
 
 
-def tokens(load: Load) -> int:
+def tokens(load: StepLoad) -> int:
     """Tokens that the generator processes in a step: B * K sources and targets, without the last target token."""
     return load.questions * load.docs * (load.source + load.target - 1)
 
 
-def describe(load: Load) -> str:
+def describe(load: StepLoad) -> str:
     """One readable line about a load."""
     c = load
     return (

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rag_jax.bench import synthetic_load
-from rag_jax.bench.synthetic_load import Load
+from rag_jax.bench.synthetic_load import StepLoad
 from rag_jax.pretrained.export import save_pretrained
 from rag_jax.rag import Params, Rag
 from rag_jax.training.optimizer import OptimizerConfig
@@ -20,7 +20,7 @@ from rag_jax.training.optimizer import OptimizerConfig
 KINDS = {"sequence": "RagSequenceForGeneration", "token": "RagTokenForGeneration"}
 
 
-class Given(NamedTuple):
+class TorchBatch(NamedTuple):
     """One batch of the rival, on the host: the questions, labels and documents that our step uses.
 
     context_ids_BKL: documents joined with their questions.
@@ -41,7 +41,7 @@ def model(rag: Rag, params: Params, directory: Path, device: str) -> Any:
     return getattr(transformers, KINDS[rag.variant]).from_pretrained(directory).to(device).train()
 
 
-def loss(module: Any, given: Given, load: Load) -> Any:
+def loss(module: Any, given: TorchBatch, load: StepLoad) -> Any:
     """The loss, a mean over the questions, as a torch scalar."""
     import torch
 
@@ -74,14 +74,14 @@ def optimizer(module: Any, config: OptimizerConfig) -> Any:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.b1, config.b2), eps=config.eps, fused=True)
 
 
-def stepper(module: Any, load: Load) -> Callable[[Given], float]:
+def stepper(module: Any, load: StepLoad) -> Callable[[TorchBatch], float]:
     """step(batch) -> loss: updates the module, and returns when the device has finished."""
     import torch
 
     config = synthetic_load.stage(load).optimizer
     updates = optimizer(module, config)
 
-    def step(given: Given) -> float:
+    def step(given: TorchBatch) -> float:
         value = loss(module, given, load)
         value.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
@@ -94,7 +94,7 @@ def stepper(module: Any, load: Load) -> Callable[[Given], float]:
     return step
 
 
-def plain_loss(module: Any, given: Given, load: Load) -> float:
+def plain_loss(module: Any, given: TorchBatch, load: StepLoad) -> float:
     """The loss without dropout."""
     import torch
 

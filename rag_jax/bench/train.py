@@ -25,18 +25,18 @@ from rag_jax.aot import hardware
 from rag_jax.aot.operation_count import matmul_flops
 from rag_jax.bench import decode, synthetic_load, torch_rival
 from rag_jax.bench.machine_limits import in_turn, machine, matmul_limit, peak_memory, resident_memory, spread
-from rag_jax.bench.synthetic_load import Load
-from rag_jax.bench.torch_rival import Given
+from rag_jax.bench.synthetic_load import StepLoad
+from rag_jax.bench.torch_rival import TorchBatch
 from rag_jax.index import device_index
 from rag_jax.index.device_index import Index
-from rag_jax.rag import Params, Passages
+from rag_jax.rag import Params, TokenTables
 from rag_jax.retrieve import Batch, contexts
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 from rag_jax.system.trace import Trace
 from rag_jax.training import train_step
 from rag_jax.training.retrieve_fresh import Retrieval, retrieve
-from rag_jax.training.stage import LossInput, Setting
+from rag_jax.training.stage import LossInput, StepSetting
 from rag_jax.training.train_step import TrainState
 
 TRACED = 3  # steps in a profile
@@ -46,14 +46,14 @@ WARM = 4  # steps until a process has as much memory as it will keep
 class Ours(NamedTuple):
     """Everything of our step, on the mesh."""
 
-    setting: Setting
+    setting: StepSetting
     params: Params
     rows: Index
-    passages: Passages
+    passages: TokenTables
     key: jax.Array
 
 
-def prepare(load: Load, mesh: jax.sharding.Mesh) -> Ours:
+def prepare(load: StepLoad, mesh: jax.sharding.Mesh) -> Ours:
     setting = synthetic_load.setting(load, mesh)
     places = jax.tree.map(lambda x: x.sharding, runs.param_places(setting.rag, mesh))
     params = jax.jit(partial(decode.drawn, setting.rag), out_shardings=places)()
@@ -96,7 +96,7 @@ def stepper(ours: Ours, compiled: Any, state: TrainState, batches: list[Batch]) 
 
 
 def without_dropout(
-    s: Setting, params: Params, batch: Batch, index: Index, passages: Passages
+    s: StepSetting, params: Params, batch: Batch, index: Index, passages: TokenTables
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The step's loss, a scalar, and what it read: contexts [B, K, L] and documents' embeddings [B, K, E]."""
     keys: Any = (None, None)
@@ -108,7 +108,7 @@ def without_dropout(
     return nll_B.mean(), ids_BKL, device_index.stored(index, found.rows_BK)
 
 
-def rival(load: Load, ours: Ours, batches: list[Batch], directory: str) -> tuple[Callable[[int], float], dict]:
+def rival(load: StepLoad, ours: Ours, batches: list[Batch], directory: str) -> tuple[Callable[[int], float], dict]:
     """step(i) -> loss in torch from the same weights, and how the losses without dropout compare, in float32."""
     exact = dataclasses.replace(load, dtype="float32")
     setting = synthetic_load.setting(exact, ours.setting.mesh)
@@ -118,7 +118,7 @@ def rival(load: Load, ours: Ours, batches: list[Batch], directory: str) -> tuple
         value, ids_BKL, documents_BKE = plain(ours.params, batch, ours.rows, ours.passages)
         losses.append(float(value))
         arrays = batch["question_ids"], ids_BKL, documents_BKE, batch["labels"]
-        given.append(Given(*(np.asarray(x) for x in arrays)))
+        given.append(TorchBatch(*(np.asarray(x) for x in arrays)))
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     module = torch_rival.model(ours.setting.rag, ours.params, Path(directory) / "model", device)
     theirs = torch_rival.plain_loss(module, given[0], exact)
@@ -127,7 +127,7 @@ def rival(load: Load, ours: Ours, batches: list[Batch], directory: str) -> tuple
     return lambda i: step(given[i]), said
 
 
-def rates(load: Load, times: list[float], flops: float, limit: float) -> dict[str, Any]:
+def rates(load: StepLoad, times: list[float], flops: float, limit: float) -> dict[str, Any]:
     """Step times of one side, with rates and the fraction of the limit."""
     median = statistics.median(times)
     return {
@@ -139,7 +139,7 @@ def rates(load: Load, times: list[float], flops: float, limit: float) -> dict[st
     }
 
 
-def bench(load: Load, shape: dict[str, int], repeats: int, beside: bool, profile: str) -> dict[str, Any]:
+def bench(load: StepLoad, shape: dict[str, int], repeats: int, beside: bool, profile: str) -> dict[str, Any]:
     mesh = sharding.make_mesh(shape or None)
     ours = prepare(load, mesh)
     batches = [synthetic_load.batch(load, mesh, seed) for seed in range(repeats)]
@@ -213,7 +213,7 @@ def table(r: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def report(load: Load, shape: dict[str, int], repeats: int, alone: bool, profile: str) -> dict[str, Any]:
+def report(load: StepLoad, shape: dict[str, int], repeats: int, alone: bool, profile: str) -> dict[str, Any]:
     """`bench` on a mesh of this shape, with a table as `text`; alone: without transformers, even if torch is there.
 
     profile: a directory for the trace of a few steps, or empty.

@@ -3,14 +3,16 @@
 import argparse
 from typing import Any
 
-from rag_jax.bench.search import DTYPES, RIVALS, Load, report
+from rag_jax.bench.search import DTYPES, RIVALS, SearchLoad, report
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--passages", type=int, default=Load.passages, help=f"(default: {Load.passages:,})")
-    parser.add_argument("--width", type=int, default=Load.width, help=f"(default: {Load.width})")
-    parser.add_argument("--batch", type=int, default=Load.batch, help=f"queries at a time (default: {Load.batch})")
-    parser.add_argument("--seed", type=int, default=Load.seed)
+    parser.add_argument("--passages", type=int, default=SearchLoad.passages, help=f"(default: {SearchLoad.passages:,})")
+    parser.add_argument("--width", type=int, default=SearchLoad.width, help=f"(default: {SearchLoad.width})")
+    parser.add_argument(
+        "--batch", type=int, default=SearchLoad.batch, help=f"queries at a time (default: {SearchLoad.batch})"
+    )
+    parser.add_argument("--seed", type=int, default=SearchLoad.seed)
     parser.add_argument("--k", type=int, nargs="+", default=[5, 100], help="passages to find (default: 5 100)")
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the index; float32 is always measured"
@@ -21,5 +23,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    load = Load(args.passages, args.width, args.batch, args.seed)
+    load = SearchLoad(args.passages, args.width, args.batch, args.seed)
     return report(load, args.k, args.dtype, args.rivals, args.repeats)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rag_jax.bench import largest_batch, stages, train
-from rag_jax.bench.synthetic_load import LOADS, Load
+from rag_jax.bench.synthetic_load import LOADS, StepLoad
 from rag_jax.cli import load_options
 from rag_jax.errors import InputError
 from rag_jax.training import config
@@ -19,9 +19,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", action="append", default=[], help="only this stage (may be repeated)")
     parser.add_argument("--steps", type=int, default=30, help="timed steps a stage")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a configuration value")
-    fields = ", ".join(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Load))
+    fields = ", ".join(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(StepLoad))
     parser.add_argument("--load", choices=tuple(LOADS), help=f"a synthetic load, which {fields} change")
-    for field in dataclasses.fields(Load):
+    for field in dataclasses.fields(StepLoad):
         options: dict[str, Any] = {"type": str if get_args(field.type) else field.type, "help": argparse.SUPPRESS}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
     parser.add_argument("--mesh", action="append", default=[], metavar="AXIS=N", help="data, fsdp, tensor (load)")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rag_jax.aot.compile import Wanted, estimate
+from rag_jax.aot.compile import CompileOptions, estimate
 from rag_jax.training import config
 
 
@@ -50,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     cfg = config.load(args.config, args.set)
     config.check(cfg)
-    wanted = Wanted(
+    wanted = CompileOptions(
         programs=args.stage,
         passages=args.passages,
         encoder_length=args.encoder_length,

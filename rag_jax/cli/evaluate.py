@@ -9,7 +9,7 @@ from typing import Any
 from rag_jax import metrics
 from rag_jax.cli import answer_options, process_options
 from rag_jax.data.readers import formats
-from rag_jax.evaluation.evaluate import Wanted, evaluate
+from rag_jax.evaluation.evaluate import EvaluateOptions, evaluate
 from rag_jax.metrics import matching
 from rag_jax.system import distributed
 
@@ -97,7 +97,7 @@ def command(args: argparse.Namespace) -> str:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     with distributed.together(process_options.from_arguments(args)):
-        wanted = Wanted(
+        wanted = EvaluateOptions(
             questions=Path(*formats.named([args.questions], args.format)) if args.questions else None,
             skip_bad_lines=args.skip_bad_lines,
             index=args.index,

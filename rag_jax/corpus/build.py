@@ -21,7 +21,7 @@ from rag_jax.corpus.segment import TABLES
 from rag_jax.data import tokenizers
 from rag_jax.data.cutting import cut
 from rag_jax.data.joining import check_join, normalize_title, passage_text
-from rag_jax.data.readers.formats import Located, Passage, Source, digest, expand, read_located
+from rag_jax.data.readers.formats import InputFile, Located, Passage, digest, expand, read_located
 from rag_jax.data.tokenizers import Tokenizer, pad_rows
 from rag_jax.errors import InputError
 from rag_jax.system import files, logs
@@ -36,7 +36,7 @@ Check = Callable[[Sequence[Located], Sequence[Sequence[Passage]]], None]  # pass
 
 
 @dataclass(frozen=True)
-class Options:
+class BuildOptions:
     """How to build a corpus. Each role needs a tokenizer: passed in, of another corpus or model, or trained.
 
     encoder_tokenizer, generator_tokenizer: an object, a directory or the name of one on the hub.
@@ -78,9 +78,9 @@ def build(
 ) -> Corpus:
     """Builds the corpus directory `out`, whole or not at all, and opens it.
 
-    inputs: files or data sets of passages, as `rag-jax corpus` takes them. The other arguments: see `Options`.
+    inputs: files or data sets of passages, as `rag-jax corpus` takes them. The other arguments: see `BuildOptions`.
     """
-    options = Options(
+    options = BuildOptions(
         encoder_tokenizer=encoder_tokenizer,
         generator_tokenizer=generator_tokenizer,
         tokenizers_from=tokenizers_from,
@@ -96,7 +96,7 @@ def build(
     return Corpus.open(out)
 
 
-def write(inputs: Sequence[str | Path], out: str | Path, options: Options) -> None:
+def write(inputs: Sequence[str | Path], out: str | Path, options: BuildOptions) -> None:
     """Builds the corpus directory `out`, whole or not at all."""
     if options.workers > 0:
         os.environ["RAYON_NUM_THREADS"] = str(options.workers)  # only read before the first tokenising of a process
@@ -112,7 +112,7 @@ def write(inputs: Sequence[str | Path], out: str | Path, options: Options) -> No
         _finish(directory, sources, counts, truncated, both, options)
 
 
-def _given(options: Options) -> tuple[Options, dict[str, Tokenizer | None]]:
+def _given(options: BuildOptions) -> tuple[BuildOptions, dict[str, Tokenizer | None]]:
     """Checked options with lengths filled in, and the tokenizer of each role; None for one that is to be trained."""
     named = {"encoder": options.encoder_tokenizer, "generator": options.generator_tokenizer}
     lengths = {"encoder": 160, "generator": 160}
@@ -159,7 +159,9 @@ def _normalised(passage: Passage) -> Passage:
     return replace(passage, title=normalize_title(passage.title), text=passage.text.strip())
 
 
-def store(sources: Sequence[Source], directory: Path, options: Options, check: Check | None = None) -> dict[str, Any]:
+def store(
+    sources: Sequence[InputFile], directory: Path, options: BuildOptions, check: Check | None = None
+) -> dict[str, Any]:
     """Pass 1: writes texts and ids of the sources into a directory, and returns counts.
 
     check: called with each batch of passages before it is stored; raises to refuse one.
@@ -220,7 +222,7 @@ def stored(directory: Path, rows: Iterable[int] | None = None) -> Iterator[Passa
                 following = None if wanted is None else next(wanted, -1)
 
 
-def _train(role: str, directory: Path, options: Options) -> Tokenizer:
+def _train(role: str, directory: Path, options: BuildOptions) -> Tokenizer:
     """A tokenizer trained on the stored passages; on evenly spaced ones where there are more than TRAIN_SAMPLE."""
     assert options.train_tokenizer is not None
     n = len(np.load(directory / "offsets.npy", mmap_mode="r")) - 1
@@ -285,7 +287,9 @@ def encoder_rows(tokenizer: Tokenizer, passages: Sequence[Passage], length: int)
     return rows, full_lengths
 
 
-def tokenise(directory: Path, n: int, encoder: Tokenizer, generator: Tokenizer, options: Options) -> dict[str, int]:
+def tokenise(
+    directory: Path, n: int, encoder: Tokenizer, generator: Tokenizer, options: BuildOptions
+) -> dict[str, int]:
     """Pass 2: writes both token tables, and returns how many passages each of them cuts.
 
     One thread fills each table, so that one packs rows while the other tokenises on all cores.
@@ -319,11 +323,11 @@ def tokenise(directory: Path, n: int, encoder: Tokenizer, generator: Tokenizer, 
 
 def _finish(
     directory: Path,
-    sources: Sequence[Source],
+    sources: Sequence[InputFile],
     counts: dict[str, Any],
     truncated: dict[str, int],
     both: dict[str, Tokenizer],
-    options: Options,
+    options: BuildOptions,
 ) -> None:
     """Writes the manifest; the hash of the corpus covers texts, token tables and tokenizers."""
     content = content_hashes(directory) | {role: tokenizer.hash for role, tokenizer in both.items()}
@@ -350,7 +354,7 @@ def content_hashes(directory: Path) -> dict[str, str]:
     return {name: files.file_sha256(directory / name) for name in ("passages.jsonl", *TABLES)}
 
 
-def inputs_of(sources: Sequence[Source], passages: Sequence[int]) -> list[dict[str, Any]]:
+def inputs_of(sources: Sequence[InputFile], passages: Sequence[int]) -> list[dict[str, Any]]:
     """Name, number of files, hash and number of passages of each input as the user named it, for the manifest.
 
     The hash of an input of several files is that of their names and hashes.

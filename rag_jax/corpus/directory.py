@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from rag_jax.corpus.segment import AGAIN, Segment
-from rag_jax.corpus.stacked_arrays import Part, stack
+from rag_jax.corpus.stacked_arrays import ArrayFile, stack
 from rag_jax.corpus.verified_arrays import open_npy
 from rag_jax.data import tokenizers
 from rag_jax.data.readers.formats import Passage
@@ -56,7 +56,7 @@ class Corpus:
             for entry, end in zip(manifest["segments"], ends, strict=True)
             if entry["n_passages"]
         ]
-        # array-like, see stacked_arrays.Rows
+        # array-like, see stacked_arrays.StoredRows
         self.encoder_ids = self._table("encoder_ids.npy", manifest["dtype"]["encoder"], manifest["lengths"]["encoder"])
         self.encoder_length = self._table("encoder_length.npy", "<u2")
         self.generator_ids = self._table(
@@ -235,5 +235,5 @@ class Corpus:
 
     def _table(self, name: str, dtype: str, *columns: int) -> Any:
         kind = np.dtype(dtype).newbyteorder("<")
-        parts = [Part(s.rows, partial(s.array, name, kind, (s.rows, *columns))) for s in self.segments]
+        parts = [ArrayFile(s.rows, partial(s.array, name, kind, (s.rows, *columns))) for s in self.segments]
         return stack(parts, kind, columns)

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from rag_jax.corpus.id_table import IdTable, hash_ids
-from rag_jax.data.readers.formats import Located, Passage, Source
+from rag_jax.data.readers.formats import InputFile, Located, Passage
 
 _LINE_BITS = 40  # a place is source << 40 | line
 
@@ -52,7 +52,7 @@ class PassageStore:
     The input line of every passage is in places.npy, for messages on repeated ids; it is removed at the end.
     """
 
-    def __init__(self, directory: Path, sources: Sequence[Source]) -> None:
+    def __init__(self, directory: Path, sources: Sequence[InputFile]) -> None:
         self.directory, self.sources = directory, sources
         self.texts = (directory / "passages.jsonl").open("w+b")
         self.offsets = Column(directory / "offsets.npy", "<u8")

@@ -9,7 +9,7 @@ import numpy as np
 OPEN = 256  # parts kept open at a time: a memory map holds a file descriptor, and there may be thousands of parts
 
 
-class Part(NamedTuple):
+class ArrayFile(NamedTuple):
     """One file of a stacked array.
 
     rows: number of rows in it.
@@ -20,7 +20,7 @@ class Part(NamedTuple):
     open: Callable[[], Any]
 
 
-class Rows:
+class StoredRows:
     """Base class of read-only array-likes on disk: shape, dtype, len, iteration, and `a[rows]` or `a[rows, columns]`.
 
     rows: a number, a slice, or an array of numbers or booleans. A subclass defines `shape`, `dtype` and `_take`.
@@ -80,13 +80,13 @@ class Rows:
         raise NotImplementedError
 
 
-class Stacked(Rows):
+class Stacked(StoredRows):
     """Array-like of several parts, stacked along the rows; all have the same dtype and columns.
 
     columns: shape of one row.
     """
 
-    def __init__(self, parts: Sequence[Part], dtype: Any, columns: tuple[int, ...] = ()) -> None:
+    def __init__(self, parts: Sequence[ArrayFile], dtype: Any, columns: tuple[int, ...] = ()) -> None:
         self._parts = [part for part in parts if part.rows]
         self._first = np.cumsum([0, *(part.rows for part in self._parts)])
         self._open: OrderedDict[int, Any] = OrderedDict()
@@ -121,10 +121,10 @@ class Stacked(Rows):
         return self._open[i]
 
 
-class Scaled(Rows):
+class Scaled(StoredRows):
     """Array-like of int8 rows times their scales, float32 [N,E]."""
 
-    def __init__(self, rows_NE: Rows, scale_N: Rows) -> None:
+    def __init__(self, rows_NE: StoredRows, scale_N: StoredRows) -> None:
         self._rows, self._scale = rows_NE, scale_N
         self.shape, self.dtype = rows_NE.shape, np.dtype(np.float32)
 
@@ -135,6 +135,6 @@ class Scaled(Rows):
         return self._rows[rows_X].astype(np.float32) * self._scale[rows_X][:, None]
 
 
-def stack(parts: Sequence[Part], dtype: Any, columns: tuple[int, ...] = ()) -> Any:
+def stack(parts: Sequence[ArrayFile], dtype: Any, columns: tuple[int, ...] = ()) -> Any:
     """The parts as one array-like; a single part is opened as it is."""
     return parts[0].open() if len(parts) == 1 else Stacked(parts, dtype, columns)

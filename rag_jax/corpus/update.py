@@ -14,7 +14,7 @@ import numpy as np
 from rag_jax.corpus import build
 from rag_jax.corpus.directory import DELETED, KIND, VERSION, Corpus
 from rag_jax.data.joining import check_join
-from rag_jax.data.readers.formats import Located, Passage, Source, expand
+from rag_jax.data.readers.formats import InputFile, Located, Passage, expand
 from rag_jax.errors import InputError
 from rag_jax.system import files
 
@@ -108,7 +108,7 @@ def _write_segment(
             dead.update(_replaced(base, sources[located.source], located, cuts, deleted, len(add)))
 
     lengths = base.manifest["lengths"]
-    options = build.Options(
+    options = build.BuildOptions(
         encoder_length=lengths["encoder"],
         generator_length=lengths["generator"],
         passage_words=base.manifest["passage_words"],
@@ -123,7 +123,7 @@ def _write_segment(
 
 
 def _replaced(
-    base: Corpus, source: Source, located: Located, cuts: Sequence[Passage], deleted: set[str], n_add: int
+    base: Corpus, source: InputFile, located: Located, cuts: Sequence[Passage], deleted: set[str], n_add: int
 ) -> list[int]:
     """Rows of the base that a new passage replaces; InputError where its id does not fit --add or --replace.
 

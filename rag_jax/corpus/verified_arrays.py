@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from rag_jax.corpus.stacked_arrays import Rows
+from rag_jax.corpus.stacked_arrays import StoredRows
 from rag_jax.errors import InputError
 from rag_jax.system.block_checksums import SIZE, Blocks
 
 
-class Checked(Rows):
-    """An array in a memory-mapped file (see `Rows`), checked by blocks; slices are views of the map.
+class Checked(StoredRows):
+    """An array in a memory-mapped file (see `StoredRows`), checked by blocks; slices are views of the map.
 
     data: the whole file as bytes.
     offset: where the array starts in it, in bytes.

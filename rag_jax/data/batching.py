@@ -43,7 +43,7 @@ def encode_questions(
 
 
 @dataclass(frozen=True)
-class Units:
+class EpochUnits:
     """The U units of an epoch of a stage, each a question with the answers from which one is drawn.
 
     pairs: (question, answer) pairs, as numbers into `Examples`, unit after unit.
@@ -65,7 +65,7 @@ class Units:
         return self.pairs[first + rng.integers(count) if (self.count_U > 1).any() else first]
 
 
-def units_of(found: Examples, pairs: np.ndarray, sample: bool, most: int = 0) -> Units:
+def units_of(found: Examples, pairs: np.ndarray, sample: bool, most: int = 0) -> EpochUnits:
     """The units of these pairs.
 
     pairs: ascending numbers of pairs.
@@ -79,7 +79,7 @@ def units_of(found: Examples, pairs: np.ndarray, sample: bool, most: int = 0) ->
         input_U = found.input_N[question_P[first_U]]
         kept_U = np.arange(len(first_U)) - np.searchsorted(input_U, input_U) < most
         return units_of(found, pairs[np.repeat(kept_U, count_U)], sample)
-    return Units(pairs, first_U, count_U, question_P[first_U])
+    return EpochUnits(pairs, first_U, count_U, question_P[first_U])
 
 
 def window_around(answer_B2: np.ndarray, length_B: np.ndarray, widest: int, rng: np.random.Generator) -> np.ndarray:
@@ -114,7 +114,7 @@ def negatives_of(
 
 
 @dataclass(frozen=True)
-class Wanted:
+class BatchOptions:
     """Settings of the batches of a stage.
 
     batch: questions per batch, over all processes.
@@ -140,7 +140,9 @@ class Wanted:
     tail_length: int = 0
 
 
-def question_batches(found: Examples, units: Units, corpus: PassageTable, wanted: Wanted) -> grain.MapDataset:
+def question_batches(
+    found: Examples, units: EpochUnits, corpus: PassageTable, wanted: BatchOptions
+) -> grain.MapDataset:
     """Endless shuffled batches of questions: `batches[step]` is the batch of a step.
 
     Its key `source` has the numbers of the questions; `share`, with several inputs, the share of the batch that is from
@@ -168,7 +170,7 @@ def question_batches(found: Examples, units: Units, corpus: PassageTable, wanted
     return mixing.mixed(sets, [float(weight_U[bucket.units].sum()) for bucket in parts])
 
 
-def bucketed(found: Examples, units: Units, wanted: Wanted) -> list[Bucket]:
+def bucketed(found: Examples, units: EpochUnits, wanted: BatchOptions) -> list[Bucket]:
     """The buckets of a stage, by the longer form of a unit's question and by its longest answer."""
     questions = units.question_U
     longest_U = np.maximum(found.question.lengths(questions), found.tail.lengths(questions))
@@ -183,7 +185,7 @@ def seed_of(seed: int, number: int) -> int:
 
 
 def assembler(
-    found: Examples, units: Units, corpus: PassageTable, wanted: Wanted, bucket: Bucket
+    found: Examples, units: EpochUnits, corpus: PassageTable, wanted: BatchOptions, bucket: Bucket
 ) -> Callable[[np.ndarray, np.random.Generator], Batch]:
     """A function (positions in bucket.units [B], random generator of the batch) -> the own rows of the batch."""
     gold_width = max(1, int(found.gold.lengths().max()))
@@ -257,7 +259,7 @@ def passage_batches(
 ) -> grain.MapDataset:
     """Endless shuffled batches made from the corpus alone; deleted passages are left out.
 
-    own: as in `Wanted`. assemble: from (row, its own random generator) pairs to a batch.
+    own: as in `BatchOptions`. assemble: from (row, its own random generator) pairs to a batch.
     """
     live = None if corpus.live_N is None else np.flatnonzero(corpus.live_N)
     mine: Any = slice(None) if own is None else own
@@ -289,7 +291,7 @@ def denoise_batches(
     """Endless batches for denoising: corrupted passages as `tail`, and the passages themselves as `labels`.
 
     length: most tokens of a generator input; a `tail` is all of it but the prefix. share: see `corrupt`.
-    own: as in `Wanted`. Deleted passages are left out.
+    own: as in `BatchOptions`. Deleted passages are left out.
     """
     tokenizer = corpus.generator_tokenizer
     mask_id = tokenizer.mask_id

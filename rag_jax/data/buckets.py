@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Bucket(NamedTuple):
-    """Units (see batching.Units) whose questions and targets fit the same widths.
+    """Units (see batching.EpochUnits) whose questions and targets fit the same widths.
 
     question, target: widths of the batch, in tokens.
     units: their numbers, ascending.

@@ -23,7 +23,7 @@ def made_of(inputs: Sequence[str], corpus: PassageTable, corpus_hash: str, **set
     return {"inputs": sources, "tokenizers": tokenizers, "corpus": corpus_hash, **settings}
 
 
-def digests(source: formats.Source) -> list[str]:
+def digests(source: formats.InputFile) -> list[str]:
     """Name, format and content of all files of a source."""
     beside = [] if source.beside is None else [files.file_sha256(source.beside)]
     return [source.name, source.format, formats.digest(source), *beside]

@@ -23,7 +23,7 @@ CHUNK = 8192  # questions that are Python objects at a time
 OF_THE_CORPUS = ("gold", "hard", "other", "answer_P2")  # fields that may differ with another version of the corpus
 
 
-class PassageTable(right.Passages, Protocol):
+class PassageTable(right.PassageLookup, Protocol):
     """The part of a corpus that examples read."""
 
     generator_ids: np.ndarray

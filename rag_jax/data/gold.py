@@ -23,7 +23,7 @@ FEW = 20  # so many unknown ids are never refused: with few questions a large sh
 SHOWN = 3  # unknown ids that a message names
 
 
-class Passages(Protocol):
+class PassageLookup(Protocol):
     """The part of a corpus (corpus.directory.Corpus) that finding right passages needs."""
 
     directory: Path
@@ -37,14 +37,14 @@ class Passages(Protocol):
     def deleted(self, passage_id: str) -> bool: ...
 
 
-def rows_of(ids: Iterable[str], corpus: Passages) -> dict[str, list[int]]:
+def rows_of(ids: Iterable[str], corpus: PassageLookup) -> dict[str, list[int]]:
     """Rows of each id: one of a passage, several of a document that was cut, none where the corpus lacks it."""
     each = list(dict.fromkeys(ids))
     found = corpus.rows(each, missing=-1).tolist() if each else []
     return {one: [row] if row >= 0 else corpus.pieces(one) for one, row in zip(each, found, strict=True)}
 
 
-def right_rows(questions: Sequence[Question], corpus: Passages, tally: "Tally | None" = None) -> list[list[int]]:
+def right_rows(questions: Sequence[Question], corpus: PassageLookup, tally: "Tally | None" = None) -> list[list[int]]:
     """Rows of the right passages of each question, each once.
 
     A document that was cut counts with those of its passages that hold an answer, or with all where none does.
@@ -64,7 +64,7 @@ def right_rows(questions: Sequence[Question], corpus: Passages, tally: "Tally | 
     return found
 
 
-def holders(rows: Sequence[int], answers: Sequence[str], corpus: Passages) -> list[int]:
+def holders(rows: Sequence[int], answers: Sequence[str], corpus: PassageLookup) -> list[int]:
     """The rows whose text has one of the answers."""
     return [row for row in rows if matching.has_answer(corpus[row].text, answers)]
 
@@ -84,7 +84,7 @@ class Tally:
     deleted: int = 0
     first_missing: list[str] = field(default_factory=list)
 
-    def count(self, questions: Sequence[Question], leads: Mapping[str, Sequence[int]], corpus: Passages) -> None:
+    def count(self, questions: Sequence[Question], leads: Mapping[str, Sequence[int]], corpus: PassageLookup) -> None:
         for one in (one for question in questions for one in question.right_passage_ids):
             self.named += 1
             if leads[one]:
@@ -120,14 +120,14 @@ class Tally:
             info(f"warning: {name}: {words}; {effect}")
 
 
-def tally(questions: Sequence[Question], corpus: Passages) -> Tally:
+def tally(questions: Sequence[Question], corpus: PassageLookup) -> Tally:
     """The tally of these questions alone."""
     found = Tally()
     found.count(questions, rows_of((one for q in questions for one in q.right_passage_ids), corpus), corpus)
     return found
 
 
-def levels(questions: Sequence[Question], corpus: Passages) -> list[Level]:
+def levels(questions: Sequence[Question], corpus: PassageLookup) -> list[Level]:
     """Whether the ranking of each question is judged by passage or by document (the texts before the build cut them).
 
     A question that names a cut document is judged by document, one that names a piece of one by passage. Questions that

@@ -31,12 +31,12 @@ def check(task: TaskConfig) -> None:
         raise InputError(f"task.reads={task.reads!r} with task.writes={task.writes!r}: what is read would be written")
 
 
-def each(questions: Iterable[Question], task: TaskConfig, corpus: gold.Passages) -> Iterator[Question]:
+def each(questions: Iterable[Question], task: TaskConfig, corpus: gold.PassageLookup) -> Iterator[Question]:
     """The questions as the task poses them: `question` is the text that is read. Those without one are left out."""
     return (_written(question, task, text) for question in questions if (text := _read(question, task, corpus)))
 
 
-def posed(questions: Iterable[Question], task: TaskConfig, corpus: gold.Passages) -> list[Question]:
+def posed(questions: Iterable[Question], task: TaskConfig, corpus: gold.PassageLookup) -> list[Question]:
     """The questions of `each` as a list; InputError where none is left."""
     made = list(each(questions, task, corpus))
     if not made:
@@ -44,7 +44,7 @@ def posed(questions: Iterable[Question], task: TaskConfig, corpus: gold.Passages
     return made
 
 
-def _read(question: Question, task: TaskConfig, corpus: gold.Passages) -> str:
+def _read(question: Question, task: TaskConfig, corpus: gold.PassageLookup) -> str:
     if task.reads == "answer":
         return next((answer for answer in question.answers if answer.strip()), "")
     if task.reads == "passage":

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rag_jax.decoding import search as decoding_search
-from rag_jax.decoding.search import Options, PrefixTree
+from rag_jax.decoding.search import DecodingOptions, PrefixTree
 from rag_jax.losses import absent
 from rag_jax.ops.kv_cache import KeyValues, Tree
 from rag_jax.ops.vocab_loss import vocabulary_norm
@@ -121,7 +121,7 @@ def contexts(reader: Reader, hidden: Any, mask_BKL: jax.Array) -> Contexts:
     return Contexts(reader("cross", rows(hidden)), rows(mask_BKL))
 
 
-class Head(NamedTuple):
+class PaddedHead(NamedTuple):
     """The generator's output layer in the form that RAG-Token's steps use.
 
     kernel_VD: [V', D], a copy padded to whole blocks of the vocabulary (decoding.search.BLOCK).
@@ -138,7 +138,7 @@ class Head(NamedTuple):
     size: int
 
     @classmethod
-    def of(cls, layer: tuple[jax.Array, jax.Array], scale: float, dtype: Any) -> "Head":
+    def of(cls, layer: tuple[jax.Array, jax.Array], scale: float, dtype: Any) -> "PaddedHead":
         kernel_VD, bias_V = sharding.gathered(layer[0], ("vocab", "embed"), dtype), layer[1].astype(jnp.float32)
         padding = (0, -len(bias_V) % decoding_search.BLOCK)
         # padded with copies of the last row: a row of zeros could have the highest product
@@ -158,7 +158,7 @@ def marginal(logits_XKNV: jax.Array, weight_XKN: jax.Array) -> jax.Array:
 
 
 def mixed(
-    products_XKNV: jax.Array, head: Head, prior_XK: jax.Array, logits: Callable[[], jax.Array]
+    products_XKNV: jax.Array, head: PaddedHead, prior_XK: jax.Array, logits: Callable[[], jax.Array]
 ) -> tuple[decoding_search.Mixture, jax.Array]:
     """p(y_t|x,y_<t), RAG-Token's sum over the documents, and the logsumexp of the logits [X, K, N].
 
@@ -198,11 +198,11 @@ def mixed(
 def search(
     reader: Reader,
     source: Contexts,
-    options: Options,
+    options: DecodingOptions,
     prior_BK: jax.Array | None,
     tree: PrefixTree | None,
     key: jax.Array | None,
-) -> decoding_search.Found:
+) -> decoding_search.Sequences:
     """Searches over the generator's next-token probabilities.
 
     prior_BK: None searches once per row; what is kept of every token is its log p [R, N, T - 1]. With log p(z_k|x) it
@@ -243,13 +243,13 @@ def search(
         return cache._replace(ancestor_XMT=decoding_search.take(cache.ancestor_XMT, beam_XM))
 
     c = reader.module.config
-    head = None if prior_BK is None else Head.of(reader("head"), c.logit_scale, jnp.dtype(c.dtype))
+    head = None if prior_BK is None else PaddedHead.of(reader("head"), c.logit_scale, jnp.dtype(c.dtype))
     lanes = jnp.broadcast_to(jnp.arange(M)[:, None], (X, M, T - 1))
     cache = Lanes(reader.module.init_cache(R, slots), lanes, jnp.int32(0))
     return decoding_search.search(step, cache, X, options, reorder, prior_BK is not None, tree, key)
 
 
-def counted(sequences: jax.Array, options: Options) -> jax.Array:
+def counted(sequences: jax.Array, options: DecodingOptions) -> jax.Array:
     """True for tokens after the start that are part of the likelihood [..., T - 1]: up to eos, and no padding."""
     at = jnp.arange(sequences.shape[-1] - 1)
     inside = at < decoding_search.lengths(sequences, options.ends)[..., None]
@@ -262,7 +262,7 @@ def rag_token(
     ids_BKL: jax.Array,
     mask_BKL: jax.Array,
     prior_BK: jax.Array,
-    options: Options,
+    options: DecodingOptions,
     tree: PrefixTree | None = None,
     key: jax.Array | None = None,
     doc_chunk: int = 0,
@@ -287,7 +287,7 @@ def rag_sequence(
     ids_BKL: jax.Array,
     mask_BKL: jax.Array,
     prior_BK: jax.Array,
-    options: Options,
+    options: DecodingOptions,
     mode: Mode,
     returned: int,
     tree: PrefixTree | None = None,
@@ -310,7 +310,7 @@ def rag_sequence(
 
     def propose(
         ids_BKL: jax.Array, mask_BKL: jax.Array, number_BK: jax.Array
-    ) -> tuple[Any, decoding_search.Found, Any]:
+    ) -> tuple[Any, decoding_search.Sequences, Any]:
         hidden = encode(reader, ids_BKL, mask_BKL)
         source = contexts(reader, hidden, mask_BKL)
         now = None if key is None else jax.random.fold_in(key, number_BK[0, 0])
@@ -361,7 +361,9 @@ class Candidates(NamedTuple):
     logp_BCK: jax.Array
 
 
-def candidates_of(found: decoding_search.Found, prior_BK: jax.Array, reader: Reader, options: Options) -> Candidates:
+def candidates_of(
+    found: decoding_search.Sequences, prior_BK: jax.Array, reader: Reader, options: DecodingOptions
+) -> Candidates:
     """Candidates from the results of a search per document, whose leaves are [B, K, ...]."""
     (B, K), each = prior_BK.shape, options.num_return_sequences
     sequences_BCT = found.sequences.reshape(B, K * each, -1)

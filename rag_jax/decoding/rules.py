@@ -14,7 +14,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Options:
+class DecodingOptions:
     """Decoding options, with the names (but _id for _token_id) and meanings of transformers.
 
     num_beams: M; 1 without do_sample is greedy search.
@@ -151,7 +151,7 @@ def child(tree: PrefixTree, node: jax.Array, token: jax.Array) -> jax.Array:
     return jnp.where(next_node < 0, nowhere, next_node)
 
 
-def has_rules(o: Options) -> bool:
+def has_rules(o: DecodingOptions) -> bool:
     """Whether any rule or sampling needs all scores as log-probabilities, not only the best ones."""
     penalised = o.repetition_penalty != 1.0 or o.no_repeat_ngram_size or o.bad_words or o.min_length or o.do_sample
     return (
@@ -162,7 +162,7 @@ def has_rules(o: Options) -> bool:
 
 
 def constrain(
-    options: Options,
+    options: DecodingOptions,
     scores_XMV: jax.Array,
     sequences_XMT: jax.Array,
     t: jax.Array,
@@ -258,7 +258,7 @@ def _bad(sequences_XMT: jax.Array, t: jax.Array, words: list[tuple[int, ...]]) -
     return jnp.broadcast_to(np.asarray([word[-1] for word in words]), said.shape), said
 
 
-def warp(options: Options, scores: jax.Array, keep: int) -> jax.Array:
+def warp(options: DecodingOptions, scores: jax.Array, keep: int) -> jax.Array:
     """Temperature, top-k and top-p (Holtzman et al. 2020) on scores [..., V]; at least `keep` tokens remain."""
     o, V = options, scores.shape[-1]
     scores = scores / o.temperature

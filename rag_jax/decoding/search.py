@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rag_jax.decoding.rules import (
-    Options,
+    DecodingOptions,
     PrefixTree,
     child,
     constrain,
@@ -23,7 +23,7 @@ from rag_jax.decoding.rules import (
     warp,
 )
 
-__all__ = ["NEVER", "Found", "Mixture", "Options", "PrefixTree", "lengths", "prefix_tree", "search"]
+__all__ = ["NEVER", "DecodingOptions", "Mixture", "PrefixTree", "Sequences", "lengths", "prefix_tree", "search"]
 
 Cache = Any  # a pytree: a model's state after the tokens of every beam
 # (beam_XJ, token_XJ, their log p by the step's scores [X, J]) -> values to keep for these choices, leaves [X, J, ...]
@@ -51,7 +51,7 @@ Reorder = Callable[[Cache, jax.Array], Cache]  # (cache, beam_XM) -> cache in wh
 NEVER = -1e9  # score of a sequence that is not there
 
 
-class Found(NamedTuple):
+class Sequences(NamedTuple):
     """Result of a search: N sequences per row, best first.
 
     sequences: [X, N, T].
@@ -187,12 +187,12 @@ def search(
     step: Step,
     cache: Cache,
     rows: int,
-    options: Options,
+    options: DecodingOptions,
     reorder: Reorder = take_beams,
     normalised: bool = False,
     tree: PrefixTree | None = None,
     key: jax.Array | None = None,
-) -> Found:
+) -> Sequences:
     """The N = num_return_sequences best sequences of every row, by the search that `options` describes.
 
     step: next-token scores of all beams.
@@ -211,7 +211,7 @@ def search(
     return _beam_search(step, cache, rows, options, reorder, normalised, tree, key)
 
 
-def _begin(options: Options, rows: int, beams: int) -> jax.Array:
+def _begin(options: DecodingOptions, rows: int, beams: int) -> jax.Array:
     """Sequences [X, M, T] with the start token and padding."""
     empty = jnp.full((rows, beams, options.max_length), options.pad_id, jnp.int32)
     return empty.at[:, :, 0].set(options.start_id)
@@ -230,7 +230,9 @@ def _keep(kept: Any, t: jax.Array, new: Any) -> Any:
     return jax.tree.map(lambda old, x: old.at[:, :, t - 1].set(x), kept, new)
 
 
-def _walk(tree: PrefixTree | None, options: Options, node: jax.Array, token: jax.Array, t: jax.Array) -> jax.Array:
+def _walk(
+    tree: PrefixTree | None, options: DecodingOptions, node: jax.Array, token: jax.Array, t: jax.Array
+) -> jax.Array:
     """Node of the prefix tree after `token`; a forced bos is before the tree and does not move."""
     if tree is None:
         return node
@@ -238,8 +240,8 @@ def _walk(tree: PrefixTree | None, options: Options, node: jax.Array, token: jax
 
 
 def _sample(
-    step: Step, cache: Cache, rows: int, o: Options, normalised: bool, tree: PrefixTree | None, key: jax.Array
-) -> Found:
+    step: Step, cache: Cache, rows: int, o: DecodingOptions, normalised: bool, tree: PrefixTree | None, key: jax.Array
+) -> Sequences:
     """Greedy search, or sampling of num_return_sequences independent sequences.
 
     The rules are applied to the step's scores as they are; in beam search, to log-probabilities.
@@ -282,19 +284,19 @@ def _sample(
 
     state, _ = jax.lax.while_loop(lambda carry: (carry[0][0] < T) & ~carry[0][4].all(), one, (state, cache))
     _, sequences, scores, kept, *_ = state
-    return Found(sequences, scores / lengths(sequences, o.ends) ** o.length_penalty, kept)
+    return Sequences(sequences, scores / lengths(sequences, o.ends) ** o.length_penalty, kept)
 
 
 def _beam_search(
     step: Step,
     cache: Cache,
     rows: int,
-    o: Options,
+    o: DecodingOptions,
     reorder: Reorder,
     normalised: bool,
     tree: PrefixTree | None,
     key: jax.Array,
-) -> Found:
+) -> Sequences:
     """Beam search over the M * (1 + number of end tokens) best continuations of every step.
 
     The M best unfinished ones become the beams of the next step. A finished one becomes a hypothesis if it is among the
@@ -345,7 +347,7 @@ def _beam_search(
     s = jax.lax.while_loop(go_on, one, choose(first, logits, cache, read, True))
     # scores of hypotheses were divided by the length penalty, NEVER included
     real = s.done_scores > NEVER / 2 / jnp.maximum(penalty_T.max(), 1.0)
-    found = Found(s.done, jnp.where(real, s.done_scores, NEVER), s.done_kept)
+    found = Sequences(s.done, jnp.where(real, s.done_scores, NEVER), s.done_kept)
     return jax.tree.map(lambda x: x[:, : o.num_return_sequences], found)
 
 
@@ -371,7 +373,7 @@ def _first_beams(start_XMT: jax.Array, cache: Cache, kept: Any, key: jax.Array) 
 
 
 def _continuations(
-    o: Options, normalised: bool, tree: PrefixTree | None, s: _Beams, logits: Scores, count: int, key: jax.Array
+    o: DecodingOptions, normalised: bool, tree: PrefixTree | None, s: _Beams, logits: Scores, count: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(scores, beams, tokens, log p) [X, count]: the `count` best continuations of a row's beams, best first.
 
@@ -394,7 +396,7 @@ def _continuations(
 
 
 def _with_hypotheses(
-    o: Options,
+    o: DecodingOptions,
     penalty_T: jax.Array,
     s: _Beams,
     grown_XJT: jax.Array,

@@ -22,7 +22,7 @@ from rag_jax.system import files
 ASKED = ("question", "answers", "target", "label", "unanswerable", "gold", "relevance")  # keys that must be the same
 
 
-class Evaluation(NamedTuple):
+class StoredEvaluation(NamedTuple):
     """An evaluation that `rag-jax evaluate` wrote.
 
     directory: where.
@@ -34,18 +34,18 @@ class Evaluation(NamedTuple):
 
     directory: Path
     rows: dict[str, dict[str, Any]]
-    setting: metrics.Setting
+    setting: metrics.Judging
     corpus: str
     notes: str = ""
 
 
-def read(directory: Path) -> Evaluation:
+def read(directory: Path) -> StoredEvaluation:
     """Reads the evaluation in a directory; InputError, with file and line, where there is none."""
     again = "make it with rag-jax evaluate RUN --out DIR"
     try:
         written = json.loads((directory / "report.json").read_text(encoding="utf-8"))
         lines = (directory / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-        setting = metrics.Setting(tuple(written["labels"]), written["match"])
+        setting = metrics.Judging(tuple(written["labels"]), written["match"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{directory}: not an evaluation ({error}); {again}") from error
     rows: dict[str, dict[str, Any]] = {}
@@ -57,12 +57,12 @@ def read(directory: Path) -> Evaluation:
             raise InputError(
                 f"{directory / 'predictions.jsonl'}:{number}: not a prediction ({error}); {again}"
             ) from error
-    return Evaluation(
+    return StoredEvaluation(
         directory, rows, setting, written.get("corpus", ""), write_report.gold_ids({"corpus": "", **written})
     )
 
 
-def check_same(one: Evaluation, other: Evaluation) -> None:
+def check_same(one: StoredEvaluation, other: StoredEvaluation) -> None:
     """Raises InputError, with the difference, if two evaluations are of different questions or judged differently."""
     names = f"{one.directory} and {other.directory}"
     if one.setting != other.setting:
@@ -87,7 +87,7 @@ def check_same(one: Evaluation, other: Evaluation) -> None:
                 raise InputError(f"{names}: question {identity} has another {name}, {mine} and {theirs}; use one file")
 
 
-def opened(directories: Sequence[Path]) -> list[Evaluation]:
+def opened(directories: Sequence[Path]) -> list[StoredEvaluation]:
     """Reads the evaluations; InputError if there are fewer than two or they do not fit (`check_same`)."""
     if len(directories) < 2:
         raise InputError("compare needs at least two evaluations: rag-jax compare RUN RUN...")
@@ -108,7 +108,7 @@ def compare(
     return result
 
 
-def compared(evaluations: Sequence[Evaluation], names: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
+def compared(evaluations: Sequence[StoredEvaluation], names: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
     """The figures that all evaluations have: {"runs", "n", "figures": {name: [{"value", "low", "high"}, ...]}}.
 
     Runs are in the order given. All but the first also have difference, difference_low, difference_high (to the first)
@@ -190,7 +190,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(out: Path, evaluations: Sequence[Evaluation], result: dict[str, Any]) -> None:
+def write(out: Path, evaluations: Sequence[StoredEvaluation], result: dict[str, Any]) -> None:
     """Writes compare.md, and compare.html with the answers of all runs and the passages of the first one."""
     first = evaluations[0]
     corpus = Corpus.open(first.corpus)
@@ -208,7 +208,7 @@ def write(out: Path, evaluations: Sequence[Evaluation], result: dict[str, Any]) 
         markdown.write_page(temporary / "compare.md", "Comparison of runs", lines, cells(result))
 
 
-def _said(one: Evaluation, identity: str) -> list[Any]:
+def _said(one: StoredEvaluation, identity: str) -> list[Any]:
     row = one.rows[identity]
     score = round(row["score"], 4) if row["prediction"] is not None and math.isfinite(row["score"]) else None
     return [html.cut(row["prediction"] or "")[0], verdicts.right(row, one.setting), score]

@@ -41,7 +41,7 @@ def curve(
     cfg: AnswerConfig,
     numbers: Sequence[int],
     rows: Sequence[Mapping[str, Any]],
-    setting: metrics.Setting,
+    setting: metrics.Judging,
     out: Path,
 ) -> list[dict[str, float]]:
     """Figures of answers, with intervals, for every number of documents: [{"n_docs", "exact_match", "exact_match_low",

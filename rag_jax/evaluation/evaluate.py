@@ -40,7 +40,7 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Answers questions with these parameters and this index, and returns their prediction rows.
 
-    program: the compiled answer program, if there is one. match: as in metrics.Setting.
+    program: the compiled answer program, if there is one. match: as in metrics.Judging.
     """
     texts = [question.question for question in questions]
     loaded = location.loaded
@@ -66,7 +66,7 @@ def select(questions: Sequence[Question], where: str, limit: int) -> list[Questi
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvaluateOptions:
     """Settings of an evaluation.
 
     questions: question file; None: the dev questions of the run.
@@ -75,8 +75,8 @@ class Wanted:
     where, limit: see `select`.
     configure: changes the run's own settings of answering.
     search: as in Pipeline.from_run; None: that of the run.
-    labels: possible labels (metrics.Setting); (): the allowed answers.
-    match: rule of comparing answers (metrics.Setting); "": that of the run's task.
+    labels: possible labels (metrics.Judging); (): the allowed answers.
+    match: rule of comparing answers (metrics.Judging); "": that of the run's task.
     names: metrics, keys of metrics.METRICS; (): those that fit the data.
     docs: numbers of documents for the curve of `docs_curve`.
     shown: questions in report.html; None: as many as it has room for.
@@ -98,7 +98,7 @@ class Wanted:
     command: str = ""
 
 
-def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
+def evaluate(directory: Path, out: Path, wanted: EvaluateOptions) -> dict[str, Any]:
     """Evaluates a run on a question file, writes predictions and reports (`write_report`) into `out`, and returns the
     content of report.json.
 
@@ -118,7 +118,7 @@ def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
     found = formats.read_questions(file, skip_bad_lines=wanted.skip_bad_lines)
     asked = tasks.posed(select(found, wanted.where, wanted.limit), task, corpus)
     cfg = wanted.configure(pipeline.answer_config())
-    setting = metrics.Setting(tuple(wanted.labels) or cfg.allowed_answers, wanted.match or task.match)
+    setting = metrics.Judging(tuple(wanted.labels) or cfg.allowed_answers, wanted.match or task.match)
     docs_curve.check(pipeline, cfg, wanted.docs)
     tally = gold_ids(asked, corpus, file, cfg, wanted.names)
     gold_NG = right_passages(asked, corpus, file) if cfg.oracle else None
@@ -144,7 +144,7 @@ def evaluate(directory: Path, out: Path, wanted: Wanted) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - begun, 1),
     }
     if distributed.first():
-        made = write_report.Evaluation(directory, pipeline.loaded.corpus, rows, report, setting, wanted.command)
+        made = write_report.EvaluationResults(directory, pipeline.loaded.corpus, rows, report, setting, wanted.command)
         write_report.write(out, made, wanted.shown)
     distributed.barrier("report written")
     return report
@@ -206,7 +206,7 @@ def what(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def scored(rows: Sequence[dict[str, Any]], setting: metrics.Setting, names: Sequence[str] = ()) -> dict[str, Any]:
+def scored(rows: Sequence[dict[str, Any]], setting: metrics.Judging, names: Sequence[str] = ()) -> dict[str, Any]:
     """The figures with intervals, and the risk-coverage curve if its area is among them; logs what is left out."""
     found: dict[str, Any] = metrics.summarize(rows, setting, names, intervals=True)
     for reason in metrics.missing(rows, setting, names, found):

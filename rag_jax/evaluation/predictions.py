@@ -35,9 +35,9 @@ def rows(
     """The prediction rows of the questions.
 
     depth: passages that were asked for, 0 without retrieval; further ones are left out.
-    match: as in metrics.Setting.
+    match: as in metrics.Judging.
     """
-    units = Units(corpus)
+    units = PassageCache(corpus)
     levels = gold.levels(questions, corpus)
     return [
         row(question, found, units, level, depth)
@@ -47,7 +47,7 @@ def rows(
     ]
 
 
-class Units:
+class PassageCache:
     """Cache of the passages of a corpus by id, and of the documents that they are a part of."""
 
     def __init__(self, corpus: Corpus) -> None:
@@ -67,7 +67,7 @@ class Units:
         return one if row < 0 else self.of(one)[1]
 
 
-def row(question: Question, found: Answer, units: Units, level: gold.Level, depth: int) -> dict[str, Any]:
+def row(question: Question, found: Answer, units: PassageCache, level: gold.Level, depth: int) -> dict[str, Any]:
     """A prediction row without `retrieved_has_answer`."""
     golds, right = answers_of(question), question.right_passage_ids
     relevance, needed = question.extra.get("relevance"), ways(question, units.corpus)
@@ -109,7 +109,7 @@ def row(question: Question, found: Answer, units: Units, level: gold.Level, dept
     }
 
 
-def has_answer(question: Question, found: Answer, units: Units, depth: int, match: str) -> list[bool]:
+def has_answer(question: Question, found: Answer, units: PassageCache, depth: int, match: str) -> list[bool]:
     """Whether the text of each retrieved passage has an answer; the title does not count (DPR)."""
     finder, golds = matching.FINDERS[match], answers_of(question)
     return [finder(units.of(one)[0].text, golds) for one in kept(question, found, units)[:depth]]
@@ -126,13 +126,13 @@ def excluded(question: Question) -> list[str]:
     return list(map(str, found)) if isinstance(found, list) else []
 
 
-def kept(question: Question, found: Answer, units: Units) -> list[str]:
+def kept(question: Question, found: Answer, units: PassageCache) -> list[str]:
     """The retrieved ids without the excluded ones."""
     out = set(excluded(question))
     return [one for one in found.retrieved if one not in out and not (out and units.of(one)[1] in out)]
 
 
-def by_document(relevance: dict[str, Any], units: Units) -> dict[str, Any]:
+def by_document(relevance: dict[str, Any], units: PassageCache) -> dict[str, Any]:
     """Grades by document: that of its best passage."""
     grades: dict[str, Any] = {}
     for one, grade in relevance.items():

@@ -16,12 +16,12 @@ from rag_jax.errors import InputError
 from rag_jax.index import encode, encode_job
 from rag_jax.index.device_index import Index
 from rag_jax.index.refresh import Make
-from rag_jax.rag import Params, Passages, Rag
+from rag_jax.rag import Params, Rag, TokenTables
 from rag_jax.retrieval import scann_index
 from rag_jax.retrieval.bm25 import Bm25, passage_texts
 from rag_jax.retrieval.config import SearchConfig
 from rag_jax.retrieval.hybrid import Hybrid
-from rag_jax.retrieval.search import Exact, Searcher, Source
+from rag_jax.retrieval.search import Exact, IndexSource, Searcher
 from rag_jax.system import files, sharding
 from rag_jax.system.configuration import plain
 from rag_jax.system.logs import info
@@ -44,7 +44,7 @@ class HostIndex(NamedTuple):
     live_N: np.ndarray | None = None
 
 
-def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple[Index | None, Passages]:
+def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple[Index | None, TokenTables]:
     """Tables of only the rows rows_X, in this order, from the memory-mapped ones of the corpus.
 
     A row of -1, where a search found nothing, becomes an empty passage for the generator. For the encoder it is row 0,
@@ -55,7 +55,7 @@ def gather(corpus: Corpus, index: HostIndex | None, rows_X: np.ndarray) -> tuple
     kept: Any = index and (np.asarray(index.embeddings_NE[rows_X], np.float32), index.step_N[rows_X])
     found: list[Any] = [table[rows_X] for table in tables]
     found[-1] = np.where(there_X, found[-1], 0).astype(found[-1].dtype)
-    return kept and Index(*kept), Passages(*found)
+    return kept and Index(*kept), TokenTables(*found)
 
 
 def places(mesh: jax.sharding.Mesh, rows: np.ndarray) -> np.ndarray:
@@ -81,16 +81,16 @@ class Searchers:
         encoder_hash, step: of the encoder that made them, for the manifest.
         keep: look for the search in the cache, and store it there.
         """
-        return self._of(self.cfg.kind, embeddings_NE, Source(self.corpus.hash, encoder_hash, step), keep)
+        return self._of(self.cfg.kind, embeddings_NE, IndexSource(self.corpus.hash, encoder_hash, step), keep)
 
-    def _of(self, kind: str, embeddings_NE: Any, source: Source, keep: bool) -> Searcher:
+    def _of(self, kind: str, embeddings_NE: Any, source: IndexSource, keep: bool) -> Searcher:
         return SEARCHERS[kind](self, embeddings_NE, source, keep)
 
-    def exact(self, embeddings_NE: Any, source: Source, keep: bool) -> Searcher:
+    def exact(self, embeddings_NE: Any, source: IndexSource, keep: bool) -> Searcher:
         mesh = sharding.own_mesh(self.mesh)  # each process searches for its own questions
         return Exact(embeddings_NE, mesh, source, live_N=self.corpus.live_N)
 
-    def hybrid(self, embeddings_NE: Any, source: Source, keep: bool) -> Searcher:
+    def hybrid(self, embeddings_NE: Any, source: IndexSource, keep: bool) -> Searcher:
         return self._with_bm25(self._of(self.cfg.dense, embeddings_NE, source, keep), embeddings_NE)
 
     def update(self, searcher: Searcher, old: Corpus, embeddings_NE: Any, step: int) -> Searcher:
@@ -108,7 +108,7 @@ class Searchers:
         dense = dense.upsert(came, embeddings_NE[came]).delete(np.flatnonzero(was_N & ~now_N[: len(old)]))
         if dense.stale > STALE:
             return self.make(embeddings_NE, None, step)
-        dense = replace(dense, source=Source(self.corpus.hash, None, step))
+        dense = replace(dense, source=IndexSource(self.corpus.hash, None, step))
         return self._with_bm25(dense, embeddings_NE) if isinstance(searcher, Hybrid) else dense
 
     def _with_bm25(self, dense: Searcher, embeddings_NE: Any) -> Searcher:
@@ -127,7 +127,7 @@ class Searchers:
             self._bm25 = self._kept(path, lambda p: Bm25.load(p, self.corpus.hash), build)
         return self._bm25
 
-    def scann(self, embeddings_NE: Any, source: Source, keep: bool) -> scann_index.Scann:
+    def scann(self, embeddings_NE: Any, source: IndexSource, keep: bool) -> scann_index.Scann:
         def build() -> scann_index.Scann:
             if self.corpus.live_N is None:
                 return scann_index.build(embeddings_NE, source, self.cfg.scann)
@@ -157,7 +157,7 @@ class Searchers:
 
 # By SearchConfig.kind and .dense: (searchers, embeddings_NE, source, keep) -> Searcher. Your own search is a row here,
 # and its name one of the kinds of SearchConfig.
-SEARCHERS: dict[str, Callable[[Searchers, Any, Source, bool], Searcher]] = {
+SEARCHERS: dict[str, Callable[[Searchers, Any, IndexSource, bool], Searcher]] = {
     "exact": Searchers.exact,
     "scann": Searchers.scann,
     "bm25": lambda searchers, embeddings_NE, source, keep: searchers.bm25(),

@@ -23,7 +23,7 @@ from jax import lax
 
 from rag_jax.index.device_index import Index, blank, encoded, no_drift, stored
 from rag_jax.ops.masks import length_mask
-from rag_jax.rag import Params, Passages, Rag
+from rag_jax.rag import Params, Rag, TokenTables
 from rag_jax.retrieval import mips_one_device
 from rag_jax.system import sharding
 from rag_jax.system.logs import Progress
@@ -65,7 +65,7 @@ def rows_at_once(n: int, devices: int, turn: int) -> int:
     return -(-(n // devices) // min(turn, n // devices))
 
 
-def embed_own(rag: Rag, mesh: jax.sharding.Mesh, params: Params, passages: Passages, rows_S: jax.Array) -> jax.Array:
+def embed_own(rag: Rag, mesh: jax.sharding.Mesh, params: Params, passages: TokenTables, rows_S: jax.Array) -> jax.Array:
     """Embeddings of each device's own rows at rows_S, float32 [devices, S, E], without dropout and gradient.
 
     Each device embeds CHUNK passages at a time. params: those of the encoder that embeds passages are enough.
@@ -120,7 +120,7 @@ def embed_block(
     mesh: jax.sharding.Mesh,
     params: Params,
     index: Index,
-    passages: Passages,
+    passages: TokenTables,
     number: Any,
     step: Any,
     size: int,
@@ -136,7 +136,7 @@ def embed_block(
 
 
 def roll(
-    rag: Rag, mesh: jax.sharding.Mesh, params: Params, index: Index, passages: Passages, step: jax.Array, turn: int
+    rag: Rag, mesh: jax.sharding.Mesh, params: Params, index: Index, passages: TokenTables, step: jax.Array, turn: int
 ) -> Index:
     """One step of a rolling refresh: re-embeds a block of rows so that every row is embedded within `turn` steps.
 
@@ -170,14 +170,14 @@ def _block_program(rag: Rag, mesh: jax.sharding.Mesh, size: int, chunk: int) -> 
     """
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def block(params: Params, index: Index, passages: Passages, number: Any, step: Any) -> Index:
+    def block(params: Params, index: Index, passages: TokenTables, number: Any, step: Any) -> Index:
         return embed_block(rag, mesh, params, index, passages, number, step, size)
 
     return block
 
 
 def on_devices(
-    rag: Rag, mesh: jax.sharding.Mesh, passages: Passages, dtype: str, live_N: np.ndarray | None = None
+    rag: Rag, mesh: jax.sharding.Mesh, passages: TokenTables, dtype: str, live_N: np.ndarray | None = None
 ) -> Make:
     """A function that builds the Index of all passages on the devices, block by block.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rag_jax.corpus.directory import Corpus
-from rag_jax.corpus.stacked_arrays import Part, Scaled, Stacked, stack
+from rag_jax.corpus.stacked_arrays import ArrayFile, Scaled, Stacked, stack
 from rag_jax.errors import InputError
 from rag_jax.index import encode_job, shards
 from rag_jax.index.shards import Identity, Shard
@@ -65,7 +65,7 @@ class Manifest:
 class Snapshot:
     """An opened snapshot, whose embeddings are read only where they are indexed.
 
-    embeddings_NE: array-like (see `stacked_arrays.Rows`), in the stored type, but float32 where int8 is stored.
+    embeddings_NE: array-like (see `stacked_arrays.StoredRows`), in the stored type, but float32 where int8 is stored.
     rows_NE, scale_N: as stored; embeddings = rows * scale for int8, scale_N is None for other types.
     """
 
@@ -207,14 +207,14 @@ def _opened(directory: Path, found: dict[str, Any]) -> Snapshot:
     manifest = Manifest(**{field.name: found[field.name] for field in fields(Manifest) if field.name in found})
     identities = [Identity(**entry) for entry in found["shards"]]
     opened = tuple(shards.read_all(directory, identities, shards.AGAIN, found["files"]))
-    embeddings = [Part(shard.identity.rows, shard.embeddings_XE) for shard in opened]
+    embeddings = [ArrayFile(shard.identity.rows, shard.embeddings_XE) for shard in opened]
     rows_NE = stack(embeddings, jnp.dtype(manifest.dtype), (manifest.width,))
     if rows_NE.shape != (manifest.n_passages, manifest.width):
         shape = (manifest.n_passages, manifest.width)
         raise InputError(f"{directory}: shards hold {rows_NE.shape}, the manifest says {shape}; build the index again")
     scale_N, embeddings_NE = None, rows_NE
     if manifest.dtype == "int8":
-        scale_N = Stacked([Part(shard.identity.rows, shard.scale_X) for shard in opened], np.float32)
+        scale_N = Stacked([ArrayFile(shard.identity.rows, shard.scale_X) for shard in opened], np.float32)
         embeddings_NE = Scaled(Stacked(embeddings, np.int8, (manifest.width,)), scale_N)
     named = {name: value for name, value in asdict(manifest).items() if name != "corpus" and (name != "form" or value)}
     # of the content alone, so that it is the same with block sums and without

@@ -9,7 +9,7 @@ from rag_jax.system.configuration import build
 
 @dataclass(frozen=True)
 class AnswerConfig:
-    """How questions are answered; names and meanings of decoding are those of decoding.search.Options.
+    """How questions are answered; names and meanings of decoding are those of decoding.rules.DecodingOptions.
 
     n_docs: passages read per question; 0: model.n_docs.
     n_retrieved: passages found per question, of which the first n_docs are read; the others count for recall.
@@ -26,7 +26,7 @@ class AnswerConfig:
     doc_chunk: passages held in memory at a time; 0: all.
     min_length: tokens of an answer at least, with the start token.
     length_penalty: the log-probability of an answer is divided by its length to this power.
-    early_stopping: when a search ends, see Options.
+    early_stopping: when a search ends, see DecodingOptions.
     no_repeat_ngram_size: size of n-grams that may not occur twice in an answer; 0: all may.
     repetition_penalty: above 1, tokens of the answer so far become less likely to come again; 1: none.
     bad_words, bad_word_ids: what no answer may contain, as texts and as token sequences.

@@ -21,7 +21,7 @@ from rag_jax.system import sharding
 
 
 @dataclass(frozen=True)
-class Encoder:
+class PassageEncoder:
     """A run's passage encoder, with its parameters alone.
 
     embed: (params, ids_BL, mask_BL) -> d_BE.
@@ -44,7 +44,7 @@ class Encoder:
         return snapshot.Manifest.of(corpus, self.hash, self.step, self.width, dtype, self.form)
 
 
-def read_encoder(run_dir: Path, corpus: Corpus) -> Encoder:
+def read_encoder(run_dir: Path, corpus: Corpus) -> PassageEncoder:
     """Reads a run's passage encoder; InputError where it has none or the corpus was not tokenised for it."""
     config = runs.read_config(run_dir)
     runs.check_tokenizers(run_dir, corpus)
@@ -61,7 +61,7 @@ def read_encoder(run_dir: Path, corpus: Corpus) -> Encoder:
     like = runs.param_places(rag, mesh)[side]
     params = unflatten_dict(dict(checkpoint.read_part(run_dir / "params", side, like)), sep="/")
     step = runs.trained_steps(run_dir)
-    return Encoder(
+    return PassageEncoder(
         embed=lambda p, ids, mask: rag.embed_passages({side: p}, ids, mask),
         params=params,
         hash=checkpoint.tree_hash(params),

@@ -24,7 +24,7 @@ from rag_jax.index import snapshot as snapshots
 from rag_jax.index.device_index import Index
 from rag_jax.inference import config as answer_config
 from rag_jax.inference.config import AnswerConfig
-from rag_jax.rag import Params, Passages
+from rag_jax.rag import Params, TokenTables
 from rag_jax.retrieval.config import SearchConfig
 from rag_jax.retrieval.search import SearchResult
 from rag_jax.retrieve import Batch
@@ -56,7 +56,7 @@ class Answers(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Passage:
+class ReadPassage:
     """A passage that an answer came from; prior and posterior are probabilities over the passages read."""
 
     id: str
@@ -81,7 +81,7 @@ class Answer:
 
     text: str
     score: float
-    passages: tuple[Passage, ...]
+    passages: tuple[ReadPassage, ...]
     retrieved: tuple[str, ...]
     tokens: tuple[str, ...] = ()
     token_posterior: tuple[tuple[float, ...], ...] | None = None
@@ -91,20 +91,20 @@ class AnswerFn(Protocol):
     """A jitted program that answers a batch; number: of the batch, for which do_sample has a random key of its own."""
 
     def __call__(
-        self, params: Params, index: Index | None, passages: Passages, batch: Batch, number: int = 0
+        self, params: Params, index: Index | None, passages: TokenTables, batch: Batch, number: int = 0
     ) -> Answers: ...
 
 
-# fields that decoding.search.Options and AnswerConfig share; not bad_words, which are ids in one and texts in the other
+# fields that DecodingOptions and AnswerConfig share; not bad_words, which are ids in one and texts in the other
 OPTIONS = tuple(
-    {f.name for f in dataclasses.fields(decoding_search.Options)}
+    {f.name for f in dataclasses.fields(decoding_search.DecodingOptions)}
     & {f.name for f in dataclasses.fields(AnswerConfig)} - {"bad_words"}
 )
 MODELS, NOTHING = -1, -2  # values of a special token in AnswerConfig: take the model's, force none
 
 
 def options_of(cfg: AnswerConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The fields of decoding.search.Options that a configuration sets, without those that it leaves to the model."""
+    """The fields of DecodingOptions that a configuration sets, without those that it leaves to the model."""
     options: dict[str, Any] = {name: getattr(cfg, name) for name in OPTIONS}
     for name in ("start_id", "forced_bos_id", "forced_eos_id", "end_ids"):
         if options[name] in (MODELS, ()):
@@ -199,13 +199,13 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
     check_answering(loaded, cfg)
     how, tree = decoding_of(loaded, cfg)
     prefix_ids = loaded.corpus.generator_tokenizer.prefix_ids
-    setting = retrieve.Setting(loaded.rag, loaded.mesh, n_rows, prefix_ids)
+    setting = retrieve.InferenceSetting(loaded.rag, loaded.mesh, n_rows, prefix_ids)
     wanted = min(max(cfg.n_retrieved, n_docs), n_rows)
 
     def answer(
         params: Params,
         index: Index,
-        passages: Passages,
+        passages: TokenTables,
         batch: dict[str, jax.Array],
         tree: decoding_search.PrefixTree | None,
         number: jax.Array,
@@ -249,7 +249,7 @@ def make_answer(loaded: runs.Loaded, cfg: AnswerConfig) -> AnswerFn:
     program = jax.jit(answer)
 
     def call(
-        params: Params, index: Index | None, passages: Passages, batch: dict[str, jax.Array], number: int = 0
+        params: Params, index: Index | None, passages: TokenTables, batch: dict[str, jax.Array], number: int = 0
     ) -> Answers:
         return program(params, index, passages, batch, tree, np.int32(number))
 
@@ -390,7 +390,7 @@ def collect(corpus: Corpus, out: Any, count: int, closed_book: bool) -> list[Ans
         order = order[out.read[i][order] >= 0]
         for place in order:
             p = corpus[int(out.read[i][place])]
-            read.append(Passage(p.id, p.title, p.text, float(out.prior[i][place]), float(out.posterior[i][place])))
+            read.append(ReadPassage(p.id, p.title, p.text, float(out.prior[i][place]), float(out.posterior[i][place])))
         text = tokenizer.decode([int(token) for token in out.sequences[i]]).strip()
         retrieved = () if closed_book else tuple(corpus[int(row)].id for row in out.rows[i] if row >= 0)
         ids_S, by_token = out.sequences[i][1:], None

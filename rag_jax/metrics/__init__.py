@@ -10,7 +10,7 @@ import numpy as np
 
 from rag_jax.errors import InputError
 from rag_jax.metrics import abstention, bootstrap, measures, texts
-from rag_jax.metrics.figures import Figures, Row, Setting, references
+from rag_jax.metrics.figures import Figures, Judging, Row, references
 from rag_jax.metrics.measures import RECALL_KS, TOP
 
 __all__ = [
@@ -18,8 +18,8 @@ __all__ = [
     "OF_ANSWERS",
     "OF_GOLD",
     "RECALL_KS",
+    "Judging",
     "Metric",
-    "Setting",
     "check_names",
     "figures_of",
     "missing",
@@ -36,7 +36,7 @@ class Metric(NamedTuple):
     """
 
     needs: str
-    measure: Callable[[Sequence[Row], Setting], Figures]
+    measure: Callable[[Sequence[Row], Judging], Figures]
 
 
 METRICS: dict[str, Metric] = {
@@ -59,12 +59,12 @@ METRICS: dict[str, Metric] = {
 LONG = ("rouge_l", "bleu", "distinct")
 OF_GOLD = ("recall", "all_gold", "mrr", "ndcg", "r_precision", "kilt")  # metrics that need gold passages
 OF_ANSWERS = ("accuracy", "exact_match", "f1", "rouge_l", "bleu")  # figures; the first that has a value is the main one
-_JUDGED = Setting()
+_JUDGED = Judging()
 
 
 def summarize(
     rows: Sequence[Row],
-    setting: Setting = _JUDGED,
+    setting: Judging = _JUDGED,
     names: Sequence[str] = (),
     intervals: bool = False,
     seed: int = 0,
@@ -88,7 +88,7 @@ def summarize(
     return summary
 
 
-def figures_of(rows: Sequence[Row], setting: Setting, names: Sequence[str] = ()) -> Figures:
+def figures_of(rows: Sequence[Row], setting: Judging, names: Sequence[str] = ()) -> Figures:
     """The figures with a value of the metrics in `names`, or of those of `by_default`."""
     check_names(names)
     found: Figures = {}
@@ -113,7 +113,7 @@ def check_names(names: Sequence[str]) -> None:
         texts.check_installed(name)
 
 
-def by_default(rows: Sequence[Row], setting: Setting) -> list[str]:
+def by_default(rows: Sequence[Row], setting: Judging) -> list[str]:
     """The metrics used when none is named: all, but those of long texts only if such texts were to be written.
 
     Metrics without their library are left out. Others have no figure where the rows lack what they need.
@@ -122,7 +122,7 @@ def by_default(rows: Sequence[Row], setting: Setting) -> list[str]:
     return [name for name in METRICS if (long or name not in LONG) and texts.installed(name)]
 
 
-def missing(rows: Sequence[Row], setting: Setting, names: Sequence[str], found: dict[str, float]) -> list[str]:
+def missing(rows: Sequence[Row], setting: Judging, names: Sequence[str], found: dict[str, float]) -> list[str]:
     """Messages for metrics without a figure in the summary `found`.
 
     Of the metrics in `names`: all of them; by default: those whose library is not installed.

@@ -11,7 +11,7 @@ import numpy as np
 
 from rag_jax.metrics import bootstrap, matching
 from rag_jax.metrics.bootstrap import Statistic
-from rag_jax.metrics.figures import Figure, Figures, Row, Setting, golds, references, written
+from rag_jax.metrics.figures import Figure, Figures, Judging, Row, golds, references, written
 
 NO_ANSWER = ("", "no answer", "unanswerable")  # predictions, in normal form, that say that there is no answer
 
@@ -21,7 +21,7 @@ def says_nothing(prediction: str) -> bool:
     return matching.normalize_answer(prediction) in NO_ANSWER
 
 
-def no_answer(rows: Sequence[Row], setting: Setting) -> Figures:
+def no_answer(rows: Sequence[Row], setting: Judging) -> Figures:
     """Precision, recall and F1 of saying that there is no answer, and SQuAD 2's F1 over all questions.
 
     Where all answers are short, also SQuAD 2's exact match, and the area under the risk-coverage curve, in which an
@@ -47,20 +47,20 @@ def no_answer(rows: Sequence[Row], setting: Setting) -> Figures:
     return {name: Figure(statistic, len(judged)) for name, statistic in statistics.items()}
 
 
-def risk_coverage(rows: Sequence[Row], setting: Setting) -> list[tuple[float, float]]:
+def risk_coverage(rows: Sequence[Row], setting: Judging) -> list[tuple[float, float]]:
     """The curve whose area `no_answer` gives: (coverage, risk), in order of the answers' log p(y|x)."""
     judged = [row for row in written(rows) if row.get("unanswerable") or golds(row, setting)]
     confidence_N, right_N = _answers(judged, setting)
     return curve(confidence_N, 1 - right_N)
 
 
-def _answers(judged: Sequence[Row], setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+def _answers(judged: Sequence[Row], setting: Judging) -> tuple[np.ndarray, np.ndarray]:
     """(log p(y|x) [N], exact match [N])."""
     score_N = np.array([row["score"] for row in judged], np.float64)
     return score_N, _scores(matching.MATCHERS[setting.match], judged, setting)
 
 
-def _scores(score: Callable[[str, Sequence[str]], float], judged: Sequence[Row], setting: Setting) -> np.ndarray:
+def _scores(score: Callable[[str, Sequence[str]], float], judged: Sequence[Row], setting: Judging) -> np.ndarray:
     """Scores [N]: 1 where the model rightly says that there is no answer, 0 where only one of prediction and gold says
     so, else the score of the answer.
     """
@@ -71,7 +71,7 @@ def _scores(score: Callable[[str, Sequence[str]], float], judged: Sequence[Row],
     return np.array(found)
 
 
-def _wanted(row: Row, setting: Setting) -> list[str]:
+def _wanted(row: Row, setting: Judging) -> list[str]:
     return golds(row, setting) or references(row)
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from rag_jax.metrics import verdicts
-from rag_jax.metrics.figures import Row, Setting, golds, judged, unit
+from rag_jax.metrics.figures import Judging, Row, golds, judged, unit
 
 BINS = 10
 Z = 1.959964  # normal quantile of a 95% interval
 
 
-def calibration(rows: Sequence[Row], setting: Setting) -> dict[str, dict[str, Any]]:
+def calibration(rows: Sequence[Row], setting: Judging) -> dict[str, dict[str, Any]]:
     """`reliability` of "prior" and "posterior" of the best passage, of "answer" (p(y|x)) and "token" (its geometric
     mean); those without data are left out.
     """
@@ -60,7 +60,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(0.0, (middle - spread) / (1 + Z**2 / n)), min(1.0, (middle + spread) / (1 + Z**2 / n))
 
 
-def _right_passages(row: Row, setting: Setting) -> list[bool] | None:
+def _right_passages(row: Row, setting: Judging) -> list[bool] | None:
     """For each passage read, whether it is gold or, where none is known, has the answer; None if neither is known."""
     read = row["read"]
     if not read or not (judged(row) or golds(row, setting)):

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from rag_jax.metrics import bootstrap
-from rag_jax.metrics.figures import Row, Setting, depth, golds, judged, ranked
+from rag_jax.metrics.figures import Judging, Row, depth, golds, judged, ranked
 
 DENSE = 100  # every k up to this is a point of the curve; beyond, each is a twentieth larger than the one before
 
 Curve = dict[str, list[float]]
 
 
-def recall_curves(rows: Sequence[Row], setting: Setting, seed: int = 0) -> dict[str, Curve]:
+def recall_curves(rows: Sequence[Row], setting: Judging, seed: int = 0) -> dict[str, Curve]:
     """The curves "gold" (`measures.recall`) and "answer" (`measures.answer_recall`), those that some row has.
 
     Each is {"k", "value", "low", "high"}, lists of one length.

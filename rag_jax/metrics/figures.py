@@ -33,7 +33,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Setting:
+class Judging:
     """How predictions are judged.
 
     labels: the possible labels, for classification; (): free answers.
@@ -78,7 +78,7 @@ def references(row: Row) -> list[str]:
     return list(answers) if target in answers else [target] if target else []
 
 
-def golds(row: Row, setting: Setting) -> list[str]:
+def golds(row: Row, setting: Judging) -> list[str]:
     """Short answers, or labels, that a prediction is compared with; none where a long text was to be written."""
     return list(row.get("answers") or []) if setting.labels or not row.get("target") else []
 

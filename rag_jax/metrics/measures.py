@@ -9,8 +9,8 @@ from rag_jax.metrics import bootstrap, matching, ranking, texts
 from rag_jax.metrics.figures import (
     Figure,
     Figures,
+    Judging,
     Row,
-    Setting,
     depth,
     golds,
     judged,
@@ -24,13 +24,13 @@ RECALL_KS = (1, 5, 20, 100)
 TOP = 10  # cut-off of MRR and nDCG
 
 
-def exact_match(rows: Sequence[Row], setting: Setting) -> Figures:
+def exact_match(rows: Sequence[Row], setting: Judging) -> Figures:
     match = matching.MATCHERS[setting.match]
     pairs = [(row["prediction"], golds(row, setting)) for row in written(rows)]
     return mean("exact_match", [match(text, wanted) for text, wanted in pairs if wanted])
 
 
-def f1(rows: Sequence[Row], setting: Setting) -> Figures:
+def f1(rows: Sequence[Row], setting: Judging) -> Figures:
     """F1 with short answers, else with long texts, as dialogue is scored; none if answers are regular expressions."""
     if setting.match == "regex":
         return {}
@@ -38,7 +38,7 @@ def f1(rows: Sequence[Row], setting: Setting) -> Figures:
     return mean("f1", [matching.f1(text, wanted, setting.match) for text, wanted in pairs if wanted])
 
 
-def answer_recall(rows: Sequence[Row], setting: Setting) -> Figures:
+def answer_recall(rows: Sequence[Row], setting: Judging) -> Figures:
     looked = [row for row in rows if golds(row, setting) and "retrieved_has_answer" in row]
     flags = [row["retrieved_has_answer"] for row in looked]
     found: Figures = {}
@@ -47,7 +47,7 @@ def answer_recall(rows: Sequence[Row], setting: Setting) -> Figures:
     return found
 
 
-def recall(rows: Sequence[Row], setting: Setting) -> Figures:
+def recall(rows: Sequence[Row], setting: Judging) -> Figures:
     counted = list(filter(judged, rows))
     found: Figures = {}
     for k in usable(RECALL_KS, counted):
@@ -55,7 +55,7 @@ def recall(rows: Sequence[Row], setting: Setting) -> Figures:
     return found
 
 
-def all_gold(rows: Sequence[Row], setting: Setting) -> Figures:
+def all_gold(rows: Sequence[Row], setting: Judging) -> Figures:
     """Share of questions with all gold passages in the first k, and mean share of gold passages there.
 
     None where no question has several gold passages.
@@ -70,13 +70,13 @@ def all_gold(rows: Sequence[Row], setting: Setting) -> Figures:
     return found
 
 
-def mrr(rows: Sequence[Row], setting: Setting) -> Figures:
+def mrr(rows: Sequence[Row], setting: Judging) -> Figures:
     counted = list(filter(judged, rows))
     scores = _scores(counted, partial(ranking.reciprocal_rank, TOP))
     return mean(f"mrr_at_{TOP}", scores) if usable((TOP,), counted) else {}
 
 
-def ndcg(rows: Sequence[Row], setting: Setting) -> Figures:
+def ndcg(rows: Sequence[Row], setting: Judging) -> Figures:
     """nDCG at TOP, with the grades of the question file where it has some; other gold passages have grade 1."""
     counted = list(filter(judged, rows))
     if not usable((TOP,), counted):
@@ -85,13 +85,13 @@ def ndcg(rows: Sequence[Row], setting: Setting) -> Figures:
     return mean(f"ndcg_at_{TOP}", [ranking.ndcg(TOP, *pair) if max(pair[1].values()) > 0 else 0.0 for pair in graded])
 
 
-def r_precision(rows: Sequence[Row], setting: Setting) -> Figures:
+def r_precision(rows: Sequence[Row], setting: Judging) -> Figures:
     counted = list(filter(judged, rows))
     deepest = max((len(set(row["gold"])) for row in counted), default=0)
     return mean("r_precision", _scores(counted, ranking.r_precision)) if usable((max(deepest, 1),), counted) else {}
 
 
-def kilt(rows: Sequence[Row], setting: Setting) -> Figures:
+def kilt(rows: Sequence[Row], setting: Judging) -> Figures:
     """KILT (Petroni et al. 2021): R-precision of pages, and scores of answers that count only where it is 1."""
     looked = [row for row in rows if depth(row) and "retrieved_documents" in row]
     paged = [row for row in looked if any(row.get("gold_documents") or ())]
@@ -110,12 +110,12 @@ def kilt(rows: Sequence[Row], setting: Setting) -> Figures:
     return found | mean("kilt_accuracy", same) | mean("kilt_exact_match", exact) | mean("kilt_f1", words)
 
 
-def rouge_l(rows: Sequence[Row], setting: Setting) -> Figures:
+def rouge_l(rows: Sequence[Row], setting: Judging) -> Figures:
     long = _long(rows)
     return mean("rouge_l", list(texts.rouge_l(*long))) if long[0] else {}
 
 
-def bleu(rows: Sequence[Row], setting: Setting) -> Figures:
+def bleu(rows: Sequence[Row], setting: Judging) -> Figures:
     """BLEU of the whole collection, with n-grams up to 4, and with single words."""
     long = _long(rows)
     if not long[0]:
@@ -127,19 +127,19 @@ def bleu(rows: Sequence[Row], setting: Setting) -> Figures:
     }
 
 
-def distinct(rows: Sequence[Row], setting: Setting) -> Figures:
+def distinct(rows: Sequence[Row], setting: Judging) -> Figures:
     said = [row["prediction"] for row in written(rows)]
     if not said:
         return {}
     return {f"distinct_{n}": Figure(texts.Grams(said, n).distinct, len(said), shrinks=True) for n in (1, 2)}
 
 
-def accuracy(rows: Sequence[Row], setting: Setting) -> Figures:
+def accuracy(rows: Sequence[Row], setting: Judging) -> Figures:
     gold_N, said_N = _classes(rows, setting)
     return mean("accuracy", list((gold_N == said_N).astype(float)))
 
 
-def macro_f1(rows: Sequence[Row], setting: Setting) -> Figures:
+def macro_f1(rows: Sequence[Row], setting: Judging) -> Figures:
     """Macro F1: the mean F1 over the labels that some question has."""
     gold_N, said_N = _classes(rows, setting)
     classes_C = np.unique(gold_N[gold_N >= 0])
@@ -169,7 +169,7 @@ def _long(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return [text for text, wanted in pairs if wanted], [wanted for _, wanted in pairs if wanted]
 
 
-def _classes(rows: Sequence[Row], setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+def _classes(rows: Sequence[Row], setting: Judging) -> tuple[np.ndarray, np.ndarray]:
     """(gold_N, said_N) as numbers of labels; -1 for a prediction that is no label, -2 for a gold answer that is not."""
     number = {label.strip().lower(): i for i, label in enumerate(setting.labels)}
     gold_N, said_N = [], []

@@ -73,7 +73,7 @@ def check_length(length: int, config: BartConfig) -> None:
         raise ValueError(f"input of length {length}, but the generator has {config.positions} positions")
 
 
-class Layer(nn.Module):
+class BartLayer(nn.Module):
     """One encoder or decoder layer; a call returns the new hidden states and the updated (keys, values) or None.
 
     mask: of self-attention, True where a query attends.
@@ -136,7 +136,7 @@ class Layer(nn.Module):
         return residual(self.feed_forward_norm, place, x_BTD, feed_forward), written
 
 
-class Stack(nn.Module):
+class BartStack(nn.Module):
     """The encoder's or decoder's layers: embedded tokens -> hidden states, and the updated cache if there is one."""
 
     config: BartConfig
@@ -148,7 +148,7 @@ class Stack(nn.Module):
         init = position_init(c.init, POSITION_OFFSET)
         self.position = Embed(rows, c.width, ("position", "embed"), init)
         self.embedding_norm = LayerNorm(c.eps, dtype)
-        layer = remat(Layer, c.remat, 5)
+        layer = remat(BartLayer, c.remat, 5)
         count = c.decoder_layers if self.decoder else c.encoder_layers
         self.layer = [layer(c, self.decoder) for _ in range(count)]
         if c.norm == "pre":
@@ -198,7 +198,7 @@ class Bart(GeneratorBase):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         self.shared = Embed(c.vocab_size, c.width, ("vocab", "embed"), embedding_init(c.init), dtype)
-        self.encoder, self.decoder = Stack(c, decoder=False), Stack(c, decoder=True)
+        self.encoder, self.decoder = BartStack(c, decoder=False), BartStack(c, decoder=True)
         self.logits_bias = parameter(self, "logits_bias", nn.initializers.zeros, ("vocab",), (c.vocab_size,))
 
     def embed(self, ids: jax.Array) -> jax.Array:

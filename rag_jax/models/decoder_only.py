@@ -141,7 +141,7 @@ def norm(c: LmConfig) -> LayerNorm | RMSNorm:
     return (LayerNorm if c.norm_kind == "layer" else RMSNorm)(c.eps, jnp.dtype(c.dtype))
 
 
-class Layer(nn.Module):
+class DecoderOnlyLayer(nn.Module):
     """One layer: x + attention(norm(x)), then x + feed_forward(norm(x)).
 
     A call returns the new hidden states and the target's (keys, values): the updated cache, or without one those of
@@ -207,7 +207,7 @@ class Lm(GeneratorBase):
         self.token = Embed(c.vocab_size, c.width, ("vocab", "embed"), embedding_init(c.init), dtype)
         if c.position_kind == "learned":
             self.position = Embed(c.positions, c.width, ("position", "embed"), position_init(c.init))
-        layer = remat(Layer, c.remat, 6)
+        layer = remat(DecoderOnlyLayer, c.remat, 6)
         self.layer = [layer(c) for _ in range(c.layers)]
         self.final_norm = norm(c)
         if not c.tied:
@@ -224,7 +224,7 @@ class Lm(GeneratorBase):
         start: jax.Array | int,
         deterministic: bool,
     ) -> tuple[jax.Array, KeyValues]:
-        """Hidden states [B, T, D] after all layers, without the last norm, and keys and values; see `Layer`."""
+        """Hidden states [B, T, D] after all layers, before the last norm, and keys and values (`DecoderOnlyLayer`)."""
         x = self.token(ids_BT)
         if self.config.position_kind == "learned":
             x = float32_sums.add(x, self.position(position_BT))

@@ -99,8 +99,8 @@ def bucket(distance: jax.Array, buckets: int, max_distance: int, both_sides: boo
     return jnp.where(distance > 0, side + table[jnp.clip(distance, 0, max_distance)], before) if both_sides else before
 
 
-class Layer(nn.Module):
-    """One encoder or decoder layer, with the norm before every sublayer; arguments and results as in `bart.Layer`.
+class T5Layer(nn.Module):
+    """One encoder or decoder layer, with the norm before every sublayer; arguments and results as in `bart.BartLayer`.
 
     bias_BHTL: relative-position bias of self-attention. T5 does not scale the scores by C ** -0.5.
     """
@@ -151,7 +151,7 @@ class Layer(nn.Module):
         return x_BTD + self.drop(h_BTD, deterministic=deterministic), written
 
 
-class Stack(nn.Module):
+class T5Stack(nn.Module):
     """The encoder's or decoder's layers: embedded tokens -> hidden states, and the updated cache if there is one.
 
     The layers share one table of biases by distance.
@@ -164,7 +164,7 @@ class Stack(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.width**-0.5)
         self.relative = Embed(c.buckets, c.heads, ("position", "heads"), init)
-        layer = remat(Layer, c.remat, 6)
+        layer = remat(T5Layer, c.remat, 6)
         count = c.decoder_layers if self.decoder else c.encoder_layers
         self.layer = [layer(c, self.decoder) for _ in range(count)]
         self.final_norm = RMSNorm(c.eps, jnp.dtype(c.dtype))
@@ -211,7 +211,7 @@ class T5(GeneratorBase):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         self.shared = Embed(c.vocab_size, c.width, ("vocab", "embed"), embedding_init(c.init), dtype)
-        self.encoder, self.decoder = Stack(c, decoder=False), Stack(c, decoder=True)
+        self.encoder, self.decoder = T5Stack(c, decoder=False), T5Stack(c, decoder=True)
         if not c.tied:
             self.lm_head = Dense(c.vocab_size, ("embed", "vocab"), c.init, dtype, use_bias=False, out=jnp.float32)
 

@@ -18,7 +18,7 @@ from rag_jax.system import sharding
 NAMES = ("vocab", "embed")  # logical axes of the kernel
 
 
-class Head(NamedTuple):
+class OutputLayer(NamedTuple):
     """The output layer: logits [..., V] = scale * hidden [..., D] @ kernel_VD^T + bias_V.
 
     kernel_VD: the parameter; matmuls have the type of the hidden states, its gradient is summed in the parameter's.
@@ -275,7 +275,7 @@ def summed_marginal(
 
     norm_BKT: logsumexp of the logits, an argument with a gradient of its own.
     prior_BK: log p(z_k|x).
-    scale, chunk, parts, shards: see `Head`.
+    scale, chunk, parts, shards: see `OutputLayer`.
     """
     return _marginal_forward(hidden_BKTD, kernel_VD, bias_V, norm_BKT, prior_BK, scale, chunk, parts, shards)[0]
 

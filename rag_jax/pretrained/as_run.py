@@ -11,8 +11,8 @@ from rag_jax.data import tokenizers
 from rag_jax.pretrained.encoder_files import sentence_files, transformer_directory
 from rag_jax.pretrained.hub import CONFIG, GENERATION, read_json, write_json
 from rag_jax.pretrained.parts import SIDES
-from rag_jax.pretrained.source import TOKENIZERS, Source
-from rag_jax.pretrained.weights import Report
+from rag_jax.pretrained.source import TOKENIZERS, ModelSource
+from rag_jax.pretrained.weights import WeightReport
 from rag_jax.runs import checkpoint
 from rag_jax.runs import directory as runs
 from rag_jax.system import files
@@ -22,12 +22,12 @@ TOKENIZER_SETTINGS = "tokenizers.json"  # role -> {file name -> content} of its 
 SENTENCE = "sentence_transformers.json"  # side -> {path -> content} of its files of sentence-transformers
 
 
-def write_run(source: Source, out: Path, mesh: jax.sharding.Mesh, overwrite: bool = False) -> dict[str, Any]:
+def write_run(source: ModelSource, out: Path, mesh: jax.sharding.Mesh, overwrite: bool = False) -> dict[str, Any]:
     """Writes the model as a run directory without stages, so that every command that takes a run takes it.
 
     Returns what `rag-jax convert` reports: counts of tensors, settings of the encoder, the fate of each setting.
     """
-    report = Report()
+    report = WeightReport()
     with files.new_directory(out, "converted model", overwrite=overwrite) as temporary:
         found = {role: source.tokenizer_directory(role) for role in TOKENIZERS}
         identity: dict[str, Any] = {"corpus_hash": ""}

@@ -13,7 +13,7 @@ from rag_jax.pretrained import encoder_files
 from rag_jax.pretrained.encoder_files import Asked
 from rag_jax.pretrained.hub import CONFIG, read_json
 from rag_jax.pretrained.parts import encoder_part, generator_part, rag_parts
-from rag_jax.pretrained.source import Source
+from rag_jax.pretrained.source import ModelSource
 from rag_jax.rag import RagConfig
 from rag_jax.system.logs import info
 
@@ -27,7 +27,7 @@ def open_source(
     context_encoder: Path | None = None,
     ignore: Sequence[str] = (),
     asked: Asked | None = None,
-) -> Source:
+) -> ModelSource:
     """Opens a whole model from one directory: a RAG composite, or an encoder, which makes a retriever alone.
 
     variant, change_variant: see `from_pretrained`.
@@ -48,7 +48,7 @@ def open_source(
             model = dataclasses.replace(model, context_encoder=True)
             parts = [*(p for p in parts if p.side != part.side), part]
             directories["context_encoder"] = context_encoder
-        return finished(Source(model, parts, directories, account), asked)
+        return finished(ModelSource(model, parts, directories, account), asked)
     if kind in GENERATORS:
         raise InputError(
             f"{directory}: a generator alone ({kind}); put it together with encoders: rag-jax convert "
@@ -65,7 +65,7 @@ def combine(
     ignore: Sequence[str] = (),
     asked: Asked | None = None,
     **settings: Any,
-) -> Source:
+) -> ModelSource:
     """Combines one model from the directories of its parts.
 
     A single BERT encodes both questions and passages; DPR's two encoders are separate.
@@ -95,10 +95,10 @@ def combine(
         context_encoder=tied or context_encoder is not None,
         **settings,
     )
-    return finished(Source(model, parts, directories, account), asked)
+    return finished(ModelSource(model, parts, directories, account), asked)
 
 
-def finished(source: Source, asked: Asked | None) -> Source:
+def finished(source: ModelSource, asked: Asked | None) -> ModelSource:
     """The source with lengths and prefixes set; InputError for a key to be ignored that no file has."""
     source = source.encoding(asked or Asked())
     source.account.check()

@@ -6,7 +6,7 @@ from typing import Any
 
 from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.hf import generation, naming
-from rag_jax.models.hf.naming import Family
+from rag_jax.models.hf.naming import HfFamily
 from rag_jax.models.hf.sentence import Layout
 from rag_jax.models.protocols import EncoderConfig, GeneratorConfig
 from rag_jax.models.special_tokens import SpecialTokens
@@ -16,7 +16,7 @@ from rag_jax.rag import RagConfig
 
 def describe_part(
     kind: str,
-    family: Family,
+    family: HfFamily,
     config: Any,
     original: dict[str, Any],
     beside: dict[str, Any] | None = None,
@@ -38,7 +38,9 @@ def describe_part(
     return original | differ | named
 
 
-def first_form(family: Family, config: Any, original: dict[str, Any], beside: dict[str, Any] | None) -> dict[str, Any]:
+def first_form(
+    family: HfFamily, config: Any, original: dict[str, Any], beside: dict[str, Any] | None
+) -> dict[str, Any]:
     """`family.describe` of the part as it was when it came.
 
     Special tokens that were taken from a tokenizer since then do not count as a change.
@@ -54,7 +56,7 @@ def first_form(family: Family, config: Any, original: dict[str, Any], beside: di
 
 def describe_generation(
     config: GeneratorConfig,
-    family: Family,
+    family: HfFamily,
     original: dict[str, Any],
     beside: dict[str, Any] | None,
     answering: Mapping[str, Any],

@@ -9,7 +9,7 @@ import jax
 from rag_jax.pretrained.combine import open_source
 from rag_jax.pretrained.hub import find, is_hugging_face
 from rag_jax.pretrained.parts import choose_variant
-from rag_jax.pretrained.weights import LazyParams, Report, in_type
+from rag_jax.pretrained.weights import LazyParams, WeightReport, in_type
 from rag_jax.rag import Params, Rag, RagConfig
 from rag_jax.runs import checkpoint
 from rag_jax.runs import directory as runs
@@ -35,7 +35,7 @@ def open_pretrained(
     if is_hugging_face(directory):
         source = open_source(directory, variant, change_variant, ignore=ignore)
         model = in_dtype(source.model, dtype) if dtype != "float32" else source.model
-        return Rag(model), source.params(mesh or sharding.make_mesh(), Report(), dtype)
+        return Rag(model), source.params(mesh or sharding.make_mesh(), WeightReport(), dtype)
     config = runs.read_config(directory)
     rag = runs.run_model(directory, config)
     chosen = choose_variant(directory, rag.variant, variant, change_variant)

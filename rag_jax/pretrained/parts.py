@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rag_jax.errors import InputError
 from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.hf import ENCODERS, GENERATORS, composite, decoder_only, generation
-from rag_jax.models.hf.naming import Family
+from rag_jax.models.hf.naming import HfFamily
 from rag_jax.models.hf.sentence import Layout
 from rag_jax.models.hf.settings import Account
 from rag_jax.pretrained import encoder_files
@@ -26,7 +26,7 @@ SIDES = ("question_encoder", "context_encoder", "generator")
 ENCODER, GENERATOR = "model.encoder.", "model.generator."  # prefixes of a part's settings in our configuration
 
 
-class Part(NamedTuple):
+class ModelPart(NamedTuple):
     """One of the three models of a RAG model: question encoder, context encoder or generator.
 
     side: one of SIDES.
@@ -39,7 +39,7 @@ class Part(NamedTuple):
     """
 
     side: str
-    family: Family
+    family: HfFamily
     config: Any
     tensors: Tensors
     base: str
@@ -47,7 +47,7 @@ class Part(NamedTuple):
     layout: Layout = Layout()
 
 
-def encoder_part(directory: Path, side: str, account: Account | None = None, asked: Asked | None = None) -> Part:
+def encoder_part(directory: Path, side: str, account: Account | None = None, asked: Asked | None = None) -> ModelPart:
     """Opens a question or context encoder in its own directory: DPR, BERT, or BERT with sentence-transformers' files.
 
     InputError for another model_type, and for DPR's encoder of the other side.
@@ -77,10 +77,10 @@ def encoder_part(directory: Path, side: str, account: Account | None = None, ask
         pooling=pooling,
         vector_norm=1.0 if layout.normalise else 0.0,
     )
-    return Part(side, family, encoder, tensors, "", layout=layout)
+    return ModelPart(side, family, encoder, tensors, "", layout=layout)
 
 
-def generator_part(directory: Path, account: Account | None = None) -> Part:
+def generator_part(directory: Path, account: Account | None = None) -> ModelPart:
     """Opens a generator in its own directory."""
     account = account or Account()
     config, where = read_json(directory / CONFIG), str(directory / CONFIG)
@@ -91,10 +91,10 @@ def generator_part(directory: Path, account: Account | None = None) -> Part:
     tensors = open_tensors(directory)
     made = family.adapt(family.config(generation.tokens(config, beside), where), tensors.shapes)
     answering = generation.answering(config if beside is None else beside, isinstance(made, LmConfig))
-    return Part("generator", family, made, tensors, "", answering)
+    return ModelPart("generator", family, made, tensors, "", answering)
 
 
-def generation_beside(directory: Path, family: Family, account: Account) -> dict[str, Any] | None:
+def generation_beside(directory: Path, family: HfFamily, account: Account) -> dict[str, Any] | None:
     """The content of a generator's generation_config.json, its settings recorded; None where there is none."""
     path = directory / GENERATION
     if not path.is_file():
@@ -103,7 +103,7 @@ def generation_beside(directory: Path, family: Family, account: Account) -> dict
     return account.read(read_json(path), table, str(path), GENERATOR)
 
 
-def pick(families: dict[str, Family], config: dict[str, Any], where: str) -> Family:
+def pick(families: dict[str, HfFamily], config: dict[str, Any], where: str) -> HfFamily:
     """The family with the model_type of the config; InputError where it is not among them."""
     kind = config.get("model_type")
     if kind not in families:
@@ -117,7 +117,7 @@ def rag_parts(
     change_variant: bool,
     account: Account | None = None,
     asked: Asked | None = None,
-) -> tuple[RagConfig, list[Part]]:
+) -> tuple[RagConfig, list[ModelPart]]:
     """Opens a RagSequenceForGeneration or RagTokenForGeneration directory: the model's configuration and its parts."""
     return rag_parts_of(directory, read_json(directory / CONFIG), None, variant, change_variant, account, asked)
 
@@ -130,7 +130,7 @@ def rag_parts_of(
     change_variant: bool,
     account: Account | None = None,
     asked: Asked | None = None,
-) -> tuple[RagConfig, list[Part]]:
+) -> tuple[RagConfig, list[ModelPart]]:
     """As `rag_parts`, with config.json already read; tensors: those of the directory, None to open them."""
     account, where = account or Account(), str(directory / CONFIG)
     beside = generation_beside(directory, GENERATORS["bart"], account)
@@ -156,13 +156,13 @@ def rag_parts_of(
         else:
             sub = account.read(sub, family.settings, f"{where}: {key}", ENCODER)
         made = family.adapt(family.config(sub, f"{where}: {key}"), names)
-        parts.append(Part(key, family, made, tensors, base, answering))
+        parts.append(ModelPart(key, family, made, tensors, base, answering))
     if asked is not None and asked.pooling:
         parts[0] = parts[0]._replace(config=dataclasses.replace(parts[0].config, pooling=asked.pooling))
     encoder = parts[0].config
     own = any(name.startswith("rag.ctx_encoder.") for name in tensors.shapes)
     if own:
-        parts.append(Part("context_encoder", ENCODERS["dpr_context"], encoder, tensors, "rag.ctx_encoder."))
+        parts.append(ModelPart("context_encoder", ENCODERS["dpr_context"], encoder, tensors, "rag.ctx_encoder."))
     elif (directory / "context_encoder" / CONFIG).is_file():
         parts.append(encoder_part(directory / "context_encoder", "context_encoder", account, asked))
     named = [ARCHITECTURES[name] for name in config.get("architectures") or [] if name in ARCHITECTURES]

@@ -13,7 +13,7 @@ from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.hf import decoder_only as decoder_only_models
 from rag_jax.models.hf import naming
 from rag_jax.models.hf.bart import without_logit_scale
-from rag_jax.models.hf.naming import Family, spell
+from rag_jax.models.hf.naming import HfFamily, spell
 from rag_jax.models.protocols import GeneratorConfig
 from rag_jax.pretrained.tensor_files import Shapes, write_tensors
 from rag_jax.pretrained.weights import LazyParams
@@ -36,7 +36,7 @@ class Piece(NamedTuple):
     """
 
     side: str
-    family: Family
+    family: HfFamily
     config: Any
     base: str = ""
 

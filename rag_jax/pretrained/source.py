@@ -17,8 +17,8 @@ from rag_jax.models.hf.settings import Account
 from rag_jax.pretrained import encoder_files
 from rag_jax.pretrained.encoder_files import Asked
 from rag_jax.pretrained.hub import read_json
-from rag_jax.pretrained.parts import Part
-from rag_jax.pretrained.weights import LazyParams, Report, check_names, in_type, read_part
+from rag_jax.pretrained.parts import ModelPart
+from rag_jax.pretrained.weights import LazyParams, WeightReport, check_names, in_type, read_part
 from rag_jax.rag import Rag, RagConfig
 from rag_jax.runs import directory as runs
 
@@ -26,7 +26,7 @@ TOKENIZERS = {"encoder": "question_encoder_tokenizer", "generator": "generator_t
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model in Hugging Face directories, opened but with its tensors not yet read.
 
     model: its configuration.
@@ -36,7 +36,7 @@ class Source:
     """
 
     model: RagConfig
-    parts: list[Part]
+    parts: list[ModelPart]
     directories: dict[str, Path]
     account: Account = field(default_factory=Account)
 
@@ -63,7 +63,7 @@ class Source:
         marks = (tokenizers.TOKENIZER_FILE, tokenizers.CONFIG_FILE, "vocab.txt", "vocab.json", "spiece.model")
         return next((folder for folder in folders if any((folder / mark).is_file() for mark in marks)), None)
 
-    def encoding(self, asked: Asked) -> "Source":
+    def encoding(self, asked: Asked) -> "ModelSource":
         """The source with lengths and prefixes set: those of `asked`, else of the files of encoders and tokenizer.
 
         InputError for a setting that cannot be honoured.
@@ -127,7 +127,7 @@ class Source:
                 f"encoder ({encoder}) in {differ}; here both read the same ids. Use encoders with one tokenizer"
             )
 
-    def resized(self, n_docs: int, source_length: int) -> "Source":
+    def resized(self, n_docs: int, source_length: int) -> "ModelSource":
         """The source with another number of documents and length of the generator's input in tokens; 0 keeps each."""
         model = dataclasses.replace(
             self.model,
@@ -142,7 +142,7 @@ class Source:
             )
         return dataclasses.replace(self, model=model)
 
-    def params(self, mesh: jax.sharding.Mesh, report: Report, dtype: str = "float32") -> LazyParams:
+    def params(self, mesh: jax.sharding.Mesh, report: WeightReport, dtype: str = "float32") -> LazyParams:
         """The parameters in `dtype`, sharded over the mesh; adds to the report what is read.
 
         Names and shapes of all tensors are checked first, so that an error comes before the first one is read.

@@ -17,7 +17,7 @@ from rag_jax.errors import InputError
 from rag_jax.models.hf import naming
 from rag_jax.models.hf.naming import spell
 from rag_jax.pretrained.hub import CONFIG
-from rag_jax.pretrained.parts import Part
+from rag_jax.pretrained.parts import ModelPart
 from rag_jax.pretrained.tensor_files import FLOATS, Tensors
 
 NAMED = 10  # names listed in an error
@@ -40,7 +40,7 @@ class LazyParams:
 
 
 @dataclass
-class Report:
+class WeightReport:
     """How the tensors of one or several checkpoints were used.
 
     loaded, tied, ignored: names of tensors that are parameters, copies of others, and not needed.
@@ -59,7 +59,7 @@ class Report:
         return counts | {"parameters": self.parameters}
 
 
-def check_names(parts: list[Part], tensors: Tensors, places: Any) -> None:
+def check_names(parts: list[ModelPart], tensors: Tensors, places: Any) -> None:
     """Raises InputError, with their names, where tensors are missing, unknown, or of another shape or type.
 
     parts: those with their tensors in this checkpoint. places: side -> tree of the shapes of its parameters.
@@ -102,7 +102,7 @@ def listed(names: list[str]) -> str:
     return f"{', '.join(names[:NAMED])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
-def spelling(part: Part) -> tuple[str, str]:
+def spelling(part: ModelPart) -> tuple[str, str]:
     """The family's spelling of names with which the most tensors are found in the part's checkpoint."""
     names = [entry.theirs for entry in part.family.entries(part.config)]
 
@@ -112,7 +112,7 @@ def spelling(part: Part) -> tuple[str, str]:
     return max(part.family.spellings, key=there)
 
 
-def stored_name(part: Part, option: tuple[str, str], theirs: str) -> str | None:
+def stored_name(part: ModelPart, option: tuple[str, str], theirs: str) -> str | None:
     """The name of a tensor of the table in the part's checkpoint, or None where it is missing.
 
     It may be the usual name, TensorFlow's for a LayerNorm (gamma, beta), or a tied copy's where only that was saved.
@@ -123,13 +123,13 @@ def stored_name(part: Part, option: tuple[str, str], theirs: str) -> str | None:
     return next((name for name in names if name in part.tensors.shapes), None)
 
 
-def copies(part: Part, option: tuple[str, str]) -> dict[str, str]:
+def copies(part: ModelPart, option: tuple[str, str]) -> dict[str, str]:
     """Names of tied copies, both as in the table and in this spelling -> the name of the tensor that they repeat."""
     table = part.family.copies(part.config)
     return {key: spell(option, value) for name, value in table.items() for key in {name, spell(option, name)}}
 
 
-def ignores(part: Part, name: str) -> bool:
+def ignores(part: ModelPart, name: str) -> bool:
     return name.startswith(part.base) and part.family.ignores(name.removeprefix(part.base))
 
 
@@ -138,7 +138,7 @@ def in_type(places: Any, dtype: str) -> Any:
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype), sharding=p.sharding), places)
 
 
-def read_part(part: Part, places: Any, report: Report) -> Iterator[tuple[str, jax.Array]]:
+def read_part(part: ModelPart, places: Any, report: WeightReport) -> Iterator[tuple[str, jax.Array]]:
     """Yields (path, array) of each parameter of one part, tensor by tensor, and adds their names to the report."""
     option, leaves = spelling(part), flatten_dict(places, sep="/")
     names = [entry.theirs for entry in part.family.entries(part.config)]

@@ -19,7 +19,7 @@ import numpy as np
 from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
 from rag_jax.retrieval import bm25_words, search
-from rag_jax.retrieval.search import Queries, SearchResult, Source
+from rag_jax.retrieval.search import IndexSource, Queries, SearchResult
 from rag_jax.system import files
 from rag_jax.system.logs import Progress, info
 
@@ -139,7 +139,7 @@ class Bm25:
 
     @property
     def manifest(self) -> Mapping[str, Any]:
-        return search.manifest(KIND, Source(self.corpus_hash), asdict(self.config))
+        return search.manifest(KIND, IndexSource(self.corpus_hash), asdict(self.config))
 
     def search(self, queries: Queries, k: int) -> SearchResult:
         """Returns only passages that share a word with the question; none where no word of it is in the vocabulary."""

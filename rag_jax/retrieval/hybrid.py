@@ -7,11 +7,11 @@ import numpy as np
 
 from rag_jax.errors import InputError
 from rag_jax.retrieval.search import (
+    IndexSource,
     Queries,
     Rescorer,
     Searcher,
     SearchResult,
-    Source,
     best,
     check_k,
     manifest,
@@ -65,7 +65,7 @@ class Hybrid:
             raise InputError(
                 f"dense search returns {dense.size} passages, BM25 {bm25.size}; delete the same rows from both"
             )
-        source = Source(one["corpus_hash"], one["encoder_hash"], one["step"])
+        source = IndexSource(one["corpus_hash"], one["encoder_hash"], one["step"])
         parts = {"dense": dict(one), "bm25": dict(other)}
         self.size = dense.size
         self.manifest = manifest("hybrid", source, {**asdict(self.fusion), **parts})

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from rag_jax.errors import InputError
 from rag_jax.retrieval import mips_one_device
-from rag_jax.retrieval.mips_one_device import LOWEST, Best, Mass, Pass, Rows, decoded, quantise
+from rag_jax.retrieval.mips_one_device import LOWEST, Best, IndexRows, Mass, Pass, decoded, quantise
 from rag_jax.system import sharding
 
 __all__ = ["OVERSAMPLE", "quantise", "rows_at", "search", "search_with_normaliser"]
@@ -126,7 +126,7 @@ def _mass(
     mesh: Mesh | None,
     out_axes: tuple[str, ...],
     queries_BE: jax.Array,
-    rows: Rows,
+    rows: IndexRows,
     left_out_BX: jax.Array,
 ) -> jax.Array:
     """The logsumexp, float32 [B], of the scores of all valid rows but those with ids left_out_BX."""
@@ -140,7 +140,7 @@ def _mass_forward(
     mesh: Mesh | None,
     out_axes: tuple[str, ...],
     queries_BE: jax.Array,
-    rows: Rows,
+    rows: IndexRows,
     left_out_BX: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     mass = _on_mesh(queries_BE, rows, dataclasses.replace(how, mass="mean"), 0, mesh, out_axes, left_out_BX)[1]
@@ -167,7 +167,7 @@ def _checked(
     n_valid: int | None,
     chunk: int | None,
     out_axes: tuple[str, ...],
-) -> tuple[Rows, Pass]:
+) -> tuple[IndexRows, Pass]:
     """The rows in the type that is scanned, and a `Pass` with k and mass still to be set.
 
     Raises InputError for shapes and types that do not fit, and for too many rows.
@@ -204,13 +204,13 @@ def _checked(
     platform = sharding.platform(mesh)
     if dtype == "bfloat16" and platform == "cpu":
         index_NE = lax.bitcast_convert_type(index_NE, jnp.uint16)  # XLA would make all of it float32 before the scan
-    rows = jax.tree.map(lax.stop_gradient, Rows(index_NE, scale_N, live_N))
+    rows = jax.tree.map(lax.stop_gradient, IndexRows(index_NE, scale_N, live_N))
     return rows, Pass(0, n_valid, chunk, platform, exact=True, axes=() if mesh is None else mesh.axis_names)
 
 
 def _on_mesh(
     queries_BE: jax.Array,
-    rows: Rows,
+    rows: IndexRows,
     how: Pass,
     k: int,
     mesh: Mesh | None,
@@ -219,7 +219,9 @@ def _on_mesh(
 ) -> tuple[Best | None, Mass | None]:
     """One pass (`how`) over the rows of all devices: the k best of its how.k candidates, and the mass."""
 
-    def on_device(queries_BE: jax.Array, rows: Rows, left_out_BX: jax.Array | None) -> tuple[Best | None, Mass | None]:
+    def on_device(
+        queries_BE: jax.Array, rows: IndexRows, left_out_BX: jax.Array | None
+    ) -> tuple[Best | None, Mass | None]:
         offset = lax.axis_index(how.axes) * rows.embeddings_NE.shape[0] if how.axes else 0
         best, mass = mips_one_device.scan(queries_BE, rows, offset, how, left_out_BX)
         if how.axes and mass is not None:

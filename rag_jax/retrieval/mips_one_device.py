@@ -29,7 +29,7 @@ LOWEST = float(np.finfo(np.float32).min)
 Best = tuple[jax.Array, jax.Array]  # scores_BK, ids_BK: scores descending, equal scores by ascending id
 
 
-class Rows(NamedTuple):
+class IndexRows(NamedTuple):
     """Rows of the index on one device, or of the whole index; fields as in `mips.search`."""
 
     embeddings_NE: jax.Array
@@ -159,7 +159,7 @@ def rounded(queries_BE: jax.Array, embeddings_NE: jax.Array, platform: str) -> t
 
 
 def scan(
-    queries_BE: jax.Array, rows: Rows, offset: jax.Array | int, how: Pass, left_out_BX: jax.Array | None = None
+    queries_BE: jax.Array, rows: IndexRows, offset: jax.Array | int, how: Pass, left_out_BX: jax.Array | None = None
 ) -> tuple[Best | None, Mass | None]:
     """The how.k best of these rows, and the mass of all valid rows but those with ids left_out_BX.
 
@@ -216,7 +216,7 @@ def scan(
     return lax.scan(one_chunk, nothing, jnp.arange(into.chunks, dtype=jnp.int32))[0]
 
 
-def rescored(queries_BE: jax.Array, rows: Rows, ids_BK: jax.Array, offset: jax.Array | int) -> jax.Array:
+def rescored(queries_BE: jax.Array, rows: IndexRows, ids_BK: jax.Array, offset: jax.Array | int) -> jax.Array:
     """Scores, float32 [B,K], of rows that `scan` found: unrounded query times stored row. An id of -1 scores -inf."""
 
     def one(query_E: jax.Array, id_K: jax.Array) -> jax.Array:
@@ -242,7 +242,7 @@ def _nothing(batch: int, width: int, how: Pass) -> tuple[Best | None, Mass | Non
     return lax.pcast((best, mass), how.axes, to="varying") if how.axes else (best, mass)
 
 
-def _more(mass: Mass, scores_CB: jax.Array, part: Rows) -> Mass:
+def _more(mass: Mass, scores_CB: jax.Array, part: IndexRows) -> Mass:
     """The mass with these rows added; a score of -inf adds nothing."""
     top_B = jnp.maximum(mass.top_B, scores_CB.max(0))
     shift_B = jnp.where(jnp.isfinite(top_B), top_B, 0)  # no row yet: -inf - -inf would be NaN

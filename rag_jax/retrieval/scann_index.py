@@ -21,7 +21,7 @@ import numpy as np
 
 from rag_jax.errors import InputError
 from rag_jax.retrieval import search
-from rag_jax.retrieval.search import Queries, SearchResult, Source
+from rag_jax.retrieval.search import IndexSource, Queries, SearchResult
 from rag_jax.system import files
 from rag_jax.system.logs import info
 
@@ -85,7 +85,7 @@ class Scann:
     index: Any
     rows_N: np.ndarray
     width: int
-    source: Source
+    source: IndexSource
     config: AnnConfig
     gone: np.ndarray
     new_rows: np.ndarray
@@ -203,14 +203,14 @@ class Scann:
             files.write_manifest(temporary, KIND, VERSION, fields)
 
     @classmethod
-    def load(cls, directory: str | Path, source: Source | None = None) -> Self:
+    def load(cls, directory: str | Path, source: IndexSource | None = None) -> Self:
         """Opens a directory after verifying its files. InputError, with both hashes, if built from another source."""
         directory = Path(directory)
         found = files.read_verified(directory, KIND, VERSION)
         with files.described(directory / files.MANIFEST, "build it again"):
-            made_of = Source(**{name: found[name] for name in Source._fields})
+            made_of = IndexSource(**{name: found[name] for name in IndexSource._fields})
             width, settings = found["width"], AnnConfig(**found["settings"])
-        for name in Source._fields:
+        for name in IndexSource._fields:
             have, want = (getattr(x, name) for x in (made_of, source or made_of))
             if have != want:
                 raise InputError(
@@ -231,7 +231,7 @@ class Scann:
 
 def build(
     embeddings_NE: np.ndarray,
-    source: Source,
+    source: IndexSource,
     config: AnnConfig | None = None,
     rows_N: Sequence[int] | np.ndarray | None = None,
 ) -> Scann:

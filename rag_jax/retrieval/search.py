@@ -39,7 +39,7 @@ class SearchResult(NamedTuple):
     scores_BK: np.ndarray
 
 
-class Source(NamedTuple):
+class IndexSource(NamedTuple):
     """The corpus and encoder that an index was built from.
 
     corpus_hash: hash of the corpus with the passages.
@@ -74,7 +74,7 @@ class Rescorer(Searcher, Protocol):
     def scores(self, texts: Sequence[str], ids_BK: np.ndarray) -> np.ndarray: ...
 
 
-def manifest(kind: str, source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
+def manifest(kind: str, source: IndexSource, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The `manifest` of a search, as a dict for JSON."""
     return {"kind": kind, **source._asdict(), "settings": dict(settings)}
 
@@ -136,7 +136,7 @@ class Exact:
         self,
         embeddings_NE: np.ndarray | jax.Array,
         mesh: Mesh,
-        source: Source,
+        source: IndexSource,
         *,
         scale_N: np.ndarray | jax.Array | None = None,
         live_N: np.ndarray | jax.Array | None = None,

@@ -29,7 +29,7 @@ from rag_jax.index import encode, encode_job
 from rag_jax.index import snapshot as snapshots
 from rag_jax.index.device_index import Index, encoded
 from rag_jax.models.protocols import GeneratorConfig
-from rag_jax.rag import Params, Passages, Rag, RagConfig
+from rag_jax.rag import Params, Rag, RagConfig, TokenTables
 from rag_jax.runs import checkpoint
 from rag_jax.runs import config as run_config
 from rag_jax.runs.config import RunConfig
@@ -121,7 +121,7 @@ class Loaded:
     rag: Rag
     corpus: Corpus
     mesh: jax.sharding.Mesh
-    passages: Passages | None
+    passages: TokenTables | None
     live: bool = False
 
     @property
@@ -156,14 +156,14 @@ def load(
     return dataclasses.replace(loaded, passages=token_tables(loaded)) if on_devices else loaded
 
 
-def token_tables(loaded: Loaded) -> Passages:
+def token_tables(loaded: Loaded) -> TokenTables:
     """The corpus' token tables, rows sharded over all devices."""
     columns = token_columns(loaded.corpus)
-    return Passages(*(sharding.shard_rows(loaded.mesh, table, fill, loaded.n_rows) for table, fill in columns))
+    return TokenTables(*(sharding.shard_rows(loaded.mesh, table, fill, loaded.n_rows) for table, fill in columns))
 
 
 def token_columns(corpus: Corpus) -> tuple[tuple[Any, int], ...]:
-    """The tables of `Passages` on the host, each with the value that fills padding rows."""
+    """The tables of `TokenTables` on the host, each with the value that fills padding rows."""
     return (
         (corpus.encoder_ids, corpus.encoder_tokenizer.pad_id),
         (corpus.encoder_length, 1),

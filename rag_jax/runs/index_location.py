@@ -20,7 +20,7 @@ from rag_jax.index.device_index import Index
 from rag_jax.index.host_index import HostIndex, Searchers, embedded, gather, on_host, places
 from rag_jax.index.refresh import Make, on_devices
 from rag_jax.index.snapshot import Snapshot
-from rag_jax.rag import Params, Passages
+from rag_jax.rag import Params, TokenTables
 from rag_jax.retrieval.config import SearchConfig
 from rag_jax.retrieval.search import Queries, SearchResult
 from rag_jax.retrieve import Batch, question_program
@@ -31,12 +31,12 @@ from rag_jax.system import sharding
 Arrays = dict[str, np.ndarray]
 
 
-class Given(NamedTuple):
+class StepInputs(NamedTuple):
     """Arguments of a program besides its parameters: batch, index rows (or None) and token tables, on the devices."""
 
     batch: Batch
     table: Index | None
-    passages: Passages
+    passages: TokenTables
 
 
 class Lookup(NamedTuple):
@@ -101,10 +101,10 @@ class IndexLocation(Protocol):
         New rows are embedded with `encoder`, the parameters that embed passages as of `step`; others stay as they are.
         """
 
-    def given(self, params: Params, index: Any, batch: Arrays, wanted: Lookup) -> Given:
+    def given(self, params: Params, index: Any, batch: Arrays, wanted: Lookup) -> StepInputs:
         """Arguments of a program for a batch; batch: this process's rows; wanted: its search."""
 
-    def sampled(self, index: Any, rows_S: np.ndarray) -> tuple[Index | None, Passages, np.ndarray]:
+    def sampled(self, index: Any, rows_S: np.ndarray) -> tuple[Index | None, TokenTables, np.ndarray]:
         """Tables that have these corpus rows, and their positions in the tables, int32 [S]."""
 
     def manifest(self, index: Any) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class OnDevices:
     cfg: SearchConfig
 
     @property
-    def passages(self) -> Passages:
+    def passages(self) -> TokenTables:
         assert self.loaded.passages is not None
         return self.loaded.passages
 
@@ -191,13 +191,13 @@ class OnDevices:
         new_ME = embedded(loaded.rag, encoder, loaded.corpus, n)
         return device_index.extended(index, n, new_ME, step, loaded.table_rows(), live_N)
 
-    def given(self, params: Params, index: Index, batch: Arrays, wanted: Lookup) -> Given:
+    def given(self, params: Params, index: Index, batch: Arrays, wanted: Lookup) -> StepInputs:
         arrays = without_host_arrays(batch)
         if wanted.known is not None:
             arrays |= {"documents": wanted.known.ids_BK, "scores": wanted.known.scores_BK}
-        return Given(sharding.shard_batch(self.loaded.mesh, arrays), index, self.passages)
+        return StepInputs(sharding.shard_batch(self.loaded.mesh, arrays), index, self.passages)
 
-    def sampled(self, index: Index, rows_S: np.ndarray) -> tuple[Index, Passages, np.ndarray]:
+    def sampled(self, index: Index, rows_S: np.ndarray) -> tuple[Index, TokenTables, np.ndarray]:
         return index, self.passages, rows_S
 
     def manifest(self, index: Index) -> dict[str, Any]:
@@ -263,7 +263,7 @@ class OnHost:
         steps_M = np.full(len(new_ME), step, np.int32)
         return np.concatenate([np.asarray(embeddings_NE, np.float32), new_ME]), np.concatenate([step_N, steps_M])
 
-    def given(self, params: Params, index: HostIndex, batch: Arrays, wanted: Lookup) -> Given:
+    def given(self, params: Params, index: HostIndex, batch: Arrays, wanted: Lookup) -> StepInputs:
         loaded, arrays, found = self.loaded, without_host_arrays(batch), wanted.known
         if wanted.n and found is None:
             questions = sharding.shard_batch(loaded.mesh, arrays)
@@ -273,9 +273,9 @@ class OnHost:
         rows, beside = wanted.read(arrays, found)
         tables, passages = gather(loaded.corpus, index, rows.reshape(-1))
         arrays |= {"documents": places(loaded.mesh, rows), **beside}
-        return Given(*sharding.shard_batch(loaded.mesh, (arrays, tables, passages)))
+        return StepInputs(*sharding.shard_batch(loaded.mesh, (arrays, tables, passages)))
 
-    def sampled(self, index: HostIndex, rows_S: np.ndarray) -> tuple[Index | None, Passages, np.ndarray]:
+    def sampled(self, index: HostIndex, rows_S: np.ndarray) -> tuple[Index | None, TokenTables, np.ndarray]:
         tables, passages = gather(self.loaded.corpus, index, rows_S)
         return tables, passages, np.arange(len(rows_S), dtype=np.int32)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
-from rag_jax.rag import Passages
+from rag_jax.rag import TokenTables
 from rag_jax.runs import directory as runs
 from rag_jax.runs.directory import Loaded
 from rag_jax.system import files, sharding
@@ -112,5 +112,5 @@ def updated(loaded: Loaded, corpus: Corpus) -> Loaded:
     first, tables = corpus.shared_rows(loaded.corpus), runs.token_columns(corpus)
     if first and new.table_rows() == len(old.encoder_length_N):
         made = [sharding.with_rows(was, first, table[first:]) for was, (table, _) in zip(old, tables, strict=True)]
-        return dataclasses.replace(new, passages=Passages(*made))
+        return dataclasses.replace(new, passages=TokenTables(*made))
     return dataclasses.replace(new, passages=runs.token_tables(new))

@@ -32,7 +32,7 @@ MEND = files.MEND | {
 
 
 @dataclass
-class Found:
+class Verification:
     """Progress of a verification: bytes read so far, and a message for each damage found."""
 
     progress: logs.Progress
@@ -66,7 +66,7 @@ def _file(path: Path, entry: block_checksums.Entry, mend: str) -> None:
         raise InputError(f"{path}: damaged: its content is not what the manifest says; {mend}")
 
 
-def listed(directory: Path, found: Found) -> bool:
+def listed(directory: Path, found: Verification) -> bool:
     """Checks all files that a manifest lists; False where any is damaged."""
     before, kind = len(found.damaged), files.kind_of(directory)
     mend = MEND.get(str(kind), RESTORE)
@@ -80,7 +80,7 @@ def listed(directory: Path, found: Found) -> bool:
     return len(found.damaged) == before
 
 
-def corpus(directory: Path, found: Found) -> None:
+def corpus(directory: Path, found: Verification) -> None:
     """Checks all files, and that tables, offsets, ids and tokenizers fit each other."""
     if listed(directory, found):
         found.look(lambda: _fits(Corpus.open(directory)))
@@ -106,7 +106,7 @@ def _fits(one: Corpus) -> None:
             raise InputError(f"{segment.directory / 'id_rows.npy'}: damaged: not rows of the ids; {AGAIN}")
 
 
-def snapshot(directory: Path, found: Found) -> None:
+def snapshot(directory: Path, found: Verification) -> None:
     """Checks all files, and that the index is of the corpus that it names, if that is there."""
     if listed(directory, found):
         found.look(lambda: _of_its_corpus(snapshots.open_snapshot(directory)))
@@ -125,7 +125,7 @@ def _of_its_corpus(one: snapshots.Snapshot) -> None:
         )
 
 
-def job(directory: Path, found: Found) -> None:
+def job(directory: Path, found: Verification) -> None:
     """Checks all shards that are there; missing ones are no damage."""
 
     def read() -> None:
@@ -150,7 +150,7 @@ def _shard(directory: Path, identity: shards.Identity, mend: str) -> None:
         raise InputError(str(error) if mend in str(error) else f"{error}; {mend}") from error
 
 
-def run_directory(directory: Path, found: Found) -> None:
+def run_directory(directory: Path, found: Verification) -> None:
     """Checks configuration, tokenizers, parameters, index, checkpoints, metrics and caches of a run, and that the index
     is of the run's corpus and encoder.
     """
@@ -196,14 +196,14 @@ def _index_of_run(directory: Path) -> None:
     _of_its_corpus(opened)
 
 
-def unreadable(directory: Path, found: Found) -> None:
+def unreadable(directory: Path, found: Verification) -> None:
     """Reports a manifest that no longer says what kind of artifact it is of."""
     path = directory / files.MANIFEST
     found.damaged.append(f"{path}: damaged: not a manifest; {RESTORE}, or make {directory} again")
 
 
 # Checks by kind of artifact; for others, such as exports and caches, `listed` checks everything.
-CHECKS: dict[str, Callable[[Path, Found], object]] = {
+CHECKS: dict[str, Callable[[Path, Verification], object]] = {
     CORPUS: corpus,
     snapshots.KIND: snapshot,
     encode_job.KIND: job,
@@ -233,6 +233,6 @@ def verify(directory: Path) -> dict[str, Any]:
     """Reads an artifact; returns its kind, the bytes read, and a message for each damage that says how to mend it."""
     kind = kind_of(directory)
     with logs.Progress(None, f"verifying {kind}", "file") as progress:
-        found = Found(progress)
+        found = Verification(progress)
         CHECKS.get(kind, listed)(directory, found)
     return {"path": str(directory), "kind": kind, "bytes": found.read, "damaged": found.damaged}

@@ -132,7 +132,7 @@ def check(cfg: TrainConfig, retriever_losses: Mapping[str, RetrieverLoss] = RETR
         raise InputError(f"keep_best={cfg.keep_best} needs evaluate_every: {cfg.best_metric} is measured there")
     at_least(3, "target_length", cfg.target_length)
     tasks.check(cfg.task)
-    metrics.Setting(match=cfg.task.match)
+    metrics.Judging(match=cfg.task.match)
     if not cfg.train and (asking := [stage.name for stage in cfg.stages if stage.objective.asks]):
         raise InputError(f"train='' names no questions, which stage {asking[0]} needs: --set train=FILE")
     sources.weighted(cfg.train)

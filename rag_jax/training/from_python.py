@@ -33,7 +33,7 @@ class Texts:
 
     passages: `id`, `text`, and `title` where there is one.
     questions, dev: `question`, `answers`, and, where they are known, `id` and `positive_passage_ids`.
-    corpus: options of corpus.build.Options, such as encoder_length=256. If they name no tokenizers, those of the
+    corpus: options of corpus.build.BuildOptions, such as encoder_length=256. If they name no tokenizers, those of the
       configuration's `init` are used or, without `init`, new ones of 8,192 tokens are trained on the passages.
     """
 
@@ -114,7 +114,7 @@ def write_texts(folder: Path, data: Texts, init: str) -> dict[str, Any]:
     return {"corpus": str(corpus), "train": str(paths["questions"]), **dev}
 
 
-def corpus_options(given: Mapping[str, Any], init: str) -> corpus_build.Options:
+def corpus_options(given: Mapping[str, Any], init: str) -> corpus_build.BuildOptions:
     """Options of the corpus, with the tokenizers of `init` where none are named, or new ones of 8,192 tokens."""
     named = {"encoder_tokenizer", "generator_tokenizer", "tokenizers_from", "train_tokenizer"} & set(given)
     if not named:
@@ -123,6 +123,6 @@ def corpus_options(given: Mapping[str, Any], init: str) -> corpus_build.Options:
             own = {"tokenizers_from": Path(init) / "tokenizers"}
         given = {**given, **own}
     try:
-        return corpus_build.Options(**given)
+        return corpus_build.BuildOptions(**given)
     except TypeError as error:
         raise InputError(f"data.corpus: {error}") from error

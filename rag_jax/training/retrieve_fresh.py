@@ -15,7 +15,7 @@ from rag_jax.index import device_index
 from rag_jax.rag import Params
 from rag_jax.retrieval import mips
 from rag_jax.retrieve import embed_questions, embed_rows, find, table
-from rag_jax.training.stage import Fresh, LossInput, Metrics, Setting
+from rag_jax.training.stage import Fresh, LossInput, Metrics, StepSetting
 
 
 class Retrieval(NamedTuple):
@@ -26,7 +26,7 @@ class Retrieval(NamedTuple):
     normaliser: Literal["retrieved", "corpus"] = "retrieved"
 
 
-class Found(NamedTuple):
+class FoundPassages(NamedTuple):
     """Passages for the questions of a batch, with their scores.
 
     rows_BK: int32 rows of the token tables.
@@ -44,7 +44,9 @@ class Found(NamedTuple):
     metrics: Metrics
 
 
-def retrieve(s: Setting, how: Retrieval, params: Params, given: LossInput, keys: tuple[jax.Array, jax.Array]) -> Found:
+def retrieve(
+    s: StepSetting, how: Retrieval, params: Params, given: LossInput, keys: tuple[jax.Array, jax.Array]
+) -> FoundPassages:
     """Finds K passages for every question and scores them; the gradient of the scores reaches the encoders.
 
     The search runs here, in graph, unless the host has searched: then the batch has `documents`, rows of the tables,
@@ -96,7 +98,7 @@ def retrieve(s: Setting, how: Retrieval, params: Params, given: LossInput, keys:
     if log_rest_B is not None:
         log_z_B = fresh_normaliser(log_rest_B, stored_BK, scores_BK, q_BE @ moved_E)
         metrics["prior_mass"] = jnp.exp(logsumexp(scores_BK, axis=-1) - log_z_B).mean()
-    return Found(rows_BK, numbers_BK, scores_BK, log_z_B, fresh, metrics)
+    return FoundPassages(rows_BK, numbers_BK, scores_BK, log_z_B, fresh, metrics)
 
 
 def best_of(q_BE: jax.Array, d_BLE: jax.Array, found_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -27,7 +27,7 @@ from rag_jax.training.config import TrainConfig
 from rag_jax.training.data import Data
 from rag_jax.training.profile import Profile
 from rag_jax.training.stage_index import Upkeep
-from rag_jax.training.train_step import Setting, TrainState, first_state
+from rag_jax.training.train_step import StepSetting, TrainState, first_state
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ def setting_of(
     data: Data,
     number: int,
     retriever_losses: Mapping[str, RetrieverLoss] = RETRIEVER_LOSSES,
-) -> Setting:
+) -> StepSetting:
     """Static arguments of the step of stage `number`."""
     stage = cfg.stages[number]
-    return Setting(
+    return StepSetting(
         rag=loaded.rag,
         stage=stage,
         mesh=loaded.mesh,

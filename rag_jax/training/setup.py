@@ -81,7 +81,7 @@ def batches(
         return stage.objective.corpus_batches(stage, cfg, data, seed, own)
     needs, units = stage.objective.needs(), units_of(stage, cfg, data)
     refresh_schedule.parse(stage.refresh, epoch(stage, cfg, data))  # checked again, now that an epoch is known
-    wanted = batching.Wanted(
+    wanted = batching.BatchOptions(
         batch=stage.batch,
         seed=seed,
         lengths=(cfg.model.question_length, cfg.target_length),
@@ -100,7 +100,7 @@ def batches(
     return batching.question_batches(data.examples, units, data.corpus, wanted)
 
 
-def units_of(stage: StageConfig, cfg: TrainConfig, data: Data) -> batching.Units:
+def units_of(stage: StageConfig, cfg: TrainConfig, data: Data) -> batching.EpochUnits:
     """The units (questions, or pairs of question and answer) of an epoch; InputError where there are none."""
     pairs = usable_pairs(stage.objective.needs(), data.examples, stage.name)
     return batching.units_of(data.examples, pairs, cfg.answers == "sample", stage.questions)

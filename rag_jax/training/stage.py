@@ -20,7 +20,7 @@ from rag_jax.errors import InputError
 from rag_jax.index import refresh_schedule
 from rag_jax.index.device_index import Index
 from rag_jax.losses import RetrieverLoss
-from rag_jax.rag import Params, Passages, Rag
+from rag_jax.rag import Params, Rag, TokenTables
 from rag_jax.retrieval.config import SearchConfig
 from rag_jax.retrieve import Batch
 from rag_jax.runs.config import RunConfig
@@ -67,7 +67,7 @@ class LossInput:
 
     batch: Batch
     index: Index
-    passages: Passages
+    passages: TokenTables
     key: jax.Array
     now: jax.Array
     trains_passages: bool
@@ -116,7 +116,7 @@ class Objective:
         return B, self.rows_per_question
 
     def loss_names(self) -> tuple[str, ...]:
-        """Names of the retriever losses that it adds, keys of Setting.retriever_losses."""
+        """Names of the retriever losses that it adds, keys of StepSetting.retriever_losses."""
         return ()
 
     def needs(self) -> QuestionNeeds:
@@ -181,11 +181,11 @@ class Objective:
             return found_BK
         return arrays["gold"][:, :1] if "gold" in arrays else np.zeros((len(arrays["labels"]), 0), np.int32)
 
-    def loss(self, s: "Setting", params: Params, given: LossInput) -> Computed:
+    def loss(self, s: "StepSetting", params: Params, given: LossInput) -> Computed:
         """The loss of a batch, with metrics; a pure function of the parameters and `given`, traced by jit."""
         raise NotImplementedError(f"objective {self.kind!r} has no loss")
 
-    def shares(self, s: "Setting", batch: Batch, count: int) -> jax.Array:
+    def shares(self, s: "StepSetting", batch: Batch, count: int) -> jax.Array:
         """Weights [count] of the losses of `count` micro-batches in the loss of their batch; they sum to 1."""
         return jnp.full(count, 1 / count)
 
@@ -239,7 +239,7 @@ class StageConfig:
         return dataclasses.replace(self, objective=objective, **{k: v for k, v in values.items() if k in mine})
 
 
-class Setting(NamedTuple):
+class StepSetting(NamedTuple):
     """Static arguments of a training step, which its compiled program depends on.
 
     n_passages: rows that are searched: those of the corpus or, for a live corpus, all rows of the tables.

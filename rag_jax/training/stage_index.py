@@ -10,15 +10,17 @@ from rag_jax.index.device_index import Index
 from rag_jax.index.refresh import Refresher
 from rag_jax.rag import Params
 from rag_jax.retrieval.search import SearchResult
-from rag_jax.runs.index_location import Arrays, Given, IndexLocation, Lookup
+from rag_jax.runs.index_location import Arrays, IndexLocation, Lookup, StepInputs
 from rag_jax.system import sharding
-from rag_jax.training.stage import Setting
+from rag_jax.training.stage import StepSetting
 from rag_jax.training.train_step import make_drift
 
 Texts = Callable[[np.ndarray], list[str]]  # numbers of questions (`source` of a batch) -> their texts
 
 
-def feed(setting: Setting, location: IndexLocation, texts: Texts, params: Params, batch: Arrays, index: Any) -> Given:
+def feed(
+    setting: StepSetting, location: IndexLocation, texts: Texts, params: Params, batch: Arrays, index: Any
+) -> StepInputs:
     """Arguments of a step besides its state and key: the batch on the devices, index rows and token tables."""
     objective = setting.stage.objective
 
@@ -39,7 +41,7 @@ class Upkeep:
 
     def __init__(
         self,
-        setting: Setting,
+        setting: StepSetting,
         location: IndexLocation,
         texts: Texts,
         refresher: Refresher,
@@ -52,7 +54,9 @@ class Upkeep:
         self.seed, self.sample = seed, sample
         self._drift = make_drift(setting) if setting.stage.objective.searches else None
 
-    def move(self, setting: Setting, location: IndexLocation, texts: Texts, refresher: Refresher, index: Any) -> None:
+    def move(
+        self, setting: StepSetting, location: IndexLocation, texts: Texts, refresher: Refresher, index: Any
+    ) -> None:
         """Continues with another version of the corpus, of which `index` is the index.
 
         A background build is started again on the new version, with the encoder and step that it was begun with.
@@ -126,6 +130,6 @@ class Upkeep:
         on_device = sharding.shard_batch(self.setting.mesh, questions)
         return float(self._drift(params, on_device, index, passages, at))
 
-    def feed(self, params: Params, batch: Arrays) -> Given:
+    def feed(self, params: Params, batch: Arrays) -> StepInputs:
         """Arguments of the step besides its state and key, see the function `feed`."""
         return feed(self.setting, self.location, self.texts, params, batch, self.index)

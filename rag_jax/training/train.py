@@ -256,7 +256,7 @@ def evaluate_dev(session: Session, params: Any, index: Any, step: int) -> dict[s
     index = session.refresher.full(params, step) if index is None else index
     cfg, answering = session.cfg, session.answering
     rows = evaluate.predict(session.location, params, index, session.dev, answering, session.program, cfg.task.match)
-    summary = metrics.summarize(rows, metrics.Setting(answering.allowed_answers, cfg.task.match))
+    summary = metrics.summarize(rows, metrics.Judging(answering.allowed_answers, cfg.task.match))
     best = cfg.best_metric.removeprefix("eval/")
     shown = [name for name in dict.fromkeys((best, *HEADLINES)) if name in summary]
     figures = ", ".join(f"{name} {summary[name]:.3f}" for name in shown[:SHOWN])

@@ -13,12 +13,12 @@ import optax
 
 from rag_jax.index import device_index, refresh
 from rag_jax.index.device_index import Index
-from rag_jax.rag import Params, Passages, Rag
+from rag_jax.rag import Params, Rag, TokenTables
 from rag_jax.retrieve import Batch, embed_questions, embed_rows
 from rag_jax.runs import directory as runs
 from rag_jax.system import sharding
 from rag_jax.training import optimizer
-from rag_jax.training.stage import Fresh, LossInput, Metrics, Setting, StageConfig, micro
+from rag_jax.training.stage import Fresh, LossInput, Metrics, StageConfig, StepSetting, micro
 
 
 class TrainState(NamedTuple):
@@ -42,7 +42,7 @@ def first_state(rag: Rag, stage: StageConfig, mesh: jax.sharding.Mesh, params: P
     return TrainState(jax.device_put(np.int32(step), sharding.replicated(mesh)), params, opt_state)
 
 
-def accumulated(s: Setting, differentiate: Callable, trainable: Params, batch: Batch, key: jax.Array) -> Any:
+def accumulated(s: StepSetting, differentiate: Callable, trainable: Params, batch: Batch, key: jax.Array) -> Any:
     """`differentiate(trainable, batch, key)`, a value_and_grad, computed in micro-batches one after another.
 
     Value and gradient are those of the whole batch (but for dropout); metrics are means over micro-batches, or as in
@@ -73,12 +73,12 @@ TOGETHER: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def changes_index(s: Setting) -> bool:
+def changes_index(s: StepSetting) -> bool:
     """Whether the step returns an updated index: with rolling refresh and with write-back."""
     return s.when.kind == "rolling" or s.stage.write_back
 
 
-def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, Index | None, Metrics]]:
+def make_step(s: StepSetting, steps_before: int) -> Callable[..., tuple[TrainState, Index | None, Metrics]]:
     """The step of a stage, not yet jitted: (state, batch, index, passages, key) -> (state, index or None, metrics).
 
     The index is returned only where the step changes it. Rolling refresh and write-back store embeddings of the
@@ -94,7 +94,7 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
         frozen: Params,
         batch: Batch,
         index: Index,
-        passages: Passages,
+        passages: TokenTables,
         key: jax.Array,
         now: jax.Array,
     ) -> Any:
@@ -102,11 +102,11 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
         value, *rest = s.stage.objective.loss(s, {**frozen, **trainable}, given)
         return value, tuple(rest)
 
-    def step(state: TrainState, batch: Batch, index: Index, passages: Passages, key: jax.Array) -> Any:
+    def step(state: TrainState, batch: Batch, index: Index, passages: TokenTables, key: jax.Array) -> Any:
         with sharding.on(s.mesh):
             return on_mesh(state, batch, index, passages, key)
 
-    def on_mesh(state: TrainState, batch: Batch, index: Index, passages: Passages, key: jax.Array) -> Any:
+    def on_mesh(state: TrainState, batch: Batch, index: Index, passages: TokenTables, key: jax.Array) -> Any:
         trainable, frozen = optimizer.split(config, state.params)
         key = jax.random.fold_in(key, state.step)  # depends on the step alone: a resumed run has the same dropout
         differentiate = jax.value_and_grad(
@@ -136,7 +136,7 @@ def make_step(s: Setting, steps_before: int) -> Callable[..., tuple[TrainState, 
     return step
 
 
-def jit_step(s: Setting, steps_before: int, state: TrainState, index: Index | None = None) -> Any:
+def jit_step(s: StepSetting, steps_before: int, state: TrainState, index: Index | None = None) -> Any:
     """The step, jitted; it takes the memory of the old state, and of an index that it changes.
 
     The shardings of the new state are pinned to those of the old one: left free, the compiler may choose others after
@@ -147,7 +147,7 @@ def jit_step(s: Setting, steps_before: int, state: TrainState, index: Index | No
     return jax.jit(make_step(s, steps_before), donate_argnums=donated, out_shardings=(*places, None))
 
 
-def make_drift(s: Setting) -> Any:
+def make_drift(s: StepSetting) -> Any:
     """Jitted function (params, batch, index, passages, rows_S) -> recall@k of the index against fresh embeddings.
 
     It ranks only the passages at rows_S, for the questions of the batch; k is the objective's n_ranked.
@@ -155,7 +155,7 @@ def make_drift(s: Setting) -> Any:
     k = s.stage.objective.n_ranked
 
     @jax.jit
-    def drift(params: Params, batch: Batch, index: Index, passages: Passages, rows_S: jax.Array) -> jax.Array:
+    def drift(params: Params, batch: Batch, index: Index, passages: TokenTables, rows_S: jax.Array) -> jax.Array:
         live_S = jnp.ones(rows_S.shape, bool) if index.live_N is None else index.live_N[rows_S]
         q_BE, fresh_SE = embed_questions(s, params, batch, None), embed_rows(s, params, passages, rows_S, None)
         return refresh.overlap(q_BE, device_index.stored(index, rows_S), fresh_SE, live_S, min(k, len(rows_S)))

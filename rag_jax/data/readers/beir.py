@@ -6,14 +6,14 @@ from rag_jax.data.readers import simple_rows
 from rag_jax.data.readers.json_stream import records
 from rag_jax.data.readers.lines import table
 from rag_jax.data.readers.rows import Fields, OnBad, Passage, Question, Row, identity, optional, refuse, rest, string
-from rag_jax.data.readers.sources import Source
+from rag_jax.data.readers.sources import InputFile
 from rag_jax.errors import InputError
 
 Grades = dict[str, int]
 _COLUMNS = ("query-id", "corpus-id", "score")
 
 
-def rows(source: Source, report: OnBad | None) -> Iterator[Row]:
+def rows(source: InputFile, report: OnBad | None) -> Iterator[Row]:
     """Records of passages; or of the queries that the qrels name, with a field `relevance`: grades by passage id."""
     if source.kind == "passages":
         yield from records(source, report)
@@ -29,7 +29,7 @@ def rows(source: Source, report: OnBad | None) -> Iterator[Row]:
         refuse(f"{source.beside}:{first[query]}: question {query!r} is not in {source.path}", report)
 
 
-def _qrels(source: Source, report: OnBad | None) -> tuple[dict[str, Grades], dict[str, int]]:
+def _qrels(source: InputFile, report: OnBad | None) -> tuple[dict[str, Grades], dict[str, int]]:
     """Grades of every question, and the line of its first grade."""
     assert source.beside is not None
     grades: dict[str, Grades] = {}

@@ -20,17 +20,17 @@ from rag_jax.data.readers import (
     tfds_source,
 )  # fmt: skip
 from rag_jax.data.readers.rows import BadLine, Fields, OnBad, Passage, Question, Row, refuse
-from rag_jax.data.readers.sources import Kind, Source, files_of, stem, suffix
+from rag_jax.data.readers.sources import InputFile, Kind, files_of, stem, suffix
 from rag_jax.errors import InputError
 from rag_jax.system import files, logs
 
 __all__ = [
     "FORMATS",
     "Format",
+    "InputFile",
     "Located",
     "Passage",
     "Question",
-    "Source",
     "detect",
     "digest",
     "expand",
@@ -53,7 +53,7 @@ class Format(NamedTuple):
     """
 
     about: str
-    rows: Callable[[Source, OnBad | None], Iterator[Row]]
+    rows: Callable[[InputFile, OnBad | None], Iterator[Row]]
     questions: Callable[[Fields, str], Iterable[Question | BadLine]] | None = None
     passages: Callable[[Fields, str], Iterable[Passage | BadLine]] | None = None
     repeats: bool = False
@@ -181,7 +181,7 @@ def read_passages(
 
 
 def read_located(
-    sources: Sequence[Source], *, skip_bad_lines: bool = False, on_bad: OnBad | None = None
+    sources: Sequence[InputFile], *, skip_bad_lines: bool = False, on_bad: OnBad | None = None
 ) -> Iterator[Located]:
     """Passages of sources (see `expand`) in order, with file and line. InputError for a file without passages.
 
@@ -227,24 +227,24 @@ def iterate_questions(path: str | Path, *, skip_bad_lines: bool = False) -> Iter
         raise InputError(f"{path}:1: no questions in this file")
 
 
-def expand(paths: Sequence[str | Path], kind: Kind = "passages") -> list[Source]:
+def expand(paths: Sequence[str | Path], kind: Kind = "passages") -> list[InputFile]:
     """Files behind the inputs: a file, a glob, a folder, or a part set by its name or any of its parts.
 
     `NAME:` before a path names its format, a key of FORMATS; without it the content tells.
     """
-    sources: dict[str, Source] = {}
+    sources: dict[str, InputFile] = {}
     inputs = 0
     for given in map(str, paths):
         known = len(sources)
         name, colon, rest = given.partition(":")
         named = name if colon and name in FORMATS and not Path(given).exists() else ""
         if named == "tfds":
-            sources.setdefault(given, Source(Path(given), tfds_source.title(given), inputs, kind, named))
+            sources.setdefault(given, InputFile(Path(given), tfds_source.title(given), inputs, kind, named))
         else:
             path = Path(rest if named else given)
             for file, format, beside in files_of(path, kind):
                 inside = file.resolve().relative_to(path.resolve().parent) if path.is_dir() else Path(file.name)
-                source = Source(file, inside.as_posix(), inputs, kind, named or format, beside)
+                source = InputFile(file, inside.as_posix(), inputs, kind, named or format, beside)
                 sources.setdefault(str(file.resolve()), source)
         inputs += len(sources) > known  # the parts of a set, each named, are one input
     if not sources:
@@ -257,7 +257,7 @@ def named(paths: Sequence[str | Path], format: str) -> list[str]:
     return [f"{format}:{path}" if format else str(path) for path in paths]
 
 
-def detect(source: Source) -> str:
+def detect(source: InputFile) -> str:
     """The format of a file, by its first record, and by its name where that does not tell."""
     path = source.path
     if suffix(path) in (".txt", ".md"):
@@ -283,7 +283,7 @@ def detect(source: Source) -> str:
     )
 
 
-def _of_json(source: Source) -> str:
+def _of_json(source: InputFile) -> str:
     record = json_stream.first(source.path) or {}
     if source.kind == "passages" and ASKED & set(record) and "text" not in record and not _sign("passages", record):
         raise InputError(f"{source.path}:1: questions ({', '.join(record)}), and no passages with them")
@@ -301,12 +301,12 @@ def _sign(kind: Kind, record: Fields) -> str | None:
     return next((name for name in fits if SHAPES.get(name, bool)(record)), None)
 
 
-def digest(source: Source) -> str:
+def digest(source: InputFile) -> str:
     """SHA-256 of the content of a source."""
     return tfds_source.digest(source) if source.format == "tfds" else files.file_sha256(source.path)
 
 
-def _format(source: Source) -> tuple[str, Format]:
+def _format(source: InputFile) -> tuple[str, Format]:
     name = source.format or detect(source)
     format = FORMATS[name]
     if getattr(format, source.kind) is None:
@@ -318,7 +318,7 @@ def _able(kind: Kind) -> str:
     return ", ".join(name for name, format in FORMATS.items() if getattr(format, kind) is not None)
 
 
-def _items(source: Source, format: Format, report: OnBad | None) -> Iterator[tuple[int, Any]]:
+def _items(source: InputFile, format: Format, report: OnBad | None) -> Iterator[tuple[int, Any]]:
     """(line, passage or question) for everything in a source; bad records are refused or reported."""
     parse = getattr(format, source.kind)
     name = stem(source.name)

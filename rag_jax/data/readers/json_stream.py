@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from rag_jax.data.readers.lines import UNREADABLE, json_lines, opened, unreadable, without_bom
 from rag_jax.data.readers.rows import OnBad, Row, kind, refuse
-from rag_jax.data.readers.sources import Source
+from rag_jax.data.readers.sources import InputFile
 from rag_jax.errors import InputError
 
 BLOCK = 1 << 18
@@ -25,7 +25,7 @@ _KEYED = re.compile(rb'\s*\{\s*\n\s*"[^"]*"\s*:\s*\{')  # a line end within: no 
 _DECODER = json.JSONDecoder()
 
 
-def records(source: Source, report: OnBad | None) -> Iterator[Row]:
+def records(source: InputFile, report: OnBad | None) -> Iterator[Row]:
     """Every record of the file, with the line on which it begins."""
     path = source.path
     start = head(path)
@@ -53,7 +53,7 @@ def head(path: Path) -> bytes:
 def first(path: Path) -> Any:
     """The first record; None if there is none or it is broken, which `records` reports with its position."""
     try:
-        row = next(records(Source(path, path.name, 0), report=lambda message: None), None)
+        row = next(records(InputFile(path, path.name, 0), report=lambda message: None), None)
     except InputError:
         return None
     return row.fields if row else None

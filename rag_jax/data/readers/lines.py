@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rag_jax.data.readers.rows import BadLine, Fields, OnBad, Row, kind, refuse
-from rag_jax.data.readers.sources import Source, suffix
+from rag_jax.data.readers.sources import InputFile, suffix
 from rag_jax.errors import InputError
 
 _BOM = b"\xef\xbb\xbf"
@@ -126,12 +126,12 @@ def table(path: Path, needed: tuple[str, ...], report: OnBad | None) -> Iterator
         yield Row(number, number, dict(zip(columns, values, strict=True)))
 
 
-def passage_table(source: Source, report: OnBad | None) -> Iterator[Row]:
+def passage_table(source: InputFile, report: OnBad | None) -> Iterator[Row]:
     """psgs_w100.tsv: columns id, text and title."""
     return table(source.path, ("id", "text", "title"), report)
 
 
-def question_table(source: Source, report: OnBad | None) -> Iterator[Row]:
+def question_table(source: InputFile, report: OnBad | None) -> Iterator[Row]:
     """DPR's question files: question, tab, list of answers in Python's notation; with or without a header."""
     for number, raw in lines(source.path):
         try:
@@ -161,7 +161,7 @@ def _python_list(text: str) -> list[object]:
     return values
 
 
-def pairs(source: Source, report: OnBad | None) -> Iterator[Row]:
+def pairs(source: InputFile, report: OnBad | None) -> Iterator[Row]:
     """NAME.source and NAME.target of Hugging Face's RAG: one question per line, its answer in the other file."""
     if source.beside is None:
         raise InputError(f"{source.path}: a pair of files NAME.source and NAME.target is needed")
@@ -196,7 +196,7 @@ def _to_last(path: Path) -> Iterator[tuple[int, bytes]]:
             waiting.clear()
 
 
-def whole_text(source: Source, report: OnBad | None) -> Iterator[Row]:
+def whole_text(source: InputFile, report: OnBad | None) -> Iterator[Row]:
     """A .txt or .md file as one passage; its title is a leading markdown heading, else the file's stem."""
     path = source.path
     place = f"{path}:1"

@@ -23,7 +23,7 @@ from rag_jax.data.readers.rows import (
     string,
 )
 from rag_jax.data.readers.simple_rows import numbered
-from rag_jax.data.readers.sources import Source
+from rag_jax.data.readers.sources import InputFile
 from rag_jax.errors import InputError
 
 Grades = dict[str, int]
@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"<(?:DOCNO|num)>\s*(?:Number:)?\s*([^<\s]+)", re.IGNORECAS
 _TITLE = re.compile(r"<title>\s*(?:Topic:)?\s*([^<]+)", re.IGNORECASE)
 
 
-def collection(source: Source, report: OnBad | None) -> Iterator[Row]:
+def collection(source: InputFile, report: OnBad | None) -> Iterator[Row]:
     """Rows of a collection of passages; quotation marks are part of the text."""
     for number, raw in lines(source.path):
         try:
@@ -52,7 +52,7 @@ def passage(fields: Fields, own_id: str) -> list[Passage]:
     return [Passage(name, title, text if text.strip() else title, name)]
 
 
-def queries(source: Source, report: OnBad | None) -> Iterator[Row]:
+def queries(source: InputFile, report: OnBad | None) -> Iterator[Row]:
     """The queries that have judgements, with a field `relevance`: grades by passage id."""
     if source.beside is None:
         raise InputError(
@@ -151,7 +151,7 @@ def _topics(path: Path) -> Iterator[tuple[int, str, str]]:
         yield line, name[1], " ".join(asked.split())
 
 
-def documents(source: Source, report: OnBad | None) -> Iterator[Row]:
+def documents(source: InputFile, report: OnBad | None) -> Iterator[Row]:
     """TREC's documents: <DOC> with <DOCNO>, perhaps <TITLE>, and a text."""
     for line, text in _elements(source.path):
         name, title = _NUMBER.search(text), _TITLE.search(text)

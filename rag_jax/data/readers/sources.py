@@ -19,7 +19,7 @@ _ASKED = ("queries", "topics")  # in the names of query files; the file of their
 _TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".tsv")
 
 
-class Source(NamedTuple):
+class InputFile(NamedTuple):
     """A file to read.
 
     name: its name, which does not depend on the machine.
@@ -36,8 +36,8 @@ class Source(NamedTuple):
     beside: Path | None = None
 
 
-class Found(NamedTuple):
-    """A file found behind an input, with the fields of `Source` that its name and folder determine."""
+class MatchingFile(NamedTuple):
+    """A file found behind an input, with the fields of `InputFile` that its name and folder determine."""
 
     path: Path
     format: str = ""
@@ -81,7 +81,7 @@ def weighted(train: str) -> dict[str, float]:
     return weights
 
 
-def files_of(path: Path, kind: Kind) -> list[Found]:
+def files_of(path: Path, kind: Kind) -> list[MatchingFile]:
     """The files to read for the input `path`; InputError where there are none or one is missing."""
     if path.is_dir():
         beir = (path / "queries.jsonl").exists() or (path / "qrels").is_dir() or _beside(path, "corpus")
@@ -89,7 +89,7 @@ def files_of(path: Path, kind: Kind) -> list[Found]:
             return _beir(path, kind)
         if kind == "questions":
             raise InputError(f"{path}: a folder; name a question file, or a BEIR folder with queries.jsonl and qrels/")
-        return [Found(file) for file in _folder(path)]
+        return [MatchingFile(file) for file in _folder(path)]
     if path.exists():
         if kind == "questions" and suffix(path) in (".source", ".target"):
             return [_pair(path)]
@@ -97,13 +97,13 @@ def files_of(path: Path, kind: Kind) -> list[Found]:
             return _beir_questions(path.parent.parent, path)
         if kind == "questions" and (judged := _judged(path)):
             return [judged]
-        return [Found(file) for file in (_part_set(path) if PART.match(path.name) else [path])]
+        return [MatchingFile(file) for file in (_part_set(path) if PART.match(path.name) else [path])]
     if glob.has_magic(str(path)):
         matches = sorted(glob.glob(str(path)))
         if not matches:
             raise InputError(f"{path}: no file matches this pattern")
         return [found for match in matches for found in files_of(Path(match), kind)]
-    return [Found(file) for file in _parts_named(path)]
+    return [MatchingFile(file) for file in _parts_named(path)]
 
 
 def _parts_named(path: Path) -> list[Path]:
@@ -163,7 +163,7 @@ def _folder(path: Path) -> list[Path]:
     return texts or wiki
 
 
-def _pair(path: Path) -> Found:
+def _pair(path: Path) -> MatchingFile:
     """The pair NAME.source and NAME.target from the name of either."""
     zipped = path.name.removesuffix(".gz")
     source, target = (path.with_name(Path(zipped).stem + end) for end in (".source", ".target"))
@@ -171,10 +171,10 @@ def _pair(path: Path) -> Found:
     for file in (source, target):
         if not file.exists():
             raise InputError(f"{path}: {file.name.removesuffix('.gz')} is missing beside it; a pair of files is needed")
-    return Found(source, "hf_rag", target)
+    return MatchingFile(source, "hf_rag", target)
 
 
-def _judged(path: Path) -> Found | None:
+def _judged(path: Path) -> MatchingFile | None:
     """Queries and their qrels from the name of either: those named alike (queries.dev.tsv, qrels.dev.tsv), else the
     only ones in the folder. None if `path` is neither, or has no qrels.
     """
@@ -191,8 +191,8 @@ def _judged(path: Path) -> Found | None:
         if not found:
             names = "queries.dev.tsv and qrels.dev.tsv"
             raise InputError(f"{path}: judgements without their queries beside them; call the two alike, as {names}")
-        return Found(found[0], "qrels", path)
-    return Found(path, "qrels", found[0]) if found else None
+        return MatchingFile(found[0], "qrels", path)
+    return MatchingFile(path, "qrels", found[0]) if found else None
 
 
 def _beside(folder: Path, name: str) -> Path | None:
@@ -200,7 +200,7 @@ def _beside(folder: Path, name: str) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
-def _beir(folder: Path, kind: Kind) -> list[Found]:
+def _beir(folder: Path, kind: Kind) -> list[MatchingFile]:
     if kind == "questions":
         qrels = sorted((folder / "qrels").glob("*.tsv")) + sorted((folder / "qrels").glob("*.tsv.gz"))
         if len(qrels) != 1:
@@ -210,11 +210,11 @@ def _beir(folder: Path, kind: Kind) -> list[Found]:
     corpus = _beside(folder, "corpus")
     if corpus is None:
         raise InputError(f"{folder}: a BEIR folder without corpus.jsonl; fetch it")
-    return [Found(corpus, "beir")]
+    return [MatchingFile(corpus, "beir")]
 
 
-def _beir_questions(folder: Path, qrels: Path) -> list[Found]:
+def _beir_questions(folder: Path, qrels: Path) -> list[MatchingFile]:
     queries = _beside(folder, "queries")
     if queries is None:
         raise InputError(f"{folder}: a BEIR folder without queries.jsonl; fetch it")
-    return [Found(queries, "beir", qrels)]
+    return [MatchingFile(queries, "beir", qrels)]

@@ -27,7 +27,7 @@ from rag_jax.data.readers.rows import (
     refuse,
     string,
 )
-from rag_jax.data.readers.sources import Source
+from rag_jax.data.readers.sources import InputFile
 from rag_jax.errors import InputError
 from rag_jax.system import files
 
@@ -91,7 +91,7 @@ def title(text: str) -> str:
     return f"{wanted.name}/{wanted.split}"
 
 
-def rows(source: Source, report: OnBad | None) -> Iterator[Row]:
+def rows(source: InputFile, report: OnBad | None) -> Iterator[Row]:
     """Every record of the split, in order, with our field names; `line` counts records."""
     wanted = spec(str(source.path))
     records = _open(str(source.path), wanted)[1]
@@ -130,7 +130,7 @@ def passage(fields: Fields, own_id: str) -> list[Passage]:
     return [squad.passage(optional(fields, "title"), string(fields, "context"))]
 
 
-def digest(source: Source) -> str:
+def digest(source: InputFile) -> str:
     """SHA-256 of the split's files and of how they are read."""
     wanted = spec(str(source.path))
     builder, _ = _open(str(source.path), wanted)

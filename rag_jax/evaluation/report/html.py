@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_jax.evaluation.report.evaluation_plots import Picture
-from rag_jax.metrics import Setting, verdicts
+from rag_jax.metrics import Judging, verdicts
 from rag_jax.metrics.figures import depth, golds, ranked, unit
 from rag_jax.system import files, plain_text
 
@@ -70,7 +70,7 @@ class _Passages:
 
 
 def write(
-    path: Path, page: Page, rows: Sequence[Mapping[str, Any]], setting: Setting, texts: Texts, limit: int | None = None
+    path: Path, page: Page, rows: Sequence[Mapping[str, Any]], setting: Judging, texts: Texts, limit: int | None = None
 ) -> Path:
     """Writes a page to a temporary name and renames it.
 
@@ -97,7 +97,7 @@ def write(
 
 
 def chosen(
-    rows: Iterable[Mapping[str, Any]], setting: Setting, texts: Texts, budgeted: bool
+    rows: Iterable[Mapping[str, Any]], setting: Judging, texts: Texts, budgeted: bool
 ) -> tuple[list[str], list[str]]:
     """JSON of each question, and of the passages that they name by number. budgeted: stop before BUDGET is exceeded."""
     store, size = _Passages(texts), 0
@@ -115,7 +115,7 @@ def chosen(
     return questions, passages
 
 
-def question(row: Mapping[str, Any], setting: Setting, passages: _Passages) -> dict[str, Any]:
+def question(row: Mapping[str, Any], setting: Judging, passages: _Passages) -> dict[str, Any]:
     """The data of one question that the page shows."""
     gold, wanted = set(row["gold"]), golds(row, setting)
     has = dict(zip(row["retrieved"], row["retrieved_has_answer"], strict=True)) if wanted else {}

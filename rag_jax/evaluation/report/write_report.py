@@ -28,7 +28,7 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationResults:
     """The results of an evaluation.
 
     run: directory of the run, for the training curves.
@@ -43,11 +43,11 @@ class Evaluation:
     corpus: Corpus
     rows: Sequence[dict[str, Any]]
     report: Mapping[str, Any]
-    setting: metrics.Setting
+    setting: metrics.Judging
     command: str
 
 
-def write(out: Path, found: Evaluation, limit: int | None = None) -> None:
+def write(out: Path, found: EvaluationResults, limit: int | None = None) -> None:
     """Writes all files, replacing those of an earlier evaluation, which stay if writing fails.
 
     limit: questions in report.html; None: as many as it has room for.
@@ -57,7 +57,7 @@ def write(out: Path, found: Evaluation, limit: int | None = None) -> None:
         _write_all(temporary, found, limit)
 
 
-def _write_all(out: Path, found: Evaluation, limit: int | None) -> None:
+def _write_all(out: Path, found: EvaluationResults, limit: int | None) -> None:
     write_lines(out / PREDICTIONS, found.rows)
     pictures = evaluation_plots.draw(found.report, out) + training(found.run, out)
     title, about = f"Evaluation of {found.run.resolve().name}", facts(found)
@@ -99,7 +99,7 @@ def training(run: Path, out: Path) -> list[Picture]:
     return [Picture(markdown.CURVES_FILE, "Training curves", "Stages are shaded")]
 
 
-def facts(found: Evaluation) -> list[tuple[str, str]]:
+def facts(found: EvaluationResults) -> list[tuple[str, str]]:
     """(name, value) of facts about the evaluation, in words."""
     made = found.report
     model = {"sequence": "RAG-Sequence", "token": "RAG-Token"}[made["variant"]]
@@ -147,7 +147,7 @@ def passage(corpus: Corpus, passage_id: str) -> tuple[str, str] | None:
     return (found[0].title, " ".join(one.text for one in found)) if found else None
 
 
-def examples(found: Evaluation) -> list[dict[str, Any]]:
+def examples(found: EvaluationResults) -> list[dict[str, Any]]:
     """The first right and the first wrong answers; the first of all if none can be judged."""
     written = [row for row in found.rows if row["prediction"] is not None]
     by_verdict: dict[bool | None, list[dict[str, Any]]] = {True: [], False: [], None: []}

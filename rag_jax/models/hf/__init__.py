@@ -1,16 +1,17 @@
 """Names and settings of Hugging Face checkpoints: for every model family one table, used to read and to write.
 
-A `Family` converts `config.json` to our configuration and back, says which tensor is which parameter, which tensors are
-copies of another (tied) or not needed, and which fate each key of config.json has. Nothing here reads or writes files.
+An `HfFamily` converts `config.json` to our configuration and back, says which tensor is which parameter, which tensors
+are copies of another (tied) or not needed, and which fate each key of config.json has. Nothing here reads or writes
+files.
 """
 
 from rag_jax.models.hf import bart, bert, composite, decoder_only, generation, sentence, t5, tokenizer
-from rag_jax.models.hf.naming import Family
+from rag_jax.models.hf.naming import HfFamily
 from rag_jax.models.hf.settings import Table
 
 # by model_type of config.json; dpr is DPR's question encoder, dpr_context its context encoder
-ENCODERS: dict[str, Family] = bert.FAMILIES
-GENERATORS: dict[str, Family] = {**bart.FAMILIES, **decoder_only.FAMILIES, **t5.FAMILIES}
+ENCODERS: dict[str, HfFamily] = bert.FAMILIES
+GENERATORS: dict[str, HfFamily] = {**bart.FAMILIES, **decoder_only.FAMILIES, **t5.FAMILIES}
 
 # the fates of the keys of each kind of file, by its name in docs/settings.md
 SETTINGS: dict[str, Table] = {

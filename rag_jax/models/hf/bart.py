@@ -8,8 +8,8 @@ from rag_jax.models.bart import BartConfig
 from rag_jax.models.hf.generation import LEGACY
 from rag_jax.models.hf.naming import (
     Entry,
-    Family,
     HfConfig,
+    HfFamily,
     activation,
     dense,
     describe_tokens,
@@ -160,7 +160,7 @@ BART_SPELLINGS = (("", ""), ("model.", ""))  # a checkpoint saved without its he
 
 
 FAMILIES = {
-    "bart": Family(
+    "bart": HfFamily(
         bart_config,
         describe_bart,
         bart_entries,
@@ -171,7 +171,7 @@ FAMILIES = {
         ignorable=(r"(model\.)?(en|de)coder\.version",),
         zeros=("final_logits_bias",),
     ),
-    "mbart": Family(
+    "mbart": HfFamily(
         mbart_config,
         describe_bart,
         bart_entries,

@@ -6,7 +6,7 @@ from typing import Any
 from rag_jax.errors import InputError
 from rag_jax.models.bert import BertConfig
 from rag_jax.models.hf.generation import LEGACY_ENCODER
-from rag_jax.models.hf.naming import Entry, Family, HfConfig, activation, dense, need, norm, refuse, table
+from rag_jax.models.hf.naming import Entry, HfConfig, HfFamily, activation, dense, need, norm, refuse, table
 from rag_jax.models.hf.settings import COMMON, Table, fates, idle, into, only
 
 BERT: Table = COMMON | LEGACY_ENCODER | fates({
@@ -117,13 +117,13 @@ def describe_dpr(c: BertConfig) -> dict[str, Any]:
 
 
 FAMILIES = {
-    "bert": Family(
+    "bert": HfFamily(
         bert_config, describe_bert, bert_entries, "BertModel", BERT, (("", ""), ("", "bert.")), ignorable=BERT_IGNORABLE
     ),
-    "dpr": Family(
+    "dpr": HfFamily(
         bert_config, describe_dpr, dpr_entries("question_encoder"), "DPRQuestionEncoder", BERT, ignorable=BERT_IGNORABLE
     ),
-    "dpr_context": Family(
+    "dpr_context": HfFamily(
         bert_config, describe_dpr, dpr_entries("ctx_encoder"), "DPRContextEncoder", BERT, ignorable=BERT_IGNORABLE
     ),
 }

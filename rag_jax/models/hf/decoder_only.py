@@ -10,8 +10,8 @@ from rag_jax.models.decoder_only import LmConfig
 from rag_jax.models.hf.generation import LEGACY_LM
 from rag_jax.models.hf.naming import (
     Entry,
-    Family,
     HfConfig,
+    HfFamily,
     activation,
     dense,
     describe_tokens,
@@ -356,7 +356,7 @@ ROTARY_IGNORABLE = (r"(.*\.)?rotary_emb\.inv_freq",)  # computed from the config
 
 
 FAMILIES = {
-    "gpt2": Family(
+    "gpt2": HfFamily(
         gpt2_config,
         describe_gpt2,
         gpt2_entries,
@@ -366,7 +366,7 @@ FAMILIES = {
         copies=lambda config: {"lm_head.weight": "wte.weight"},
         ignorable=(r"(.*\.)?h\.\d+\.attn\.(masked_)?bias",),
     ),
-    "llama": Family(
+    "llama": HfFamily(
         llama_config,
         describe_llama,
         llama_entries,
@@ -375,7 +375,7 @@ FAMILIES = {
         copies=llama_copies,
         ignorable=ROTARY_IGNORABLE,
     ),
-    "mistral": Family(
+    "mistral": HfFamily(
         mistral_config,
         describe_mistral,
         llama_entries,
@@ -384,7 +384,7 @@ FAMILIES = {
         copies=llama_copies,
         ignorable=ROTARY_IGNORABLE,
     ),
-    "qwen2": Family(
+    "qwen2": HfFamily(
         qwen2_config,
         describe_qwen2,
         llama_entries,

@@ -53,7 +53,7 @@ def their_shape(entry: Entry, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Family:
+class HfFamily:
     """Names and settings of one architecture at Hugging Face.
 
     config: (config.json, its path for messages) -> our configuration.

@@ -8,8 +8,8 @@ from rag_jax.errors import InputError
 from rag_jax.models.hf.generation import LEGACY
 from rag_jax.models.hf.naming import (
     Entry,
-    Family,
     HfConfig,
+    HfFamily,
     activation,
     dense,
     describe_tokens,
@@ -166,7 +166,7 @@ T5_IGNORABLE = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attenti
 
 
 FAMILIES = {
-    "t5": Family(
+    "t5": HfFamily(
         t5_config,
         describe_t5,
         t5_entries,
@@ -176,7 +176,7 @@ FAMILIES = {
         ignorable=T5_IGNORABLE,
         adapt=t5_adapt,
     ),
-    "mt5": Family(
+    "mt5": HfFamily(
         mt5_config,
         describe_t5,
         t5_entries,

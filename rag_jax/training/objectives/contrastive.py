@@ -18,7 +18,7 @@ from rag_jax.runs.config import RunConfig
 from rag_jax.system import sharding
 from rag_jax.system.configuration import at_least
 from rag_jax.training.data import QuestionNeeds
-from rag_jax.training.stage import Computed, LossInput, Objective, Setting, StageConfig, micro
+from rag_jax.training.stage import Computed, LossInput, Objective, StageConfig, StepSetting, micro
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Contrastive(Objective):
         rows = np.concatenate([part.reshape(-1) for part in all_rows])
         return rows[sharding.own_rows(mesh, len(rows))]
 
-    def loss(self, s: Setting, params: Params, given: LossInput) -> Computed:
+    def loss(self, s: StepSetting, params: Params, given: LossInput) -> Computed:
         return contrastive_loss(s, params, given, self.hard_negatives)
 
 
-def contrastive_loss(s: Setting, params: Params, given: LossInput, hard_negatives: int = 0) -> Computed:
+def contrastive_loss(s: StepSetting, params: Params, given: LossInput, hard_negatives: int = 0) -> Computed:
     """Contrastive loss of each question against the first gold passages of all questions of the (global) batch.
 
     With `hard_negatives`, also against the passages that the index now ranks highest for each question (ANCE, Xiong et

@@ -14,7 +14,7 @@ from rag_jax.retrieve import Batch
 from rag_jax.runs.config import RunConfig
 from rag_jax.system.configuration import at_least
 from rag_jax.training.data import Data
-from rag_jax.training.stage import Computed, LossInput, Objective, Setting, StageConfig, check_source_length, micro
+from rag_jax.training.stage import Computed, LossInput, Objective, StageConfig, StepSetting, check_source_length, micro
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Denoise(Objective):
     def tokens(self, B: int, run: RunConfig, passage_length: int) -> int:
         return 2 * B * self.length(run)
 
-    def loss(self, s: Setting, params: Params, given: LossInput) -> Computed:
+    def loss(self, s: StepSetting, params: Params, given: LossInput) -> Computed:
         empty = jnp.zeros((len(given.batch["labels"]), 1), jnp.int32)
         ids, mask = join(
             s.prefix_ids,
@@ -78,7 +78,7 @@ class Denoise(Objective):
         nll = nll_B.sum() / counted
         return Computed(nll, {"nll_per_token": nll, "tokens": mask.sum() + counted})
 
-    def shares(self, s: Setting, batch: Batch, count: int) -> jax.Array:
+    def shares(self, s: StepSetting, batch: Batch, count: int) -> jax.Array:
         """Each micro-batch's share of the target tokens, as the loss is a mean over these."""
         counted = shift_left(batch["labels"], s.rag.config.reader)[1].sum(-1)
         tokens_C = micro(counted, count).sum(-1)

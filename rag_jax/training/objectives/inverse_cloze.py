@@ -13,7 +13,7 @@ from rag_jax.rag import Params
 from rag_jax.runs.config import RunConfig
 from rag_jax.training.data import Data
 from rag_jax.training.objectives.contrastive import contrastive_loss
-from rag_jax.training.stage import Computed, LossInput, Objective, Setting, StageConfig
+from rag_jax.training.stage import Computed, LossInput, Objective, StageConfig, StepSetting
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,5 @@ class InverseCloze(Objective):
     def tokens(self, B: int, run: RunConfig, passage_length: int) -> int:
         return B * (run.model.question_length + passage_length)
 
-    def loss(self, s: Setting, params: Params, given: LossInput) -> Computed:
+    def loss(self, s: StepSetting, params: Params, given: LossInput) -> Computed:
         return contrastive_loss(s, params, given)

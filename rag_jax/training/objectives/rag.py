@@ -20,7 +20,15 @@ from rag_jax.training import optimizer
 from rag_jax.training.data import QuestionNeeds
 from rag_jax.training.objectives.contrastive import question_shapes
 from rag_jax.training.retrieve_fresh import Retrieval, retrieve
-from rag_jax.training.stage import Computed, LossInput, Metrics, Objective, Setting, StageConfig, check_source_length
+from rag_jax.training.stage import (
+    Computed,
+    LossInput,
+    Metrics,
+    Objective,
+    StageConfig,
+    StepSetting,
+    check_source_length,
+)
 
 RETRIEVES, READS = "objective='rag' with documents='retrieved'", "objective='rag' with documents='gold'"
 
@@ -154,7 +162,7 @@ class MarginalLikelihood(Objective):
         length = self.source_length or run.model.source_length
         return B * (self.n_docs if self.retrieves else 1) * (length + run.target_length - 1)
 
-    def loss(self, s: Setting, params: Params, given: LossInput) -> Computed:
+    def loss(self, s: StepSetting, params: Params, given: LossInput) -> Computed:
         question_key, passage_key, generator_key = jax.random.split(given.key, 3)
         batch, passages = given.batch, given.passages
         found, log_z_B = None, None
