@@ -18,10 +18,10 @@ EXERCISES = DOCS.parent / "tests" / "test_extending.py"
 HEAD = """# Command line
 
 Written by `python docs/generate.py` from the argument parsers. Every command has `--help` with an example, and `--json`
-prints its result as one JSON object on standard output; all else goes to standard error. `--verbose` prints all of the
-result, and with several processes the lines of each. Exit status: 0, or 2 for bad
-usage and input, with one line that says what is wrong and what to do (`verify`: also 2 where something is damaged), 130
-when interrupted. How the options work together is on the pages of the guides.
+prints the figures of its result as one JSON object on standard output; all else goes to standard error. `--verbose`
+prints all of the result, and with several processes the lines of each. Exit status: 0, or 2 for bad usage and input,
+with one line that says what is wrong and what to do (`verify`: also 2 where something is damaged), 130 when
+interrupted. How the options work together is on the pages of the guides.
 """
 BLOCK = re.compile(r"(<!-- tests/test_extending\.py: ([\w, ]+) -->\n)```python\n.*?```\n", re.DOTALL)
 

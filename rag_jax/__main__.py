@@ -93,9 +93,9 @@ def finite(value: Any) -> Any:
 
 
 def render(result: dict[str, Any], as_json: bool, verbose: bool = False) -> str:
-    """JSON, or the `text` of the result; with `verbose`, or where it has no text, a line for each field."""
+    """The `text` of a result, or its other fields as JSON; `verbose`, or without a text: text and fields as lines."""
     if as_json:
-        return json.dumps(finite(result))
+        return json.dumps(finite({key: value for key, value in result.items() if key != "text"}))
     text = [result["text"]] if "text" in result else []
     if verbose or not text:
         text += [f"{key}: {value}" for key, value in result.items() if key != "text"]

@@ -78,6 +78,8 @@ def test_result_as_lines_text_or_json(command: Callable, capsys: pytest.CaptureF
     assert capsys.readouterr().out == "Anna Aska\n"
     assert cli.main(["fake", "--verbose"]) == 0
     assert capsys.readouterr().out == "Anna Aska\nscore: 1\n"
+    assert cli.main(["fake", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"score": 1}
 
 
 def test_bad_input_is_2_without_a_traceback(command: Callable, capsys: pytest.CaptureFixture) -> None:

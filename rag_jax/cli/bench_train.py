@@ -30,8 +30,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--largest", action="store_true", help="instead: the largest batch that fits on the device")
     parser.add_argument("--profile", default="", metavar="DIR", help="write a trace of a few steps (load)")
     parser.epilog = (
-        "examples: rag-jax bench train --config configs/world.py --stage joint --json\n"
-        "          rag-jax bench train --load medium --variant sequence"
+        "example: rag-jax bench train --config configs/world.py --stage joint --json\n"
+        "         rag-jax bench train --load medium --variant sequence"
     )
 
 
