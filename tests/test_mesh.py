@@ -27,9 +27,9 @@ GENERATORS = {
     "lm": LmConfig(V, E, 1, 4, hidden=32, positions=40, dropout=0.0, init="copy", tied=False),
 }
 LOSSES = {
-    "token": {"label_smoothing": 0.1},
+    "token": {"label_smoothing": 0.1, "n_docs": K, "source_length": L, "logit_chunk": 20},
     "contrastive": {"objective": "contrastive", "hard_negatives": 2},
-    "denoise": {"objective": "denoise"},
+    "denoise": {"objective": "denoise", "source_length": L, "logit_chunk": 20},
 }
 MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}]
 
@@ -61,8 +61,8 @@ def updated(kind, loss, mesh, **changes):
     groups = {"contrastive": ("question_encoder", "context_encoder"), "denoise": ("generator",)}
     groups = groups.get(loss, ("question_encoder", "context_encoder", "generator"))
     optimizer = OptimizerConfig(1.0, "constant", eps=1.0, clip_norm=0.0, groups=dict.fromkeys(groups, 1.0))
-    changes = {"logit_chunk": 20} | LOSSES[loss] | changes
-    stage = config.make_stage("s", batch=B, n_docs=K, source_length=L, optimizer=optimizer, **changes)
+    changes = LOSSES[loss] | changes
+    stage = config.make_stage("s", batch=B, optimizer=optimizer, **changes)
     rag = Rag(model)
     setting = StepSetting(rag, stage, mesh, N, (0,))
     batch, passages, embeddings = given(np.random.default_rng(0))
