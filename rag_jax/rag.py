@@ -128,6 +128,14 @@ class RagConfig:
     def objective(self) -> str:
         return f"rag_{self.variant}"
 
+    def unrolled(self) -> "RagConfig":
+        """The same without loops over layers, which stack the parameters in every call: for calls on few tokens."""
+
+        def apart(side: Any) -> Any:
+            return dataclasses.replace(side, scan_layers="off") if hasattr(side, "scan_layers") else side
+
+        return dataclasses.replace(self, encoder=apart(self.encoder), generator=apart(self.generator))
+
     @property
     def reader(self) -> GeneratorConfig:
         """The generator; InputError for a retriever alone."""

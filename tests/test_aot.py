@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from rag_jax import __main__ as cli
-from rag_jax.aot import compile, hardware, layer_extrapolation, memory, stage_programs
+from rag_jax.aot import child_process, compile, hardware, layer_extrapolation, memory, stage_programs
+from rag_jax.cli import compile as compile_cli
 from rag_jax.corpus.directory import Corpus
 from rag_jax.errors import InputError
 from rag_jax.index import device_index
@@ -284,3 +285,61 @@ def test_peaks_by_the_names_that_jax_has_for_devices():
     assert hardware.peak("NVIDIA H100 80GB HBM3", "bfloat16") == hardware.peak("NVIDIA H200", "bfloat16") == 989e12
     assert hardware.peak("TPU v5 lite", "bfloat16") == 197e12 and hardware.peak("TPU v5p", "bfloat16") == 459e12
     assert hardware.peak("cpu", "float32") is None
+
+
+def fake_child(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> memory.ProgramNeeds:
+    """`child_process.needs` where the other process is a shell script, for a program of 3 bytes."""
+    program = folder / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(child_process.sys, "executable", str(program))
+    monkeypatch.setattr(child_process.metadata, "version", lambda name: {"libtpu": "0.0.42.1"}[name])
+    return child_process.needs(["compile"], memory.ProgramNeeds("joint", False, {"index": 3.0}, 3.0, 16.0, {}))
+
+
+def test_a_crash_of_the_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = fake_child(tmp_path, monkeypatch, "echo 'a hundred frames' >&2; kill -SEGV $$")
+    assert found.crashed and found.fits is None and found.total == 3.0 and not found.compiled
+    assert found.said == (
+        "THE COMPILER CRASHED on joint (Segmentation fault, libtpu 0.0.42.1); libtpu 0.0.43.2 compiles it: pip install "
+        "libtpu==0.0.43.2"
+    )
+    with pytest.raises(InputError, match="no such program"):
+        fake_child(tmp_path, monkeypatch, "echo 'rag-jax: --stage x: no such program' >&2; exit 2")
+    with pytest.raises(RuntimeError, match="INTERNAL: something"):
+        fake_child(tmp_path, monkeypatch, "echo 'INTERNAL: something' >&2; exit 1")
+
+
+def test_needs_from_another_process(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What a process writes for the one that started it is its own report."""
+    config_file = f"{Path(__file__).parent / 'tiny.py'}:{tiny_data}"
+    out = tmp_path / "needs.json"
+    words = ("--config", config_file, "--topology", "cpu:8", "--stage", "search", "--needs", out, "--json")
+    status, printed, _ = command(capsys, *words)
+    (program,) = json.loads(printed)["programs"]
+    assert status == 0 and memory.ProgramNeeds.from_dict(json.loads(out.read_text())).as_dict() == program
+    assert program["largest"] and program["busiest"]
+
+
+def test_the_child_has_all_options() -> None:
+    """Options of the command are those of the child, but for what concerns the parent."""
+    words = [
+        "c.py",
+        "--topology",
+        "v5e:2x2",
+        "--set",
+        "a=1",
+        "--set",
+        "b=2",
+        "--hlo",
+        "h",
+        "--effort",
+        "-1",
+        "--k",
+        "3",
+    ]
+    _, args = cli.parse("compile", ["--config", *words])
+    _, child = cli.parse("compile", compile_cli.words(args)[1:])
+    assert child == args
+    args.layers, args.batch, args.passages, args.encoder_length, args.generator_length = 1, 2, 3, 4, 5
+    assert cli.parse("compile", compile_cli.words(args)[1:])[1] == args

@@ -191,7 +191,8 @@ def test_a_decoder_only_load(capsys):
     assert found["peak_compiling_bytes"] <= found["peak_process_bytes"]
     counted, work = matmul_flops(jaxpr_of(load)), synthetic_load.model_flops(load)
     gold = 2 * load.questions * load.docs * load.target * load.width * load.vocabulary  # the logits are recomputed
-    assert counted - gold == pytest.approx(sum(work.values()), rel=0.05)
+    # the jaxpr still has the forward pass of what the last layer's prefix does not need, which XLA drops
+    assert counted - gold == pytest.approx(sum(work.values()), rel=0.1) and counted - gold > sum(work.values())
 
 
 @pytest.mark.parametrize(

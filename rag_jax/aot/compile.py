@@ -9,6 +9,7 @@ as if they overlapped perfectly; a real step takes longer.
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +20,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rag_jax.aot import hardware, layer_extrapolation, stage_programs
+from rag_jax.aot import child_process, hardware, layer_extrapolation, stage_programs
 from rag_jax.aot.hardware import GIB, Topology
 from rag_jax.aot.memory import ProgramNeeds, compiled, counted
 from rag_jax.aot.stage_programs import Sizes, TracedProgram
 from rag_jax.errors import InputError
 from rag_jax.rag import Rag
-from rag_jax.system import logs, sharding
+from rag_jax.system import files, logs, sharding
 from rag_jax.training.config import TrainConfig
 
 NO_LIBTPU = "libtpu is not installed (pip install 'rag-jax[compile]'): counted from shapes, nothing is compiled"
@@ -48,6 +49,8 @@ class CompileOptions:
     effort: of the compiler, -1 to 1.
     layers: layers of each stack that are compiled, from which the others are extrapolated; 0: all.
     count_only: compile nothing.
+    apart: arguments of `rag-jax` that compile one program for TPUs, whose name is added, in a process of its own: a
+      crash of the compiler ends that one alone. (): all are compiled in this process.
     """
 
     programs: Sequence[str] = ()
@@ -60,11 +63,17 @@ class CompileOptions:
     effort: float = 0.0
     layers: int = 0
     count_only: bool = False
+    apart: Sequence[str] = ()
+
+
+def has_libtpu() -> bool:
+    """Whether programs can be compiled for TPUs here."""
+    return importlib.util.find_spec("libtpu") is not None
 
 
 def devices(where: Topology) -> list[Any] | None:
     """Devices to compile for; None where that cannot be done here."""
-    if where.kind == "gpu" or (where.kind == "tpu" and importlib.util.find_spec("libtpu") is None):
+    if where.kind == "gpu" or (where.kind == "tpu" and not has_libtpu()):
         return None
     if where.kind == "cpu":
         return cpu_devices(where.devices)
@@ -183,7 +192,7 @@ def table(cfg: TrainConfig, where: Topology, mesh: Mesh, reports: list[ProgramNe
         lines += ["", f"{r.name} ({how})"]
         lines += [f"  {name:<28}{size / GIB:>10.3f} GiB" for name, size in r.memory.items() if size]
         lines.append(f"  {'total':<28}{r.total / GIB:>10.3f} GiB")
-        if r.limit is not None:
+        if r.limit is not None and not r.crashed:
             gap = abs(r.limit - r.total) / GIB
             lines[-1] += f" of {r.limit / GIB:.2f}: " + (
                 f"fits, {gap:.2f} to spare" if r.fits else f"DOES NOT FIT, by {gap:.2f}"
@@ -212,11 +221,24 @@ def table(cfg: TrainConfig, where: Topology, mesh: Mesh, reports: list[ProgramNe
     return "\n".join(lines)
 
 
-def estimate(cfg: TrainConfig, topology: str, wanted: CompileOptions) -> dict[str, Any]:
+def needs(
+    cfg: TrainConfig, program: TracedProgram, where: Topology, mesh: Mesh, wanted: CompileOptions
+) -> ProgramNeeds:
+    """What a program needs, by compiling it in this process."""
+    if wanted.layers:
+        return few_layers(cfg, program, where, mesh, wanted)
+    text_file = wanted.text_dir and wanted.text_dir / f"{program.name}.txt"
+    return compiled(program, where, mesh, wanted.effort, text_file)
+
+
+def estimate(cfg: TrainConfig, topology: str, wanted: CompileOptions, out: Path | None = None) -> dict[str, Any]:
     """Memory, work and least time of each program on a topology such as v5e:16x16: a table as `text`, and all figures.
 
+    out: a file for the needs of the one program asked for, which child_process reads.
     JAX is set to run on the CPU, unless JAX_PLATFORMS is set: accelerators that are here are not used.
     """
+    if out is not None:
+        child_process.no_core_dump()
     where = hardware.topology(topology)
     for name in ("batch", "k", "encoder_length", "generator_length"):
         if getattr(wanted, name) < 1:
@@ -226,7 +248,8 @@ def estimate(cfg: TrainConfig, topology: str, wanted: CompileOptions) -> dict[st
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    mesh, compiles = mesh_of(cfg, where)
+    apart = where.kind == "tpu" and bool(wanted.apart) and not wanted.count_only and has_libtpu()
+    mesh, compiles = (stand_ins(cfg, where), True) if apart else mesh_of(cfg, where)
     if not compiles:
         logs.info(NO_GPU if where.kind == "gpu" else NO_LIBTPU)
     compiles &= not wanted.count_only
@@ -237,15 +260,14 @@ def estimate(cfg: TrainConfig, topology: str, wanted: CompileOptions) -> dict[st
     reports = []
     for name, program in found.items():
         logs.info(f"{name}: {'compiling' if compiles else 'counting'}")
-        if not compiles:
-            report = counted(program, where, mesh)
-        elif wanted.layers:
-            report = few_layers(cfg, program, where, mesh, wanted)
+        if apart:
+            report = child_process.needs([*wanted.apart, "--stage", name], counted(program, where, mesh))
         else:
-            text_file = wanted.text_dir and wanted.text_dir / f"{name}.txt"
-            report = compiled(program, where, mesh, wanted.effort, text_file)
+            report = needs(cfg, program, where, mesh, wanted) if compiles else counted(program, where, mesh)
         roofline(report, where)
         reports.append(report)
+    if out is not None:
+        files.write_text(out, json.dumps(dataclasses.asdict(reports[0])))
     notes = [] if compiles else ["", ESTIMATED]
     return {
         "text": "\n".join([table(cfg, where, mesh, reports, wanted.effort), *notes]),
@@ -253,4 +275,5 @@ def estimate(cfg: TrainConfig, topology: str, wanted: CompileOptions) -> dict[st
         "chip": where.chip and where.chip.name, "jax": jax.__version__, "effort": wanted.effort,
         "passages": size.passages, "fits": all(r.fits for r in reports) if where.chip else None,
         "programs": [r.as_dict() for r in reports],
+        **({"exit_status": 2} if any(r.crashed for r in reports) else {}),
     }  # fmt: skip

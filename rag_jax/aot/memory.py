@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,17 @@ class ProgramNeeds:
     busiest: list[hlo.Collective] = field(default_factory=list)
     layers: int = 0
     said: str = ""
+    crashed: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ProgramNeeds":
+        """From what dataclasses.asdict made, through JSON."""
+        largest = [hlo.Largest(*row) for row in values["largest"]]
+        return cls(**{**values, "largest": largest, "busiest": [hlo.Collective(*row) for row in values["busiest"]]})
 
     @property
     def fits(self) -> bool | None:
-        return None if self.limit is None else self.total <= self.limit
+        return None if self.limit is None or self.crashed else self.total <= self.limit
 
     @property
     def step_seconds(self) -> float | None:
@@ -72,7 +80,7 @@ class ProgramNeeds:
             "step_seconds": step, "compile_seconds": self.compile_seconds, "layers_compiled": self.layers or None,
             **{f"{name}_per_second": n / step for name, n in rates.items() if step and n},
             "largest": [x._asdict() for x in self.largest], "busiest": [x._asdict() for x in self.busiest],
-            **({"said": self.said} if self.said else {}),
+            **({"said": self.said} if self.said else {}), **({"crashed": True} if self.crashed else {}),
         }  # fmt: skip
 
 

@@ -232,9 +232,11 @@ def model_flops(load: StepLoad) -> dict[str, float]:
     cross = targets * 2.0 * (2 * D * D + 2 * c.source * D) + sources * 2.0 * 2 * D * D
     decoder = c.decoder_layers * (targets * layer(D, c.hidden, c.target) + cross)
     if c.generator == "lm":
-        kept = 2 * D * D * (1 + (c.groups or c.heads) / c.heads) + 3 * D * c.hidden  # parameters of a layer's kernels
+        own = 2 * D * D * (c.groups or c.heads) / c.heads  # parameters of a layer's keys and values
+        kept = own + 2 * D * D + 3 * D * c.hidden  # ... and of all its kernels
         prefix, answer = 2 * kept + 4.0 * c.source * D, 2 * kept + 4.0 * (c.source + c.target) * D
-        decoder = c.decoder_layers * (sources * prefix + targets * answer)
+        # of the prefix in the last layer, only keys and values are read
+        decoder = sources * ((c.decoder_layers - 1) * prefix + 2 * own) + c.decoder_layers * targets * answer
     return {
         "question_encoder": 3 * asked * c.bert_layers * layer(E, c.bert_hidden, c.question),
         "generator_encoder": 3 * sources * c.encoder_layers * layer(D, c.hidden, c.source),

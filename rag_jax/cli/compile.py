@@ -41,6 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="compile N layers of each stack and N + 1, and draw the line on to all: minutes where all take hours",
     )  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="count from shapes, in seconds")
+    parser.add_argument("--needs", type=Path, help=argparse.SUPPRESS)  # in the processes that aot.child_process starts
     parser.epilog = (
         "Needs no accelerator; libtpu (pip install libtpu) compiles for TPUs.\n"
         "example: rag-jax compile --config configs/nq_rag_token.py --topology v5e:16x16 --passages 21015300"
@@ -61,5 +62,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         effort=args.effort,
         layers=args.layers,
         count_only=args.no_compile,
+        apart=() if args.needs else words(args),
     )
-    return estimate(cfg, args.topology, wanted)
+    return estimate(cfg, args.topology, wanted, args.needs)
+
+
+def words(args: argparse.Namespace) -> list[str]:
+    """The command line of a process that compiles one program with the same options."""
+    found = ["compile", "--config", args.config, "--topology", args.topology]
+    for name in ("passages", "encoder_length", "generator_length", "batch", "k", "effort", "layers"):
+        found += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    found += ["--hlo", str(args.hlo)] if args.hlo else []
+    return [*found, *(word for value in args.set for word in ("--set", value))]

@@ -452,7 +452,7 @@ class Pipeline:
         runs.check_tokenizers(directory, corpus)
         search = search or config.search
         mesh = sharding.mesh_here(config.mesh)
-        loaded = runs.load(config.model, corpus, mesh, search.in_graph, live)
+        loaded = runs.load(config.model.unrolled(), corpus, mesh, search.in_graph, live)
         params = runs.read_params(directory, loaded.rag, loaded.mesh)
         runs.check_snapshot(loaded, params, snapshot)
         location = location_of(loaded, search, directory / "search")

@@ -1,12 +1,13 @@
 """BART as the generator (Lewis et al. 2019): encode, project once for cross-attention, decode with a cache."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rag_jax.models import layer_scan
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -18,6 +19,7 @@ from rag_jax.models.layers import (
     LayerNorm,
     NormPlacement,
     Remat,
+    ScanLayers,
     embedding_init,
     parameter,
     position_init,
@@ -26,7 +28,7 @@ from rag_jax.models.layers import (
 )
 from rag_jax.models.special_tokens import SpecialTokens
 from rag_jax.ops import float32_sums
-from rag_jax.ops.kv_cache import KeyValues, Tree, empty_cache, line, write_cache
+from rag_jax.ops.kv_cache import KeyValues, LayerKeyValues, Tree, empty_cache, line, write_cache
 from rag_jax.system import sharding
 
 POSITION_OFFSET = 2  # rows 0 and 1 of the position tables are unused, a leftover of fairseq that checkpoints keep
@@ -44,6 +46,8 @@ class BartConfig(SpecialTokens):
     embedding_scale: factor of the token embeddings; sqrt(width) for Hugging Face's scale_embedding.
     logit_scale: factor of the logits' matmul; width ** -0.5 with the unit-scale embeddings of init="copy".
     dtype: type of the matmuls' operands.
+    remat: what the backward pass recomputes.
+    scan_layers: whether the layers are one loop, see models.layer_scan.
     """
 
     vocab_size: int = 50265
@@ -64,6 +68,7 @@ class BartConfig(SpecialTokens):
     logit_scale: float = 1.0
     dtype: str = "float32"
     remat: Remat = "none"
+    scan_layers: ScanLayers = "auto"
     kind: Literal["bart"] = "bart"
 
 
@@ -148,8 +153,8 @@ class BartStack(nn.Module):
         init = position_init(c.init, POSITION_OFFSET)
         self.position = Embed(rows, c.width, ("position", "embed"), init)
         self.embedding_norm = LayerNorm(c.eps, dtype)
-        layer = remat(BartLayer, c.remat, 5)
         count = c.decoder_layers if self.decoder else c.encoder_layers
+        layer = BartLayer if layer_scan.applies(self, count) else remat(BartLayer, c.remat, 5)
         self.layer = [layer(c, self.decoder) for _ in range(count)]
         if c.norm == "pre":
             self.final_norm = LayerNorm(c.eps, dtype)
@@ -163,7 +168,7 @@ class BartStack(nn.Module):
         self,
         tokens_BTD: jax.Array,
         mask: jax.Array,
-        cross: tuple[KeyValues, jax.Array] | None = None,
+        cross: tuple[KeyValues | jax.Array, jax.Array] | None = None,
         cache: KeyValues | None = None,
         slot: jax.Array | int = 0,
         position_BT: jax.Array | None = None,
@@ -176,17 +181,27 @@ class BartStack(nn.Module):
         x = self.drop(self.embedding_norm(x), deterministic=deterministic)
         # here and after every layer: left to itself the compiler would also shard the width
         x = sharding.constrain(x, "batch", "length", "width")
-        new = KeyValues([], [])
-        for i, layer in enumerate(self.layer):
-            layer_cross = None if cross is None else ((cross[0].key[i], cross[0].value[i]), cross[1])
-            layer_cache = None if cache is None else (cache.key[i], cache.value[i], slot)
-            x, written = layer(x, mask, layer_cross, layer_cache, deterministic)
-            x = sharding.constrain(x, "batch", "length", "width")
-            if written is not None:
-                new.key.append(written[0])
-                new.value.append(written[1])
+        source, source_mask = cross or (None, mask)
+        projected, states = (source, None) if isinstance(source, KeyValues) else (None, source)
+
+        def call(
+            layer: BartLayer, x: jax.Array, own: LayerKeyValues | None, layer_cache: Any = None
+        ) -> tuple[jax.Array, LayerKeyValues | None]:
+            own = own if states is None else layer.project_cross(states)
+            x, written = layer(x, mask, own and (own, source_mask), layer_cache, deterministic)
+            return sharding.constrain(x, "batch", "length", "width"), written
+
+        if cache is None and projected is None and layer_scan.applies(self, len(self.layer)):
+            x, _ = layer_scan.scan(self, self.layer, x, call, None, self.config.remat, deterministic)
+        else:
+            written: list[Any] = []
+            for i, layer in enumerate(self.layer):
+                own = projected and (projected.key[i], projected.value[i])
+                x, kv = call(layer, x, own, cache and (cache.key[i], cache.value[i], slot))
+                written.append(kv)
+            cache = cache and KeyValues([k for k, _ in written], [v for _, v in written])
         x = self.final_norm(x) if self.config.norm == "pre" else x
-        return x, (new if cache is not None else None)
+        return x, cache
 
 
 class Bart(GeneratorBase):
@@ -213,6 +228,13 @@ class Bart(GeneratorBase):
         """Cross-attention keys and values of every decoder layer, computed once per source."""
         return self.decoder.project_cross(hidden_BLD)
 
+    def taught(
+        self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
+        """As in models.protocols; every layer projects the source itself, and its keys and values are not kept."""
+        hidden_BLD = self.encode(ids_BL, mask_BL, deterministic)
+        return self.states(target_BT, hidden_BLD, mask_BL, deterministic=deterministic)[0]
+
     def check_room(self, source: int, target: int) -> None:
         """ValueError where the positions are too few for so many source and target tokens."""
         check_length(max(source, target), self.config)
@@ -226,7 +248,7 @@ class Bart(GeneratorBase):
     def states(
         self,
         ids_BT: jax.Array,
-        cross: KeyValues,
+        cross: KeyValues | jax.Array,
         mask_BL: jax.Array,
         cache: KeyValues | None = None,
         slot: jax.Array | int = 0,
@@ -235,6 +257,7 @@ class Bart(GeneratorBase):
     ) -> tuple[jax.Array, KeyValues | None]:
         """Last hidden states [B, T, D] of the tokens ids_BT, and the updated cache (None without one).
 
+        cross: keys and values of the source, or its hidden states.
         cache: keys and values of earlier tokens; those of ids_BT are written from `slot` on.
         tree: positions and visibility of tokens that do not follow one another in the cache. Without it a token's
             position is its slot and only the future is masked, not padding: ids_BT must be right-padded. ValueError

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rag_jax.models import layer_scan
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -19,6 +20,7 @@ from rag_jax.models.layers import (
     LayerNorm,
     NormPlacement,
     Remat,
+    ScanLayers,
     embedding_init,
     position_init,
     remat,
@@ -40,6 +42,8 @@ class BertConfig:
     projection: width of a linear layer on the pooled vector; 0: none.
     vector_norm: length that every vector is scaled to; 0: not scaled.
     dtype: type of the matmuls' operands.
+    remat: what the backward pass recomputes.
+    scan_layers: whether the layers are one loop, see models.layer_scan.
     """
 
     vocab_size: int = 30522
@@ -60,6 +64,7 @@ class BertConfig:
     vector_norm: float = 0.0
     dtype: str = "float32"
     remat: Remat = "none"
+    scan_layers: ScanLayers = "auto"
     kind: Literal["bert"] = "bert"
 
     @property
@@ -132,7 +137,7 @@ class Bert(nn.Module):
         self.position = Embed(c.positions, c.width, ("position", "embed"), position_init(c.init))
         self.token_type = Embed(c.token_types, c.width, ("position", "embed"), nn.initializers.normal(0.02))
         self.embedding_norm = LayerNorm(c.eps, dtype)
-        layer = remat(BertLayer, c.remat, 3)
+        layer = BertLayer if layer_scan.applies(self, c.layers) else remat(BertLayer, c.remat, 3)
         self.layer = [layer(c) for _ in range(c.layers)]
         if c.norm == "pre":
             self.final_norm = LayerNorm(c.eps, dtype)
@@ -152,9 +157,15 @@ class Bert(nn.Module):
         # here and after every layer: left to itself the compiler would also shard the width
         x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
         mask_B11L = mask_BL.astype(bool)[:, None, None, :]
-        for layer in self.layer:
-            x_BLD = layer(x_BLD, mask_B11L, deterministic)
-            x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
+
+        def call(layer: BertLayer, x_BLD: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return sharding.constrain(layer(x_BLD, mask_B11L, deterministic), "batch", "length", "width"), None
+
+        if layer_scan.applies(self, len(self.layer)):
+            x_BLD, _ = layer_scan.scan(self, self.layer, x_BLD, call, None, self.config.remat, deterministic)
+        else:
+            for layer in self.layer:
+                x_BLD, _ = call(layer, x_BLD, None)
         return self.final_norm(x_BLD) if self.config.norm == "pre" else x_BLD
 
     def __call__(

@@ -9,14 +9,15 @@ target, padded on the right. Each row's target continues at the positions after 
 padding in between.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rag_jax.models import layer_scan
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -29,6 +30,7 @@ from rag_jax.models.layers import (
     LayerNorm,
     Remat,
     RMSNorm,
+    ScanLayers,
     embedding_init,
     position_init,
     remat,
@@ -36,7 +38,7 @@ from rag_jax.models.layers import (
 from rag_jax.models.special_tokens import SpecialTokens
 from rag_jax.ops import float32_sums
 from rag_jax.ops.attention import rotate
-from rag_jax.ops.kv_cache import KeyValues, Tree, empty_cache, line, write_cache
+from rag_jax.ops.kv_cache import KeyValues, LayerKeyValues, Tree, empty_cache, line, write_cache
 from rag_jax.system import sharding
 
 
@@ -60,6 +62,8 @@ class LmConfig(SpecialTokens):
     logit_scale: factor of the logits' matmul.
     bos_id: token between prefix and target.
     dtype: type of the matmuls' operands.
+    remat: what the backward pass recomputes.
+    scan_layers: whether the layers are one loop, see models.layer_scan.
     """
 
     vocab_size: int = 50257
@@ -90,11 +94,13 @@ class LmConfig(SpecialTokens):
     tied: bool = True
     init: Init = "hf"
     logit_scale: float = 1.0
+    dtype: str = "float32"
+    remat: Remat = "none"
+    scan_layers: ScanLayers = "auto"
+    _: KW_ONLY  # fields of SpecialTokens, which would come first otherwise
     bos_id: int = 50256
     pad_id: int = 50256
     eos_id: int = 50256
-    dtype: str = "float32"
-    remat: Remat = "none"
     kind: Literal["lm"] = "lm"
 
     def opening(self, prefix_ids: tuple[int, ...] = ()) -> tuple[int, ...]:
@@ -207,7 +213,7 @@ class Lm(GeneratorBase):
         self.token = Embed(c.vocab_size, c.width, ("vocab", "embed"), embedding_init(c.init), dtype)
         if c.position_kind == "learned":
             self.position = Embed(c.positions, c.width, ("position", "embed"), position_init(c.init))
-        layer = remat(DecoderOnlyLayer, c.remat, 6)
+        layer = DecoderOnlyLayer if layer_scan.applies(self, c.layers) else remat(DecoderOnlyLayer, c.remat, 6)
         self.layer = [layer(c) for _ in range(c.layers)]
         self.final_norm = norm(c)
         if not c.tied:
@@ -230,22 +236,44 @@ class Lm(GeneratorBase):
             x = float32_sums.add(x, self.position(position_BT))
         # here and after every layer: left to itself the compiler would also shard the width
         x = sharding.constrain(self.drop(x, deterministic=deterministic), "batch", "length", "width")
-        own = KeyValues([], [])
+
+        def call(
+            layer: DecoderOnlyLayer, x: jax.Array, before: LayerKeyValues | None, room: Any = None
+        ) -> tuple[jax.Array, LayerKeyValues]:
+            x, own = layer(x, position_BT, mask_B1TL, before, room, deterministic)
+            return sharding.constrain(x, "batch", "length", "width"), own
+
+        looped = cache is None and not (prefix and isinstance(prefix.key, list))
+        if looped and layer_scan.applies(self, len(self.layer)):
+            each = prefix and tuple(prefix)
+            x, own = layer_scan.scan(self, self.layer, x, call, each, self.config.remat, deterministic)
+            return x, KeyValues(*own)
+        keys, values = [], []
         for i, layer in enumerate(self.layer):
             before = None if prefix is None else (prefix.key[i], prefix.value[i])
-            room = None if cache is None else (cache.key[i], cache.value[i], start)
-            x, (key, value) = layer(x, position_BT, mask_B1TL, before, room, deterministic)
-            x = sharding.constrain(x, "batch", "length", "width")
-            own.key.append(key)
-            own.value.append(value)
-        return x, own
+            x, (key, value) = call(layer, x, before, None if cache is None else (cache.key[i], cache.value[i], start))
+            keys.append(key)
+            values.append(value)
+        return x, KeyValues(keys, values)
 
-    def encode(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> KeyValues:
-        """Keys and values of the prefix in every layer; mask: True on real tokens, which must come first."""
+    def read(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> KeyValues:
+        """Keys and values of the prefix in every layer, as `run` returns them; arguments as in `encode`."""
         check_length(ids_BL.shape[1], 0, self.config)
         at_L = jnp.arange(ids_BL.shape[1])
         mask_B1LL = (at_L <= at_L[:, None]) & mask_BL.astype(bool)[:, None, None, :]
         return self.run(ids_BL, at_L[None], mask_B1LL, None, None, 0, deterministic)[1]
+
+    def encode(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> KeyValues:
+        """Keys and values of the prefix in every layer; mask: True on real tokens, which must come first."""
+        prefix = self.read(ids_BL, mask_BL, deterministic)
+        return KeyValues(list(prefix.key), list(prefix.value))
+
+    def taught(
+        self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
+        """As in models.protocols."""
+        prefix = self.read(ids_BL, mask_BL, deterministic)
+        return self.states(target_BT, prefix, mask_BL, deterministic=deterministic)[0]
 
     def cross(self, prefix: KeyValues) -> KeyValues:
         """The prefix as it is: `encode` already returns the keys and values that `decode` attends to."""

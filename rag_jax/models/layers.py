@@ -27,6 +27,9 @@ Dtype = Any
 # Rematerialisation, by what the backward pass recomputes: "none", nothing; "full", everything inside a layer; "dots",
 # everything but the results of matmuls with parameters.
 Remat = Literal["none", "full", "dots"]
+# Whether the layers of a stack are one loop (models.layer_scan): "auto": on TPUs, and on CPUs with rematerialisation,
+# which XLA undoes there without a loop.
+ScanLayers = Literal["auto", "on", "off"]
 
 
 @jax.custom_jvp
@@ -290,6 +293,12 @@ class FeedForward(nn.Module):
         return Dense(self.width, ("mlp", "embed"), self.init, self.dtype, self.use_bias, name="outer")(h)
 
 
+def saved_by(policy: Remat) -> Callable | None:
+    """What `policy` saves for the backward pass, as a policy of jax.checkpoint; None for nothing."""
+    # matmuls with parameters have no batch dimensions and are saved; attention's have, and are recomputed
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+
+
 def remat(layer: Any, policy: Remat, deterministic_at: int) -> Any:
     """A layer class whose `__call__` is rematerialised (Chen et al. 2016).
 
@@ -297,9 +306,7 @@ def remat(layer: Any, policy: Remat, deterministic_at: int) -> Any:
     """
     if policy == "none":
         return layer
-    # matmuls with parameters have no batch dimensions and are saved; attention's have, and are recomputed
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return nn.remat(layer, static_argnums=(deterministic_at,), methods=["__call__"], policy=saved)
+    return nn.remat(layer, static_argnums=(deterministic_at,), methods=["__call__"], policy=saved_by(policy))
 
 
 def residual(norm: Callable, placement: NormPlacement, x: jax.Array, sublayer: Callable) -> jax.Array:

@@ -5,14 +5,15 @@ One module serves T5 1.0 (relu, the output layer is the shared embedding, scaled
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rag_jax.models import layer_scan
 from rag_jax.models.layers import (
     Activation,
     Attention,
@@ -24,11 +25,12 @@ from rag_jax.models.layers import (
     Init,
     Remat,
     RMSNorm,
+    ScanLayers,
     embedding_init,
     remat,
 )
 from rag_jax.models.special_tokens import SpecialTokens
-from rag_jax.ops.kv_cache import KeyValues, Tree, empty_cache, line, write_cache
+from rag_jax.ops.kv_cache import KeyValues, LayerKeyValues, Tree, empty_cache, line, write_cache
 from rag_jax.system import sharding
 
 
@@ -46,6 +48,8 @@ class T5Config(SpecialTokens):
     tied: whether the output layer is the shared embedding.
     logit_scale: factor of the logits' matmul.
     dtype: type of the matmuls' operands.
+    remat: what the backward pass recomputes.
+    scan_layers: whether the layers are one loop, see models.layer_scan.
     """
 
     vocab_size: int = 32128
@@ -64,10 +68,12 @@ class T5Config(SpecialTokens):
     tied: bool = False
     logit_scale: float = 1.0
     init: Init = "hf"
-    pad_id: int = 0
-    eos_id: int = 1
     dtype: str = "float32"
     remat: Remat = "none"
+    scan_layers: ScanLayers = "auto"
+    _: KW_ONLY  # fields of SpecialTokens, which would come first otherwise
+    pad_id: int = 0
+    eos_id: int = 1
     kind: Literal["t5"] = "t5"
 
     @property
@@ -164,8 +170,8 @@ class T5Stack(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.width**-0.5)
         self.relative = Embed(c.buckets, c.heads, ("position", "heads"), init)
-        layer = remat(T5Layer, c.remat, 6)
         count = c.decoder_layers if self.decoder else c.encoder_layers
+        layer = T5Layer if layer_scan.applies(self, count) else remat(T5Layer, c.remat, 6)
         self.layer = [layer(c, self.decoder) for _ in range(count)]
         self.final_norm = RMSNorm(c.eps, jnp.dtype(c.dtype))
         self.drop = Dropout(c.dropout)
@@ -179,7 +185,7 @@ class T5Stack(nn.Module):
         tokens_BTD: jax.Array,
         mask: jax.Array,
         distance_BTL: jax.Array,
-        cross: tuple[KeyValues, jax.Array] | None = None,
+        cross: tuple[KeyValues | jax.Array, jax.Array] | None = None,
         cache: KeyValues | None = None,
         slot: jax.Array | int = 0,
         deterministic: bool = True,
@@ -189,17 +195,27 @@ class T5Stack(nn.Module):
         bias_BHTL = self.relative(bucket_BTL).transpose(0, 3, 1, 2)
         # here and after every layer: left to itself the compiler would also shard the width
         x = sharding.constrain(self.drop(tokens_BTD, deterministic=deterministic), "batch", "length", "width")
-        new = KeyValues([], [])
-        for i, layer in enumerate(self.layer):
-            layer_cross = None if cross is None else ((cross[0].key[i], cross[0].value[i]), cross[1])
-            layer_cache = None if cache is None else (cache.key[i], cache.value[i], slot)
-            x, written = layer(x, mask, bias_BHTL, layer_cross, layer_cache, deterministic)
-            x = sharding.constrain(x, "batch", "length", "width")
-            if written is not None:
-                new.key.append(written[0])
-                new.value.append(written[1])
+        source, source_mask = cross or (None, mask)
+        projected, states = (source, None) if isinstance(source, KeyValues) else (None, source)
+
+        def call(
+            layer: T5Layer, x: jax.Array, own: LayerKeyValues | None, layer_cache: Any = None
+        ) -> tuple[jax.Array, LayerKeyValues | None]:
+            own = own if states is None else layer.project_cross(states)
+            x, written = layer(x, mask, bias_BHTL, own and (own, source_mask), layer_cache, deterministic)
+            return sharding.constrain(x, "batch", "length", "width"), written
+
+        if cache is None and projected is None and layer_scan.applies(self, len(self.layer)):
+            x, _ = layer_scan.scan(self, self.layer, x, call, None, self.config.remat, deterministic)
+        else:
+            written: list[Any] = []
+            for i, layer in enumerate(self.layer):
+                own = projected and (projected.key[i], projected.value[i])
+                x, kv = call(layer, x, own, cache and (cache.key[i], cache.value[i], slot))
+                written.append(kv)
+            cache = cache and KeyValues([k for k, _ in written], [v for _, v in written])
         x = self.drop(self.final_norm(x), deterministic=deterministic)
-        return x, (new if cache is not None else None)
+        return x, cache
 
 
 class T5(GeneratorBase):
@@ -226,6 +242,13 @@ class T5(GeneratorBase):
         """Cross-attention keys and values of every decoder layer, computed once per source."""
         return self.decoder.project_cross(hidden_BLD)
 
+    def taught(
+        self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
+        """As in models.protocols; every layer projects the source itself, and its keys and values are not kept."""
+        hidden_BLD = self.encode(ids_BL, mask_BL, deterministic)
+        return self.states(target_BT, hidden_BLD, mask_BL, deterministic=deterministic)[0]
+
     def check_room(self, source: int, target: int) -> None:
         """Never raises: relative positions have no limit."""
 
@@ -237,7 +260,7 @@ class T5(GeneratorBase):
     def states(
         self,
         ids_BT: jax.Array,
-        cross: KeyValues,
+        cross: KeyValues | jax.Array,
         mask_BL: jax.Array,
         cache: KeyValues | None = None,
         slot: jax.Array | int = 0,
@@ -246,6 +269,7 @@ class T5(GeneratorBase):
     ) -> tuple[jax.Array, KeyValues | None]:
         """Last hidden states [B, T, D] of the tokens ids_BT, and the updated cache (None without one).
 
+        cross: keys and values of the source, or its hidden states.
         cache: keys and values of earlier tokens; those of ids_BT are written from `slot` on.
         tree: positions and visibility of tokens that do not follow one another in the cache. Without it a token's
             position is its slot and only the future is masked, not padding: ids_BT must be right-padded.

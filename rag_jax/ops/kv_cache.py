@@ -5,15 +5,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+LayerKeyValues = tuple[jax.Array, jax.Array]  # of one layer
+
 
 class KeyValues(NamedTuple):
     """Keys [B, G, C, L] and values [B, G, L, C] of all layers of a decoder; G heads, or groups of heads.
 
-    Keys are stored transposed, as attention's matmuls read them, so that decoding transposes nothing.
+    Keys are stored transposed, as attention's matmuls read them, so that decoding transposes nothing. Layers are lists,
+    or in training, where they run as a loop (models.layer_scan), the first axis of two arrays.
     """
 
-    key: list[jax.Array]
-    value: list[jax.Array]
+    key: list[jax.Array] | jax.Array
+    value: list[jax.Array] | jax.Array
 
 
 class Tree(NamedTuple):
