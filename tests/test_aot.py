@@ -311,7 +311,7 @@ def test_a_crash_of_the_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest
 
 
 def test_needs_from_another_process(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """What a process writes for the one that started it is its own report."""
+    """The file that a child process writes holds its report."""
     config_file = f"{Path(__file__).parent / 'tiny.py'}:{tiny_data}"
     out = tmp_path / "needs.json"
     words = ("--config", config_file, "--topology", "cpu:8", "--stage", "search", "--needs", out, "--json")

@@ -224,7 +224,7 @@ def table(cfg: TrainConfig, where: Topology, mesh: Mesh, reports: list[ProgramNe
 def needs(
     cfg: TrainConfig, program: TracedProgram, where: Topology, mesh: Mesh, wanted: CompileOptions
 ) -> ProgramNeeds:
-    """What a program needs, by compiling it in this process."""
+    """Compiles a program in this process and returns its needs."""
     if wanted.layers:
         return few_layers(cfg, program, where, mesh, wanted)
     text_file = wanted.text_dir and wanted.text_dir / f"{program.name}.txt"

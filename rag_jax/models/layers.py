@@ -294,7 +294,7 @@ class FeedForward(nn.Module):
 
 
 def saved_by(policy: Remat) -> Callable | None:
-    """What `policy` saves for the backward pass, as a policy of jax.checkpoint; None for nothing."""
+    """The policy of jax.checkpoint for `policy`; None: save nothing for the backward pass."""
     # matmuls with parameters have no batch dimensions and are saved; attention's have, and are recomputed
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
 
