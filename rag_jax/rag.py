@@ -129,7 +129,7 @@ class RagConfig:
         return f"rag_{self.variant}"
 
     def unrolled(self) -> "RagConfig":
-        """This configuration without loops over layers, which stack all parameters in every call: for calls on few tokens."""
+        """This configuration without loops over layers, whose stacking of parameters is too much for few tokens."""
 
         def apart(side: Any) -> Any:
             return dataclasses.replace(side, scan_layers="off") if hasattr(side, "scan_layers") else side
