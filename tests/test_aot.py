@@ -343,3 +343,30 @@ def test_the_child_has_all_options() -> None:
     assert child == args
     args.layers, args.batch, args.passages, args.encoder_length, args.generator_length = 1, 2, 3, 4, 5
     assert cli.parse("compile", compile_cli.words(args)[1:])[1] == args
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_docs": 2, "normaliser": "corpus"},
+        {"n_docs": 2, "n_retrieved": 4, "normaliser": "corpus", "refresh": "rolling:8"},
+        {"objective": "contrastive", "hard_negatives": 1},
+        {"objective": "inverse_cloze"},
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_are_float32_products_on_tpus(options: dict, dtype: str) -> None:
+    """A TPU rounds operands of float32 products to bfloat16 by default; scores say that it must not.
+
+    The matmuls of a bfloat16 model are bfloat16, so every float32 product is one of scores.
+    """
+    sides = {side: dataclasses.replace(getattr(MODEL, side), dtype="bfloat16") for side in ("encoder", "generator")}
+    model = dataclasses.replace(MODEL, **sides)
+    groups = ("question_encoder", "context_encoder", *(["generator"] if "n_docs" in options else []))
+    stage = make_stage("joint", batch=8, optimizer=OptimizerConfig(groups=dict.fromkeys(groups, 1.0)), **options)
+    cfg = tiny_config(stages=(stage,), model=model, search=SearchConfig(dtype=dtype))
+    flops = report(cfg, "h100:8").flops
+    assert flops["bfloat16"] > flops["float32 highest"] > 0 and "float32" not in flops
+    if "n_docs" in options:
+        found = report(cfg, "h100:8", "search").flops
+        assert sum(found.values()) > 0 and found.keys() <= {"float32 highest", "bfloat16"}

@@ -184,8 +184,9 @@ def _logits_forward(
     target = jnp.zeros_like(norm)
     if targets_BT is not None:
         target = _at_targets(hidden, used_VD, targets_BT) * scale + bias_V[targets_BT][:, None]
-    # the sum of the logits is the product with the sum of the kernel's rows
-    total = jnp.einsum("...d,d->...", hidden.astype(jnp.float32), used_VD.astype(jnp.float32).sum(0))
+    # the sum of the logits is the product with the sum of the kernel's rows, which a TPU must not round to bfloat16
+    sum_D = used_VD.astype(jnp.float32).sum(0)
+    total = jnp.einsum("...d,d->...", hidden.astype(jnp.float32), sum_D, precision="highest")
     summary = Logits(norm, target, total * scale + bias_V.sum())
     # the empty array carries the parameter's type
     return summary, (hidden, used_VD, bias_V, targets_BT, norm, kept_PVSX, jnp.zeros(0, kernel_VD.dtype))

@@ -65,7 +65,7 @@ def retrieve(
     elif how.normaliser == "corpus":
         _, rows_BK, log_rest_B = mips.search_with_normaliser(q_BE, index.embeddings_NE, wanted, **table(s, index))
         if index.drift_E is not None:  # rows are stored less the common drift, so every score lacks q . drift
-            log_rest_B += q_BE @ index.drift_E
+            log_rest_B += losses.inner_products("be,e->b", q_BE, index.drift_E)
     else:
         _, rows_BK = find(s, q_BE, index, wanted)
     numbers_BK = batch.get("document_rows", rows_BK)
@@ -76,7 +76,8 @@ def retrieve(
         fresh = Fresh(rows_BK.reshape(-1), now_BLE.reshape(-1, now_BLE.shape[-1]))
         best_BK, log_left_B = best_of(q_BE, now_BLE, numbers_BK >= 0, how.n_docs)
         if log_rest_B is not None:
-            log_rest_B = jnp.logaddexp(log_rest_B + q_BE @ mean_change(now_BLE, stored_BKE), log_left_B)
+            moved_B = losses.inner_products("be,e->b", q_BE, mean_change(now_BLE, stored_BKE))
+            log_rest_B = jnp.logaddexp(log_rest_B + moved_B, log_left_B)
         rows_BK, numbers_BK = (jnp.take_along_axis(x, best_BK, 1) for x in (rows_BK, numbers_BK))
         d_BKE, stored_BKE = (jnp.take_along_axis(x, best_BK[..., None], 1) for x in (now_BLE, stored_BKE))
     if given.trains_passages:
@@ -96,7 +97,8 @@ def retrieve(
     scores_BK = losses.of_found(scores_BK, there_BK)
     log_z_B = None
     if log_rest_B is not None:
-        log_z_B = fresh_normaliser(log_rest_B, stored_BK, scores_BK, q_BE @ moved_E)
+        moved_B = losses.inner_products("be,e->b", q_BE, moved_E)
+        log_z_B = fresh_normaliser(log_rest_B, stored_BK, scores_BK, moved_B)
         metrics["prior_mass"] = jnp.exp(logsumexp(scores_BK, axis=-1) - log_z_B).mean()
     return FoundPassages(rows_BK, numbers_BK, scores_BK, log_z_B, fresh, metrics)
 
@@ -106,7 +108,7 @@ def best_of(q_BE: jax.Array, d_BLE: jax.Array, found_BL: jax.Array, k: int) -> t
 
     Passages that were not found come last.
     """
-    scores_BL = jnp.where(found_BL, jnp.einsum("be,ble->bl", q_BE, d_BLE), losses.ABSENT)
+    scores_BL = jnp.where(found_BL, losses.inner_products("be,ble->bl", q_BE, d_BLE), losses.ABSENT)
     best_BK = jax.lax.top_k(jax.lax.stop_gradient(scores_BL), k)[1]
     left_BL = scores_BL.at[jnp.arange(len(best_BK))[:, None], best_BK].set(-jnp.inf)
     return best_BK, logsumexp(left_BL, axis=-1)

@@ -108,7 +108,8 @@ def contrastive_loss(s: StepSetting, params: Params, given: LossInput, hard_nega
     also_right_BP = is_gold(jnp.broadcast_to(numbers_P[None], (B, len(rows_P))), batch["gold"])
     there_P = numbers_P >= 0
     loss_B = losses.in_batch_contrastive(q_BE, d_PE, jnp.eye(B, len(rows_P), dtype=bool), also_right_BP | ~there_P)
-    right_B = also_right_BP[jnp.arange(B), jnp.where(there_P, q_BE @ d_PE.T, -jnp.inf).argmax(-1)]
+    scores_BP = losses.inner_products("be,pe->bp", q_BE, d_PE)
+    right_B = also_right_BP[jnp.arange(B), jnp.where(there_P, scores_BP, -jnp.inf).argmax(-1)]
     read_P = jnp.where(there_P, passages.encoder_length_N[rows_P].astype(jnp.int32), 0)
     tokens = batch["question_length"].sum() + read_P.sum()
     return Computed(loss_B.mean(), {"in_batch_accuracy": right_B.mean(), "tokens": tokens})
