@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rag_jax.cli import process_options
+from rag_jax.cli import output_options, process_options
 from rag_jax.corpus.directory import Corpus
 from rag_jax.index import encode_job
 from rag_jax.index.host_index import HostIndex
@@ -143,6 +143,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     process_options.add_arguments(parser)
+    output_options.add_arguments(parser)
     args = parser.parse_args()
     with distributed.together(process_options.from_arguments(args)):
         checks(args.data)
