@@ -148,7 +148,7 @@ def test_the_index_on_disk_is_that_of_training(opened):
 def test_answers_and_scores_are_those_of_the_model(opened, questions, answers, cfg):
     """Recomputes the first question with public functions alone: join on the host, then generate."""
     model, params = rag_jax.from_pretrained(opened.snapshot.directory.parent)
-    assert model == opened.loaded.rag and model.variant == "sequence"
+    assert Rag(model.config.unrolled()) == opened.loaded.rag and model.variant == "sequence"
     corpus, found = opened.loaded.corpus, answers[0]
     tokenizer, length = corpus.generator_tokenizer, model.config.source_length
     sources = []
