@@ -294,7 +294,8 @@ def fake_child(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> me
     program.chmod(0o755)
     monkeypatch.setattr(child_process.sys, "executable", str(program))
     monkeypatch.setattr(child_process.metadata, "version", lambda name: {"libtpu": "0.0.42.1"}[name])
-    return child_process.needs(["compile"], memory.ProgramNeeds("joint", False, {"index": 3.0}, 3.0, 16.0, {}))
+    needs = memory.ProgramNeeds("joint", False, {"index": 3.0}, 3.0, 16.0, {})
+    return child_process.needs(["compile"], "joint", lambda: needs)
 
 
 def test_a_crash_of_the_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

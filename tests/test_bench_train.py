@@ -88,7 +88,7 @@ def test_transformers_has_the_same_loss(capsys, variant):
 @pytest.mark.slow
 @pytest.mark.parity
 def test_an_update_of_transformers_is_an_update_of_ours(tmp_path):
-    """The same losses in three steps on one batch, without dropout and clipping, at a learning rate that changes them.
+    """Losses are equal in three steps on one batch, without dropout and clipping; the learning rate changes them.
 
     The corpus has only the passages that are read, so that both read the same in every step. transformers does not
     train the bias of the logits, so ours is reset.

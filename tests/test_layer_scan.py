@@ -101,7 +101,7 @@ def test_decoding(kind):
     assert_same(found, looped.apply(params, ids, mask, target))
 
 
-def jaxpr_lines(config, module, kind):
+def products(config, module, kind):
     model = module(config)
     params = jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), *inputs(kind))))
 
@@ -123,14 +123,12 @@ def jaxpr_lines(config, module, kind):
 def test_the_program_does_not_grow_with_depth(kind, fields):
     module, config = MODELS[kind]
     short, deep = (
-        jaxpr_lines(
-            dataclasses.replace(config, scan_layers="on", dropout=0.1, **dict.fromkeys(fields, n)), module, kind
-        )
+        products(dataclasses.replace(config, scan_layers="on", dropout=0.1, **dict.fromkeys(fields, n)), module, kind)
         for n in (N, 4 * N)
     )
     assert short == deep > 0
     apart = dataclasses.replace(config, scan_layers="off", dropout=0.1)
-    assert jaxpr_lines(apart, module, kind) > 2 * short
+    assert products(apart, module, kind) > 2 * short
 
 
 def test_dropout_differs_between_layers():
@@ -140,7 +138,7 @@ def test_dropout_differs_between_layers():
     ids, mask = inputs("bert")
     params = nn.unbox(model.init(jax.random.key(0), ids, mask))
 
-    def call(layer, x, _):
+    def call(layer, x, *_):
         return x, layer.drop(jnp.ones_like(x), deterministic=False)
 
     class Masks(nn.Module):
@@ -151,7 +149,7 @@ def test_dropout_differs_between_layers():
 
         def __call__(self, x):
             run = [layer for layer in self.layer if layer(x) is not None]
-            return layer_scan.scan(self, run, x, call, None, "none", False)[1]
+            return layer_scan.scan(self, run, x, call, None, False)[1]
 
     class Masked(nn.Module):
         config: BertConfig

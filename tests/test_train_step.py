@@ -515,8 +515,8 @@ def test_reading_no_passage_is_answering_the_question_alone(params, batch, corpu
 
 @pytest.mark.parametrize(("tied", "hard", "given"), [(True, 0, False), (False, 2, False), (False, 2, True)])
 def test_contrastive_on_host(params, batch, corpus, mesh, passages, index, tied, hard, given):
-    """The same passage twice in the batch, and a second gold passage of a question, are no negatives; nor are padding
-    entries for a question with fewer negatives.
+    """No negatives are: a passage that is twice in the batch, a second gold passage of a question, and padding entries
+    for a question with fewer negatives.
     """
     gold = batch["gold"].copy()
     gold[2, 0], gold[3] = 4, gold[0]

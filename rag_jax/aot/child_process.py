@@ -1,12 +1,13 @@
 """Compiling one program in a process of its own: where libtpu crashes, the others are still compiled and reported."""
 
+import dataclasses
 import json
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -22,15 +23,16 @@ def no_core_dump() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def needs(command: Sequence[str], counted: ProgramNeeds) -> ProgramNeeds:
-    """Needs of a program as another process finds them, or `counted`, with the reason as `said`, where that crashed.
+def needs(command: Sequence[str], name: str, count: Callable[[], ProgramNeeds]) -> ProgramNeeds:
+    """Needs of a program as another process finds them; where that crashed those of `count`, with the reason as `said`.
 
-    command: the arguments of `rag-jax` that compile this one program; `--needs FILE` is added to them.
+    command: the arguments of `rag-jax` that compile programs; `--stage NAME` and `--needs FILE` are added to them.
+    count: returns the needs from shapes alone, in some ten seconds.
     InputError where the other process refuses its input; RuntimeError, with its last lines, where it fails otherwise.
     """
     with tempfile.TemporaryDirectory(prefix="rag-jax-compile-") as scratch:
         out, log = Path(scratch) / "needs.json", Path(scratch) / "stderr"
-        words = [sys.executable, "-m", "rag_jax", *command, "--needs", str(out)]
+        words = [sys.executable, "-m", "rag_jax", *command, "--stage", name, "--needs", str(out)]
         with log.open("wb") as stream:
             done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=stream, check=False)
         if done.returncode == 0:
@@ -39,13 +41,12 @@ def needs(command: Sequence[str], counted: ProgramNeeds) -> ProgramNeeds:
     if done.returncode == 2 and lines:
         raise InputError(lines[-1].removeprefix("rag-jax: "))
     if done.returncode < 0:
-        counted.said, counted.crashed = crash(-done.returncode, counted.name), True
-        return counted
-    raise RuntimeError("\n".join([f"{counted.name}: compiling failed", *lines[-20:]]))
+        return dataclasses.replace(count(), said=crash(-done.returncode, name), crashed=True)
+    raise RuntimeError("\n".join([f"{name}: compiling failed", *lines[-20:]]))
 
 
 def crash(number: int, name: str) -> str:
-    """What to say of a compiler that ended by a signal, and what to try."""
+    """A line about a compiler that ended by this signal: which one, and what to try."""
     version = metadata.version("libtpu")
     known = signal.strsignal(number) or f"signal {number}"
     said = f"THE COMPILER CRASHED on {name} ({known}, libtpu {version}); "

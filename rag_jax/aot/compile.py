@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,7 @@ def estimate(cfg: TrainConfig, topology: str, wanted: CompileOptions, out: Path 
     for name, program in found.items():
         logs.info(f"{name}: {'compiling' if compiles else 'counting'}")
         if apart:
-            report = child_process.needs([*wanted.apart, "--stage", name], counted(program, where, mesh))
+            report = child_process.needs(wanted.apart, name, partial(counted, program, where, mesh))
         else:
             report = needs(cfg, program, where, mesh, wanted) if compiles else counted(program, where, mesh)
         roofline(report, where)

@@ -59,7 +59,7 @@ def run_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def mesh_shape(words: list[str]) -> dict[str, int]:
-    """What --mesh AXIS=N says, as {AXIS: N}."""
+    """{AXIS: N} from --mesh AXIS=N."""
     shape = {}
     for word in words:
         name, _, size = word.partition("=")

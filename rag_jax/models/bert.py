@@ -158,14 +158,10 @@ class Bert(nn.Module):
         x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
         mask_B11L = mask_BL.astype(bool)[:, None, None, :]
 
-        def call(layer: BertLayer, x_BLD: jax.Array, _: None) -> tuple[jax.Array, None]:
+        def call(layer: BertLayer, x_BLD: jax.Array, *_: None) -> tuple[jax.Array, None]:
             return sharding.constrain(layer(x_BLD, mask_B11L, deterministic), "batch", "length", "width"), None
 
-        if layer_scan.applies(self, len(self.layer)):
-            x_BLD, _ = layer_scan.scan(self, self.layer, x_BLD, call, None, self.config.remat, deterministic)
-        else:
-            for layer in self.layer:
-                x_BLD, _ = call(layer, x_BLD, None)
+        x_BLD, _ = layer_scan.run(self, self.layer, x_BLD, call, deterministic)
         return self.final_norm(x_BLD) if self.config.norm == "pre" else x_BLD
 
     def __call__(

@@ -238,23 +238,14 @@ class Lm(GeneratorBase):
         x = sharding.constrain(self.drop(x, deterministic=deterministic), "batch", "length", "width")
 
         def call(
-            layer: DecoderOnlyLayer, x: jax.Array, before: LayerKeyValues | None, room: Any = None
+            layer: DecoderOnlyLayer, x: jax.Array, before: LayerKeyValues | None, room: Any
         ) -> tuple[jax.Array, LayerKeyValues]:
             x, own = layer(x, position_BT, mask_B1TL, before, room, deterministic)
             return sharding.constrain(x, "batch", "length", "width"), own
 
-        looped = cache is None and not (prefix and isinstance(prefix.key, list))
-        if looped and layer_scan.applies(self, len(self.layer)):
-            each = prefix and tuple(prefix)
-            x, own = layer_scan.scan(self, self.layer, x, call, each, self.config.remat, deterministic)
-            return x, KeyValues(*own)
-        keys, values = [], []
-        for i, layer in enumerate(self.layer):
-            before = None if prefix is None else (prefix.key[i], prefix.value[i])
-            x, (key, value) = call(layer, x, before, None if cache is None else (cache.key[i], cache.value[i], start))
-            keys.append(key)
-            values.append(value)
-        return x, KeyValues(keys, values)
+        x, own = layer_scan.run(self, self.layer, x, call, deterministic, prefix, cache, start)
+        assert own is not None  # every layer returns its own
+        return x, own
 
     def read(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> KeyValues:
         """Keys and values of the prefix in every layer, as `run` returns them; arguments as in `encode`."""
@@ -267,13 +258,6 @@ class Lm(GeneratorBase):
         """Keys and values of the prefix in every layer; mask: True on real tokens, which must come first."""
         prefix = self.read(ids_BL, mask_BL, deterministic)
         return KeyValues(list(prefix.key), list(prefix.value))
-
-    def taught(
-        self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
-    ) -> jax.Array:
-        """As in models.protocols."""
-        prefix = self.read(ids_BL, mask_BL, deterministic)
-        return self.states(target_BT, prefix, mask_BL, deterministic=deterministic)[0]
 
     def cross(self, prefix: KeyValues) -> KeyValues:
         """The prefix as it is: `encode` already returns the keys and values that `decode` attends to."""

@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rag_jax.models.layers import Remat, saved_by
+from rag_jax.models.layers import saved_by
+from rag_jax.ops.kv_cache import KeyValues, LayerKeyValues
 from rag_jax.system import sharding
 
 SHORTEST = 6  # layers; fewer compile quickly
@@ -26,32 +27,62 @@ def applies(module: nn.Module, layers: int) -> bool:
     return (how == "on" or (how == "auto" and pays)) and layers >= SHORTEST and not module.is_initializing()
 
 
+def run(
+    module: nn.Module,
+    layers: Sequence[nn.Module],
+    x: jax.Array,
+    call: Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, LayerKeyValues | None]],
+    deterministic: bool,
+    each: KeyValues | None = None,
+    cache: KeyValues | None = None,
+    slot: jax.Array | int = 0,
+) -> tuple[jax.Array, KeyValues | None]:
+    """Hidden states after all layers, and the keys and values that the layers return, if they do.
+
+    A loop returns keys and values as two arrays, layers one by one as lists (see KeyValues). With a cache, and with
+    lists in `each`, layers run one by one, since a loop would copy them.
+
+    module, layers, deterministic: see `scan`.
+    call: (layer, hidden states, (keys, values) of the layer in `each`, (keys, values, slot) of it in `cache`) -> hidden
+      states and the layer's (keys, values), or None.
+    """
+    listed = each is not None and isinstance(each.key, list)
+    if cache is None and not listed and applies(module, len(layers)):
+        x, own = scan(module, layers, x, call, each, deterministic)
+        return x, own and KeyValues(*own)
+    keys, values = [], []
+    for i, layer in enumerate(layers):
+        item, room = each and (each.key[i], each.value[i]), cache and (cache.key[i], cache.value[i], slot)
+        x, own = call(layer, x, item, room)
+        if own is not None:
+            keys.append(own[0])
+            values.append(own[1])
+    return x, KeyValues(keys, values) if keys else None
+
+
 def scan(
     module: nn.Module,
     layers: Sequence[nn.Module],
     x: jax.Array,
-    call: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
+    call: Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any]],
     each: Any,
-    policy: Remat,
     deterministic: bool,
 ) -> tuple[jax.Array, Any]:
-    """Hidden states after all layers, and what the layers return, stacked [layers, ...].
+    """`run` as a loop: hidden states, and what the layers return, stacked [layers, ...].
 
     module: the owner of the layers, whose `dropout` key is split among them.
     layers: Flax modules that differ in their parameters alone.
-    call: (layer, hidden states, one item of `each`) -> hidden states and what to return.
     each: a pytree of arrays [layers, ...]; None for none.
-    policy: what the backward pass recomputes.
     """
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layer.variables["params"] for layer in layers))
     keys = None if deterministic else jax.random.split(module.make_rng("dropout"), len(layers))
-    run = nn.apply(call, layers[0].clone(parent=None, name=None))
+    run_layer = nn.apply(call, layers[0].clone(parent=None, name=None))
 
     def body(x: jax.Array, given: tuple[Any, Any, Any]) -> tuple[jax.Array, Any]:
         own, key, item = given
-        return run({"params": own}, x, item, rngs=None if key is None else {"dropout": key})
+        return run_layer({"params": own}, x, item, None, rngs=None if key is None else {"dropout": key})
 
-    if policy != "none":
+    if module.config.remat != "none":
         # nothing outside of the loop can be merged with the recomputation, so no barriers are needed
-        body = jax.checkpoint(body, policy=saved_by(policy), prevent_cse=False)
+        body = jax.checkpoint(body, policy=saved_by(module.config.remat), prevent_cse=False)
     return jax.lax.scan(body, x, (params, keys, each))

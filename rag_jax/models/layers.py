@@ -334,12 +334,16 @@ class GeneratorBase(nn.Module):
         x_BTD, cache = self.states(ids_BT, cross, mask_BL, cache, slot, deterministic, tree)
         return self.logits(x_BTD), cache
 
+    def read(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> Any:
+        """The source as `states` takes it in training."""
+        return self.cross(self.encode(ids_BL, mask_BL, deterministic))
+
     def taught(
         self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
     ) -> jax.Array:
         """Last hidden states [B, T, D] by teacher forcing; the state at t predicts the token after target_BT[:, t]."""
-        cross = self.cross(self.encode(ids_BL, mask_BL, deterministic))
-        return self.states(target_BT, cross, mask_BL, deterministic=deterministic)[0]
+        source = self.read(ids_BL, mask_BL, deterministic)
+        return self.states(target_BT, source, mask_BL, deterministic=deterministic)[0]
 
     def __call__(
         self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True

@@ -199,21 +199,13 @@ class T5Stack(nn.Module):
         projected, states = (source, None) if isinstance(source, KeyValues) else (None, source)
 
         def call(
-            layer: T5Layer, x: jax.Array, own: LayerKeyValues | None, layer_cache: Any = None
+            layer: T5Layer, x: jax.Array, own: LayerKeyValues | None, room: Any
         ) -> tuple[jax.Array, LayerKeyValues | None]:
             own = own if states is None else layer.project_cross(states)
-            x, written = layer(x, mask, bias_BHTL, own and (own, source_mask), layer_cache, deterministic)
+            x, written = layer(x, mask, bias_BHTL, own and (own, source_mask), room, deterministic)
             return sharding.constrain(x, "batch", "length", "width"), written
 
-        if cache is None and projected is None and layer_scan.applies(self, len(self.layer)):
-            x, _ = layer_scan.scan(self, self.layer, x, call, None, self.config.remat, deterministic)
-        else:
-            written: list[Any] = []
-            for i, layer in enumerate(self.layer):
-                own = projected and (projected.key[i], projected.value[i])
-                x, kv = call(layer, x, own, cache and (cache.key[i], cache.value[i], slot))
-                written.append(kv)
-            cache = cache and KeyValues([k for k, _ in written], [v for _, v in written])
+        x, cache = layer_scan.run(self, self.layer, x, call, deterministic, projected, cache, slot)
         x = self.drop(self.final_norm(x), deterministic=deterministic)
         return x, cache
 
@@ -242,12 +234,9 @@ class T5(GeneratorBase):
         """Cross-attention keys and values of every decoder layer, computed once per source."""
         return self.decoder.project_cross(hidden_BLD)
 
-    def taught(
-        self, ids_BL: jax.Array, mask_BL: jax.Array, target_BT: jax.Array, deterministic: bool = True
-    ) -> jax.Array:
-        """As in models.protocols; every layer projects the source itself, and its keys and values are not kept."""
-        hidden_BLD = self.encode(ids_BL, mask_BL, deterministic)
-        return self.states(target_BT, hidden_BLD, mask_BL, deterministic=deterministic)[0]
+    def read(self, ids_BL: jax.Array, mask_BL: jax.Array, deterministic: bool = True) -> jax.Array:
+        """The encoding itself: in training every layer projects it, and its keys and values are not kept."""
+        return self.encode(ids_BL, mask_BL, deterministic)
 
     def check_room(self, source: int, target: int) -> None:
         """Never raises: relative positions have no limit."""
